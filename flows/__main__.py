@@ -1,0 +1,5 @@
+"""`python -m flows` is `tidemill`."""
+
+from flows.cli import main
+
+main()

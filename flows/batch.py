@@ -1,0 +1,35 @@
+"""The batch flow: snapshot, epochs, evaluation, registration. Composition only."""
+
+from prefect import flow
+
+from tasks import batch, wrappers
+from tasks.settings import BatchSettings
+from tasks.training.spec import Spec
+
+
+@flow(name="batch-training", flow_run_name="train-{model}", validate_parameters=True)
+def batch_training(
+    dataset: str, registry: str, model: str, spec: Spec, settings: BatchSettings = BatchSettings()
+) -> batch.VersionInfo:
+    """Train a model from a Parquet dataset, register it as the new head, and move the alias to it.
+
+    Killed and run again with the same arguments, it continues after its last checkpoint and ends with the same bits.
+
+    Args:
+        dataset: URL of a folder of Parquet files: a local path, `file://` or `s3://bucket/prefix`.
+        registry: URL below which models live.
+        model: Name of the model in the registry; made if it is new.
+        spec: What to train: columns, model, loss, optimizer, batch size, epochs, seed.
+        settings: How to evaluate, and which alias to move.
+    """
+    run = wrappers.open_run(wrappers.take_snapshot(dataset), registry, model, spec, settings)
+    if run.registered is None:
+        for epoch in run.epochs_left:
+            wrappers.train_epoch(run, epoch)
+        version = wrappers.register(run, wrappers.evaluate(run))
+        wrappers.finish(run, version)
+        return batch.describe(run, version, trained=True)
+    version, finished = run.registered
+    if not finished:
+        wrappers.finish(run, version)
+    return batch.describe(run, version, trained=False)

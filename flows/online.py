@@ -1,0 +1,40 @@
+"""The online flow: one step after the other until there is nothing left, or until told to stop. Composition only."""
+
+import time
+
+from prefect import flow
+from prefect.states import Completed, State
+
+from flows.stopping import stop_signal
+from tasks import wrappers
+from tasks.online import OnlineReport, Outcome
+from tasks.settings import OnlineSettings
+
+
+@flow(name="online-training", flow_run_name="{model}", validate_parameters=True)
+def online_training(
+    inbox: str, registry: str, model: str, settings: OnlineSettings = OnlineSettings()
+) -> OnlineReport | State[OnlineReport]:
+    """Train a registered model on the shards in an inbox, commit new versions, and remove what they contain.
+
+    The spec comes from the model's head version. SIGTERM ends the run after the step in hand is committed; SIGKILL at any
+    moment costs only the work since the last commit. Overlapping runs are safe: one of them wins each version.
+
+    Args:
+        inbox: URL where producers drop Parquet shards: a local path, `file://` or `s3://bucket/prefix`.
+        registry: URL below which models live.
+        model: Name of a model that `batch_training` has registered.
+        settings: Drain or follow, limits of one commit, what becomes of consumed shards.
+    """
+    run = wrappers.open_online(inbox, registry, model, settings)
+    ends = float("inf") if settings.stop_after_seconds is None else time.monotonic() + settings.stop_after_seconds
+    with stop_signal() as stop:
+        while not stop.is_set() and time.monotonic() < ends:
+            outcome = wrappers.step(run).outcome
+            if outcome is Outcome.IDLE:
+                if settings.mode == "drain":
+                    break
+                stop.wait(min(settings.poll_seconds, max(0.0, ends - time.monotonic())))
+    if run.report.versions == 0:
+        return Completed(name="Skipped", message="no shard to train on", data=run.report)
+    return run.report

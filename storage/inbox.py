@@ -1,0 +1,244 @@
+"""The inbox: a prefix where producers drop shards. Each is read once, and leaves when a committed version is done with it.
+
+Nothing here decides what was consumed: that stands in the version log alone. The inbox lists, reads what it listed and
+nothing else (pinned by etag), and carries out what a committed version owes.
+"""
+
+import functools
+import heapq
+import json
+import logging
+import posixpath
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from storage.errors import (
+    AlreadyExists,
+    CorruptObject,
+    InvalidKey,
+    NotFound,
+    PermissionDenied,
+    PreconditionFailed,
+    ShardRejected,
+    StorageError,
+)
+from storage.log import VersionLog
+from storage.manifest import Owed, Rejected, sha256
+from storage.parquet import ParquetFile, RowGroup, row_groups
+from storage.store import ObjectInfo, Store
+from storage.urls import open_store
+
+logger = logging.getLogger("tidemill.storage")
+
+UNFINISHED = (".tmp", ".temp", ".part", ".partial", ".inprogress", ".crdownload", ".crc")
+"""Endings by which writers mark a file that is not whole yet, or is not data. Names that start with `.` or `_` are hidden too."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What an inbox held at one moment."""
+
+    shards: list[ObjectInfo]
+    """The oldest unknown ones, by (last modified, key), up to the limit that was asked for."""
+    known: list[ObjectInfo]
+    """Already consumed, yet still (or again) there."""
+    waiting: int
+    """How many unknown shards there are in all."""
+    oldest: datetime | None
+    """When the oldest of them was written."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard, read whole. Its identity is (inbox, key, sha256); the etag only pins reads and deletes."""
+
+    inbox: str
+    info: ObjectInfo
+    data: bytes
+    sha256: str
+
+    def row_groups(self) -> list[RowGroup]:
+        """Its row groups, which decode from memory.
+
+        Raises:
+            NotReady: no Parquet magic at both ends.
+            ShardRejected: a footer that does not parse, or no rows.
+        """
+
+        def fetch(start: int, length: int) -> bytes:
+            if start < 0 or start + length > len(self.data):
+                raise ShardRejected(f"{self.info.key}: its footer points outside of the file; it is corrupt.")
+            return self.data[start : start + length]
+
+        groups = row_groups(ParquetFile(self.info.key, len(self.data), fetch, ShardRejected))
+        if not groups:
+            raise ShardRejected(f"{self.info.key} holds no rows.")
+        return groups
+
+    def rejected(self, reason: str) -> Rejected:
+        return Rejected(
+            inbox=self.inbox,
+            key=self.info.key,
+            sha256=self.sha256,
+            etag=self.info.etag,
+            size=self.info.size,
+            last_modified=self.info.last_modified,
+            reason=reason,
+        )
+
+
+class Inbox:
+    """The shards below one URL."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def list(self, limit: int, known: Callable[[ObjectInfo], bool]) -> Listing:
+        """List the whole inbox, keeping only `limit` candidates in memory. A cursor would miss late, lower keys.
+
+        Raises:
+            StoreNotFound: no such folder or bucket.
+        """
+        seen: list[ObjectInfo] = []
+        waiting, oldest = 0, None
+
+        def unknown() -> Iterable[ObjectInfo]:
+            nonlocal waiting, oldest
+            for info in self.store.list():
+                if not is_shard(info.key):
+                    continue
+                if known(info):
+                    if len(seen) < limit:
+                        seen.append(info)
+                    continue
+                waiting += 1
+                oldest = info.last_modified if oldest is None else min(oldest, info.last_modified)
+                yield info
+
+        shards = heapq.nsmallest(limit, unknown(), key=lambda info: (info.last_modified, info.key))
+        return Listing(shards, seen, waiting, oldest)
+
+    def read(self, info: ObjectInfo) -> Shard | None:
+        """The whole shard as it was listed, or None if it went or changed since: a later listing decides."""
+        try:
+            data = self.store.read(info.key, if_match=info.etag)
+        except (NotFound, PreconditionFailed):
+            return None
+        return Shard(self.url, info, data, sha256(data))
+
+    def is_stable(self, info: ObjectInfo, grace_seconds: float) -> bool:
+        """True if the object has not been written to for the grace period, so that its writer must have given up."""
+        return (datetime.now(UTC) - info.last_modified).total_seconds() >= grace_seconds
+
+
+def open_inbox(url: str) -> Inbox:
+    """The inbox at this URL."""
+    return Inbox(open_store(url))
+
+
+def is_shard(key: str) -> bool:
+    """False for hidden and unfinished names, and for the markers that some tools leave for folders."""
+    if key.endswith("/") or key.lower().endswith(UNFINISHED):
+        return False
+    return not any(part.startswith((".", "_")) for part in key.split("/"))
+
+
+# ---- what a committed version owes -----------------------------------------------------------------------------------
+def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store] = open_store) -> tuple[Owed, ...]:
+    """Copy each owed object where it must go, then delete it, if it is still the one that was consumed.
+
+    Only for debts of a committed version. Safe to repeat and to run twice at once: gone means done, another etag means new
+    data, which stays. Returns what could not be settled now (not allowed), to be carried by the next version.
+    """
+    left, stores = [], functools.cache(stores)
+    for debt in owed:
+        inbox = stores(debt.inbox)
+        try:
+            if debt.then != "delete" and not _copied(log, inbox, debt, stores):
+                continue
+            inbox.delete(debt.key, if_match=debt.etag)
+        except (NotFound, PreconditionFailed):
+            continue
+        except (PermissionDenied, InvalidKey) as error:
+            logger.warning(
+                "%s/%s stays in the inbox, and is remembered as consumed: %s of it failed: %s",
+                *(debt.inbox, debt.key, debt.then, error),
+            )
+            left.append(debt)
+    return tuple(left)
+
+
+def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], Store]) -> bool:
+    """Copy to the archive or to quarantine; False if the object is no longer there to copy."""
+    assert debt.to is not None
+    try:
+        data = inbox.read(debt.key, if_match=debt.etag)
+    except (NotFound, PreconditionFailed):
+        return False
+    if debt.then == "quarantine":
+        reason = debt.model_dump(mode="json", include={"inbox", "key", "sha256", "etag", "reason"})
+        log.store.write(debt.to, data)
+        log.store.write(f"{debt.to}.json", json.dumps(reason, indent=1).encode())
+        return True
+    archive = stores(debt.to)
+    stem, suffix = posixpath.splitext(debt.key)
+    for key in (debt.key, f"{stem}.{debt.sha256[:16]}{suffix}"):  # the second if the first holds other bytes
+        try:
+            archive.create(key, data)
+        except AlreadyExists:
+            if sha256(archive.read(key)) != debt.sha256:
+                continue
+        return True
+    raise StorageError(f"{debt.to} holds other bytes under both names of {debt.key}; move them away and run again.")
+
+
+# ---- quarantine ------------------------------------------------------------------------------------------------------
+def quarantine_key(model: str, version: int, shard_sha256: str) -> str:
+    """Where version `version` sends a rejected shard. The shard's own key stands in the reason beside it: it may be hostile."""
+    return f"{model}/quarantine/{version:08d}-{shard_sha256[:32]}"
+
+
+def quarantined(log: VersionLog) -> dict[str, dict[str, str]]:
+    """Name in quarantine -> {inbox, key, sha256, etag, reason} of every rejected shard that is kept there."""
+    prefix = f"{log.model}/quarantine/"
+    names = sorted(i.key.removeprefix(prefix) for i in log.store.list(prefix) if i.key.endswith(".json"))
+    return {name.removesuffix(".json"): json.loads(log.store.read(prefix + name)) for name in names}
+
+
+def requeue(log: VersionLog, name: str, stores: Callable[[str], Store] = open_store) -> str:
+    """Send a quarantined shard back to its inbox, under a new key, and return that key.
+
+    A new key, because a run that slept since the rejection may still delete the old one. It follows from the name in
+    quarantine, so that doing it twice (after a crash) finds the first copy or its tombstone.
+
+    Raises:
+        NotFound: nothing of that name is in quarantine.
+        CorruptObject: its bytes are not those that were rejected.
+    """
+    key = f"{log.model}/quarantine/{name}"
+    try:
+        reason = json.loads(log.store.read(f"{key}.json"))
+    except NotFound:
+        known = ", ".join(quarantined(log)) or "it is empty"
+        raise NotFound(f"{log.url}/quarantine holds no {name!r}; there is: {known}.") from None
+    stem, suffix = posixpath.splitext(reason["key"])
+    back = f"{stem}.requeued-{name}{suffix}"
+    try:
+        data = log.store.read(key)
+    except NotFound:  # a requeue that crashed had sent it back already
+        log.store.delete(f"{key}.json")
+        return back
+    if sha256(data) != reason["sha256"]:
+        raise CorruptObject(f"{log.url}/quarantine/{name} is not the object that was rejected: its sha256 differs.")
+    try:
+        stores(reason["inbox"]).create(back, data)
+    except AlreadyExists:
+        logger.info("%s/%s had been sent back before", reason["inbox"], back)
+    log.store.delete(key)
+    log.store.delete(f"{key}.json")
+    return back

@@ -1,0 +1,399 @@
+"""The version log of one model: how a version comes to exist, is found again, and is never lost or written twice.
+
+A version exists from the moment that `log/<version>.json` is created, put-if-absent; nothing else is a commit. Manifests are
+never deleted and have no gaps, which is why the head can be found by looking for the first number that is absent. Blobs are
+written before, under names that only one attempt uses. See `docs/format.md` for every object and `docs/guarantees.md` for
+what follows from it.
+"""
+
+import difflib
+import json
+import logging
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+
+from storage.errors import (
+    AlreadyExists,
+    CorruptObject,
+    HeadMoved,
+    NotFound,
+    PreconditionFailed,
+    StoreNotFound,
+    UnknownAlias,
+    UnknownModel,
+    UnknownVersion,
+)
+from storage.manifest import BlobRef, Entry, Manifest, Parent, decode, encode, sha256
+from storage.probe import check_preconditions
+from storage.store import Store
+from storage.tombstones import Tombstones
+from storage.urls import open_store
+
+logger = logging.getLogger("tidemill.storage")
+
+HINT_EVERY = 16
+"""A run that opens the log starts to look for the head at most this many versions below it."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A committed version: its manifest, and the sha256 of the manifest's bytes that its child will name."""
+
+    manifest: Manifest
+    sha256: str
+
+    @property
+    def number(self) -> int:
+        return self.manifest.version
+
+
+class VersionLog:
+    """The history of one model below a registry."""
+
+    def __init__(self, store: Store, model: str) -> None:
+        """`store` is the registry's root.
+
+        Raises:
+            UnknownModel: the name cannot be a model's name.
+        """
+        if not _NAME.fullmatch(model):
+            raise UnknownModel(
+                f"{model!r} cannot name a model: use letters, digits, '.', '_' and '-', starting with a letter or digit."
+            )
+        self.store, self.model = store, model
+
+    @cached_property
+    def url(self) -> str:
+        return f"{self.store.url}/{self.model}"
+
+    # ---- finding versions --------------------------------------------------------------------------------------------
+    def head(self) -> Version:
+        """The newest version, its link to its parent checked. Costs O(1) requests, however long the history.
+
+        Raises:
+            UnknownModel: there is no version 0: a wrong URL or name, never a fresh start.
+            CorruptObject: the manifest was altered, or does not follow from its parent.
+        """
+        number = self._newest(self._hint())
+        if number < 0:
+            raise UnknownModel(self._unknown())
+        version = self.version(number)
+        if parent := version.manifest.parent:
+            found = self.version(parent.version)
+            if parent.version != number - 1 or found.sha256 != parent.sha256:
+                raise CorruptObject(
+                    f"{self.url}/log: version {number} was made from another version {parent.version} than the one stored. "
+                    "The history was altered; restore it, for example from bucket versions."
+                )
+        return version
+
+    def exists(self) -> bool:
+        """True if the model has a version 0. A registry that does not exist yet holds no model."""
+        try:
+            return self._has(0)
+        except StoreNotFound:
+            return False
+
+    def version(self, number: int) -> Version:
+        """One version by number.
+
+        Raises:
+            UnknownVersion, CorruptObject, UnsupportedFormat.
+        """
+        key = self._manifest_key(number)
+        try:
+            data = self.store.read(key)
+        except NotFound:
+            raise UnknownVersion(f"{self.url} has no version {number}. `tidemill log` lists what there is.") from None
+        manifest = decode(data, f"{self.store.url}/{key}")
+        if manifest.version != number or manifest.model != self.model:
+            raise CorruptObject(
+                f"{self.store.url}/{key} holds version {manifest.version} of {manifest.model!r}: it was copied by hand."
+            )
+        return Version(manifest, sha256(data))
+
+    def history(self, head: Version, limit: int | None = None) -> Iterator[Version]:
+        """Versions from `head` back to version 0, or `limit` of them, every link checked."""
+        version = head
+        while True:
+            yield version
+            if limit is not None:
+                limit -= 1
+            parent = version.manifest.parent
+            if parent is None or limit == 0:
+                return
+            child, version = version, self.version(parent.version)
+            if version.sha256 != parent.sha256:
+                raise CorruptObject(f"{self.url}/log: version {version.number} is not the parent of {child.number}.")
+
+    def resolve(self, name: str) -> Version:
+        """`head`, a version's number, or an alias.
+
+        Raises:
+            UnknownVersion, UnknownAlias, UnknownModel.
+        """
+        if name == "head":
+            return self.head()
+        if name.isdecimal():
+            return self.version(int(name))
+        return self.aliased(name)
+
+    # ---- blobs -------------------------------------------------------------------------------------------------------
+    def write_blob(self, number: int, suffix: str, data: bytes) -> BlobRef:
+        """Store bytes for version `number`, which does not exist yet, under a name that only this call uses."""
+        key = f"{self.model}/blobs/{number:08d}-{uuid.uuid4().hex}.{suffix}"
+        self.store.write(key, data)
+        return BlobRef(key=key, size=len(data), sha256=sha256(data))
+
+    def read_blob(self, ref: BlobRef) -> bytes:
+        """The bytes of a blob, verified before anyone parses them.
+
+        Raises:
+            UnknownVersion: the blob is gone (retention).
+            CorruptObject: length or sha256 differ.
+        """
+        where = f"{self.store.url}/{ref.key}"
+        try:
+            data = self.store.read(ref.key)
+        except NotFound:
+            raise UnknownVersion(
+                f"{where} is gone: retention removed the blobs of this version. Choose a newer one (`tidemill log`)."
+            ) from None
+        if len(data) != ref.size or sha256(data) != ref.sha256:
+            raise CorruptObject(
+                f"{where} is not what was committed: {len(data)} bytes with sha256 {sha256(data)}, expected {ref.size} "
+                f"bytes with {ref.sha256}. Nothing was loaded. Restore the object, or `tidemill rollback` to another version."
+            )
+        return data
+
+    def tombstones(self, version: Version | None) -> Tombstones:
+        """The shards that `version` remembers as consumed."""
+        if version is None or (ref := version.manifest.blobs.tombstones) is None:
+            return Tombstones()
+        return Tombstones.decode(self.read_blob(ref), f"{self.store.url}/{ref.key}")
+
+    # ---- committing --------------------------------------------------------------------------------------------------
+    def commit(self, parent: Version | None, entry: Entry) -> Version:
+        """Append a version after `parent` (None: as version 0). The one PUT of a manifest decides.
+
+        Raises:
+            HeadMoved: another run appended first. Reload the head; nothing of this attempt counts.
+        """
+        nonce, number = uuid.uuid4().hex, 0 if parent is None else parent.number + 1
+        manifest = Manifest(
+            **dict(entry),
+            model=self.model,
+            version=number,
+            parent=None if parent is None else Parent(version=parent.number, sha256=parent.sha256),
+            nonce=nonce,
+            created=datetime.now(UTC),
+        )
+        data, key = encode(manifest), self._manifest_key(number)
+        try:
+            self.store.create(key, data)
+        except AlreadyExists:
+            # Ours after a lost answer, or another run's: only the stored bytes tell.
+            if self.store.read(key) != data:
+                raise HeadMoved(
+                    f"{self.url}: another run committed version {number} first; this attempt is discarded, nothing is lost."
+                ) from None
+        version = Version(decode(data, f"{self.store.url}/{key}"), sha256(data))
+        if number % HINT_EVERY == 0:
+            self.store.write(f"{self.model}/head.json", json.dumps({"version": number}).encode())
+        return version
+
+    def rollback(self, name: str) -> Version:
+        """Append a version with the weights and state of an older one. Owed shards and tombstones stay the head's.
+
+        The blobs are copied under new names: garbage collection may be removing the old ones at this moment.
+        """
+        head, target = self.head(), self.resolve(name)
+        blobs, number = target.manifest.blobs, head.number + 1
+        weights, state = self.read_blob(blobs.weights), self.read_blob(blobs.state)
+        entry = Entry(
+            kind="rollback",
+            spec=target.manifest.spec,
+            blobs=head.manifest.blobs.model_copy(
+                update={
+                    "weights": self.write_blob(number, "safetensors", weights),
+                    "state": self.write_blob(number, "state.safetensors", state),
+                }
+            ),
+            owed=head.manifest.owed,
+            metrics=target.manifest.metrics,
+            counters=target.manifest.counters,
+            dataset=target.manifest.dataset,
+            rolled_back_to=target.number,
+            environment=target.manifest.environment,
+        )
+        return self.commit(head, entry)
+
+    # ---- aliases -----------------------------------------------------------------------------------------------------
+    def aliases(self) -> dict[str, int]:
+        """Every alias and the version that it names."""
+        prefix = f"{self.model}/aliases/"
+        names = sorted(info.key.removeprefix(prefix).removesuffix(".json") for info in self.store.list(prefix))
+        return {name: number for name in names if (number := self._alias(name)[0]) is not None}
+
+    def aliased(self, name: str) -> Version:
+        """The version that an alias names.
+
+        Raises:
+            UnknownAlias: no such alias, or it names a version that does not exist.
+        """
+        number, _ = self._alias(name)
+        if number is None:
+            if not self.exists():
+                raise UnknownModel(self._unknown())
+            known = ", ".join(self.aliases()) or "none yet"
+            raise UnknownAlias(f"{self.url} has no alias {name!r} (there are: {known}). `tidemill promote` makes one.")
+        try:
+            return self.version(number)
+        except UnknownVersion:
+            raise UnknownAlias(
+                f"{self.url}: alias {name!r} names version {number}, which does not exist. Set it with `tidemill promote`."
+            ) from None
+
+    def promote(self, alias: str, version: Version) -> None:
+        """Let `alias` name `version`, whose blobs must still be there. Compare-and-swap: of two at once, the last one holds.
+
+        Raises:
+            UnknownVersion: retention has removed the version's blobs.
+        """
+        if not _NAME.fullmatch(alias) or alias == "head" or alias.isdecimal():
+            raise UnknownAlias(f"{alias!r} cannot be an alias: use a word such as 'champion' (not 'head', not a number).")
+        for ref in (version.manifest.blobs.weights, version.manifest.blobs.state):
+            try:
+                self.store.stat(ref.key)
+            except NotFound:
+                raise UnknownVersion(
+                    f"{self.url}: the blobs of version {version.number} were removed by retention; it cannot be served."
+                ) from None
+        key, data = f"{self.model}/aliases/{alias}.json", json.dumps({"version": version.number}).encode()
+        while True:
+            try:
+                number, etag = self._alias(alias)
+                if number == version.number:
+                    return
+                if etag is None:
+                    self.store.create(key, data)
+                else:
+                    self.store.replace(key, data, if_match=etag)
+            except (AlreadyExists, PreconditionFailed, NotFound):
+                continue  # somebody moved it in between, or our own answer was lost: look again
+            return
+
+    def _alias(self, name: str) -> tuple[int | None, str | None]:
+        """(version, etag of the alias object), or (None, None)."""
+        key = f"{self.model}/aliases/{name}.json"
+        while True:
+            try:
+                info = self.store.stat(key)
+                data = self.store.read(key, if_match=info.etag)
+            except (NotFound, StoreNotFound):
+                return None, None
+            except PreconditionFailed:
+                continue  # replaced between the two calls
+            try:
+                return int(json.loads(data)["version"]), info.etag
+            except (ValueError, KeyError, TypeError) as error:
+                raise CorruptObject(f"{self.store.url}/{key} is no alias: {error}. Delete it and promote again.") from error
+
+    # ---- retention ---------------------------------------------------------------------------------------------------
+    def collect_garbage(self, keep: int) -> list[str]:
+        """Delete the blobs that no version in retention names: the last `keep` versions, and every aliased one.
+
+        Never touches a number above the head, where a run may be about to commit, nor any manifest. Returns the deleted keys.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1 (the head), not {keep}")
+        listed = list(self.store.list(f"{self.model}/blobs/"))  # before the head is read: what is newer is not in it
+        head = self.head()
+        retained = [*self.history(head, keep), *(self.version(n) for n in self.aliases().values())]
+        named = {
+            ref.key
+            for version in retained
+            for ref in (version.manifest.blobs.weights, version.manifest.blobs.state, version.manifest.blobs.tombstones)
+            if ref is not None
+        }
+        deleted = []
+        for key in sorted(info.key for info in listed):
+            number = re.fullmatch(r"(\d{8})-[0-9a-f]{32}\..*", key.removeprefix(f"{self.model}/blobs/"))
+            if number is None or int(number[1]) > head.number or key in named:
+                continue
+            try:
+                self.store.delete(key)
+            except NotFound:
+                continue
+            deleted.append(key)
+        return deleted
+
+    # ---- keys --------------------------------------------------------------------------------------------------------
+    def _manifest_key(self, number: int) -> str:
+        return f"{self.model}/log/{number:08d}.json"
+
+    def _has(self, number: int) -> bool:
+        try:
+            self.store.stat(self._manifest_key(number))
+        except NotFound:
+            return False
+        return True
+
+    def _hint(self) -> int:
+        """A version that probably exists; only ever a place to start looking."""
+        try:
+            number = json.loads(self.store.read(f"{self.model}/head.json"))["version"]
+        except (NotFound, ValueError, KeyError, TypeError):
+            return 0
+        return number if isinstance(number, int) and number > 0 and self._has(number) else 0
+
+    def _newest(self, known: int) -> int:
+        """The last number without a gap from `known` on, by doubling steps and then bisection; -1 for none at all."""
+        if known == 0 and not self._has(0):
+            return -1
+        step = 1
+        while self._has(known + step):
+            known += step
+            step *= 2
+        absent = known + step
+        while absent - known > 1:
+            middle = (known + absent) // 2
+            known, absent = (middle, absent) if self._has(middle) else (known, middle)
+        return known
+
+    def _unknown(self) -> str:
+        known = _models(self.store)
+        nearest = difflib.get_close_matches(self.model, known, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        return (
+            f"{self.store.url} holds no model {self.model!r}.{hint} It holds: {', '.join(known) or 'none'}. "
+            "A model begins with `tidemill train`; check the registry's URL and the name."
+        )
+
+
+def open_log(registry: str, model: str, *, writable: bool = True) -> VersionLog:
+    """The version log of `model` in the registry at this URL.
+
+    Raises:
+        UnsupportedStore: for writing, the store must honour put-if-absent; it is asked once per process.
+    """
+    store = open_store(registry)
+    log = VersionLog(store, model)
+    if writable:
+        check_preconditions(store)
+    return log
+
+
+def list_models(registry: str) -> list[str]:
+    """Names of all models in a registry. Lists all of its keys."""
+    return _models(open_store(registry))
+
+
+def _models(store: Store) -> list[str]:
+    return sorted(info.key.split("/")[0] for info in store.list() if re.fullmatch(r"[^/]+/log/0{8}\.json", info.key))

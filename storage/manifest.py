@@ -1,0 +1,166 @@
+"""The manifest: the JSON object whose creation is a commit. Its fields are documented one by one in `docs/format.md`."""
+
+import hashlib
+import json
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage.errors import CorruptObject, UnsupportedFormat
+
+FORMAT = 1
+
+
+class Record(BaseModel):
+    """Part of a manifest: immutable, and strict about its fields, so that a typo is an error and not a loss."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BlobRef(Record):
+    """A blob by name, with what its bytes must be."""
+
+    key: str
+    size: int
+    sha256: str
+
+
+class Blobs(Record):
+    """The blobs of one version."""
+
+    weights: BlobRef
+    state: BlobRef
+    tombstones: BlobRef | None = None
+
+
+class Parent(Record):
+    """The version before, pinned by the sha256 of its manifest's bytes."""
+
+    version: int
+    sha256: str
+
+
+class Consumed(Record):
+    """A shard that this version was trained on."""
+
+    inbox: str
+    key: str
+    sha256: str
+    etag: str
+    size: int
+    last_modified: datetime
+    ordinal: int
+    """How many shards the model had consumed before this one; seeds its random numbers."""
+    rows: int
+    """Rows with a label; the others cannot be trained on."""
+    unlabelled: int
+    score: dict[str, float]
+    """Prequential: of the model as it was before it trained on this shard."""
+    loss: float
+    """Mean over samples while training on it, last pass."""
+
+
+class Rejected(Record):
+    """A shard that can never be used as it is."""
+
+    inbox: str
+    key: str
+    sha256: str
+    etag: str
+    size: int
+    last_modified: datetime
+    reason: str
+
+
+class Owed(Record):
+    """An object that a committed version is done with, and that the inbox may still hold."""
+
+    inbox: str
+    key: str
+    sha256: str
+    etag: str
+    then: Literal["delete", "archive", "quarantine"]
+    to: str | None = None
+    """Where it is copied first: URL of the archive, or key below the model's `quarantine/`."""
+    reason: str | None = None
+
+
+class DatasetRef(Record):
+    """What a batch run was trained on."""
+
+    url: str
+    fingerprint: str
+    files: int
+    rows: int
+
+
+class Entry(Record):
+    """What a run wants to commit; the log adds the rest."""
+
+    kind: Literal["batch", "online", "rollback"]
+    spec: dict[str, Any]
+    blobs: Blobs
+    consumed: tuple[Consumed, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+    owed: tuple[Owed, ...] = ()
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    counters: dict[str, int] = Field(default_factory=dict)
+    """What the learner has seen in all: epochs, shards, rows, steps."""
+    dataset: DatasetRef | None = None
+    run: str | None = None
+    """Key of the batch run that made it: what makes a repeated run find its own result."""
+    rolled_back_to: int | None = None
+    code: str | None = None
+    environment: dict[str, Any] = Field(default_factory=dict)
+
+
+class Manifest(Entry):
+    """One version, as stored."""
+
+    format: Literal[1] = FORMAT
+    model: str
+    version: int
+    parent: Parent | None = None
+    nonce: str
+    """Unique to the attempt that wrote it: tells a lost answer from a lost race."""
+    created: datetime
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Canonical JSON of a manifest with a `checksum` over all other fields, so that an edited head is noticed."""
+    fields = manifest.model_dump(mode="json", exclude_none=True)
+    return (json.dumps({**fields, "checksum": _checksum(fields)}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Parse a stored manifest.
+
+    Raises:
+        UnsupportedFormat: a newer Tidemill wrote it.
+        CorruptObject: it is not what Tidemill wrote.
+    """
+    try:
+        fields = json.loads(data)
+        stated, found = fields.pop("checksum", None), fields.get("format")
+        if isinstance(found, int) and found > FORMAT:
+            raise UnsupportedFormat(
+                f"{where} has manifest format {found}; this Tidemill reads up to {FORMAT}. Upgrade Tidemill to go on."
+            )
+        if stated != _checksum(fields):
+            raise CorruptObject(
+                f"{where} was edited or damaged after it was committed (its checksum does not match). Restore the object, "
+                "for example from a bucket version; Tidemill never continues from altered history."
+            )
+        return Manifest.model_validate(fields)
+    except (ValueError, AttributeError, RecursionError, ValidationError) as error:
+        raise CorruptObject(f"{where} is no Tidemill manifest: {error}") from error
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest, the form that manifests hold."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _checksum(fields: dict[str, Any]) -> str:
+    return sha256(json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())

@@ -1,0 +1,204 @@
+"""Parquet files as row groups: the unit in which Tidemill reads, whether from a dataset or from a shard.
+
+A row group knows its name, its rows and its schema, and reads just the column chunks that it is asked for. Every byte
+comes through a `fetch` that pins the object's etag, and decoding never calls the store: a storage error keeps its own type.
+"""
+
+import contextlib
+import io
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.errors import NotReady, StorageError
+
+MAGIC = b"PAR1"
+MAX_DECODED_BYTES = 2 * 2**30
+"""The most that one row group may expand to. A file of 700 kB can claim 100 million rows; without a bound it takes all memory."""
+
+_FOOTER_GUESS = 64 * 1024
+_COALESCE_GAP = 256 * 1024  # reading this much for nothing is cheaper than another request
+_WIDTH = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
+
+
+class Fetch(Protocol):
+    """Read exactly `length` bytes from `start` of one pinned object."""
+
+    def __call__(self, start: int, length: int) -> bytes: ...
+
+
+class RangesFile(io.RawIOBase):
+    """A read-only file over byte ranges fetched beforehand; what lies outside of them is fetched when asked for."""
+
+    def __init__(self, size: int, fetch: Fetch) -> None:
+        self._size, self._fetch, self._at = size, fetch, 0
+        self._starts: list[int] = []
+        self._chunks: list[memoryview] = []
+
+    def load(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch [start, stop) ranges, neighbours in one request, replacing what was held before."""
+        self._starts, self._chunks = [], []
+        for start, stop in _coalesced(ranges):
+            self._starts.append(start)
+            self._chunks.append(memoryview(self._fetch(start, stop - start)))
+
+    def read(self, size: int | None = -1) -> Any:
+        end = self._size if size is None or size < 0 else min(self._at + size, self._size)
+        start, self._at = self._at, max(self._at, end)
+        i = bisect_right(self._starts, start) - 1
+        if i >= 0 and end - self._starts[i] <= len(self._chunks[i]):
+            return self._chunks[i][start - self._starts[i] : end - self._starts[i]]
+        return self._fetch(start, end - start) if end > start else b""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of one file. Cheap to hold: the footer and the bytes are fetched again when it is read."""
+
+    name: str
+    """`<file> row group <i>`: names it in messages, and the same data has the same name in every run."""
+    file: str
+    """Key of the file."""
+    num_rows: int
+    schema: pa.Schema
+    """Of the whole file, hive partition columns included."""
+    _open: Callable[[], "ParquetFile"]
+    _index: int
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """Exactly these columns, in this order, strings dictionary-encoded; `num_rows` rows.
+
+        Raises:
+            The file's own error (DatasetError or ShardRejected) when its bytes do not decode.
+        """
+        return self._open().read(self._index, columns)
+
+
+class ParquetFile:
+    """An open Parquet file: footer parsed, nothing decoded yet."""
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        fetch: Fetch,
+        error: type[StorageError],
+        partitions: dict[str, str | int | None] | None = None,
+    ) -> None:
+        """`error` is what bad bytes raise; `partitions` are constant columns that the file's path adds.
+
+        Raises:
+            NotReady: the magic bytes are missing at either end: not a Parquet file, or not a whole one yet.
+        """
+        self.name, self._error, self._partitions = name, error, partitions or {}
+        if size < 12:
+            raise NotReady(f"{name} has {size} bytes; no Parquet file is that short.")
+        tail = fetch(max(0, size - _FOOTER_GUESS), min(size, _FOOTER_GUESS))
+        head = tail[:4] if len(tail) == size else fetch(0, 4)
+        if head != MAGIC or tail[-4:] != MAGIC:
+            raise NotReady(f"{name} does not begin and end with {MAGIC.decode()}: not Parquet, or not fully written.")
+        footer = int.from_bytes(tail[-8:-4], "little") + 8
+        self._file = RangesFile(size, fetch)
+        with self._decoding("its footer"):
+            if footer > size - 4:
+                raise ValueError(f"the footer claims {footer} bytes in a file of {size}")
+            self._file.load([(size - footer, size)])
+            metadata = pq.read_metadata(self._file)
+            strings = [
+                field.name
+                for field in metadata.schema.to_arrow_schema()
+                if pa.types.is_string(field.type) or pa.types.is_binary(field.type)
+            ]
+            # Dictionaries keep a repeated string once; expanded it would cost its length for every row.
+            self._parquet = pq.ParquetFile(
+                self._file, metadata=metadata, read_dictionary=strings, page_checksum_verification=True
+            )
+            self._metadata = metadata
+            self._file.load([])
+            self.schema: pa.Schema = self._parquet.schema_arrow
+        for column, value in self._partitions.items():
+            if column not in self.schema.names:
+                kind = pa.int64() if isinstance(value, int) else pa.string()
+                self.schema = self.schema.append(pa.field(column, kind))
+        self.group_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+    def read(self, index: int, columns: Sequence[str]) -> pa.Table:
+        """Decode the named columns of one row group."""
+        stored = [c for c in columns if c in self._parquet.schema_arrow.names]
+        with self._decoding(f"row group {index}"):
+            group, ranges, decoded = self._metadata.row_group(index), [], 0
+            for i in range(group.num_columns):
+                chunk = group.column(i)
+                if not any(chunk.path_in_schema == c or chunk.path_in_schema.startswith(f"{c}.") for c in stored):
+                    continue
+                start = chunk.data_page_offset
+                if chunk.dictionary_page_offset is not None:
+                    start = min(start, chunk.dictionary_page_offset)
+                ranges.append((start, start + chunk.total_compressed_size))
+                width = _WIDTH.get(chunk.physical_type) or self._metadata.schema.column(i).length
+                decoded += max(chunk.num_values * width, group.num_rows * width, chunk.total_uncompressed_size)
+            if decoded > MAX_DECODED_BYTES:
+                raise ValueError(
+                    f"it would decode to {decoded:,} bytes, more than {MAX_DECODED_BYTES:,}; write smaller row groups"
+                )
+            self._file.load(ranges)
+            table = self._parquet.read_row_group(index, columns=stored)
+            self._file.load([])  # the encoded bytes have served; an open file shall cost its footer only
+            if table.num_rows != group.num_rows:
+                raise ValueError(f"{table.num_rows} rows where the footer says {group.num_rows}")
+        for column in columns:
+            if column not in stored and column in self._partitions:
+                value = pa.scalar(self._partitions[column], self.schema.field(column).type)
+                table = table.append_column(self.schema.field(column), pa.repeat(value, table.num_rows))
+        return table.select(list(columns))
+
+    @contextlib.contextmanager
+    def _decoding(self, part: str) -> Iterator[None]:
+        """Whatever Arrow says about bad bytes becomes one error that names the file."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
+            raise self._error(f"{self.name}: {part} cannot be read: {error}") from error
+
+
+def row_groups(file: ParquetFile, reopen: Callable[[], ParquetFile] | None = None) -> list[RowGroup]:
+    """The row groups of a file that have rows. They read through `reopen()`, or through `file` itself, which they then keep."""
+    source = reopen or (lambda: file)
+    return [
+        RowGroup(f"{file.name} row group {i}", file.name, rows, file.schema, source, i)
+        for i, rows in enumerate(file.group_rows)
+        if rows
+    ]
+
+
+def _coalesced(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Sorted ranges, those joined that lie at most `_COALESCE_GAP` apart."""
+    begin, end = -1, -1
+    for start, stop in sorted(ranges):
+        if begin >= 0 and start <= end + _COALESCE_GAP:
+            end = max(end, stop)
+            continue
+        if begin >= 0:
+            yield begin, end
+        begin, end = start, stop
+    if begin >= 0:
+        yield begin, end

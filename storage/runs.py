@@ -1,0 +1,103 @@
+"""The resumable progress of one batch run: `<model>/runs/<run key>/`. Nothing in it is a version; losing it costs time only.
+
+    run.json            {"after": head when the run began}: the run's own version, if any, has a higher number
+    <epoch>.json        a checkpoint; written after its blobs, so its existence means that they are whole
+    <epoch>-<uuid>.*    the blobs of a checkpoint
+    done.json           {"version": n}: the run has registered its version and moved the alias
+"""
+
+import json
+import uuid
+from dataclasses import dataclass
+
+from storage.errors import AlreadyExists, CorruptObject, NotFound, UnknownVersion
+from storage.log import Version, VersionLog
+from storage.manifest import BlobRef, Record, sha256
+
+
+class Checkpoint(Record):
+    """The learner after so many epochs."""
+
+    epochs: int
+    losses: tuple[float, ...]
+    """Mean loss over samples of each epoch so far."""
+    weights: BlobRef
+    state: BlobRef
+
+
+@dataclass(frozen=True)
+class BatchProgress:
+    """What is stored of the batch run with this key."""
+
+    log: VersionLog
+    key: str
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.log.model}/runs/{self.key}"
+
+    def begin(self) -> None:
+        """Note where the log stood, unless an earlier attempt of this run has."""
+        after = self.log.head().number if self.log.exists() else -1
+        try:
+            self.log.store.create(f"{self._prefix}/run.json", json.dumps({"after": after}).encode())
+        except AlreadyExists:
+            return
+
+    def registered(self) -> tuple[Version, bool] | None:
+        """(the version that this run has committed, True if it also finished), or None."""
+        if (done := self._json("done.json")) is not None:
+            return self.log.version(done["version"]), True
+        begun = self._json("run.json")
+        if begun is None or not self.log.exists():
+            return None
+        for version in self.log.history(self.log.head()):
+            if version.number <= begun["after"]:
+                return None
+            if version.manifest.run == self.key:
+                return version, False
+        return None
+
+    def save(self, epochs: int, losses: tuple[float, ...], weights: bytes, state: bytes) -> None:
+        """Store a checkpoint, then drop all but it and the one before, which an overlapping attempt may be reading."""
+        refs = []
+        for suffix, data in (("safetensors", weights), ("state.safetensors", state)):
+            key = f"{self._prefix}/{epochs:08d}-{uuid.uuid4().hex}.{suffix}"
+            self.log.store.write(key, data)
+            refs.append(BlobRef(key=key, size=len(data), sha256=sha256(data)))
+        checkpoint = Checkpoint(epochs=epochs, losses=losses, weights=refs[0], state=refs[1])
+        self.log.store.write(f"{self._prefix}/{epochs:08d}.json", checkpoint.model_dump_json().encode())
+        self._drop(before=epochs - 1)
+
+    def latest(self) -> tuple[Checkpoint, bytes, bytes] | None:
+        """The newest checkpoint that is whole, with its verified weights and state."""
+        keys = [info.key for info in self.log.store.list(f"{self._prefix}/0") if info.key.endswith(".json")]
+        for key in sorted(keys, reverse=True):
+            try:
+                checkpoint = Checkpoint.model_validate_json(self.log.store.read(key))
+                blobs = self.log.read_blob(checkpoint.weights), self.log.read_blob(checkpoint.state)
+            except (NotFound, UnknownVersion, CorruptObject, ValueError):
+                continue  # an older one, or the start, leads to the same bits
+            return checkpoint, *blobs
+        return None
+
+    def finish(self, version: Version) -> None:
+        """Record that nothing is left to do, and drop the checkpoints."""
+        self.log.store.write(f"{self._prefix}/done.json", json.dumps({"version": version.number}).encode())
+        self._drop(before=None)
+
+    def _drop(self, before: int | None) -> None:
+        for info in list(self.log.store.list(f"{self._prefix}/0")):
+            epoch = int(info.key.rsplit("/", 1)[-1][:8])
+            if before is None or epoch < before:
+                try:
+                    self.log.store.delete(info.key)
+                except NotFound:
+                    continue  # an overlapping attempt was faster
+
+    def _json(self, name: str) -> dict[str, int] | None:
+        try:
+            record: dict[str, int] = json.loads(self.log.store.read(f"{self._prefix}/{name}"))
+        except NotFound:
+            return None
+        return record

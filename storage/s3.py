@@ -1,0 +1,343 @@
+"""An S3 bucket or a prefix of one, on s3fs's client but never through its paths: every call names the exact key.
+
+s3fs's file API cannot keep the contract of `storage.store`: paths lose `?versionId=` and `//`, large reads are not pinned to
+one etag, and a refused precondition looks like any other error.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+import s3fs
+from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from storage.errors import (
+    AlreadyExists,
+    CorruptObject,
+    InvalidKey,
+    NotFound,
+    PermissionDenied,
+    PreconditionFailed,
+    StorageError,
+    StoreNotFound,
+    Unavailable,
+    UnsupportedStore,
+)
+from storage.store import ObjectInfo, Store
+
+log = logging.getLogger("tidemill.storage")
+
+# SeaweedFS takes `a//b`, `/a/b` and `a\b` for `a/b`, so that a read or delete would hit another object; it refuses `.` and `..`.
+_AMBIGUOUS = re.compile(r"\\|\0|(^|/)\.{0,2}(/|$)")
+
+
+class S3Store(Store):
+    """`s3://bucket/prefix`. Endpoint, credentials and region come from the standard AWS variables and profiles alone.
+
+    Transient failures (no connection, time-outs, 5xx, throttling, broken bodies) are retried with exponential, jittered waits
+    for `retry_seconds`; then `Unavailable` is raised. No other layer of retries works underneath.
+
+    Etags are the store's, without quotes. S3 makes them from the content: identical bytes have equal etags.
+
+    Keys on which servers disagree raise `InvalidKey`: an empty, `.` or `..` segment, a backslash, NUL. A listing skips such
+    objects and warns once.
+    """
+
+    retry_seconds: float = 90.0
+    """For how long a verb goes on trying; SeaweedFS takes 12 to 17 s to restart. Tests shorten it."""
+
+    def __init__(self, bucket: str, prefix: str = "") -> None:
+        self._bucket = bucket
+        self._root = f"{prefix}/" if prefix else ""
+        self._warned = False
+        self._fs = _filesystem(
+            os.getpid(), frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
+        )
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.url!r})"
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """One request for each 1000 objects, as they are consumed. Folder markers (empty, key ends in `/`) are skipped."""
+        params = {"Prefix": self._root + prefix}
+        while True:
+            page = self._call("list_objects_v2", None, **params)
+            for entry in page.get("Contents", ()):
+                key = entry["Key"].removeprefix(self._root)
+                if not _AMBIGUOUS.search(key):
+                    yield ObjectInfo(
+                        key, entry["Size"], _unquoted(entry["ETag"]), entry["LastModified"].astimezone(UTC)
+                    )
+                elif entry["Size"] or not entry["Key"].endswith("/"):
+                    self._warn_of(key)
+            if not page["IsTruncated"]:
+                return
+            params["ContinuationToken"] = page["NextContinuationToken"]
+
+    def stat(self, key: str) -> ObjectInfo:
+        try:
+            answer = self._call("head_object", key)
+        except NotFound:
+            with suppress(PermissionDenied):
+                self._call("head_bucket", None)  # a HEAD has no body to say whether the key or the bucket is missing
+            raise
+        return ObjectInfo(
+            key, answer["ContentLength"], _unquoted(answer["ETag"]), answer["LastModified"].astimezone(UTC)
+        )
+
+    def read(self, key: str, *, if_match: str | None = None, start: int = 0, length: int | None = None) -> bytes:
+        """One GET; the body is checked against the length that the store announced."""
+        pin = {} if if_match is None else {"IfMatch": _quoted(if_match)}
+        if length == 0:
+            return self._read_nothing(key, if_match, start)
+        if length is not None:
+            data = self._call("get_object", key, Range=f"bytes={start}-{start + length - 1}", **pin)["Body"]
+        elif start:
+            try:
+                data = self._call("get_object", key, Range=f"bytes={start}-", **pin)["Body"]
+            except CorruptObject:
+                return self._read_nothing(key, if_match, start)  # no byte lies there: right if it is just the end
+        else:
+            data = self._call("get_object", key, **pin)["Body"]
+        assert isinstance(data, bytes)
+        if length is not None and len(data) != length:
+            raise CorruptObject(
+                f"{self.url}/{key} has {start + len(data)} bytes, not bytes {start} to {start + length}"
+            )
+        return data
+
+    def write(self, key: str, data: bytes) -> ObjectInfo:
+        """One PUT, never multipart: 5 GiB at most. SeaweedFS makes a missing bucket unless `-s3.autoCreateBucket=false`."""
+        return self._put(key, data)
+
+    def create(self, key: str, data: bytes) -> ObjectInfo:
+        """One PUT with `If-None-Match: *`. SeaweedFS says "exists" also of a folder of other keys."""
+        try:
+            return self._put(key, data, IfNoneMatch="*")
+        except PreconditionFailed as error:
+            raise AlreadyExists(f"{self.url}/{key} exists") from error
+
+    def replace(self, key: str, data: bytes, *, if_match: str) -> ObjectInfo:
+        """One PUT with `If-Match`."""
+        try:
+            return self._put(key, data, IfMatch=_quoted(if_match))
+        except PreconditionFailed:
+            self.stat(key)  # SeaweedFS answers 412 too where nothing is: raise NotFound then
+            raise
+
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        """One DELETE with `If-Match`; a stat, then a DELETE, without it or where the server ignores it.
+
+        In the latter case an object that is put between the two requests is lost.
+        """
+        if if_match is not None and self.conditional_delete:
+            try:
+                self._call("delete_object", key, IfMatch=_quoted(if_match))
+            except PreconditionFailed:
+                self.stat(key)  # as in replace
+                raise
+            return
+        found = self.stat(key)  # a DELETE of nothing succeeds
+        if if_match is not None and found.etag != if_match:
+            raise PreconditionFailed(f"{self.url}/{key} has etag {found.etag}, not {if_match}")
+        self._call("delete_object", key)
+
+    def _put(self, key: str, data: bytes, **conditions: str) -> ObjectInfo:
+        answer = self._call("put_object", key, Body=data, **conditions)
+        # The answer to a PUT has no LastModified; its Date is by the same clock and at most the request younger
+        modified = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return ObjectInfo(key, len(data), _unquoted(answer["ETag"]), modified.astimezone(UTC))
+
+    def _read_nothing(self, key: str, if_match: str | None, start: int) -> bytes:
+        """The empty range at `start`, which HTTP cannot ask for."""
+        found = self.stat(key)
+        if if_match is not None and found.etag != if_match:
+            raise PreconditionFailed(f"{self.url}/{key} has etag {found.etag}, not {if_match}")
+        if start > found.size:
+            raise CorruptObject(f"{self.url}/{key} has {found.size} bytes, there is no byte {start}")
+        return b""
+
+    def _warn_of(self, key: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: skipping the object %r, and others like it: stores disagree about such keys", self.url, key
+            )
+
+    def _call(self, method: str, key: str | None, **params: Any) -> dict[str, Any]:
+        """One request, retried while failures are transient. The `Body` of an answer is bytes."""
+        where = self.url
+        params["Bucket"] = self._bucket
+        if key is not None:
+            where = f"{self.url}/{key}"
+            if _AMBIGUOUS.search(key):
+                raise InvalidKey(
+                    f"{where!r}: stores disagree about empty, '.' and '..' segments, backslashes and NUL in keys"
+                )
+            params["Key"] = self._root + key
+
+        def attempt() -> dict[str, Any]:
+            try:
+                answer: dict[str, Any] = sync(self._fs.loop, _request, self._fs, method, params)
+            except _FAILURES as error:
+                raise _translated(error, method, where, has_key=key is not None) from error
+            return answer
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(_Transient),
+            stop=stop_after_delay(self.retry_seconds),
+            wait=wait_random_exponential(multiplier=0.1, max=10),
+            before_sleep=_log_retry,
+            reraise=True,
+        )
+        try:
+            return retrying(attempt)
+        except _Transient as failure:
+            seconds = retrying.statistics["delay_since_first_attempt"]
+            raise failure.verdict(
+                f"{method} of {where} at {_endpoint(self._fs)} failed for {seconds:.0f} s: {failure}. "
+                "Check that the store is up and that AWS_ENDPOINT_URL_S3 names it"
+            ) from failure.__cause__
+
+
+class _Transient(Exception):
+    """A failure that may go away. `verdict` is what to raise when it does not."""
+
+    def __init__(self, message: str, verdict: type[StorageError] = Unavailable) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+
+async def _request(fs: Any, method: str, params: dict[str, Any]) -> dict[str, Any]:
+    answer: dict[str, Any] = await fs._call_s3(method, **params)
+    if "Body" in answer:
+        async with answer["Body"] as body:
+            data = await body.read()
+        if len(data) != answer["ContentLength"]:
+            raise _Transient(f"{len(data)} bytes of {answer['ContentLength']} came", CorruptObject)
+        answer["Body"] = data
+    return answer
+
+
+# All that s3fs raises when the store, the network or the configuration is at fault. A ClientError is the cause of an OSError.
+_FAILURES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, ResponseParserError)
+
+_NETWORK = (
+    OSError,
+    aiohttp.ClientError,
+    boto.ConnectionError,
+    boto.HTTPClientError,
+    boto.CredentialRetrievalError,  # the metadata service did not answer
+    ResponseParserError,  # half an answer, or a proxy's error page
+)
+_NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound)
+
+# Codes that come with a 4xx status but go away
+_BUSY = {"BadDigest", "ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "RequestTimeout", "SlowDown"}
+
+_DENIED = {
+    "ExpiredToken": "the session token has expired: renew it",
+    "InvalidAccessKeyId": "the store does not know this access key: check AWS_ACCESS_KEY_ID or AWS_PROFILE",
+    "RequestTimeTooSkewed": "the clocks of this machine and the store differ: set this machine's clock",
+    "SignatureDoesNotMatch": "the secret key is wrong (or a proxy changed the request): check AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
+}
+
+
+def _translated(error: BaseException, method: str, where: str, *, has_key: bool) -> StorageError | _Transient:
+    """What to raise for a failed request."""
+    answer = _error_answer(error)
+    if answer is None:
+        return _translated_without_answer(error, where)
+    status, code, message = answer
+    if (status >= 500 and status != 501) or status in (408, 409, 429) or code in _BUSY:
+        return _Transient(f"{code} ({status}): {message}")
+    if status == 412:
+        return PreconditionFailed(f"{where} is not the object that the caller named ({method})")
+    if code == "NoSuchBucket" or (status == 404 and not has_key):
+        return StoreNotFound(
+            f"{where}: there is no such bucket. Check the URL and AWS_ENDPOINT_URL_S3, or make the bucket"
+        )
+    if status == 404:
+        return NotFound(f"{where} does not exist")
+    if status == 416:
+        return CorruptObject(f"{where} is shorter than the range asked for")
+    if code in _DENIED or status in (401, 403):
+        hint = _DENIED.get(
+            code, f"these credentials may not {method}: grant it, or use others (AWS_PROFILE, AWS_ACCESS_KEY_ID)"
+        )
+        return PermissionDenied(f"{where}: {code}: {hint}")
+    if code == "KeyTooLongError":
+        return InvalidKey(f"{where}: the key is too long for this store")
+    if status == 501:
+        return UnsupportedStore(f"{where}: the store lacks what Tidemill needs for {method}: {message}")
+    if status == 301 or code == "AuthorizationHeaderMalformed":
+        return StorageError(f"{where}: the bucket is in another region: set AWS_REGION ({message})")
+    return StorageError(f"{where}: the store refused {method}: {code} ({status}): {message}")
+
+
+def _translated_without_answer(error: BaseException, where: str) -> StorageError | _Transient:
+    if isinstance(error, _NO_CREDENTIALS):
+        remedy = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return PermissionDenied(f"{where}: no credentials for S3 ({error}): {remedy}")
+    if isinstance(error, boto.FlexibleChecksumError):
+        return _Transient(str(error), CorruptObject)
+    if isinstance(error, _NETWORK):
+        return _Transient(f"{type(error).__name__}: {error}")
+    return StorageError(f"{where}: {error}. Check the URL and the AWS configuration")
+
+
+def _error_answer(error: BaseException | None) -> tuple[int, str, str] | None:
+    """(HTTP status, S3's error code, message) of the answer behind `error`, None if there was no answer."""
+    while error is not None:
+        if isinstance(error, boto.ClientError):
+            about = error.response["Error"]
+            return error.response["ResponseMetadata"]["HTTPStatusCode"], about.get("Code", ""), about.get("Message", "")
+        error = error.__cause__
+    return None
+
+
+def _log_retry(state: RetryCallState) -> None:
+    assert state.outcome is not None
+    log.info("%s; trying again in %.1f s", state.outcome.exception(), state.upcoming_sleep)
+
+
+@lru_cache(maxsize=8)
+def _filesystem(pid: int, aws_variables: frozenset[tuple[str, str]]) -> s3fs.S3FileSystem:
+    """One client for each process (it does not survive a fork) and each set of AWS variables, which it reads by itself."""
+    fs = s3fs.S3FileSystem(
+        use_listings_cache=False,
+        skip_instance_cache=True,  # the cache ignores the AWS variables
+        config_kwargs={
+            "connect_timeout": 5,
+            "read_timeout": 30,
+            "max_pool_connections": 32,
+            "retries": {"total_max_attempts": 1},  # S3Store retries; layers would multiply
+        },
+    )
+    fs.retries = 1
+    return fs
+
+
+def _endpoint(fs: s3fs.S3FileSystem) -> str:
+    url = urlsplit(fs.s3.meta.endpoint_url)
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}"  # whatever secrets stand before the @
+
+
+def _quoted(etag: str) -> str:
+    return f'"{etag}"'
+
+
+def _unquoted(etag: str) -> str:
+    return etag.strip('"')

@@ -1,0 +1,67 @@
+"""Tombstones: which shards were consumed lately, so that a producer that sends one again does not train it twice.
+
+Stored as one blob of JSON lines, oldest first: `["<inbox>", "<key>", "<sha256>", "<etag>"]`.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+
+from storage.errors import CorruptObject
+
+WINDOW = 10_000
+"""How many of the last consumed shards are remembered. A shard that is still in the inbox is remembered in any case."""
+
+
+class Tombstones:
+    """The identities of consumed shards, in the order of their consumption."""
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[str, str, str], tuple[str, bytes]] = {}
+        self._etags: set[tuple[str, str, str]] = set()
+
+    @classmethod
+    def decode(cls, data: bytes, where: str) -> "Tombstones":
+        """Raises: CorruptObject."""
+        self = cls()
+        try:
+            for line in data.splitlines():
+                self.add(*json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise CorruptObject(f"{where} does not hold tombstones: {error}") from error
+        return self
+
+    def encode(self) -> bytes:
+        return b"".join(line for _, line in self._lines.values())
+
+    def add(self, inbox: str, key: str, sha256: str, etag: str) -> None:
+        line = json.dumps([inbox, key, sha256, etag]).encode() + b"\n"
+        self._lines[inbox, key, sha256] = etag, line
+        self._etags.add((inbox, key, etag))
+
+    def has(self, inbox: str, key: str, sha256: str) -> bool:
+        """True if this shard was consumed: the same key and the same bytes."""
+        return (inbox, key, sha256) in self._lines
+
+    def has_etag(self, inbox: str, key: str, etag: str) -> bool:
+        """The same without having read the bytes; an equal etag means equal bytes, another etag means nothing."""
+        return (inbox, key, etag) in self._etags
+
+    def prune(self, keep: Iterable[tuple[str, str, str]] = (), window: int = WINDOW) -> None:
+        """Forget all but the last `window`, and never one of `keep` (inbox, key, sha256): those are still in the inbox."""
+        if (surplus := len(self._lines) - window) <= 0:
+            return
+        kept = set(keep)
+        for identity in [i for i in list(self._lines)[:surplus] if i not in kept]:
+            etag, _ = self._lines.pop(identity)
+            self._etags.discard((identity[0], identity[1], etag))
+
+    def copy(self) -> "Tombstones":
+        other = Tombstones()
+        other._lines, other._etags = dict(self._lines), set(self._etags)
+        return other
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[tuple[str, str, str]]:
+        return iter(self._lines)

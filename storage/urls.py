@@ -1,0 +1,58 @@
+"""From a URL to a store, and back: `store.url` opens the same store again."""
+
+import os
+import re
+
+from storage.errors import InvalidURL
+from storage.local import LocalStore
+from storage.memory import MemoryStore
+from storage.store import Store
+
+_KINDS = "use one of ./folder, /folder, file:///folder, s3://bucket/prefix, memory://name/prefix"
+
+
+def open_store(url: str) -> Store:
+    """The store at `url`; nothing is read or made there yet.
+
+    `./x`, `x/y`, `~/x`, `/x` and `file:///x` are local folders; `s3://bucket/prefix` takes its endpoint, region and credentials
+    from the standard AWS variables; `memory://name/prefix` lives in this process. Nothing is percent-decoded.
+
+    Raises:
+        InvalidURL: the scheme is unknown, or the URL carries credentials or options.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not url or "\0" in url:
+        raise InvalidURL(f"{url!r} names no store; {_KINDS}")
+    if not separator:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
+            raise InvalidURL(f"{url!r} looks like a URL without its //; {_KINDS} (./ before a folder with a colon)")
+        return LocalStore(os.path.expanduser(url))
+    if scheme == "file":
+        path = rest.removeprefix("localhost")
+        if not path.startswith("/"):
+            raise InvalidURL(f"{url!r} names a host; a file URL has three slashes: file:///folder")
+        return LocalStore(path)
+    if scheme not in ("s3", "memory"):
+        raise InvalidURL(f"{scheme}:// is not known here; {_KINDS}")
+    name, _, prefix = rest.partition("/")
+    if "@" in name or ":" in name:
+        # The URL is not repeated here: secrets would end in the logs
+        raise InvalidURL(
+            f"this {scheme} URL has credentials or a port before the bucket; give them by AWS_PROFILE (or AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY) and AWS_ENDPOINT_URL_S3"
+        )
+    prefix = prefix.rstrip("/")
+    if not name or "?" in rest or "#" in rest or "\\" in rest or (prefix and {"", ".", ".."} & set(prefix.split("/"))):
+        raise InvalidURL(
+            f"{url!r} should be {scheme}://name/prefix: no options after ? or #, no backslash, no //, /./ or /../"
+        )
+    if scheme == "memory":
+        return MemoryStore(name, prefix)
+    from storage.s3 import S3Store  # here, because s3fs takes most of a second to import
+
+    return S3Store(name, prefix)
+
+
+def join(url: str, *parts: str) -> str:
+    """The URL of something below `url`: `join("s3://b/registry/", "taxi") == "s3://b/registry/taxi"`."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])

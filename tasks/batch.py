@@ -1,0 +1,220 @@
+"""Batch training, one unit at a time: snapshot a dataset, train epoch by epoch with a checkpoint after each, register.
+
+A run is known by its key: the dataset's fingerprint, the spec, the split and the model's source. Killed and started again,
+the same run goes on from its last checkpoint, and one that had finished finds its version instead of training again.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from storage.dataset import Snapshot, snapshot
+from storage.errors import HeadMoved
+from storage.log import Version, VersionLog, open_log
+from storage.manifest import Blobs, Entry
+from storage.parquet import RowGroup
+from storage.runs import BatchProgress
+from tasks.provenance import code_revision
+from tasks.settings import BatchSettings
+from tasks.training.batches import Split
+from tasks.training.environment import environment
+from tasks.training.features import Features
+from tasks.training.learner import Learner
+from tasks.training.loop import Score, score, train_pass
+from tasks.training.spec import Spec
+
+logger = logging.getLogger("tidemill.batch")
+
+
+class VersionInfo(BaseModel):
+    """The version that a batch run ends with."""
+
+    registry: str
+    model: str
+    version: int
+    trained: bool
+    """False if an earlier run over the same data, with the same spec, had made it."""
+    metrics: dict[str, object]
+
+
+class BatchRun:
+    """A batch run on its way: the learner in memory, and what is stored of it."""
+
+    def __init__(self, dataset: Snapshot, log: VersionLog, spec: Spec, settings: BatchSettings) -> None:
+        """Continue from the newest checkpoint, or learn the statistics of the features and start.
+
+        Raises:
+            ColumnError, FactoryError: the spec does not fit the dataset, or the model cannot be built.
+        """
+        self.dataset, self.log, self.spec, self.settings = dataset, log, spec, settings
+        self.progress = BatchProgress(log, run_key(dataset, spec, settings))
+        self.losses: tuple[float, ...] = ()
+        self._learner: Learner | None = None
+        self.split = Split(settings.held_out, held_out=False) if settings.held_out else None
+        self.registered = self.progress.registered()
+        if self.registered is None:
+            self.progress.begin()
+
+    @property
+    def finished(self) -> bool:
+        """True if this run had registered its version before."""
+        return self.registered is not None
+
+    @property
+    def epochs_left(self) -> range:
+        """The epochs still to train, from 0."""
+        return range(self.learner.counters.epochs, self.spec.epochs)
+
+    @property
+    def learner(self) -> Learner:
+        """As it was after the last finished epoch. Loaded, or fitted, when first asked for."""
+        if self._learner is None:
+            self._learner = self._restored() or self._fresh()
+        return self._learner
+
+    def forget(self) -> None:
+        """Drop a learner that may be half trained: the next use reloads the checkpoint."""
+        self._learner = None
+
+    def _restored(self) -> Learner | None:
+        if (found := self.progress.latest()) is None:
+            return None
+        checkpoint, weights, state = found
+        logger.info("going on from the checkpoint after epoch %d of %d", checkpoint.epochs, self.spec.epochs)
+        self.losses = checkpoint.losses
+        return Learner.load(self.spec.model_dump(mode="json"), weights, state)
+
+    def _fresh(self) -> Learner:
+        self.losses = ()
+        first, schema = self.dataset.schemas[0]
+        features = Features.resolve(self.spec, schema)
+        for name, schema in self.dataset.schemas:
+            features.check(schema, f"{self.dataset.ref.url}/{name}")
+        features.fit(self.dataset.row_groups, self.split)
+        return Learner.create(self.spec, features)
+
+
+def take_snapshot(dataset: str) -> Snapshot:
+    """The dataset as it is now; see `storage.dataset.snapshot`."""
+    taken = snapshot(dataset)
+    logger.info("%s: %d files, %d rows", taken.ref.url, taken.ref.files, taken.ref.rows)
+    return taken
+
+
+def open_run(dataset: Snapshot, registry: str, model: str, spec: Spec, settings: BatchSettings) -> BatchRun:
+    """Find what an earlier attempt of this run left, or begin it."""
+    return BatchRun(dataset, open_log(registry, model), spec, settings)
+
+
+def train_epoch(run: BatchRun, epoch: int) -> float:
+    """Train one epoch, then store a checkpoint. Returns the mean loss over samples.
+
+    Raises:
+        NonFiniteLoss: training diverged; the checkpoint before it stands.
+    """
+    try:
+        result = train_pass(run.learner, run.dataset.row_groups, key=("epoch", epoch), split=run.split)
+        run.learner.counters.epochs = epoch + 1
+        run.losses = (*run.losses, result.loss)
+        run.progress.save(epoch + 1, run.losses, *run.learner.dump())
+    except BaseException:
+        run.forget()
+        raise
+    logger.info("epoch %d of %d: loss %.6g over %d rows", epoch + 1, run.spec.epochs, result.loss, result.rows)
+    return result.loss
+
+
+def evaluate(run: BatchRun) -> Score:
+    """Score the learner on the held-out rows, or on the separate dataset. No rows held out: a score over 0 rows."""
+    groups: Sequence[RowGroup] = run.dataset.row_groups
+    if run.settings.holdout_dataset is not None:
+        other = take_snapshot(run.settings.holdout_dataset)
+        for name, schema in other.schemas:
+            run.learner.features.check(schema, f"{other.ref.url}/{name}")
+        return score(run.learner, other.row_groups)
+    if not run.settings.held_out:
+        return score(run.learner, [])
+    return score(run.learner, groups, Split(run.settings.held_out, held_out=True))
+
+
+def register(run: BatchRun, result: Score) -> Version:
+    """Commit the learner as the new head; owed shards and tombstones of the head before are carried on."""
+    while True:
+        parent = run.log.head() if run.log.exists() else None
+        number = 0 if parent is None else parent.number + 1
+        # Written anew for each number: blobs of a number that another run has taken are garbage, and may be collected.
+        weights, state = run.learner.dump()
+        entry = Entry(
+            kind="batch",
+            spec=run.spec.model_dump(mode="json"),
+            blobs=Blobs(
+                weights=run.log.write_blob(number, "safetensors", weights),
+                state=run.log.write_blob(number, "state.safetensors", state),
+                tombstones=None if parent is None else parent.manifest.blobs.tombstones,
+            ),
+            owed=() if parent is None else parent.manifest.owed,
+            metrics={
+                "epoch_loss": list(run.losses),
+                "holdout_rows": result.rows,
+                "holdout": {n: v for n, v in {"loss": result.loss, **result.metrics}.items() if math.isfinite(v)}
+                if result.rows
+                else {},
+            },
+            counters=run.learner.counters.as_dict(),
+            dataset=run.dataset.ref,
+            run=run.progress.key,
+            code=code_revision(),
+            environment=environment(),
+        )
+        try:
+            return run.log.commit(parent, entry)
+        except HeadMoved as moved:
+            logger.info("%s Registering on top of it.", moved)
+
+
+def finish(run: BatchRun, version: Version) -> None:
+    """Move the alias to the version, then record that the run is done."""
+    run.log.promote(run.settings.alias, version)
+    run.progress.finish(version)
+
+
+def describe(run: BatchRun, version: Version, *, trained: bool) -> VersionInfo:
+    """What a flow returns of a version."""
+    return VersionInfo(
+        registry=run.log.store.url,
+        model=run.log.model,
+        version=version.number,
+        trained=trained,
+        metrics=version.manifest.metrics,
+    )
+
+
+def run_key(dataset: Snapshot, spec: Spec, settings: BatchSettings) -> str:
+    """What makes two batch runs the same run: same files, spec, split and model source give the same bits."""
+    identity = [
+        dataset.ref.url,
+        dataset.ref.fingerprint,
+        spec.model_dump(mode="json"),
+        settings.model_dump(mode="json"),
+        _source(spec.model.factory),
+    ]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _source(factory: str) -> str:
+    """sha256 of the module that a factory is imported from, so that an edited model is another run."""
+    if ":" not in factory:
+        return ""
+    try:
+        found = importlib.util.find_spec(factory.partition(":")[0])
+    except (ImportError, ValueError):
+        return ""  # building the model will say what is wrong
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        return ""
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()

@@ -1,0 +1,416 @@
+"""Online training, one protocol step at a time: find shards, score and train on them, commit, then dispose of them.
+
+`step` is the protocol of `docs/guarantees.md`, top to bottom. Killed anywhere, it is simply run again: what is not in a
+committed version has not happened, and what is committed is not done twice.
+"""
+
+import enum
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from pydantic import BaseModel
+
+from storage.errors import HeadMoved, NotReady, ShardRejected, UnsupportedStore
+from storage.inbox import Inbox, Shard, quarantine_key, settle
+from storage.log import Version, VersionLog
+from storage.manifest import Blobs, Consumed, Entry, Owed, Rejected
+from storage.probe import check_preconditions
+from storage.store import ObjectInfo, Store
+from storage.tombstones import Tombstones
+from storage.urls import open_store
+from tasks.provenance import code_revision
+from tasks.settings import OnlineSettings
+from tasks.training.environment import differences, environment
+from tasks.training.errors import ColumnError, NonFiniteLoss
+from tasks.training.learner import Learner
+from tasks.training.loop import score, train_pass
+
+logger = logging.getLogger("tidemill.online")
+
+LISTED_AHEAD = 10_000
+"""How many shards one listing of the inbox hands to the following steps: listing again for each would cost O(inbox) a step."""
+SETTLE_AGAIN_SECONDS = 60.0
+"""How often a deletion that was denied is tried again."""
+
+
+class Outcome(enum.Enum):
+    """How a step ended."""
+
+    COMMITTED = "committed"
+    IDLE = "idle"
+    """Nothing in the inbox can be trained on now."""
+    LOST = "lost"
+    """Another run committed first. The work was discarded; the next step starts from the new head."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step did."""
+
+    outcome: Outcome
+    version: int | None = None
+    """The version that was committed."""
+
+
+class OnlineReport(BaseModel):
+    """What an online run did, and what it left."""
+
+    model: str
+    first_version: int | None = None
+    head: int
+    versions: int = 0
+    shards: int = 0
+    rows: int = 0
+    unlabelled: int = 0
+    score: dict[str, float] = {}
+    """Prequential: of each shard before training on it, weighted by rows."""
+    rejected: int = 0
+    last_rejected: dict[str, str] = {}
+    """Key -> reason of the last few."""
+    duplicates: int = 0
+    """Shards that were sent again and removed without training."""
+    lost_races: int = 0
+    owed: int = 0
+    """Consumed shards that could not be deleted yet."""
+    waiting: int = 0
+    """Shards in the inbox at the last look that were not trained on."""
+    oldest_waiting: datetime | None = None
+
+    def add(self, manifest_consumed: tuple[Consumed, ...], rejected: tuple[Rejected, ...], version: int) -> None:
+        """Count one committed version."""
+        self.versions += 1
+        self.first_version = version if self.first_version is None else self.first_version
+        for shard in manifest_consumed:
+            if scored := shard.rows:
+                for name, value in shard.score.items():
+                    mean = self.score.get(name, 0.0)
+                    self.score[name] = mean + (value - mean) * scored / (self.rows + scored)
+            self.shards, self.rows = self.shards + 1, self.rows + shard.rows
+            self.unlabelled += shard.unlabelled
+        for refused in rejected:
+            self.rejected += 1
+            self.last_rejected[refused.key] = refused.reason
+            while len(self.last_rejected) > 20:
+                del self.last_rejected[next(iter(self.last_rejected))]
+
+
+@dataclass
+class _Loaded:
+    """A committed version in memory. Dropped whenever a step does not end in the commit of exactly this memory."""
+
+    version: Version
+    learner: Learner
+    tombstones: Tombstones
+    owed: tuple[Owed, ...]
+    settled_at: float
+
+
+class OnlineRun:
+    """An open registry and inbox, and what the steps keep in memory between them."""
+
+    def __init__(
+        self,
+        inbox: str,
+        registry: str,
+        model: str,
+        settings: OnlineSettings,
+        stores: Callable[[str], Store] = open_store,
+    ) -> None:
+        """Open both ends and make sure that the model exists.
+
+        Raises:
+            UnknownModel, StoreNotFound, UnsupportedStore: see there.
+        """
+        self.settings, self.stores = settings, stores
+        self.log = VersionLog(stores(registry), model)
+        self.inbox = Inbox(stores(inbox))
+        if settings.archive_to is not None:
+            archive = stores(settings.archive_to).url
+            if f"{archive}/".startswith(f"{self.inbox.url}/"):
+                raise UnsupportedStore(f"archive_to={archive} lies inside the inbox {self.inbox.url}; choose one outside.")
+        check_preconditions(self.log.store)
+        check_preconditions(self.inbox.store)
+        self.report = OnlineReport(model=model, head=self.log.head().number)
+        self._loaded: _Loaded | None = None
+        self._ahead: deque[ObjectInfo] = deque()
+        self._warned: set[str] = set()
+
+    def forget(self) -> None:
+        """Drop the memory: the next step starts from what is stored."""
+        self._loaded = None
+        self._ahead.clear()
+
+    # ---- the parts of a step -----------------------------------------------------------------------------------------
+    def load(self) -> _Loaded:
+        """The head, verified, and the learner as it was committed; its debts settled, now that it has been read back."""
+        if (loaded := self._loaded) is None:
+            version = self.log.head()
+            manifest = version.manifest
+            learner = Learner.load(
+                manifest.spec, self.log.read_blob(manifest.blobs.weights), self.log.read_blob(manifest.blobs.state)
+            )
+            if changed := differences(manifest.environment, environment()):
+                self._warn(f"bits may differ from those of the run before: {'; '.join(changed)}")
+            tombstones = self.log.tombstones(version)
+            owed = settle(self.log, manifest.owed, self.stores)
+            loaded = self._loaded = _Loaded(version, learner, tombstones, owed, time.monotonic())
+        elif loaded.owed and time.monotonic() - loaded.settled_at > SETTLE_AGAIN_SECONDS:
+            loaded.owed, loaded.settled_at = settle(self.log, loaded.owed, self.stores), time.monotonic()
+        self.report.head, self.report.owed = loaded.version.number, len(loaded.owed)
+        return loaded
+
+    def select(self) -> list[ObjectInfo]:
+        """The next of the listed shards, in the order of training: at most `max_shards`, and of `max_bytes` together (or one)."""
+        chosen: list[ObjectInfo] = []
+        size = 0
+        while self._ahead and len(chosen) < self.settings.max_shards:
+            info = self._ahead[0]
+            if info.size > self.settings.max_shard_bytes:
+                self._warn(
+                    f"{self.inbox.url}/{info.key} has {info.size:,} bytes, more than max_shard_bytes="
+                    f"{self.settings.max_shard_bytes:,}; it stays in the inbox. Split it, or raise the limit."
+                )
+            elif chosen and size + info.size > self.settings.max_bytes:
+                break
+            else:
+                chosen.append(info)
+                size += info.size
+            self._ahead.popleft()
+        return chosen
+
+    def look(self, loaded: _Loaded) -> None:
+        """List the inbox for the coming steps; remove what was consumed before and has been sent again."""
+        owed = {(debt.inbox, debt.key, debt.etag) for debt in loaded.owed}
+
+        def known(info: ObjectInfo) -> bool:
+            return (self.inbox.url, info.key, info.etag) in owed or loaded.tombstones.has_etag(
+                self.inbox.url, info.key, info.etag
+            )
+
+        listing = self.inbox.list(LISTED_AHEAD, known)
+        again = [i for i in listing.known if (self.inbox.url, i.key, i.etag) not in owed]
+        if self.settings.after_commit != "keep":
+            for info in again:
+                self._remove_duplicate(info, "")
+        self._ahead.extend(listing.shards)
+        self.report.waiting, self.report.oldest_waiting = listing.waiting, listing.oldest
+
+    @property
+    def listed(self) -> bool:
+        """True while shards of the last listing are left."""
+        return bool(self._ahead)
+
+    def _remove_duplicate(self, info: ObjectInfo, digest: str) -> None:
+        debt = Owed(inbox=self.inbox.url, key=info.key, sha256=digest, etag=info.etag, then="delete")
+        logger.info("%s/%s was consumed before and sent again: removed, not trained on", self.inbox.url, info.key)
+        settle(self.log, [debt], self.stores)
+        self.report.duplicates += 1
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+    # ---- reading, scoring, training ----------------------------------------------------------------------------------
+    def train(self, loaded: _Loaded, candidates: list[ObjectInfo]) -> "Trained":
+        """Read, validate, score and train on the candidates, shard by shard, in order. Changes `loaded.learner`.
+
+        A shard that cannot be used is rejected before the model is touched. One whose training gives a loss that is not
+        finite is rejected too, and the others are trained again from the head as if it had not been there.
+        """
+        refused: dict[str, str] = {}
+        while (work := self._train_all(loaded, candidates, refused)) is None:
+            self._loaded = None
+            loaded = self.load()
+        return work
+
+    def _train_all(
+        self, loaded: _Loaded, candidates: list[ObjectInfo], refused: dict[str, str]
+    ) -> "Trained | None":
+        """The work, or None if a shard broke the learner; that one is then among the refused."""
+        work = Trained(loaded)
+        for i, info in enumerate(candidates):
+            if work.rows >= self.settings.max_rows:
+                self._ahead.extendleft(reversed(candidates[i:]))
+                break
+            if (reason := self._train_one(work, info, refused)) is not None:
+                refused[info.key] = reason
+                return None
+        return work
+
+    def _train_one(self, work: "Trained", info: ObjectInfo, refused: dict[str, str]) -> str | None:
+        """Add one shard to the work; the reason if training on it broke the learner."""
+        shard = self.inbox.read(info)
+        if shard is None:
+            return None
+        if work.loaded.tombstones.has(self.inbox.url, info.key, shard.sha256):
+            if self.settings.after_commit != "keep":
+                self._remove_duplicate(info, shard.sha256)
+            return None
+        learner = work.loaded.learner
+        try:
+            if info.key in refused:
+                raise ShardRejected(refused[info.key])
+            groups = shard.row_groups()
+            learner.features.check(groups[0].schema, info.key)
+            before = score(learner, groups)
+        except NotReady as unready:
+            if self.inbox.is_stable(info, self.settings.grace_seconds):
+                work.rejected.append(shard.rejected(str(unready)))
+            return None
+        except (ShardRejected, ColumnError) as unusable:
+            work.rejected.append(shard.rejected(str(unusable)))
+            return None
+        ordinal = learner.counters.shards
+        try:
+            for number in range(self.settings.passes):
+                result = train_pass(learner, groups, key=("shard", ordinal, number))
+        except NonFiniteLoss as broken:
+            return str(broken)
+        learner.counters.shards += 1
+        scored = {n: v for n, v in {"loss": before.loss, **before.metrics}.items() if math.isfinite(v)}
+        work.add(shard, ordinal, result.rows, result.unlabelled, scored, result.loss)
+        return None
+
+    # ---- committing --------------------------------------------------------------------------------------------------
+    def commit(self, work: "Trained") -> Version:
+        """Write the blobs, then create the manifest.
+
+        Raises:
+            HeadMoved: another run was faster; nothing of this work counts.
+        """
+        loaded, number = work.loaded, work.loaded.version.number + 1
+        owed = (*loaded.owed, *self._debts(work, number))
+        tombstones = loaded.tombstones.copy()
+        for shard in work.consumed:
+            tombstones.add(shard.inbox, shard.key, shard.sha256, shard.etag)
+        if self.settings.after_commit != "keep":  # what is kept in the inbox must be remembered for as long
+            tombstones.prune(keep=((debt.inbox, debt.key, debt.sha256) for debt in owed))
+        weights, state = loaded.learner.dump()
+        blobs = Blobs(
+            weights=self.log.write_blob(number, "safetensors", weights),
+            state=self.log.write_blob(number, "state.safetensors", state),
+            tombstones=self.log.write_blob(number, "tombstones.jsonl", tombstones.encode()),
+        )
+        entry = Entry(
+            kind="online",
+            spec=loaded.version.manifest.spec,
+            blobs=blobs,
+            consumed=tuple(work.consumed),
+            rejected=tuple(work.rejected),
+            owed=owed,
+            metrics=work.metrics(),
+            counters=loaded.learner.counters.as_dict(),
+            code=code_revision(),
+            environment=environment(),
+        )
+        version = self.log.commit(loaded.version, entry)
+        self._loaded = _Loaded(version, loaded.learner, tombstones, owed, time.monotonic())
+        self.report.add(version.manifest.consumed, version.manifest.rejected, number)
+        return version
+
+    def _debts(self, work: "Trained", number: int) -> list[Owed]:
+        then = self.settings.after_commit
+        debts = [
+            Owed(inbox=s.inbox, key=s.key, sha256=s.sha256, etag=s.etag, then=then, to=self.settings.archive_to)
+            for s in (work.consumed if then != "keep" else [])
+        ]
+        return debts + [
+            Owed(
+                inbox=s.inbox,
+                key=s.key,
+                sha256=s.sha256,
+                etag=s.etag,
+                then="quarantine",
+                to=quarantine_key(self.log.model, number, s.sha256),
+                reason=s.reason,
+            )
+            for s in work.rejected
+        ]
+
+    def settle(self) -> None:
+        """Dispose of what the version just committed is done with."""
+        if (loaded := self._loaded) is not None:
+            loaded.owed, loaded.settled_at = settle(self.log, loaded.owed, self.stores), time.monotonic()
+            self.report.owed = len(loaded.owed)
+
+
+@dataclass
+class Trained:
+    """Work on top of a loaded version that is not committed yet."""
+
+    loaded: _Loaded
+    consumed: list[Consumed] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    rows: int = 0
+
+    def add(
+        self, shard: Shard, ordinal: int, rows: int, unlabelled: int, before: dict[str, float], loss: float
+    ) -> None:
+        self.rows += rows
+        self.consumed.append(
+            Consumed(
+                inbox=shard.inbox,
+                key=shard.info.key,
+                sha256=shard.sha256,
+                etag=shard.info.etag,
+                size=shard.info.size,
+                last_modified=shard.info.last_modified,
+                ordinal=ordinal,
+                rows=rows,
+                unlabelled=unlabelled,
+                score=before,
+                loss=loss,
+            )
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Prequential metrics of this commit's shards, weighted by rows."""
+        names = {name for shard in self.consumed for name in shard.score}
+        return {
+            name: sum(s.score[name] * s.rows for s in scored) / sum(s.rows for s in scored)
+            for name in sorted(names)
+            if (scored := [s for s in self.consumed if name in s.score])
+        }
+
+
+def open_run(inbox: str, registry: str, model: str, settings: OnlineSettings) -> OnlineRun:
+    """Open the registry and the inbox; see `OnlineRun`."""
+    return OnlineRun(inbox, registry, model, settings)
+
+
+def step(run: OnlineRun) -> Step:
+    """One step of the protocol. Whatever it raises, nothing half done stays in memory: the next call reloads the head."""
+    try:
+        loaded = run.load()  # 1 head, 2 verified blobs, 3 debts of the head
+        looked = False
+        while True:
+            if not run.listed:
+                if looked:
+                    return Step(Outcome.IDLE)
+                run.look(loaded)  # 4 the inbox, oldest first
+                looked = True
+            work = run.train(loaded, run.select())  # 5 read and validate, 6 score, then train
+            if work.consumed or work.rejected:
+                break
+        version = run.commit(work)  # 7 blobs, 8 the manifest
+        run.settle()  # 9
+    except HeadMoved as moved:
+        logger.info(str(moved))
+        run.forget()
+        run.report.lost_races += 1
+        return Step(Outcome.LOST)
+    except BaseException:
+        run.forget()
+        raise
+    logger.info(
+        "version %d: %d shards, %d rows, %d rejected, loss before training %.4g",
+        *(version.number, len(work.consumed), work.rows, len(work.rejected), work.metrics().get("loss", float("nan"))),
+    )
+    return Step(Outcome.COMMITTED, version.number)
+

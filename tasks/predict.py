@@ -1,0 +1,76 @@
+"""Prediction: a version's outputs for every row of a dataset, file by file, with the preprocessing that it was trained with."""
+
+import logging
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from storage.dataset import snapshot
+from storage.errors import DatasetError
+from storage.log import open_log
+from storage.parquet import RowGroup
+from storage.urls import open_store
+from tasks.training.learner import Learner
+from tasks.training.loop import predict as predict_groups
+
+logger = logging.getLogger("tidemill.predict")
+
+
+class Predicted(BaseModel):
+    """What `predict` wrote."""
+
+    model: str
+    version: int
+    files: int
+    rows: int
+    output: str
+
+
+def predict(
+    registry: str, model: str, dataset: str, output: str, version: str = "champion", columns: Sequence[str] = ()
+) -> Predicted:
+    """Write one Parquet file of predictions for each file of a dataset, under the same key, rows in the same order.
+
+    The column `prediction` is float32: the value in the target's unit (regression), the probability of 1 (binary), or a
+    fixed-size list of class probabilities (multiclass). Memory: one row group decoded, and the predictions of one file.
+
+    Args:
+        registry, model: Where the version is.
+        dataset: URL of the rows; the target column is not needed.
+        output: URL of a folder; objects of the same keys are replaced.
+        version: An alias, a version's number, or `head`.
+        columns: Columns of the dataset to copy beside the prediction.
+
+    Raises:
+        UnknownAlias, UnknownVersion, UnknownModel, DatasetError, ColumnError.
+    """
+    log = open_log(registry, model, writable=False)
+    found = log.resolve(version)
+    manifest = found.manifest
+    learner = Learner.load(manifest.spec, log.read_blob(manifest.blobs.weights), log.read_blob(manifest.blobs.state))
+    taken, target = snapshot(dataset), open_store(output)
+    for name, schema in taken.schemas:
+        learner.features.check(schema, f"{taken.ref.url}/{name}", labelled=False)
+        if missing := [c for c in columns if c not in schema.names]:
+            raise DatasetError(f"{taken.ref.url}/{name} has no column {missing[0]!r} to copy; it has {schema.names}.")
+    files: dict[str, list[RowGroup]] = {}
+    for group in taken.row_groups:
+        files.setdefault(group.file, []).append(group)
+    for number, (file, groups) in enumerate(files.items(), 1):
+        sink = pa.BufferOutputStream()
+        writer: pq.ParquetWriter | None = None
+        for group, outputs in zip(groups, predict_groups(learner, groups), strict=True):
+            values = pa.array(outputs.reshape(-1).numpy())
+            if outputs.ndim == 2:
+                values = pa.FixedSizeListArray.from_arrays(values, outputs.shape[1])
+            copied = group.read(columns) if columns else None
+            table = pa.table({"prediction": values}) if copied is None else copied.append_column("prediction", values)
+            writer = writer or pq.ParquetWriter(sink, table.schema)
+            writer.write_table(table)
+        assert writer is not None
+        writer.close()
+        target.write(file, sink.getvalue().to_pybytes())
+        logger.info("%s/%s (%d of %d files)", target.url, file, number, len(files))
+    return Predicted(model=model, version=found.number, files=len(files), rows=taken.ref.rows, output=target.url)

@@ -1,0 +1,156 @@
+"""Arrow columns as numbers, bucket ids and seconds: no statistics, no state.
+
+Shape legend: N rows, K items of a vector column (1 for a plain column), V distinct values.
+"""
+
+import math
+from collections.abc import Sequence
+from decimal import Decimal
+from hashlib import blake2b
+from typing import Any, Final, Literal, cast
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+Family = Literal["number", "time", "duration", "text"]
+
+EXACT_IN_FLOAT32: Final = (pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32())
+TICKS_PER_SECOND: Final = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+SECONDS_PER_DAY: Final = 86_400.0
+
+
+def family_of(kind: pa.DataType) -> tuple[Family, int | None] | None:
+    """What a column of this Arrow type holds, and its width if it is a vector. None: not usable as an input.
+
+    Columns of one family are interchangeable between files (int32 and float64 are both numbers); a change of family
+    would change what the numbers mean.
+    """
+    types = pa.types
+    if types.is_dictionary(kind):
+        return family_of(kind.value_type)
+    if types.is_fixed_size_list(kind):
+        item = family_of(kind.value_type)
+        return ("number", kind.list_size) if item == ("number", None) and kind.list_size > 0 else None
+    if types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
+        return "number", None
+    if types.is_date(kind) or types.is_timestamp(kind):
+        return "time", None
+    if types.is_time(kind) or types.is_duration(kind):
+        return "duration", None
+    text = (types.is_string, types.is_large_string, types.is_string_view)
+    data = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return ("text", None) if any(test(kind) for test in (*text, *data)) else None
+
+
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array, without a copy when it is one chunk."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return cast(pa.Array, column.combine_chunks())
+
+
+def numbers(array: pa.Array) -> pa.Array:
+    """float32 [N] if every value of the array's type is exact in float32, else float64 [N]; nulls stay null.
+
+    Dates and timestamps become seconds since 1970-01-01T00:00Z (naive ones count as UTC), times of day and durations
+    become seconds. Integers beyond 2**53 are rounded.
+    """
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        return numbers(array.cast(kind.value_type))
+    if kind == pa.float32():
+        return array
+    if kind in EXACT_IN_FLOAT32:
+        return array.cast(pa.float32())
+    if pa.types.is_date32(kind):
+        return _scaled(array.cast(pa.int32()), SECONDS_PER_DAY)
+    if pa.types.is_date64(kind):
+        return _scaled(array.cast(pa.int64()), 1 / TICKS_PER_SECOND["ms"])
+    if pa.types.is_temporal(kind):
+        ticks = array.cast(pa.int32() if pa.types.is_time32(kind) else pa.int64())
+        return _scaled(ticks, 1 / TICKS_PER_SECOND[kind.unit])
+    return array.cast(pa.float64(), safe=False)
+
+
+def _scaled(ticks: pa.Array, factor: float) -> pa.Array:
+    import pyarrow.compute as pc
+
+    values = ticks.cast(pa.float64(), safe=False)
+    # Dividing by a power of ten rounds once; multiplying by its reciprocal rounds twice.
+    return pc.divide(values, 1 / factor) if factor < 1 else pc.multiply(values, factor)
+
+
+def as_tensor(array: pa.Array, width: int | None) -> tuple[Tensor, Tensor | None]:
+    """A number, time, duration or vector column as (values_NK, present_NK).
+
+    values_NK is float32 or float64 as `numbers` says, with 0 for nulls. It may be a read-only view of Arrow's memory:
+    never write to it. present_NK is bool, or None when nothing is null; all items of a null vector are null.
+    """
+    n = len(array)
+    if width is None:
+        flat, k = array, 1
+    else:
+        fixed = cast(pa.FixedSizeListArray, array)
+        flat, k = fixed.values.slice(fixed.offset * width, n * width), width
+    flat = numbers(flat)
+    values_NK = from_arrow(flat.fill_null(0.0) if flat.null_count else flat).view(n, k)
+    if not flat.null_count and not array.null_count:
+        return values_NK, None
+    present_NK = _present(flat).view(n, k)
+    return values_NK, present_NK & _present(array).unsqueeze(1) if width is not None else present_NK
+
+
+def _present(array: pa.Array) -> Tensor:
+    return from_arrow(array.is_valid().cast(pa.uint8())).bool()
+
+
+def from_arrow(array: pa.Array | pa.Tensor) -> Tensor:
+    """A view of Arrow's memory. DLPack, because `Array.to_numpy` imports pandas where that is installed (0.7 s)."""
+    return cast(Tensor, torch.from_dlpack(array))
+
+
+def to_arrow(values_N: Tensor) -> pa.Array:
+    """A contiguous float32 tensor as an Arrow array on the same memory."""
+    return pa.Array.from_buffers(pa.float32(), len(values_N), [None, pa.py_buffer(values_N.numpy())])
+
+
+def bucket_ids(array: pa.Array, buckets: int) -> Tensor:
+    """int64 [N]: 0 for null, else 1 + hash mod `buckets` of the value (`hash_bucket` of its `canonical` bytes).
+
+    Each distinct value is hashed once; rows only look their id up.
+    Raises ValueError for NaN and infinity.
+    """
+    if not pa.types.is_dictionary(array.type):
+        array = array.dictionary_encode()
+    elif len(cast(pa.DictionaryArray, array).dictionary) > len(array):  # a slice that uses little of its dictionary
+        array = array.cast(array.type.value_type).dictionary_encode()
+    encoded = cast(pa.DictionaryArray, array)
+    values = encoded.dictionary
+    if family_of(values.type) == ("text", None):
+        values = values.cast(pa.large_binary())  # string to binary is free and skips the decoding of UTF-8
+    ids_V = torch.tensor([0, *_bucket_of_each(values.to_pylist(), buckets)])
+    indices_N = from_arrow(encoded.indices.cast(pa.int64()).fill_null(-1))
+    return ids_V.index_select(0, indices_N + 1)
+
+
+def _bucket_of_each(values: Sequence[Any], buckets: int) -> list[int]:
+    return [0 if value is None else 1 + hash_bucket(canonical(value), buckets) for value in values]
+
+
+def canonical(value: bytes | float | Decimal) -> bytes:
+    """The bytes that stand for a category: text as UTF-8, numbers as decimal text, so that int8 3 and float64 3.0 agree.
+
+    Raises ValueError for NaN and infinity.
+    """
+    if isinstance(value, bytes):
+        return value
+    if not math.isfinite(value):
+        raise ValueError(f"{value} is not a category")
+    whole = isinstance(value, int) or value == int(value)
+    return (str(int(value)) if whole else repr(float(value))).encode()
+
+
+def hash_bucket(data: bytes, buckets: int) -> int:
+    """BLAKE2b (RFC 7693) with an 8-byte digest, read big-endian, modulo `buckets`: the same on every machine."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big") % buckets
