@@ -22,7 +22,7 @@ def batch_training(
         spec: What to train: columns, model, loss, optimizer, batch size, epochs, seed.
         settings: How to evaluate, and which alias to move.
     """
-    run = wrappers.open_run(wrappers.take_snapshot(dataset), registry, model, spec, settings)
+    run = wrappers.open_batch(wrappers.take_snapshot(dataset), registry, model, spec, settings)
     if run.registered is None:
         for epoch in run.epochs_left:
             wrappers.train_epoch(run, epoch)

@@ -4,6 +4,7 @@ Imports of torch, Prefect and the stores stand inside the commands: `tidemill --
 Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -197,7 +198,9 @@ def predict(
     from tasks.predict import predict as run
 
     done = run(registry, model, dataset, output, version, columns or [])
-    _print(done, as_json, f"{done.rows:,} predictions of version {done.version} in {done.files} files below {done.output}")
+    _print(
+        done, as_json, f"{done.rows:,} predictions of version {done.version} in {done.files} files below {done.output}"
+    )
 
 
 # ---- changing --------------------------------------------------------------------------------------------------------
@@ -211,7 +214,9 @@ def promote(registry: str, model: Name, version: Which, /, *, alias: str = "cham
 
 
 @app.command
-def rollback(registry: str, model: Name, version: Which, /, *, alias: str = "champion", as_json: AsJson = False) -> None:
+def rollback(
+    registry: str, model: Name, version: Which, /, *, alias: str = "champion", as_json: AsJson = False
+) -> None:
     """Go back: a new head with the weights and state of an older version, and the alias on that version.
 
     Training continues from the new head. History is never rewritten, and shards consumed since stay consumed.
@@ -277,7 +282,9 @@ def _prepare_prefect() -> None:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     if not os.environ.get("PREFECT_API_URL"):
-        logging.getLogger("tidemill").info("starting a temporary Prefect server, unless a profile names one (about 20 s) ...")
+        logging.getLogger("tidemill").info(
+            "starting a temporary Prefect server, unless a profile names one (about 20 s) ..."
+        )
 
 
 def _print(result: Any, as_json: bool, text: str) -> None:
@@ -320,7 +327,7 @@ def _when(moment: datetime | None) -> str:
 
 def _spec_file(tokens: list[str]) -> list[Callable[..., Any]]:
     """The file behind `--spec` as defaults of `train`'s flags; what flags say goes first."""
-    path = next((b for a, b in zip(tokens, tokens[1:], strict=False) if a == "--spec"), None)
+    path = next((b for a, b in itertools.pairwise(tokens) if a == "--spec"), None)
     path = next((t.removeprefix("--spec=") for t in tokens if t.startswith("--spec=")), path)
     if path is None or tokens[0] != "train":
         return []
@@ -334,7 +341,9 @@ def _spec_file(tokens: list[str]) -> list[Callable[..., Any]]:
         raise _Usage(f"--spec {path} must hold one mapping of settings, such as {{features: [...], target: ...}}")
     for part in ("model", "optimizer"):
         if isinstance(inner := fields.get(part), dict) and "arguments" in inner:
-            inner["arguments"] = json.dumps(inner["arguments"])  # cyclopts parses a JSON string, but not a mapping, as one
+            inner["arguments"] = json.dumps(
+                inner["arguments"]
+            )  # cyclopts parses a JSON string, but not a mapping, as one
     return [ConfigDict({"train": fields}, source=path)]
 
 

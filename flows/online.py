@@ -1,9 +1,10 @@
 """The online flow: one step after the other until there is nothing left, or until told to stop. Composition only."""
 
 import time
+from typing import cast
 
 from prefect import flow
-from prefect.states import Completed, State
+from prefect.states import Completed
 
 from flows.stopping import stop_signal
 from tasks import wrappers
@@ -12,9 +13,7 @@ from tasks.settings import OnlineSettings
 
 
 @flow(name="online-training", flow_run_name="{model}", validate_parameters=True)
-def online_training(
-    inbox: str, registry: str, model: str, settings: OnlineSettings = OnlineSettings()
-) -> OnlineReport | State[OnlineReport]:
+def online_training(inbox: str, registry: str, model: str, settings: OnlineSettings = OnlineSettings()) -> OnlineReport:
     """Train a registered model on the shards in an inbox, commit new versions, and remove what they contain.
 
     The spec comes from the model's head version. SIGTERM ends the run after the step in hand is committed; SIGKILL at any
@@ -36,5 +35,6 @@ def online_training(
                     break
                 stop.wait(min(settings.poll_seconds, max(0.0, ends - time.monotonic())))
     if run.report.versions == 0:
-        return Completed(name="Skipped", message="no shard to train on", data=run.report)
+        # Prefect shows the state's name, and hands its data to the caller.
+        return cast(OnlineReport, Completed(name="Skipped", message="no shard to train on", data=run.report))
     return run.report

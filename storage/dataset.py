@@ -53,7 +53,9 @@ def snapshot(url: str, stores: Callable[[str], Store] = open_store) -> Snapshot:
     store = stores(url)
     infos = sorted((i for i in store.list() if _is_data(i.key)), key=lambda i: i.key)
     if not infos:
-        raise DatasetError(f"{store.url} holds no Parquet file (a name that ends in {', '.join(SUFFIXES)}). Check the URL.")
+        raise DatasetError(
+            f"{store.url} holds no Parquet file (a name that ends in {', '.join(SUFFIXES)}). Check the URL."
+        )
     opener = _Opener(store, infos)
     groups: list[RowGroup] = []
     schemas: list[pa.Schema] = []
@@ -95,7 +97,9 @@ class _Opener:
         try:
             return ParquetFile(info.key, info.size, fetch, DatasetError, _partitions(info.key))
         except NotReady as error:
-            raise DatasetError(f"{self._store.url}/{info.key} is no Parquet file: {error} Remove or repair it.") from error
+            raise DatasetError(
+                f"{self._store.url}/{info.key} is no Parquet file: {error} Remove or repair it."
+            ) from error
 
 
 def _is_data(key: str) -> bool:

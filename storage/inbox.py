@@ -4,7 +4,6 @@ Nothing here decides what was consumed: that stands in the version log alone. Th
 nothing else (pinned by etag), and carries out what a committed version owes.
 """
 
-import functools
 import heapq
 import json
 import logging
@@ -155,7 +154,7 @@ def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store]
     Only for debts of a committed version. Safe to repeat and to run twice at once: gone means done, another etag means new
     data, which stays. Returns what could not be settled now (not allowed), to be carried by the next version.
     """
-    left, stores = [], functools.cache(stores)
+    left = []
     for debt in owed:
         inbox = stores(debt.inbox)
         try:

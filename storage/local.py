@@ -1,9 +1,10 @@
 """A folder on a local disk (or a network file system with POSIX semantics).
 
-Every change is one atomic system call: `os.link` for create, `os.replace` for write and replace, `os.rename` for delete. Bytes
-are fsynced before that call and the folder after it, so what a verb returned survives a power cut.
+Every change is one atomic system call: `os.link` for create, `os.replace` for write and replace, `os.rename` for
+delete. Bytes are fsynced before that call and the folder after it, so what a verb returned survives a power cut.
 
-Names that start with `.tidemill-` are this module's own: unfinished files, deletes in progress, locks. They are never listed.
+Names that start with `.tidemill-` are this module's own: unfinished files, deletes in progress, locks. They are never
+listed.
 """
 
 import errno
@@ -45,14 +46,14 @@ _STALE_SECONDS = 24 * 3600
 class LocalStore(Store):
     """A folder; keys are paths below it. `write` and `create` make it, and folders below it, as they need them.
 
-    An etag is (inode, modification time, size). Tidemill's own writes set a modification time in nanoseconds, so theirs never
-    repeat; of other programs, one that rewrites a file in place keeping size and time would go unseen.
+    An etag is (inode, modification time, size). Tidemill's own writes set a modification time in nanoseconds, so
+    theirs never repeat; of other programs, one that rewrites a file in place keeping size and time would go unseen.
 
     Producers should write under a name that starts with `.` and rename: a file written in place is listed half-written.
     Symbolic links to files are followed, links to folders are not listed, and no key leads out of the root.
 
-    Raises beyond the contract of `Store`: InvalidKey for keys that no file can have, or where a folder stands in the way;
-    StoreFull; UnsupportedStore for file systems without hard links.
+    Raises beyond the contract of `Store`: InvalidKey for keys that no file can have, or where a folder stands in the
+    way; StoreFull; UnsupportedStore for file systems without hard links.
     """
 
     def __init__(self, root: str) -> None:
@@ -96,7 +97,7 @@ class LocalStore(Store):
             return _info(key, self._stat(path, key))
 
     def read(self, key: str, *, if_match: str | None = None, start: int = 0, length: int | None = None) -> bytes:
-        """A file that another program rewrites in place meanwhile is PreconditionFailed, or CorruptObject without `if_match`."""
+        """If another program rewrites the file in place meanwhile: PreconditionFailed, or CorruptObject without `if_match`."""
         path = self._path(key)
         with self._errors(key, obstacle=NotFound), open(path, "rb", opener=_open_without_waiting) as file:
             before = os.fstat(file.fileno())
@@ -152,8 +153,8 @@ class LocalStore(Store):
     def delete(self, key: str, *, if_match: str | None = None) -> None:
         """With `if_match` the file is first moved aside, so that what is unlinked is what was compared.
 
-        If a program that knows no locks put another file there since, that one is moved back. In the moment between, its key
-        looks free; after a crash in that moment, the next listing moves it back.
+        If a program that knows no locks put another file there since, that one is moved back. In the moment between,
+        its key looks free; after a crash in that moment, the next listing moves it back.
         """
         path = self._path(key)
         folder = os.path.dirname(path)
@@ -286,7 +287,10 @@ def _link(source: str, path: str) -> None:
 
 @contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """Exclude Tidemill's other processes and threads from changing names in `folder`. Dies with its holder; is never deleted."""
+    """Exclude Tidemill's other processes and threads from changing names in `folder`.
+
+    The lock dies with its holder; its file stays, because a lock file that is deleted excludes nobody.
+    """
     fd = os.open(f"{folder}/{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

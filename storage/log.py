@@ -267,7 +267,9 @@ class VersionLog:
             UnknownVersion: retention has removed the version's blobs.
         """
         if not _NAME.fullmatch(alias) or alias == "head" or alias.isdecimal():
-            raise UnknownAlias(f"{alias!r} cannot be an alias: use a word such as 'champion' (not 'head', not a number).")
+            raise UnknownAlias(
+                f"{alias!r} cannot be an alias: use a word such as 'champion' (not 'head', not a number)."
+            )
         for ref in (version.manifest.blobs.weights, version.manifest.blobs.state):
             try:
                 self.store.stat(ref.key)
@@ -303,7 +305,9 @@ class VersionLog:
             try:
                 return int(json.loads(data)["version"]), info.etag
             except (ValueError, KeyError, TypeError) as error:
-                raise CorruptObject(f"{self.store.url}/{key} is no alias: {error}. Delete it and promote again.") from error
+                raise CorruptObject(
+                    f"{self.store.url}/{key} is no alias: {error}. Delete it and promote again."
+                ) from error
 
     # ---- retention ---------------------------------------------------------------------------------------------------
     def collect_garbage(self, keep: int) -> list[str]:

@@ -118,7 +118,7 @@ class Entry(Record):
 class Manifest(Entry):
     """One version, as stored."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     model: str
     version: int
     parent: Parent | None = None

@@ -1,4 +1,7 @@
-"""A store in this process's memory, for tests and examples. Stores of one name share their objects, as a bucket would."""
+"""A store in this process's memory, for tests and examples.
+
+Stores of one name share their objects, as a bucket would.
+"""
 
 import hashlib
 import threading

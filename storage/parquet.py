@@ -9,7 +9,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,7 +120,8 @@ class ParquetFile:
             if footer > size - 4:
                 raise ValueError(f"the footer claims {footer} bytes in a file of {size}")
             self._file.load([(size - footer, size)])
-            metadata = pq.read_metadata(self._file)
+            stream = cast(IO[bytes], self._file)  # has all that Arrow calls of it
+            metadata = pq.read_metadata(stream)
             strings = [
                 field.name
                 for field in metadata.schema.to_arrow_schema()
@@ -128,7 +129,7 @@ class ParquetFile:
             ]
             # Dictionaries keep a repeated string once; expanded it would cost its length for every row.
             self._parquet = pq.ParquetFile(
-                self._file, metadata=metadata, read_dictionary=strings, page_checksum_verification=True
+                stream, metadata=metadata, read_dictionary=strings, page_checksum_verification=True
             )
             self._metadata = metadata
             self._file.load([])
@@ -152,7 +153,7 @@ class ParquetFile:
                 if chunk.dictionary_page_offset is not None:
                     start = min(start, chunk.dictionary_page_offset)
                 ranges.append((start, start + chunk.total_compressed_size))
-                width = _WIDTH.get(chunk.physical_type) or self._metadata.schema.column(i).length
+                width = _WIDTH.get(chunk.physical_type) or int(self._metadata.schema.column(i).length or 0)
                 decoded += max(chunk.num_values * width, group.num_rows * width, chunk.total_uncompressed_size)
             if decoded > MAX_DECODED_BYTES:
                 raise ValueError(

@@ -1,9 +1,9 @@
 """The resumable progress of one batch run: `<model>/runs/<run key>/`. Nothing in it is a version; losing it costs time only.
 
-    run.json            {"after": head when the run began}: the run's own version, if any, has a higher number
-    <epoch>.json        a checkpoint; written after its blobs, so its existence means that they are whole
-    <epoch>-<uuid>.*    the blobs of a checkpoint
-    done.json           {"version": n}: the run has registered its version and moved the alias
+run.json            {"after": head when the run began}: the run's own version, if any, has a higher number
+<epoch>.json        a checkpoint; written after its blobs, so its existence means that they are whole
+<epoch>-<uuid>.*    the blobs of a checkpoint
+done.json           {"version": n}: the run has registered its version and moved the alias
 """
 
 import json

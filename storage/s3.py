@@ -1,7 +1,7 @@
 """An S3 bucket or a prefix of one, on s3fs's client but never through its paths: every call names the exact key.
 
-s3fs's file API cannot keep the contract of `storage.store`: paths lose `?versionId=` and `//`, large reads are not pinned to
-one etag, and a refused precondition looks like any other error.
+s3fs's file API cannot keep the contract of `storage.store`: paths lose `?versionId=` and `//`, large reads are not
+pinned to one etag, and a refused precondition looks like any other error.
 """
 
 import logging
@@ -38,20 +38,21 @@ from storage.store import ObjectInfo, Store
 
 log = logging.getLogger("tidemill.storage")
 
-# SeaweedFS takes `a//b`, `/a/b` and `a\b` for `a/b`, so that a read or delete would hit another object; it refuses `.` and `..`.
+# SeaweedFS takes `a//b`, `/a/b` and `a\b` for `a/b`, so that a read or delete would hit another object; it refuses
+# `.` and `..`.
 _AMBIGUOUS = re.compile(r"\\|\0|(^|/)\.{0,2}(/|$)")
 
 
 class S3Store(Store):
     """`s3://bucket/prefix`. Endpoint, credentials and region come from the standard AWS variables and profiles alone.
 
-    Transient failures (no connection, time-outs, 5xx, throttling, broken bodies) are retried with exponential, jittered waits
-    for `retry_seconds`; then `Unavailable` is raised. No other layer of retries works underneath.
+    Transient failures (no connection, time-outs, 5xx, throttling, broken bodies) are retried with exponential,
+    jittered waits for `retry_seconds`; then `Unavailable` is raised. No other layer of retries works underneath.
 
     Etags are the store's, without quotes. S3 makes them from the content: identical bytes have equal etags.
 
-    Keys on which servers disagree raise `InvalidKey`: an empty, `.` or `..` segment, a backslash, NUL. A listing skips such
-    objects and warns once.
+    Keys on which servers disagree raise `InvalidKey`: an empty, `.` or `..` segment, a backslash, NUL. A listing
+    skips such objects and warns once.
     """
 
     retry_seconds: float = 90.0
@@ -70,11 +71,16 @@ class S3Store(Store):
         return f"S3Store({self.url!r})"
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """One request for each 1000 objects, as they are consumed. Folder markers (empty, key ends in `/`) are skipped."""
+        """One request for each 1000 objects, as they are consumed.
+
+        Folder markers (empty, key ends in `/`) are skipped.
+        """
         params = {"Prefix": self._root + prefix}
         while True:
             page = self._call("list_objects_v2", None, **params)
             for entry in page.get("Contents", ()):
+                if not entry["Key"].startswith(params["Prefix"]):
+                    continue  # SeaweedFS answers `a//` as if it were `a/`
                 key = entry["Key"].removeprefix(self._root)
                 if not _AMBIGUOUS.search(key):
                     yield ObjectInfo(
@@ -119,7 +125,10 @@ class S3Store(Store):
         return data
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
-        """One PUT, never multipart: 5 GiB at most. SeaweedFS makes a missing bucket unless `-s3.autoCreateBucket=false`."""
+        """One PUT, never multipart: 5 GiB at most.
+
+        SeaweedFS makes a missing bucket unless `-s3.autoCreateBucket=false`.
+        """
         return self._put(key, data)
 
     def create(self, key: str, data: bytes) -> ObjectInfo:
@@ -231,7 +240,8 @@ async def _request(fs: Any, method: str, params: dict[str, Any]) -> dict[str, An
     return answer
 
 
-# All that s3fs raises when the store, the network or the configuration is at fault. A ClientError is the cause of an OSError.
+# All that s3fs raises when the store, the network or the configuration is at fault. A ClientError is the cause of an
+# OSError.
 _FAILURES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, ResponseParserError)
 
 _NETWORK = (
@@ -251,7 +261,7 @@ _DENIED = {
     "ExpiredToken": "the session token has expired: renew it",
     "InvalidAccessKeyId": "the store does not know this access key: check AWS_ACCESS_KEY_ID or AWS_PROFILE",
     "RequestTimeTooSkewed": "the clocks of this machine and the store differ: set this machine's clock",
-    "SignatureDoesNotMatch": "the secret key is wrong (or a proxy changed the request): check AWS_SECRET_ACCESS_KEY or AWS_PROFILE",
+    "SignatureDoesNotMatch": "the secret key is wrong, or a proxy changed the request: check AWS_SECRET_ACCESS_KEY",
 }
 
 
@@ -264,7 +274,7 @@ def _translated(error: BaseException, method: str, where: str, *, has_key: bool)
     if (status >= 500 and status != 501) or status in (408, 409, 429) or code in _BUSY:
         return _Transient(f"{code} ({status}): {message}")
     if status == 412:
-        return PreconditionFailed(f"{where} is not the object that the caller named ({method})")
+        return PreconditionFailed(f"{where} does not have the etag that {method} named")
     if code == "NoSuchBucket" or (status == 404 and not has_key):
         return StoreNotFound(
             f"{where}: there is no such bucket. Check the URL and AWS_ENDPOINT_URL_S3, or make the bucket"
@@ -315,7 +325,7 @@ def _log_retry(state: RetryCallState) -> None:
 
 @lru_cache(maxsize=8)
 def _filesystem(pid: int, aws_variables: frozenset[tuple[str, str]]) -> s3fs.S3FileSystem:
-    """One client for each process (it does not survive a fork) and each set of AWS variables, which it reads by itself."""
+    """One client for each process, as it does not survive a fork, and each set of AWS variables, which it reads itself."""
     fs = s3fs.S3FileSystem(
         use_listings_cache=False,
         skip_instance_cache=True,  # the cache ignores the AWS variables

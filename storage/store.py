@@ -2,12 +2,12 @@
 
 Certified by `tests/storage/test_conformance.py`, which runs the same bodies over every backend.
 
-Keys are exact strings relative to the store's root, `/`-separated, never normalised. An etag is opaque: equal etags mean
-equal objects, and no etag is reused for other bytes at the same key.
+Keys are exact strings relative to the store's root, `/`-separated, never normalised. An etag is opaque: equal etags
+mean equal objects, and no etag is reused for other bytes at the same key.
 
-Transient failures are retried inside the verbs (see each backend); `Unavailable` means the retries ran out. After a lost
-answer a verb may have been applied: `create` and `replace` can then lose against their own write, and `delete` can find
-nothing. Callers that must know read back (`storage.log` does).
+Transient failures are retried inside the verbs (see each backend); `Unavailable` means the retries ran out. After a
+lost answer a verb may have been applied: `create` and `replace` can then lose against their own write, and `delete`
+can find nothing. Callers that must know read back (`storage.log` does).
 """
 
 from abc import ABC, abstractmethod
@@ -29,21 +29,22 @@ class ObjectInfo:
 
 
 class Store(ABC):
-    """A prefix of an object store, or a local folder. Instances are safe to share between threads, not across a fork."""
+    """A prefix of an object store, or a local folder. Threads may share an instance; a forked process must open its own."""
 
     url: str
     """Canonical URL of the root, without a trailing slash and without credentials."""
 
     conditional_delete: bool = True
-    """Whether the server compares etags on delete. `storage.probe` clears it where the server ignores them; `delete` then
+    """Whether the server compares etags on delete. `storage.probe` clears it where the server ignores them; then `delete`
     compares by itself, and an object put between its two requests is lost."""
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield every object whose key starts with `prefix` (plain string prefix, all depths), in no stated order.
 
-        Consistent for objects that exist from start to end of the call. Half-written objects of this API are never shown,
-        nor are keys that the other verbs would refuse (one warning names the first). Errors come with the first item.
+        Consistent for objects that exist from start to end of the call. Half-written objects of this API are never
+        shown, nor are keys that the other verbs would refuse (one warning names the first). Errors come with the
+        first item.
 
         Raises:
             StoreNotFound: the bucket or root folder does not exist.

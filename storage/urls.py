@@ -14,8 +14,9 @@ _KINDS = "use one of ./folder, /folder, file:///folder, s3://bucket/prefix, memo
 def open_store(url: str) -> Store:
     """The store at `url`; nothing is read or made there yet.
 
-    `./x`, `x/y`, `~/x`, `/x` and `file:///x` are local folders; `s3://bucket/prefix` takes its endpoint, region and credentials
-    from the standard AWS variables; `memory://name/prefix` lives in this process. Nothing is percent-decoded.
+    `./x`, `x/y`, `~/x`, `/x` and `file:///x` are local folders; `s3://bucket/prefix` takes its endpoint, region and
+    credentials from the standard AWS variables; `memory://name/prefix` lives in this process. Nothing is
+    percent-decoded.
 
     Raises:
         InvalidURL: the scheme is unknown, or the URL carries credentials or options.
@@ -38,8 +39,8 @@ def open_store(url: str) -> Store:
     if "@" in name or ":" in name:
         # The URL is not repeated here: secrets would end in the logs
         raise InvalidURL(
-            f"this {scheme} URL has credentials or a port before the bucket; give them by AWS_PROFILE (or AWS_ACCESS_KEY_ID "
-            "and AWS_SECRET_ACCESS_KEY) and AWS_ENDPOINT_URL_S3"
+            f"this {scheme} URL has credentials or a port before the bucket; give them by AWS_PROFILE (or "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and AWS_ENDPOINT_URL_S3"
         )
     prefix = prefix.rstrip("/")
     if not name or "?" in rest or "#" in rest or "\\" in rest or (prefix and {"", ".", ".."} & set(prefix.split("/"))):

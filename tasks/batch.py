@@ -92,8 +92,7 @@ class BatchRun:
 
     def _fresh(self) -> Learner:
         self.losses = ()
-        first, schema = self.dataset.schemas[0]
-        features = Features.resolve(self.spec, schema)
+        features = Features.resolve(self.spec, self.dataset.row_groups[0].schema)
         for name, schema in self.dataset.schemas:
             features.check(schema, f"{self.dataset.ref.url}/{name}")
         features.fit(self.dataset.row_groups, self.split)

@@ -11,5 +11,7 @@ def collect_garbage(registry: str, model: str, keep: int) -> list[str]:
     """Delete the blobs that no version in retention names; see `VersionLog.collect_garbage`. Returns the deleted keys."""
     log = open_log(registry, model)
     deleted = log.collect_garbage(keep)
-    logger.info("%s: %d blobs removed; the last %d versions and the aliased ones keep theirs", log.url, len(deleted), keep)
+    logger.info(
+        "%s: %d blobs removed; the last %d versions and the aliased ones keep theirs", log.url, len(deleted), keep
+    )
     return deleted

@@ -15,7 +15,7 @@ from datetime import datetime
 
 from pydantic import BaseModel
 
-from storage.errors import HeadMoved, NotReady, ShardRejected, UnsupportedStore
+from storage.errors import HeadMoved, NotReady, PermissionDenied, ShardRejected, UnsupportedStore
 from storage.inbox import Inbox, Shard, quarantine_key, settle
 from storage.log import Version, VersionLog
 from storage.manifest import Blobs, Consumed, Entry, Owed, Rejected
@@ -126,19 +126,32 @@ class OnlineRun:
         Raises:
             UnknownModel, StoreNotFound, UnsupportedStore: see there.
         """
-        self.settings, self.stores = settings, stores
-        self.log = VersionLog(stores(registry), model)
-        self.inbox = Inbox(stores(inbox))
+        self.settings, self._open_store = settings, stores
+        self._opened: dict[str, Store] = {}
+        self.log = VersionLog(self.stores(registry), model)
+        self.inbox = Inbox(self.stores(inbox))
         if settings.archive_to is not None:
-            archive = stores(settings.archive_to).url
+            archive = self.stores(settings.archive_to).url
             if f"{archive}/".startswith(f"{self.inbox.url}/"):
-                raise UnsupportedStore(f"archive_to={archive} lies inside the inbox {self.inbox.url}; choose one outside.")
+                raise UnsupportedStore(
+                    f"archive_to={archive} lies inside the inbox {self.inbox.url}; choose one outside."
+                )
         check_preconditions(self.log.store)
-        check_preconditions(self.inbox.store)
+        try:
+            check_preconditions(self.inbox.store)
+        except PermissionDenied:  # a consumer need not be allowed to write there: then each delete compares for itself
+            self.inbox.store.conditional_delete = False
         self.report = OnlineReport(model=model, head=self.log.head().number)
         self._loaded: _Loaded | None = None
         self._ahead: deque[ObjectInfo] = deque()
         self._warned: set[str] = set()
+
+    def stores(self, url: str) -> Store:
+        """The store at this URL, opened once: what was found out about it is kept."""
+        if (store := self._opened.get(url)) is None:
+            store = self._open_store(url)
+            store = self._opened[url] = self._opened.setdefault(store.url, store)
+        return store
 
     def forget(self) -> None:
         """Drop the memory: the next step starts from what is stored."""
@@ -229,9 +242,7 @@ class OnlineRun:
             loaded = self.load()
         return work
 
-    def _train_all(
-        self, loaded: _Loaded, candidates: list[ObjectInfo], refused: dict[str, str]
-    ) -> "Trained | None":
+    def _train_all(self, loaded: _Loaded, candidates: list[ObjectInfo], refused: dict[str, str]) -> "Trained | None":
         """The work, or None if a shard broke the learner; that one is then among the refused."""
         work = Trained(loaded)
         for i, info in enumerate(candidates):
@@ -315,10 +326,11 @@ class OnlineRun:
         return version
 
     def _debts(self, work: "Trained", number: int) -> list[Owed]:
-        then = self.settings.after_commit
+        then, to = self.settings.after_commit, self.settings.archive_to
         debts = [
-            Owed(inbox=s.inbox, key=s.key, sha256=s.sha256, etag=s.etag, then=then, to=self.settings.archive_to)
-            for s in (work.consumed if then != "keep" else [])
+            Owed(inbox=s.inbox, key=s.key, sha256=s.sha256, etag=s.etag, then=then, to=to)
+            for s in work.consumed
+            if then != "keep"
         ]
         return debts + [
             Owed(
@@ -413,4 +425,3 @@ def step(run: OnlineRun) -> Step:
         *(version.number, len(work.consumed), work.rows, len(work.rejected), work.metrics().get("loss", float("nan"))),
     )
     return Step(Outcome.COMMITTED, version.number)
-

@@ -50,9 +50,13 @@ class OnlineSettings(_Settings):
         default=None, gt=0, description="Stop after this time, once the step in hand is committed."
     )
     max_shards: int = Field(default=64, ge=1, description="The most shards in one commit.")
-    max_rows: int = Field(default=1_000_000, ge=1, description="A commit takes no further shard once it has this many rows.")
+    max_rows: int = Field(
+        default=1_000_000, ge=1, description="A commit takes no further shard once it has this many rows."
+    )
     max_bytes: int = Field(
-        default=256 * 2**20, ge=1, description="A commit takes no further shard that would bring it above this many bytes."
+        default=256 * 2**20,
+        ge=1,
+        description="A commit takes no further shard that would bring it above this many bytes.",
     )
     max_shard_bytes: int = Field(
         default=512 * 2**20,

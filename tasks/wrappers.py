@@ -1,10 +1,11 @@
 """What Prefect sees of the tasks: thin wrappers that add names and retries, and nothing else.
 
-Nothing is cached or persisted: arguments are live objects, and results live in the registry. Retries are a saving of time,
+Nothing is cached or persisted: arguments are live objects, and results live in the registry. Retries save time and are
 never the safety: every function here reloads what is committed when it is called again.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -14,28 +15,35 @@ from prefect.tasks import Task, exponential_backoff
 from storage.errors import Unavailable
 from tasks import batch, maintenance, online
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 def _store_was_away(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Retry only what waiting can mend; every other error comes back the same."""
     return isinstance(state.result(raise_on_failure=False), Unavailable)
 
 
-_settings: dict[str, Any] = {
-    "cache_policy": NO_CACHE,
-    "persist_result": False,
-    "retries": 3,
-    "retry_delay_seconds": exponential_backoff(backoff_factor=10),
-    "retry_condition_fn": _store_was_away,
-}
+def _task(function: Callable[P, R], name: str, run_name: str | None = None) -> Task[P, R]:
+    return task(
+        name=name,
+        task_run_name=run_name,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=3,
+        retry_delay_seconds=exponential_backoff(backoff_factor=10),
+        retry_condition_fn=_store_was_away,
+    )(function)
 
-take_snapshot = task(batch.take_snapshot, name="snapshot", **_settings)
-open_run = task(batch.open_run, name="open", **_settings)
-train_epoch = task(batch.train_epoch, name="epoch", task_run_name="epoch-{epoch}", **_settings)
-evaluate = task(batch.evaluate, name="evaluate", **_settings)
-register = task(batch.register, name="register", **_settings)
-finish = task(batch.finish, name="promote", **_settings)
 
-open_online = task(online.open_run, name="open-inbox", **_settings)
-step = task(online.step, name="step", **_settings)
+take_snapshot = _task(batch.take_snapshot, "snapshot")
+open_batch = _task(batch.open_run, "open-dataset")
+train_epoch = _task(batch.train_epoch, "epoch", "epoch-{epoch}")
+evaluate = _task(batch.evaluate, "evaluate")
+register = _task(batch.register, "register")
+finish = _task(batch.finish, "promote")
 
-collect_garbage = task(maintenance.collect_garbage, name="garbage-collection", **_settings)
+open_online = _task(online.open_run, "open-inbox")
+step = _task(online.step, "step")
+
+collect_garbage = _task(maintenance.collect_garbage, "garbage-collection")

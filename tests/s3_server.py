@@ -46,7 +46,7 @@ class S3:
     """May list and read every bucket but change none; None where the tests cannot make such an identity."""
 
     def environment(self) -> dict[str, str]:
-        """The variables that make any AWS client use this server as admin, whatever the user's own configuration says."""
+        """The variables that make any AWS client use this server as admin, whatever the user's own files say."""
         return {
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_REGION": REGION,
@@ -169,6 +169,7 @@ def _weed(binary: str, folder: Path) -> Server:
         binary, "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
         "-s3", f"-s3.port={s3}", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-iam=false",
+        "-s3.autoCreateBucket=false",
         "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=30",
     ]  # fmt: skip
     return Server(command, {}, S3(f"http://127.0.0.1:{s3}", ADMIN, READ_ONLY), folder / "weed.log")
@@ -177,7 +178,8 @@ def _weed(binary: str, folder: Path) -> Server:
 def _minio(binary: str, folder: Path) -> Server:
     s3, console = _free_ports(2)
     command = [
-        binary, "server", str(folder / "data"), "--address", f"127.0.0.1:{s3}", "--console-address", f"127.0.0.1:{console}",
+        binary, "server", str(folder / "data"),
+        "--address", f"127.0.0.1:{s3}", "--console-address", f"127.0.0.1:{console}",
     ]  # fmt: skip
     root = {"MINIO_ROOT_USER": ADMIN.access_key, "MINIO_ROOT_PASSWORD": ADMIN.secret_key}
     return Server(command, root, S3(f"http://127.0.0.1:{s3}", ADMIN, read_only=None), folder / "minio.log")

@@ -76,8 +76,10 @@ def days() -> Iterator[tuple[datetime.date, pa.Table]]:
 def drop_shards(folder: Path) -> int:
     """July to December as one shard a day, put in place as a careful producer does: a hidden name first, then a rename."""
     folder.mkdir(parents=True)
-    for count, (day, table) in enumerate(days(), 1):
+    count = 0
+    for day, table in days():
         hidden = folder / f".{day}.parquet"
         pq.write_table(table, hidden)
         hidden.rename(folder / f"{day}.parquet")
+        count += 1
     return count

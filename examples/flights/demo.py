@@ -19,14 +19,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import data
+from tasks.training.learner import Learner
+from tasks.training.loop import score
 
 from storage.dataset import snapshot
 from storage.log import VersionLog, open_log
 from storage.manifest import Consumed, sha256
 from storage.urls import open_store
-from tasks.training.learner import Learner
-from tasks.training.loop import score
+
+import data
 
 HERE = Path(__file__).parent
 ROOT = Path("demo-data")
@@ -63,7 +64,9 @@ def main() -> None:
     head = log.head()
     history = list(log.history(head))[::-1]
     consumed = [shard for version in history for shard in version.manifest.consumed]
-    print(f"versions 0 (batch) to {head.number}: {len(consumed)} shards, {sum(s.rows for s in consumed):,} labelled rows")
+    print(
+        f"versions 0 (batch) to {head.number}: {len(consumed)} shards, {sum(s.rows for s in consumed):,} labelled rows"
+    )
     compare(log, consumed)
     check(consumed, shards)
     print(f"\nDone in {time.monotonic() - began:.0f} s. Look further:")
@@ -89,9 +92,12 @@ def compare(log: VersionLog, consumed: list[Consumed]) -> None:
         before = score(frozen, groups[shard.key])
         assert before.rows == shard.rows
         errors[shard.key[:7]].append((shard.rows, shard.score["mae"], before.metrics["mae"]))
-    print("\nMean absolute error in minutes of the predicted arrival delay, each flight predicted before it is trained on:")
+    print(
+        "\nMean absolute error in minutes of the predicted arrival delay, each flight predicted before it is trained on:"
+    )
     print(f"{'month':>8} {'flights':>8} {'online':>8} {'frozen':>8} {'change':>8}")
-    for month, days in [*sorted(errors.items()), ("all", [day for days in errors.values() for day in days])]:
+    errors["all"] = [day for month in errors.values() for day in month]
+    for month, days in sorted(errors.items()):
         rows = sum(n for n, _, _ in days)
         online, still = (sum(day[0] * day[i] for day in days) / rows for i in (1, 2))
         print(f"{month:>8} {rows:>8,} {online:>8.2f} {still:>8.2f} {online / still - 1:>8.1%}")
@@ -107,7 +113,9 @@ def check(consumed: list[Consumed], shards: int) -> None:
     altered = [shard.key for shard in consumed if sha256(archive.read(shard.key)) != shard.sha256]
     left = [info.key for info in open_store(INBOX).list()]
     if twice or lost or altered or left:
-        raise SystemExit(f"FAILED: trained twice {twice}, lost {sorted(lost)}, altered {altered}, left in the inbox {left}")
+        raise SystemExit(
+            f"FAILED: trained twice {twice}, lost {sorted(lost)}, altered {altered}, left in the inbox {left}"
+        )
     print(f"\nChecked from the log: each of the {shards} shards consumed exactly once, none lost, the inbox is empty.")
 
 
