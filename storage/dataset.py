@@ -3,9 +3,11 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -20,6 +22,7 @@ SUFFIXES = (".parquet", ".parq", ".pq")
 
 _OPEN_FILES = 64  # footers held parsed; row groups are shuffled across files, and a footer costs one request
 _FOOTER_READERS = 8
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,15 @@ class _Opener:
 
     def __init__(self, store: Store, infos: list[ObjectInfo]) -> None:
         self._store, self._infos = store, infos
+        self._kinds = _partition_kinds(info.key for info in infos)
         self.cached = functools.lru_cache(_OPEN_FILES)(self.open)
+
+    def _partitions(self, key: str) -> dict[str, "pa.Scalar[Any]"]:
+        return {
+            name: pa.scalar(int(text) if text and pa.types.is_integer(kind) else text, kind)
+            for name, text in _partitions(key).items()
+            for kind in [self._kinds[name]]
+        }
 
     def open(self, number: int) -> ParquetFile:
         info = self._infos[number]
@@ -95,7 +106,7 @@ class _Opener:
                 ) from error
 
         try:
-            return ParquetFile(info.key, info.size, fetch, DatasetError, _partitions(info.key))
+            return ParquetFile(info.key, info.size, fetch, DatasetError, self._partitions(info.key))
         except NotReady as error:
             raise DatasetError(
                 f"{self._store.url}/{info.key} is no Parquet file: {error} Remove or repair it."
@@ -106,13 +117,23 @@ def _is_data(key: str) -> bool:
     return key.lower().endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in key.split("/"))
 
 
-def _partitions(key: str) -> dict[str, str | int | None]:
-    """Columns from `name=value` folders, as Hive and Spark write them; digits are integers."""
-    columns: dict[str, str | int | None] = {}
+def _partitions(key: str) -> dict[str, str | None]:
+    """Values from `name=value` folders, as Hive and Spark write them."""
+    columns: dict[str, str | None] = {}
     for part in key.split("/")[:-1]:
         name, equals, value = part.partition("=")
         if equals and name:
             text = unquote(value)
-            missing = text == "__HIVE_DEFAULT_PARTITION__"
-            columns[unquote(name)] = None if missing else int(text) if text.isdecimal() else text
+            columns[unquote(name)] = None if text == "__HIVE_DEFAULT_PARTITION__" else text
     return columns
+
+
+def _partition_kinds(keys: Iterable[str]) -> dict[str, pa.DataType]:
+    """The type of each partition column: integers if all values of the dataset are, or text. All files have the same."""
+    integers: dict[str, bool | None] = {}
+    for key in keys:
+        for name, value in _partitions(key).items():
+            integers.setdefault(name, None)
+            if value is not None:
+                integers[name] = integers[name] is not False and _INTEGER.fullmatch(value) is not None
+    return {name: pa.int64() if integer else pa.string() for name, integer in integers.items()}

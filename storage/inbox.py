@@ -4,10 +4,12 @@ Nothing here decides what was consumed: that stands in the version log alone. Th
 nothing else (pinned by etag), and carries out what a committed version owes.
 """
 
+import contextlib
 import heapq
 import json
 import logging
 import posixpath
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,6 +23,7 @@ from storage.errors import (
     PreconditionFailed,
     ShardRejected,
     StorageError,
+    StoreNotFound,
 )
 from storage.log import VersionLog
 from storage.manifest import Owed, Rejected, sha256
@@ -32,6 +35,8 @@ logger = logging.getLogger("tidemill.storage")
 
 UNFINISHED = (".tmp", ".temp", ".part", ".partial", ".inprogress", ".crdownload", ".crc")
 """Endings by which writers mark a file that is not whole yet, or is not data. Names that start with `.` or `_` are hidden too."""
+
+_REQUEUED = re.compile(r"\.requeued-\d{8}-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,9 @@ class Inbox:
                 oldest = info.last_modified if oldest is None else min(oldest, info.last_modified)
                 yield info
 
-        shards = heapq.nsmallest(limit, unknown(), key=lambda info: (info.last_modified, info.key))
-        return Listing(shards, seen, waiting, oldest)
+        # At least one: for none, `nsmallest` would not even count what is there.
+        shards = heapq.nsmallest(max(limit, 1), unknown(), key=lambda info: (info.last_modified, info.key))
+        return Listing(shards[:limit], seen, waiting, oldest)
 
     def read(self, info: ObjectInfo) -> Shard | None:
         """The whole shard as it was listed, or None if it went or changed since: a later listing decides."""
@@ -152,7 +158,8 @@ def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store]
     """Copy each owed object where it must go, then delete it, if it is still the one that was consumed.
 
     Only for debts of a committed version. Safe to repeat and to run twice at once: gone means done, another etag means new
-    data, which stays. Returns what could not be settled now (not allowed), to be carried by the next version.
+    data, which stays. Returns what could not be settled now (not allowed, or its inbox as a whole is gone), to be carried
+    by the next version.
     """
     left = []
     for debt in owed:
@@ -163,7 +170,7 @@ def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store]
             inbox.delete(debt.key, if_match=debt.etag)
         except (NotFound, PreconditionFailed):
             continue
-        except (PermissionDenied, InvalidKey) as error:
+        except (PermissionDenied, InvalidKey, StoreNotFound) as error:
             logger.warning(
                 "%s/%s stays in the inbox, and is remembered as consumed: %s of it failed: %s",
                 *(debt.inbox, debt.key, debt.then, error),
@@ -190,23 +197,55 @@ def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], S
         try:
             archive.create(key, data)
         except AlreadyExists:
-            if sha256(archive.read(key)) != debt.sha256:
+            if not _holds(archive, key, debt.sha256):
                 continue
+        except StoreNotFound as error:  # not to be taken for a lost inbox
+            raise StorageError(f"the archive cannot be written: {error}") from error
         return True
     raise StorageError(f"{debt.to} holds other bytes under both names of {debt.key}; move them away and run again.")
 
 
+def _holds(store: Store, key: str, digest: str) -> bool:
+    """True if exactly these bytes are at `key`."""
+    try:
+        return sha256(store.read(key)) == digest
+    except NotFound:
+        return False
+
+
 # ---- quarantine ------------------------------------------------------------------------------------------------------
-def quarantine_key(model: str, version: int, shard_sha256: str) -> str:
-    """Where version `version` sends a rejected shard. The shard's own key stands in the reason beside it: it may be hostile."""
-    return f"{model}/quarantine/{version:08d}-{shard_sha256[:32]}"
+def quarantine_key(model: str, version: int, shard_sha256: str, key: str = "") -> str:
+    """Where version `version` sends a rejected shard. The shard's own key stands in the reason beside it: it may be hostile.
+
+    With `key`, two shards of the same bytes do not fall on one name.
+    """
+    identity = sha256(f"{shard_sha256} {key}".encode(errors="surrogatepass")) if key else shard_sha256
+    return f"{model}/quarantine/{version:08d}-{identity[:32]}"
 
 
 def quarantined(log: VersionLog) -> dict[str, dict[str, str]]:
     """Name in quarantine -> {inbox, key, sha256, etag, reason} of every rejected shard that is kept there."""
     prefix = f"{log.model}/quarantine/"
     names = sorted(i.key.removeprefix(prefix) for i in log.store.list(prefix) if i.key.endswith(".json"))
-    return {name.removesuffix(".json"): json.loads(log.store.read(prefix + name)) for name in names}
+    kept = {}
+    for name in names:
+        with contextlib.suppress(NotFound):  # sent back since it was listed
+            kept[name.removesuffix(".json")] = _reason(log, prefix + name)
+    return kept
+
+
+def _reason(log: VersionLog, key: str) -> dict[str, str]:
+    """What stands beside a quarantined shard."""
+    data = log.store.read(key)
+    try:
+        reason: dict[str, str] = json.loads(data)
+        if {type(reason[name]) for name in ("inbox", "key", "sha256")} != {str}:
+            raise TypeError("a field is no string")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptObject(
+            f"{log.store.url}/{key} is no reason of a rejection: {error!r}. Restore or delete it."
+        ) from error
+    return reason
 
 
 def requeue(log: VersionLog, name: str, stores: Callable[[str], Store] = open_store) -> str:
@@ -218,26 +257,37 @@ def requeue(log: VersionLog, name: str, stores: Callable[[str], Store] = open_st
     Raises:
         NotFound: nothing of that name is in quarantine.
         CorruptObject: its bytes are not those that were rejected.
+        AlreadyExists: its new key is taken by other bytes. It stays in quarantine.
     """
     key = f"{log.model}/quarantine/{name}"
     try:
-        reason = json.loads(log.store.read(f"{key}.json"))
+        reason = _reason(log, f"{key}.json")
     except NotFound:
         known = ", ".join(quarantined(log)) or "it is empty"
         raise NotFound(f"{log.url}/quarantine holds no {name!r}; there is: {known}.") from None
-    stem, suffix = posixpath.splitext(reason["key"])
+    # Without the mark of an earlier time: a name that grew each time would end as one that no store takes.
+    stem, suffix = posixpath.splitext(_REQUEUED.sub("", reason["key"]))
     back = f"{stem}.requeued-{name}{suffix}"
     try:
         data = log.store.read(key)
     except NotFound:  # a requeue that crashed had sent it back already
-        log.store.delete(f"{key}.json")
+        _delete(log.store, f"{key}.json")
         return back
     if sha256(data) != reason["sha256"]:
         raise CorruptObject(f"{log.url}/quarantine/{name} is not the object that was rejected: its sha256 differs.")
+    inbox = stores(reason["inbox"])
     try:
-        stores(reason["inbox"]).create(back, data)
+        inbox.create(back, data)
     except AlreadyExists:
-        logger.info("%s/%s had been sent back before", reason["inbox"], back)
-    log.store.delete(key)
-    log.store.delete(f"{key}.json")
+        with contextlib.suppress(NotFound):  # consumed in this moment
+            if sha256(inbox.read(back)) != reason["sha256"]:
+                raise
+        logger.info("%s/%s had been sent back before", inbox.url, back)
+    _delete(log.store, key)
+    _delete(log.store, f"{key}.json")
     return back
+
+
+def _delete(store: Store, key: str) -> None:
+    with contextlib.suppress(NotFound):  # another requeue was faster
+        store.delete(key)

@@ -22,6 +22,7 @@ from storage.errors import (
     HeadMoved,
     NotFound,
     PreconditionFailed,
+    StorageError,
     StoreNotFound,
     UnknownAlias,
     UnknownModel,
@@ -38,6 +39,7 @@ logger = logging.getLogger("tidemill.storage")
 HINT_EVERY = 16
 """A run that opens the log starts to look for the head at most this many versions below it."""
 
+_ALTERED = "The history was altered; restore it, for example from bucket versions."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -84,13 +86,7 @@ class VersionLog:
         if number < 0:
             raise UnknownModel(self._unknown())
         version = self.version(number)
-        if parent := version.manifest.parent:
-            found = self.version(parent.version)
-            if parent.version != number - 1 or found.sha256 != parent.sha256:
-                raise CorruptObject(
-                    f"{self.url}/log: version {number} was made from another version {parent.version} than the one stored. "
-                    "The history was altered; restore it, for example from bucket versions."
-                )
+        self._parent(version)
         return version
 
     def exists(self) -> bool:
@@ -116,21 +112,32 @@ class VersionLog:
             raise CorruptObject(
                 f"{self.store.url}/{key} holds version {manifest.version} of {manifest.model!r}: it was copied by hand."
             )
+        if (manifest.parent.version if manifest.parent else -1) != number - 1:
+            raise CorruptObject(f"{self.store.url}/{key} does not name version {number - 1} as its parent.")
         return Version(manifest, sha256(data))
 
     def history(self, head: Version, limit: int | None = None) -> Iterator[Version]:
         """Versions from `head` back to version 0, or `limit` of them, every link checked."""
-        version = head
-        while True:
+        version: Version | None = head
+        while version is not None and limit != 0:
             yield version
-            if limit is not None:
-                limit -= 1
-            parent = version.manifest.parent
-            if parent is None or limit == 0:
-                return
-            child, version = version, self.version(parent.version)
-            if version.sha256 != parent.sha256:
-                raise CorruptObject(f"{self.url}/log: version {version.number} is not the parent of {child.number}.")
+            limit = None if limit is None else limit - 1
+            version = self._parent(version) if limit != 0 else None
+
+    def _parent(self, child: Version) -> Version | None:
+        """The version that `child` was made from; None before version 0."""
+        if (parent := child.manifest.parent) is None:
+            return None
+        try:
+            found = self.version(parent.version)
+        except UnknownVersion as error:
+            raise CorruptObject(f"{self.url}/log: version {parent.version} is gone. {_ALTERED}") from error
+        if found.sha256 != parent.sha256:
+            raise CorruptObject(
+                f"{self.url}/log: version {child.number} was made from another version {parent.version} than the one "
+                f"stored. {_ALTERED}"
+            )
+        return found
 
     def resolve(self, name: str) -> Version:
         """`head`, a version's number, or an alias.
@@ -195,6 +202,8 @@ class VersionLog:
             created=datetime.now(UTC),
         )
         data, key = encode(manifest), self._manifest_key(number)
+        # Read back before it counts: a manifest that cannot be read would end the model.
+        version = Version(decode(data, f"{self.store.url}/{key}"), sha256(data))
         try:
             self.store.create(key, data)
         except AlreadyExists:
@@ -203,9 +212,11 @@ class VersionLog:
                 raise HeadMoved(
                     f"{self.url}: another run committed version {number} first; this attempt is discarded, nothing is lost."
                 ) from None
-        version = Version(decode(data, f"{self.store.url}/{key}"), sha256(data))
         if number % HINT_EVERY == 0:
-            self.store.write(f"{self.model}/head.json", json.dumps({"version": number}).encode())
+            try:
+                self.store.write(f"{self.model}/head.json", json.dumps({"version": number}).encode())
+            except StorageError as error:  # committed all the same; without it the head is only found more slowly
+                logger.warning("version %d is committed, but head.json could not be written: %s", number, error)
         return version
 
     def rollback(self, name: str) -> Version:
@@ -238,7 +249,8 @@ class VersionLog:
     def aliases(self) -> dict[str, int]:
         """Every alias and the version that it names."""
         prefix = f"{self.model}/aliases/"
-        names = sorted(info.key.removeprefix(prefix).removesuffix(".json") for info in self.store.list(prefix))
+        keys = (info.key.removeprefix(prefix) for info in self.store.list(prefix))
+        names = sorted(key.removesuffix(".json") for key in keys if key.endswith(".json"))
         return {name: number for name in names if (number := self._alias(name)[0]) is not None}
 
     def aliased(self, name: str) -> Version:
@@ -293,6 +305,8 @@ class VersionLog:
 
     def _alias(self, name: str) -> tuple[int | None, str | None]:
         """(version, etag of the alias object), or (None, None)."""
+        if not _NAME.fullmatch(name):
+            return None, None
         key = f"{self.model}/aliases/{name}.json"
         while True:
             try:
@@ -304,7 +318,7 @@ class VersionLog:
                 continue  # replaced between the two calls
             try:
                 return int(json.loads(data)["version"]), info.etag
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise CorruptObject(
                     f"{self.store.url}/{key} is no alias: {error}. Delete it and promote again."
                 ) from error
@@ -319,7 +333,12 @@ class VersionLog:
             raise ValueError(f"keep must be at least 1 (the head), not {keep}")
         listed = list(self.store.list(f"{self.model}/blobs/"))  # before the head is read: what is newer is not in it
         head = self.head()
-        retained = [*self.history(head, keep), *(self.version(n) for n in self.aliases().values())]
+        retained = list(self.history(head, keep))
+        for alias in self.aliases():
+            try:
+                retained.append(self.aliased(alias))
+            except UnknownAlias as error:  # it was deleted just now, or it names nothing: then it keeps nothing
+                logger.warning("%s", error)
         named = {
             ref.key
             for version in retained
@@ -353,7 +372,7 @@ class VersionLog:
         """A version that probably exists; only ever a place to start looking."""
         try:
             number = json.loads(self.store.read(f"{self.model}/head.json"))["version"]
-        except (NotFound, ValueError, KeyError, TypeError):
+        except (NotFound, CorruptObject, ValueError, KeyError, TypeError, RecursionError):
             return 0
         return number if isinstance(number, int) and number > 0 and self._has(number) else 0
 

@@ -5,7 +5,7 @@ import json
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from storage.errors import CorruptObject, UnsupportedFormat
 
@@ -15,7 +15,8 @@ FORMAT = 1
 class Record(BaseModel):
     """Part of a manifest: immutable, and strict about its fields, so that a typo is an error and not a loss."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # "constants": by default pydantic would write NaN as null, and a number that cannot be stored would vanish unseen
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class BlobRef(Record):
@@ -57,8 +58,8 @@ class Consumed(Record):
     unlabelled: int
     score: dict[str, float]
     """Prequential: of the model as it was before it trained on this shard."""
-    loss: float
-    """Mean over samples while training on it, last pass."""
+    loss: float | None = None
+    """Mean over samples while training on it, last pass. None if it had no row with a label."""
 
 
 class Rejected(Record):
@@ -128,7 +129,11 @@ class Manifest(Entry):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Canonical JSON of a manifest with a `checksum` over all other fields, so that an edited head is noticed."""
+    """Canonical JSON of a manifest with a `checksum` over all other fields, so that an edited head is noticed.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot hold.
+    """
     fields = manifest.model_dump(mode="json", exclude_none=True)
     return (json.dumps({**fields, "checksum": _checksum(fields)}, indent=1, allow_nan=False) + "\n").encode()
 
@@ -153,7 +158,7 @@ def decode(data: bytes, where: str) -> Manifest:
                 "for example from a bucket version; Tidemill never continues from altered history."
             )
         return Manifest.model_validate(fields)
-    except (ValueError, AttributeError, RecursionError, ValidationError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptObject(f"{where} is no Tidemill manifest: {error}") from error
 
 

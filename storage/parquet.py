@@ -7,7 +7,7 @@ comes through a `fetch` that pins the object's etag, and decoding never calls th
 import contextlib
 import io
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol, cast
 
@@ -23,6 +23,7 @@ MAX_DECODED_BYTES = 2 * 2**30
 _FOOTER_GUESS = 64 * 1024
 _COALESCE_GAP = 256 * 1024  # reading this much for nothing is cheaper than another request
 _WIDTH = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
+_DELTA = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
 
 
 class Fetch(Protocol):
@@ -40,11 +41,14 @@ class RangesFile(io.RawIOBase):
         self._chunks: list[memoryview] = []
 
     def load(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetch [start, stop) ranges, neighbours in one request, replacing what was held before."""
-        self._starts, self._chunks = [], []
+        """Fetch [start, stop) ranges, neighbours in one request."""
         for start, stop in _coalesced(ranges):
-            self._starts.append(start)
-            self._chunks.append(memoryview(self._fetch(start, stop - start)))
+            self.hold(start, self._fetch(start, stop - start))
+
+    def hold(self, start: int, data: bytes) -> None:
+        """Keep bytes that lie after all that are held already."""
+        self._starts.append(start)
+        self._chunks.append(memoryview(data))
 
     def read(self, size: int | None = -1) -> Any:
         end = self._size if size is None or size < 0 else min(self._at + size, self._size)
@@ -55,8 +59,11 @@ class RangesFile(io.RawIOBase):
         return self._fetch(start, end - start) if end > start else b""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._size)[whence]
-        return self._at
+        at = offset + (0, self._at, self._size)[whence]
+        if at < 0:
+            raise ValueError(f"offset {at} lies before the file")
+        self._at = at
+        return at
 
     def tell(self) -> int:
         return self._at
@@ -100,7 +107,7 @@ class ParquetFile:
         size: int,
         fetch: Fetch,
         error: type[StorageError],
-        partitions: dict[str, str | int | None] | None = None,
+        partitions: Mapping[str, "pa.Scalar[Any]"] | None = None,
     ) -> None:
         """`error` is what bad bytes raise; `partitions` are constant columns that the file's path adds.
 
@@ -115,60 +122,88 @@ class ParquetFile:
         if head != MAGIC or tail[-4:] != MAGIC:
             raise NotReady(f"{name} does not begin and end with {MAGIC.decode()}: not Parquet, or not fully written.")
         footer = int.from_bytes(tail[-8:-4], "little") + 8
-        self._file = RangesFile(size, fetch)
+        self._size, self._fetch = size, fetch
         with self._decoding("its footer"):
             if footer > size - 4:
                 raise ValueError(f"the footer claims {footer} bytes in a file of {size}")
-            self._file.load([(size - footer, size)])
-            stream = cast(IO[bytes], self._file)  # has all that Arrow calls of it
-            metadata = pq.read_metadata(stream)
-            strings = [
-                field.name
-                for field in metadata.schema.to_arrow_schema()
-                if pa.types.is_string(field.type) or pa.types.is_binary(field.type)
-            ]
+            self._metadata = pq.read_metadata(_stream(self._file(size - len(tail), tail)))
             # Dictionaries keep a repeated string once; expanded it would cost its length for every row.
-            self._parquet = pq.ParquetFile(
-                stream, metadata=metadata, read_dictionary=strings, page_checksum_verification=True
-            )
-            self._metadata = metadata
-            self._file.load([])
-            self.schema: pa.Schema = self._parquet.schema_arrow
-        for column, value in self._partitions.items():
-            if column not in self.schema.names:
-                kind = pa.int64() if isinstance(value, int) else pa.string()
-                self.schema = self.schema.append(pa.field(column, kind))
-        self.group_rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            self._strings = [f.name for f in self._metadata.schema.to_arrow_schema() if _is_string(f.type)]
+            self.schema: pa.Schema = self._parquet(self._file(), self._strings).schema_arrow
+            self._stored = frozenset(self.schema.names)
+            for column, value in self._partitions.items():
+                if column not in self._stored:
+                    self.schema = self.schema.append(pa.field(column, value.type))
+            self.group_rows = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
+            if min(self.group_rows, default=0) < 0:
+                raise ValueError("it claims a negative number of rows")
 
     def read(self, index: int, columns: Sequence[str]) -> pa.Table:
-        """Decode the named columns of one row group."""
-        stored = [c for c in columns if c in self._parquet.schema_arrow.names]
+        """Decode the named columns of one row group. Nothing of them stays in memory here."""
+        wanted = self._stored.intersection(columns)
+        added = [c for c in dict.fromkeys(columns) if c not in self._stored and c in self._partitions]
         with self._decoding(f"row group {index}"):
-            group, ranges, decoded = self._metadata.row_group(index), [], 0
+            group = self._metadata.row_group(index)
+            ranges: list[tuple[int, int]] = []
+            delta: dict[str, int] = {}
+            decoded = 8 * group.num_rows * len(added)
             for i in range(group.num_columns):
                 chunk = group.column(i)
-                if not any(chunk.path_in_schema == c or chunk.path_in_schema.startswith(f"{c}.") for c in stored):
+                if not _is_below(chunk.path_in_schema, wanted):
                     continue
                 start = chunk.data_page_offset
                 if chunk.dictionary_page_offset is not None:
                     start = min(start, chunk.dictionary_page_offset)
-                ranges.append((start, start + chunk.total_compressed_size))
+                stop = start + chunk.total_compressed_size
+                if not 0 <= start <= stop <= self._size:
+                    raise ValueError(f"column {chunk.path_in_schema} points outside of the file")
+                ranges.append((start, stop))
                 width = _WIDTH.get(chunk.physical_type) or int(self._metadata.schema.column(i).length or 0)
                 decoded += max(chunk.num_values * width, group.num_rows * width, chunk.total_uncompressed_size)
+                if chunk.path_in_schema in self._strings and _DELTA.intersection(chunk.encodings):
+                    delta[chunk.path_in_schema] = chunk.total_uncompressed_size
             if decoded > MAX_DECODED_BYTES:
                 raise ValueError(
                     f"it would decode to {decoded:,} bytes, more than {MAX_DECODED_BYTES:,}; write smaller row groups"
                 )
-            self._file.load(ranges)
-            table = self._parquet.read_row_group(index, columns=stored)
-            self._file.load([])  # the encoded bytes have served; an open file shall cost its footer only
+            file = self._file()
+            file.load(ranges)
+            parquet = self._parquet(file, [c for c in self._strings if c in wanted and c not in delta])
+            table = parquet.read_row_group(index, columns=sorted(wanted.difference(delta)))
             if table.num_rows != group.num_rows:
                 raise ValueError(f"{table.num_rows} rows where the footer says {group.num_rows}")
-        for column in columns:
-            if column not in stored and column in self._partitions:
-                value = pa.scalar(self._partitions[column], self.schema.field(column).type)
+            for column, size in delta.items():
+                table = table.append_column(self.schema.field(column), self._delta(parquet, index, column, size))
+            for column in added:
+                value: Any = self._partitions[column]
                 table = table.append_column(self.schema.field(column), pa.repeat(value, table.num_rows))
-        return table.select(list(columns))
+            return table.select(list(columns))
+
+    def _delta(self, parquet: pq.ParquetFile, index: int, column: str, size: int) -> "pa.ChunkedArray[Any]":
+        """A string column that Arrow cannot decode into a dictionary by itself.
+
+        A string may be stored as "like the one before", so `size`, its encoded bytes, bounds one value, not all: it is decoded
+        in pieces that fit in memory even if every value is that long.
+        """
+        kind = self.schema.field(column).type
+        rows = min(65_536, max(1, MAX_DECODED_BYTES // max(1, size)))
+        pieces, decoded = [], 0
+        for batch in parquet.iter_batches(rows, row_groups=[index], columns=[column]):
+            pieces.append(batch.column(column).cast(kind.value_type).dictionary_encode())
+            decoded += pieces[-1].nbytes
+            if decoded > MAX_DECODED_BYTES:
+                raise ValueError(f"{column} decodes to more than {MAX_DECODED_BYTES:,} bytes; write smaller row groups")
+        return pa.chunked_array(pieces, kind)
+
+    def _file(self, start: int = 0, held: bytes = b"") -> RangesFile:
+        file = RangesFile(self._size, self._fetch)
+        file.hold(start, held)
+        return file
+
+    def _parquet(self, file: RangesFile, dictionaries: list[str]) -> pq.ParquetFile:
+        return pq.ParquetFile(
+            _stream(file), metadata=self._metadata, read_dictionary=dictionaries, page_checksum_verification=True
+        )
 
     @contextlib.contextmanager
     def _decoding(self, part: str) -> Iterator[None]:
@@ -189,6 +224,22 @@ def row_groups(file: ParquetFile, reopen: Callable[[], ParquetFile] | None = Non
         for i, rows in enumerate(file.group_rows)
         if rows
     ]
+
+
+def _stream(file: RangesFile) -> IO[bytes]:
+    return cast(IO[bytes], file)  # it has all that Arrow calls of it
+
+
+def _is_below(path: str, columns: Collection[str]) -> bool:
+    """True if a leaf of the schema belongs to one of the columns, whose names may have dots of their own."""
+    parts = path.split(".")
+    return any(".".join(parts[:i]) in columns for i in range(1, len(parts) + 1))
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    types = pa.types
+    texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return texts or types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def _coalesced(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:

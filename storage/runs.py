@@ -7,10 +7,11 @@ done.json           {"version": n}: the run has registered its version and moved
 """
 
 import json
+import re
 import uuid
 from dataclasses import dataclass
 
-from storage.errors import AlreadyExists, CorruptObject, NotFound, UnknownVersion
+from storage.errors import AlreadyExists, CorruptObject, NotFound, StoreNotFound, UnknownVersion
 from storage.log import Version, VersionLog
 from storage.manifest import BlobRef, Record, sha256
 
@@ -46,13 +47,13 @@ class BatchProgress:
 
     def registered(self) -> tuple[Version, bool] | None:
         """(the version that this run has committed, True if it also finished), or None."""
-        if (done := self._json("done.json")) is not None:
-            return self.log.version(done["version"]), True
-        begun = self._json("run.json")
-        if begun is None or not self.log.exists():
+        if (done := self._number("done.json", "version")) is not None:
+            return self.log.version(done), True
+        after = self._number("run.json", "after")
+        if after is None or not self.log.exists():
             return None
         for version in self.log.history(self.log.head()):
-            if version.number <= begun["after"]:
+            if version.number <= after:
                 return None
             if version.manifest.run == self.key:
                 return version, False
@@ -88,16 +89,21 @@ class BatchProgress:
 
     def _drop(self, before: int | None) -> None:
         for info in list(self.log.store.list(f"{self._prefix}/0")):
-            epoch = int(info.key.rsplit("/", 1)[-1][:8])
-            if before is None or epoch < before:
+            epoch = re.match(r"\d{8}", info.key.removeprefix(f"{self._prefix}/"))
+            if epoch is not None and (before is None or int(epoch[0]) < before):
                 try:
                     self.log.store.delete(info.key)
                 except NotFound:
                     continue  # an overlapping attempt was faster
 
-    def _json(self, name: str) -> dict[str, int] | None:
+    def _number(self, name: str, field: str) -> int | None:
+        """The number in `<name>`, or None if there is no such object."""
+        key = f"{self._prefix}/{name}"
         try:
-            record: dict[str, int] = json.loads(self.log.store.read(f"{self._prefix}/{name}"))
-        except NotFound:
+            return int(json.loads(self.log.store.read(key))[field])
+        except (NotFound, StoreNotFound):  # a registry on a disk begins with its first object
             return None
-        return record
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise CorruptObject(
+                f"{self.log.store.url}/{key} is damaged: {error!r}. Delete it; at worst the batch run trains again."
+            ) from error

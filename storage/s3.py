@@ -40,7 +40,7 @@ log = logging.getLogger("tidemill.storage")
 
 # SeaweedFS takes `a//b`, `/a/b` and `a\b` for `a/b`, so that a read or delete would hit another object; it refuses
 # `.` and `..`.
-_AMBIGUOUS = re.compile(r"\\|\0|(^|/)\.{0,2}(/|$)")
+_AMBIGUOUS = re.compile(r"[\\\0\ud800-\udfff]|(^|/)\.{0,2}(/|$)")
 
 
 class S3Store(Store):
@@ -51,8 +51,8 @@ class S3Store(Store):
 
     Etags are the store's, without quotes. S3 makes them from the content: identical bytes have equal etags.
 
-    Keys on which servers disagree raise `InvalidKey`: an empty, `.` or `..` segment, a backslash, NUL. A listing
-    skips such objects and warns once.
+    Keys on which servers disagree raise `InvalidKey`: an empty, `.` or `..` segment, a backslash, NUL, half a
+    surrogate pair. A listing skips such objects and warns once.
     """
 
     retry_seconds: float = 90.0
@@ -193,7 +193,7 @@ class S3Store(Store):
             where = f"{self.url}/{key}"
             if _AMBIGUOUS.search(key):
                 raise InvalidKey(
-                    f"{where!r}: stores disagree about empty, '.' and '..' segments, backslashes and NUL in keys"
+                    f"{where!r}: stores disagree about keys with empty, '.' or '..' segments, or such characters"
                 )
             params["Key"] = self._root + key
 

@@ -25,8 +25,11 @@ class Tombstones:
         self = cls()
         try:
             for line in data.splitlines():
-                self.add(*json.loads(line))
-        except (ValueError, TypeError) as error:
+                fields = json.loads(line)
+                if not isinstance(fields, list) or not all(isinstance(field, str) for field in fields):
+                    raise ValueError(f"{line[:100]!r} is no list of strings")
+                self.add(*fields)
+        except (ValueError, TypeError, RecursionError) as error:
             raise CorruptObject(f"{where} does not hold tombstones: {error}") from error
         return self
 
@@ -35,6 +38,7 @@ class Tombstones:
 
     def add(self, inbox: str, key: str, sha256: str, etag: str) -> None:
         line = json.dumps([inbox, key, sha256, etag]).encode() + b"\n"
+        self._forget((inbox, key, sha256))  # so that one consumed again counts as recent
         self._lines[inbox, key, sha256] = etag, line
         self._etags.add((inbox, key, etag))
 
@@ -52,8 +56,11 @@ class Tombstones:
             return
         kept = set(keep)
         for identity in [i for i in list(self._lines)[:surplus] if i not in kept]:
-            etag, _ = self._lines.pop(identity)
-            self._etags.discard((identity[0], identity[1], etag))
+            self._forget(identity)
+
+    def _forget(self, identity: tuple[str, str, str]) -> None:
+        if (found := self._lines.pop(identity, None)) is not None:
+            self._etags.discard((identity[0], identity[1], found[0]))
 
     def copy(self) -> "Tombstones":
         other = Tombstones()

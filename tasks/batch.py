@@ -10,6 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -57,14 +58,9 @@ class BatchRun:
         self.losses: tuple[float, ...] = ()
         self._learner: Learner | None = None
         self.split = Split(settings.held_out, held_out=False) if settings.held_out else None
+        self.progress.begin()
         self.registered = self.progress.registered()
-        if self.registered is None:
-            self.progress.begin()
-
-    @property
-    def finished(self) -> bool:
-        """True if this run had registered its version before."""
-        return self.registered is not None
+        """(version, True if nothing is left to do) if an earlier attempt had committed it."""
 
     @property
     def epochs_left(self) -> range:
@@ -88,15 +84,14 @@ class BatchRun:
         checkpoint, weights, state = found
         logger.info("going on from the checkpoint after epoch %d of %d", checkpoint.epochs, self.spec.epochs)
         self.losses = checkpoint.losses
-        return Learner.load(self.spec.model_dump(mode="json"), weights, state)
+        return Learner.load(self.spec, weights, state)
 
     def _fresh(self) -> Learner:
         self.losses = ()
         features = Features.resolve(self.spec, self.dataset.row_groups[0].schema)
         for name, schema in self.dataset.schemas:
             features.check(schema, f"{self.dataset.ref.url}/{name}")
-        features.fit(self.dataset.row_groups, self.split)
-        return Learner.create(self.spec, features)
+        return Learner.create(self.spec, features.fit(self.dataset.row_groups, self.split))
 
 
 def take_snapshot(dataset: str) -> Snapshot:
@@ -165,7 +160,7 @@ def register(run: BatchRun, result: Score) -> Version:
                 if result.rows
                 else {},
             },
-            counters=run.learner.counters.as_dict(),
+            counters=asdict(run.learner.counters),
             dataset=run.dataset.ref,
             run=run.progress.key,
             code=code_revision(),

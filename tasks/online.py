@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
 from pydantic import BaseModel
@@ -29,6 +29,7 @@ from tasks.training.environment import differences, environment
 from tasks.training.errors import ColumnError, NonFiniteLoss
 from tasks.training.learner import Learner
 from tasks.training.loop import score, train_pass
+from tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.online")
 
@@ -163,10 +164,7 @@ class OnlineRun:
         """The head, verified, and the learner as it was committed; its debts settled, now that it has been read back."""
         if (loaded := self._loaded) is None:
             version = self.log.head()
-            manifest = version.manifest
-            learner = Learner.load(
-                manifest.spec, self.log.read_blob(manifest.blobs.weights), self.log.read_blob(manifest.blobs.state)
-            )
+            learner, manifest = load_learner(self.log, version), version.manifest
             if changed := differences(manifest.environment, environment()):
                 self._warn(f"bits may differ from those of the run before: {'; '.join(changed)}")
             tombstones = self.log.tombstones(version)
@@ -316,7 +314,7 @@ class OnlineRun:
             rejected=tuple(work.rejected),
             owed=owed,
             metrics=work.metrics(),
-            counters=loaded.learner.counters.as_dict(),
+            counters=asdict(loaded.learner.counters),
             code=code_revision(),
             environment=environment(),
         )
@@ -339,7 +337,7 @@ class OnlineRun:
                 sha256=s.sha256,
                 etag=s.etag,
                 then="quarantine",
-                to=quarantine_key(self.log.model, number, s.sha256),
+                to=quarantine_key(self.log.model, number, s.sha256, s.key),
                 reason=s.reason,
             )
             for s in work.rejected

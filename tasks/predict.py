@@ -12,8 +12,8 @@ from storage.errors import DatasetError
 from storage.log import open_log
 from storage.parquet import RowGroup
 from storage.urls import open_store
-from tasks.training.learner import Learner
 from tasks.training.loop import predict as predict_groups
+from tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.predict")
 
@@ -48,8 +48,7 @@ def predict(
     """
     log = open_log(registry, model, writable=False)
     found = log.resolve(version)
-    manifest = found.manifest
-    learner = Learner.load(manifest.spec, log.read_blob(manifest.blobs.weights), log.read_blob(manifest.blobs.state))
+    learner = load_learner(log, found)
     taken, target = snapshot(dataset), open_store(output)
     for name, schema in taken.schemas:
         learner.features.check(schema, f"{taken.ref.url}/{name}", labelled=False)

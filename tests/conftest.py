@@ -57,7 +57,7 @@ def store(make_url: Callable[[str], str]) -> Store:
     return open_store(make_url("store"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def s3_client(s3_server: S3) -> Iterator[BaseClient]:
     """A plain client, to look past the store."""
     with s3_server.client() as client:

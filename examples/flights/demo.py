@@ -19,8 +19,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tasks.training.learner import Learner
 from tasks.training.loop import score
+from tasks.versions import load_learner
 
 from storage.dataset import snapshot
 from storage.log import VersionLog, open_log
@@ -82,8 +82,7 @@ def main() -> None:
 
 def compare(log: VersionLog, consumed: list[Consumed]) -> None:
     """Print the mean absolute error by month: online before it trained on each shard, frozen as the batch left it."""
-    batch = log.version(0).manifest
-    frozen = Learner.load(batch.spec, log.read_blob(batch.blobs.weights), log.read_blob(batch.blobs.state))
+    frozen = load_learner(log, log.version(0))
     groups = defaultdict(list)
     for group in snapshot(ARCHIVE).row_groups:
         groups[group.file].append(group)

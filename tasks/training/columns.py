@@ -3,6 +3,8 @@
 Shape legend: N rows, K items of a vector column (1 for a plain column), V distinct values.
 """
 
+from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
+
 import math
 from collections.abc import Sequence
 from decimal import Decimal
@@ -10,6 +12,7 @@ from hashlib import blake2b
 from typing import Any, Final, Literal, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -43,14 +46,14 @@ def family_of(kind: pa.DataType) -> tuple[Family, int | None] | None:
     return ("text", None) if any(test(kind) for test in (*text, *data)) else None
 
 
-def one_array(column: pa.ChunkedArray) -> pa.Array:
+def one_array(column: pa.ChunkedArray[Any]) -> pa.Array[Any]:
     """The column as one array, without a copy when it is one chunk."""
     if column.num_chunks == 1:
-        return column.chunk(0)
-    return cast(pa.Array, column.combine_chunks())
+        return cast("pa.Array[Any]", column.chunk(0))  # the stubs say ChunkedArray
+    return column.combine_chunks()
 
 
-def numbers(array: pa.Array) -> pa.Array:
+def numbers(array: pa.Array[Any]) -> pa.Array[Any]:
     """float32 [N] if every value of the array's type is exact in float32, else float64 [N]; nulls stay null.
 
     Dates and timestamps become seconds since 1970-01-01T00:00Z (naive ones count as UTC), times of day and durations
@@ -64,24 +67,20 @@ def numbers(array: pa.Array) -> pa.Array:
     if kind in EXACT_IN_FLOAT32:
         return array.cast(pa.float32())
     if pa.types.is_date32(kind):
-        return _scaled(array.cast(pa.int32()), SECONDS_PER_DAY)
+        return pc.multiply(array.cast(pa.int32()).cast(pa.float64()), SECONDS_PER_DAY)
     if pa.types.is_date64(kind):
-        return _scaled(array.cast(pa.int64()), 1 / TICKS_PER_SECOND["ms"])
-    if pa.types.is_temporal(kind):
+        return _seconds(array.cast(pa.int64()), TICKS_PER_SECOND["ms"])
+    if pa.types.is_temporal(kind):  # timestamps, times of day, durations
         ticks = array.cast(pa.int32() if pa.types.is_time32(kind) else pa.int64())
-        return _scaled(ticks, 1 / TICKS_PER_SECOND[kind.unit])
+        return _seconds(ticks, TICKS_PER_SECOND[cast(Any, kind).unit])
     return array.cast(pa.float64(), safe=False)
 
 
-def _scaled(ticks: pa.Array, factor: float) -> pa.Array:
-    import pyarrow.compute as pc
-
-    values = ticks.cast(pa.float64(), safe=False)
-    # Dividing by a power of ten rounds once; multiplying by its reciprocal rounds twice.
-    return pc.divide(values, 1 / factor) if factor < 1 else pc.multiply(values, factor)
+def _seconds(ticks: pa.Array[Any], per_second: float) -> pa.Array[Any]:
+    return pc.divide(ticks.cast(pa.float64(), safe=False), per_second)  # rounds once
 
 
-def as_tensor(array: pa.Array, width: int | None) -> tuple[Tensor, Tensor | None]:
+def as_tensor(array: pa.Array[Any], width: int | None) -> tuple[Tensor, Tensor | None]:
     """A number, time, duration or vector column as (values_NK, present_NK).
 
     values_NK is float32 or float64 as `numbers` says, with 0 for nulls. It may be a read-only view of Arrow's memory:
@@ -91,7 +90,7 @@ def as_tensor(array: pa.Array, width: int | None) -> tuple[Tensor, Tensor | None
     if width is None:
         flat, k = array, 1
     else:
-        fixed = cast(pa.FixedSizeListArray, array)
+        fixed = cast("pa.FixedSizeListArray[Any, Any]", array)
         flat, k = fixed.values.slice(fixed.offset * width, n * width), width
     flat = numbers(flat)
     values_NK = from_arrow(flat.fill_null(0.0) if flat.null_count else flat).view(n, k)
@@ -101,31 +100,31 @@ def as_tensor(array: pa.Array, width: int | None) -> tuple[Tensor, Tensor | None
     return values_NK, present_NK & _present(array).unsqueeze(1) if width is not None else present_NK
 
 
-def _present(array: pa.Array) -> Tensor:
+def _present(array: pa.Array[Any]) -> Tensor:
     return from_arrow(array.is_valid().cast(pa.uint8())).bool()
 
 
-def from_arrow(array: pa.Array | pa.Tensor) -> Tensor:
+def from_arrow(array: pa.Array[Any] | pa.Tensor) -> Tensor:
     """A view of Arrow's memory. DLPack, because `Array.to_numpy` imports pandas where that is installed (0.7 s)."""
-    return cast(Tensor, torch.from_dlpack(array))
+    return torch.utils.dlpack.from_dlpack(array)
 
 
-def to_arrow(values_N: Tensor) -> pa.Array:
+def to_arrow(values_N: Tensor) -> pa.Array[Any]:
     """A contiguous float32 tensor as an Arrow array on the same memory."""
-    return pa.Array.from_buffers(pa.float32(), len(values_N), [None, pa.py_buffer(values_N.numpy())])
+    return pa.Array.from_buffers(pa.float32(), len(values_N), [None, pa.py_buffer(cast(Any, values_N.numpy()))])
 
 
-def bucket_ids(array: pa.Array, buckets: int) -> Tensor:
+def bucket_ids(array: pa.Array[Any], buckets: int) -> Tensor:
     """int64 [N]: 0 for null, else 1 + hash mod `buckets` of the value (`hash_bucket` of its `canonical` bytes).
 
     Each distinct value is hashed once; rows only look their id up.
     Raises ValueError for NaN and infinity.
     """
+    encoded = cast("pa.DictionaryArray[Any, Any]", array)
     if not pa.types.is_dictionary(array.type):
-        array = array.dictionary_encode()
-    elif len(cast(pa.DictionaryArray, array).dictionary) > len(array):  # a slice that uses little of its dictionary
-        array = array.cast(array.type.value_type).dictionary_encode()
-    encoded = cast(pa.DictionaryArray, array)
+        encoded = array.dictionary_encode()
+    elif len(encoded.dictionary) > len(array):  # a slice that uses little of its dictionary
+        encoded = array.cast(array.type.value_type).dictionary_encode()
     values = encoded.dictionary
     if family_of(values.type) == ("text", None):
         values = values.cast(pa.large_binary())  # string to binary is free and skips the decoding of UTF-8

@@ -3,10 +3,12 @@
 Shape legend: N rows, F numbers of one row (a vector column counts for several), C category columns.
 """
 
+from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
+
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, Self, cast
+from typing import Any, Final, NamedTuple, Self, cast
 
 import pyarrow as pa
 import torch
@@ -50,8 +52,7 @@ class Statistics:
     target_std: float
 
 
-@dataclass(frozen=True, eq=False)
-class Encoded:
+class Encoded(NamedTuple):
     """Rows as tensors. Read only: they may be views of Arrow's memory."""
 
     x_NF: Tensor  # float32, row-major
@@ -159,7 +160,9 @@ class Features:
                     f"column {column.name!r} is null in all {rows} rows of the dataset: remove it from features"
                 )
         if not target.count_K.all():
-            raise ColumnError(f"target {self.target!r} is null in all {rows} rows of the dataset: nothing can be learned")
+            raise ColumnError(
+                f"target {self.target!r} is null in all {rows} rows of the dataset: nothing can be learned"
+            )
         return replace(
             self,
             statistics=Statistics(
@@ -197,9 +200,10 @@ class Features:
         assert self.fitted, "fit() comes before encode()"
         x_NF = torch.empty(table.num_rows, self.numbers) if out_NF is None else out_NF
         columns = [(one_array(table.column(column.name)), column) for column in self.columns]
-        center_F, scale_F = torch.zeros(self.numbers, dtype=torch.float64), torch.ones(self.numbers, dtype=torch.float64)
         if self.standardize_features and self.statistics is not None:
             center_F, scale_F = self.statistics.mean_F, self.statistics.std_F
+        else:
+            center_F, scale_F = torch.zeros(self.numbers).double(), torch.ones(self.numbers).double()
         if not pack([(array, c.width) for array, c in columns if not c.buckets], center_F, scale_F, x_NF):
             raise self._non_finite(x_NF, where)
         ids = [_ids(array, column, where) for array, column in columns if column.buckets]
@@ -215,13 +219,13 @@ class Features:
             f"rows: write nulls for missing values"
         )
 
-    def _target(self, array: pa.Array, where: str) -> tuple[Tensor, Tensor | None]:
+    def _target(self, array: pa.Array[Any], where: str) -> tuple[Tensor, Tensor | None]:
         """(y_N, labelled_N) as in Encoded; y is 0 where it is null."""
         values_NK, present_NK = as_tensor(array, None)
         values_N, labelled_N = values_NK.squeeze(1), None if present_NK is None else present_NK.squeeze(1)
         if self.task == "regression":
             if self.standardize_target and self.statistics is not None:
-                values_N = values_N.double().sub_(self.statistics.target_mean).div_(self.statistics.target_std)
+                values_N = (values_N.double() - self.statistics.target_mean) / self.statistics.target_std
             values_N = values_N.float()
             _refuse_non_finite(values_N.sum(), self.target, where, exact=values_N)
             return values_N, labelled_N
@@ -230,7 +234,9 @@ class Features:
         if bad_N.any():
             found = values_N[bad_N][0].item()
             allowed = "0 or 1" if self.task == "binary" else f"whole numbers from 0 to {last}"
-            raise ColumnError(f"target {self.target!r} of {where} holds {found:g}, but {self.task} labels are {allowed}")
+            raise ColumnError(
+                f"target {self.target!r} of {where} holds {found:g}, but {self.task} labels are {allowed}"
+            )
         return (values_N.float() if self.task == "binary" else values_N.long()), labelled_N
 
     # ---- state -------------------------------------------------------------------------------------------------------
@@ -271,7 +277,7 @@ class Features:
         return cls(columns=columns, statistics=statistics, **known)
 
 
-def _field(schema: pa.Schema, name: str, where: str) -> pa.Field:
+def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:
     places = schema.get_all_field_indices(name)
     if len(places) == 1:
         return schema.field(places[0])
@@ -307,7 +313,7 @@ def _target_family(name: str, schema: pa.Schema, where: str) -> Family:
     return usable[0]
 
 
-def _null_count(array: pa.Array, rows_N: Tensor | None) -> int:
+def _null_count(array: pa.Array[Any], rows_N: Tensor | None) -> int:
     if not array.null_count or rows_N is None:
         return array.null_count
     present_N = as_tensor(array.is_valid(), None)[0].squeeze(1)
@@ -317,10 +323,12 @@ def _null_count(array: pa.Array, rows_N: Tensor | None) -> int:
 def _refuse_non_finite(summary: Tensor, name: str, where: str, exact: Tensor | None = None) -> None:
     """Raises ColumnError if a sum or mean is not finite; a sum may overflow by itself, so `exact` has the last word."""
     if not torch.isfinite(summary).all() and (exact is None or not torch.isfinite(exact).all()):
-        raise ColumnError(f"column {name!r} of {where} has NaN, infinity or a value beyond float32: write nulls for missing values")
+        raise ColumnError(
+            f"column {name!r} of {where} has NaN, infinity or a value beyond float32: write nulls for missing values"
+        )
 
 
-def _ids(array: pa.Array, column: Input, where: str) -> Tensor:
+def _ids(array: pa.Array[Any], column: Input, where: str) -> Tensor:
     try:
         return bucket_ids(array, column.buckets)
     except ValueError as error:

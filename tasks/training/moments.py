@@ -3,8 +3,10 @@
 Shape legend: N rows, K numbers of one column.
 """
 
+from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
+
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import pyarrow as pa
 import torch
@@ -34,7 +36,7 @@ class Moments:
         std_K = (self.m2_K / self.count_K).sqrt()
         return torch.where(self.m2_K > 0, std_K, 1.0)
 
-    def merged(self, array: pa.Array, width: int | None, rows_N: Tensor | None) -> Self:
+    def merged(self, array: pa.Array[Any], width: int | None, rows_N: Tensor | None) -> Self:
         """Moments of all values so far and those of `array`, or of its `rows_N` (int64 row numbers).
 
         Exact two-pass moments of each block are joined by the parallel rule of Chan, Golub and LeVeque (1979),

@@ -3,8 +3,10 @@
 Shape legend: N rows, F numbers of one row, K numbers of one column, B rows of a block, T numbers of a tile.
 """
 
+from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
+
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import pyarrow as pa
 import torch
@@ -16,9 +18,7 @@ BLOCK_NUMBERS: Final = 49_152  # float32s transposed at a time: two copies of th
 TILE_NUMBERS: Final = 256  # numbers that one loop scales, so that tables of few columns still vectorise
 
 
-def pack(
-    columns: Sequence[tuple[pa.Array, int | None]], center_F: Tensor, scale_F: Tensor, x_NF: Tensor
-) -> bool:
+def pack(columns: Sequence[tuple[pa.Array[Any], int | None]], center_F: Tensor, scale_F: Tensor, x_NF: Tensor) -> bool:
     """Fills x_NF (contiguous float32) with (value - center) / scale, and 0 for nulls. Returns whether all is finite.
 
     `columns` are (array, width of a vector or None); center_F and scale_F are float64.
@@ -33,7 +33,7 @@ def pack(
         return True
     center_F, scale_F = center_F.clone(), scale_F.clone()  # becomes (0, 1) where a column is scaled beforehand
     runs: list[tuple[int, int, pa.RecordBatch | Tensor]] = []  # (first number, one past the last, values)
-    plain: list[pa.Array] = []  # neighbouring plain columns, which Arrow transposes together
+    plain: list[pa.Array[Any]] = []  # neighbouring plain columns, which Arrow transposes together
 
     def end_run(at: int) -> None:
         if plain:
@@ -43,12 +43,12 @@ def pack(
     at = 0
     for array, width in columns:
         stop = at + (width or 1)
-        values = _prepared(array, width, center_F[at:stop], scale_F[at:stop])
-        if isinstance(values, Tensor):
+        prepared = _prepared(array, width, center_F[at:stop], scale_F[at:stop])
+        if isinstance(prepared, Tensor):
             end_run(at)
-            runs.append((at, stop, values))
+            runs.append((at, stop, prepared))
         else:
-            plain.append(values)
+            plain.append(prepared)
         at = stop
     end_run(at)
 
@@ -74,7 +74,7 @@ def pack(
     return bool(torch.isfinite(total)) or bool(torch.isfinite(x_NF).all())
 
 
-def _prepared(array: pa.Array, width: int | None, center_K: Tensor, scale_K: Tensor) -> pa.Array | Tensor:
+def _prepared(array: pa.Array[Any], width: int | None, center_K: Tensor, scale_K: Tensor) -> pa.Array[Any] | Tensor:
     """float32 values of one column: an Arrow array [N] if plain, a tensor [N, K] if a vector.
 
     Either still to be scaled, with nulls at the centre, or scaled, with center_K and scale_K set to (0, 1) in place.

@@ -236,7 +236,8 @@ def test_list_takes_any_prefix_of_a_key(store: Store):
         return set(found)
 
     assert listed("") == keys
-    for prefix in ["a", "ab", "ab/", "ab/c", "ab/cd", "ab/cd/", "ab/cd2/e/f", "b/", "c", "c/", "/", "..", "../", "a/", "//"]:
+    prefixes = ["a", "ab", "ab/", "ab/c", "ab/cd", "ab/cd/", "ab/cd2/e/f", "b/", "c", "c/", "/", "..", "../", "a/", "//"]
+    for prefix in prefixes:
         assert listed(prefix) == {key for key in keys if key.startswith(prefix)}, prefix
 
 
@@ -294,14 +295,14 @@ def test_two_opened_stores_of_one_url_share_objects(store: Store):
 # ---- keys
 
 STRANGE_KEYS = [
-    " leading space", "trailing space ", "a+b", "a%20b", "a%2Fb", "%", "%zz", "a&b=c", "a;b", "a#b", "a?versionId=1.parquet",
-    "*", "~", "'\"", "<x>", "new\nline", "tab\t", "cr\r", "control\x01", "ünï-日本-😀", "e\u0301", "...", "..a", "a..",
+    " leading space", "trailing space ", "a+b", "a%20b", "a%2Fb", "%", "%zz", "a&b=c", "a;b", "a#b",
+    "a?versionId=1.parquet", "*", "~", "'\"", "<x>", "new\nline", "tab\t", "cr\r", "control\x01", "ünï-日本-😀", "e\u0301", "...", "..a", "a..",
     ".hidden", "x" * 255, "long/" * 50 + "x", "a:b", "col=1/part.parquet",
 ]  # fmt: skip
 
 HOSTILE_KEYS = [
-    "", ".", "..", "/", "/a/b", "a//b", "a/b/", "a/./b", "../a/b", "a/../a/b", "a/b/..", "nul\0", "\\a/b", "a\\b", "\ud800",
-    "x" * 2000, "../" * 10 + "etc/passwd",
+    "", ".", "..", "/", "/a/b", "a//b", "a/b/", "a/./b", "../a/b", "a/../a/b", "a/b/..", "nul\0", "\\a/b", "a\\b",
+    "\ud800", "x" * 2000, "../" * 10 + "etc/passwd",
 ]  # fmt: skip
 
 
@@ -359,12 +360,11 @@ def test_one_of_many_creators_wins(store: Store, outside: Outside):
             return False
         return True
 
-    for _ in range(3):
-        with ThreadPoolExecutor(16) as pool:
-            won = [*pool.map(create, range(16))]
-        assert sum(won) == 1
-        assert outside.get("log/1") == f"writer {won.index(True)}".encode()
-        store.delete("log/1")
+    with ThreadPoolExecutor(16) as pool:
+        won = [*pool.map(create, range(16))]
+
+    assert sum(won) == 1
+    assert outside.get("log/1") == f"writer {won.index(True)}".encode()
 
 
 def test_compare_and_swap_loses_no_update(store: Store):

@@ -1,0 +1,32 @@
+"""What the bits of a training run depend on besides its inputs."""
+
+import os
+import platform
+
+import pyarrow as pa
+import torch
+
+VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_CBWR")  # each picks other kernels, so other roundings
+
+
+def environment() -> dict[str, str | int]:
+    """Versions, CPU capability and thread count: two runs with equal ones round alike."""
+    found: dict[str, str | int] = {
+        "torch": torch.__version__,
+        "pyarrow": pa.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def differences(before: dict[str, str | int], now: dict[str, str | int]) -> list[str]:
+    """What differs, in words: `threads was 2, is now 1`. Empty if nothing does."""
+    names = [*before, *(name for name in now if name not in before)]
+    return [
+        f"{name} was {before.get(name, 'not set')}, is now {now.get(name, 'not set')}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]

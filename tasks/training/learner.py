@@ -1,0 +1,199 @@
+"""All that training changes, and its bytes.
+
+The weights are a plain safetensors file of `model.state_dict()`, usable without Tidemill. The state is another: tensors
+of the optimizer and of the feature statistics, everything else as JSON in its metadata. Neither can run code.
+"""
+
+import inspect
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor, nn
+
+from tasks.training.errors import SpecError, StateMismatch
+from tasks.training.features import Features
+from tasks.training.models import build
+from tasks.training.spec import Spec
+
+OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "adadelta": torch.optim.Adadelta,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+}
+METADATA_KEY: Final = "tidemill"  # a single key: safetensors does not fix the order of several
+STATE_FORMAT: Final = 1
+
+
+@dataclass
+class Counters:
+    """What the learner has been trained on. `train_pass` counts rows and steps, its caller epochs and shards."""
+
+    epochs: int = 0
+    shards: int = 0
+    rows: int = 0
+    steps: int = 0
+
+
+@dataclass(eq=False)
+class Learner:
+    """A model in training. After any TrainingError from the loop, throw it away and load it again."""
+
+    spec: Spec
+    features: Features
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    counters: Counters = field(default_factory=Counters)
+
+    @classmethod
+    def create(cls, spec: Spec, features: Features) -> Self:
+        """A learner with fresh weights.
+
+        Raises FactoryError, and SpecError: unknown optimizer arguments, or features that were not fitted.
+        """
+        if not features.fitted:
+            raise SpecError("the spec standardises columns: pass what features.fit(groups) returned")
+        model = build(spec, features)
+        return cls(spec, features, model, _optimizer(spec, model))
+
+    def dump(self) -> tuple[bytes, bytes]:
+        """(weights, state) as safetensors. Equal learners give equal bytes."""
+        tensors, config = self.features.state()
+        tensors = {f"features.{name}": tensor for name, tensor in tensors.items()}
+        plain: dict[
+            str, dict[str, Any]
+        ] = {}  # optimizer state that is no tensor, such as a momentum that is still None
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = value
+                else:
+                    plain.setdefault(str(index), {})[name] = value
+        about = {
+            "format": STATE_FORMAT,
+            "features": config,
+            "optimizer": {"name": self.spec.optimizer.name, "values": plain},
+            "counters": asdict(self.counters),
+        }
+        weights = tensor_bytes(_storable(self.model.state_dict()))
+        return weights, tensor_bytes(_storable(tensors), {METADATA_KEY: json.dumps(about, sort_keys=True)})
+
+    @classmethod
+    def load(cls, spec: Spec, weights: bytes, state: bytes) -> Self:
+        """The learner that `dump` wrote, bit for bit, for the same spec.
+
+        Raises StateMismatch if the bytes do not fit the spec's model or optimizer, and FactoryError.
+        """
+        about = _about(state)
+        tensors = _parsed(state, "training state")
+        features = Features.from_state(_under("features.", tensors), about["features"])
+        learner = cls.create(spec, features)
+        _restore_weights(learner.model, _parsed(weights, "weights"))
+        _restore_optimizer(learner.optimizer, spec, about["optimizer"], _under("optimizer.", tensors))
+        learner.counters = Counters(**about["counters"])
+        return learner
+
+
+def _optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
+    settings = spec.optimizer
+    make = OPTIMIZERS[settings.name]
+    known = [name for name in inspect.signature(make).parameters if name not in ("params", "lr")]
+    if unknown := sorted(set(settings.arguments) - set(known)):
+        raise SpecError(f"optimizer.arguments holds {unknown}, which {settings.name} does not take: it takes {known}")
+    # JSON has no tuples, and torch compares betas with them.
+    arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.arguments.items()}
+    try:
+        return make(model.parameters(), lr=spec.learning_rate, **arguments)  # type: ignore[call-arg]  # not in the base
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SpecError(f"optimizer.arguments: {settings.name} refuses {settings.arguments}: {error}") from error
+
+
+def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with a copy where safetensors needs one: not contiguous, or sharing memory with another.
+
+    A tied weight is stored under each of its names, as in `state_dict`, so that the file is complete to any reader.
+    """
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        if memory in seen or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(memory)
+        stored[name] = tensor
+    return stored
+
+
+def _parsed(data: bytes, what: str) -> dict[str, Tensor]:
+    try:
+        return parse_tensors(data)
+    except SafetensorError as error:
+        raise StateMismatch(f"the {what} are not a safetensors file: {error}") from error
+
+
+def _about(state: bytes) -> dict[str, Any]:
+    """The JSON in the metadata. The header is an 8-byte little-endian length and that much JSON (safetensors' format)."""
+    _parsed(state, "bytes of the training state")
+    header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
+    about: dict[str, Any] = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+    if about.get("format") != STATE_FORMAT:
+        raise StateMismatch(
+            f"the training state has format {about.get('format')}, this Tidemill reads {STATE_FORMAT}: "
+            f"are the weights passed in place of the state, or was it written by a newer Tidemill?"
+        )
+    return about
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _restore_weights(model: nn.Module, stored: dict[str, Tensor]) -> None:
+    expected = model.state_dict()
+    problems = [f"{name} is missing" for name in expected.keys() - stored.keys()]
+    problems += [f"{name} is unknown to the model" for name in stored.keys() - expected.keys()]
+    for name in expected.keys() & stored.keys():
+        old, new = stored[name], expected[name]
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            problems.append(f"{name} is {_shape(old)}, the model has {_shape(new)}")
+    if problems:
+        raise StateMismatch(
+            f"the stored weights do not fit the model of the spec: {'; '.join(sorted(problems)[:10])}: "
+            f"has the code of the factory changed since?"
+        )
+    model.load_state_dict(stored)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, spec: Spec, about: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    if about["name"] != spec.optimizer.name:
+        raise StateMismatch(f"the stored state is of {about['name']}, the spec's optimizer is {spec.optimizer.name}")
+    values: dict[int, dict[str, Any]] = {int(index): dict(plain) for index, plain in about["values"].items()}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        values.setdefault(int(index), {})[name] = tensor
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, named in values.items():
+        for name, value in named.items():
+            fits = number < len(parameters) and (
+                not isinstance(value, Tensor) or not value.ndim or value.shape == parameters[number].shape
+            )
+            if not fits:
+                raise StateMismatch(f"the stored {name} of parameter {number} does not fit the model of the spec")
+    # The groups hold learning rate and the like, which are the spec's to say; only the state comes from storage.
+    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,106 @@
+"""What the kill tests run in child processes: whole runs over stores that may send SIGKILL at any call.
+
+Children are forked from a server process that has imported what they need (multiprocessing's "forkserver"): each is a process
+of its own that can die, but none has to import torch again.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storage.dataset import snapshot
+from storage.log import VersionLog
+from storage.probe import check_preconditions
+from storage.store import Store
+from storage.urls import open_store
+from tasks import batch, online
+from tasks.settings import BatchSettings, OnlineSettings
+from tasks.training.spec import Spec
+from tests.storage.faults import Call, FaultStore
+
+_context = multiprocessing.get_context("forkserver")
+# Only what is installed: the server does not get pytest's import path, and passes over in silence what it cannot import.
+_context.set_forkserver_preload(["tasks.batch", "tasks.online", "storage.s3", "torch._dynamo"])
+
+Kill = tuple[int, str] | None
+"""(number of the storage call, "before" or "after" it is applied)."""
+
+
+class KillAt:
+    """A hook for all stores of a process: counts their calls together, and kills at the one that is named."""
+
+    def __init__(self, kill: Kill) -> None:
+        self.moments: list[tuple[int, str]] = []
+        """Where a kill is possible: before every call, and after those that do not raise."""
+        self._calls, self._kill = 0, kill
+
+    def __call__(self, call: Call) -> None:
+        self._calls += call.phase == "before"
+        self.moments.append((self._calls - 1, call.phase))
+        if self._kill == self.moments[-1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_child(run: Callable[..., None], *arguments: Any, kill: Kill, tmp_path: Path) -> list[Kill] | None:
+    """Run in a child process. The moments at which it could have been killed, or None if it was; fails on anything else."""
+    result = tmp_path / "child.json"
+    result.unlink(missing_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    child = _context.Process(target=_child, args=(run, arguments, kill, environment, result))
+    child.start()
+    child.join()
+    code = child.exitcode
+    child.close()
+    if code == -signal.SIGKILL:
+        return None
+    assert code == 0, f"the child failed with {code}; its traceback is above"
+    return [(number, phase) for number, phase in json.loads(result.read_text())]
+
+
+def _child(
+    run: Callable[..., None], arguments: tuple[Any, ...], kill: Kill, environment: dict[str, str], result: Path
+) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    hook = KillAt(kill)
+    run(lambda url: FaultStore(open_store(url), hook), *arguments)
+    result.write_text(json.dumps(hook.moments))
+
+
+def drain(stores: Callable[[str], Store], inbox: str, registry: str, settings: OnlineSettings) -> None:
+    """An online run until the inbox holds nothing to train on: what the flow does, without Prefect."""
+    run = online.OnlineRun(inbox, registry, "model", settings, stores)
+    while online.step(run).outcome is not online.Outcome.IDLE:
+        pass
+
+
+def train(stores: Callable[[str], Store], dataset: str, registry: str, spec: Spec, settings: BatchSettings) -> None:
+    """A batch run from start to registration: what the flow does, without Prefect."""
+    store = stores(registry)
+    check_preconditions(store)
+    run = batch.BatchRun(snapshot(dataset, stores), VersionLog(store, "model"), spec, settings)
+    if run.registered is None:
+        for epoch in run.epochs_left:
+            batch.train_epoch(run, epoch)
+        batch.finish(run, batch.register(run, batch.evaluate(run)))
+    elif not run.registered[1]:
+        batch.finish(run, run.registered[0])
+
+
+def rollback(stores: Callable[[str], Store], registry: str, version: str) -> None:
+    """`tidemill rollback`."""
+    log = VersionLog(stores(registry), "model")
+    target = log.resolve(version)
+    log.rollback(version)
+    log.promote("champion", target)
+
+
+def collect_garbage(stores: Callable[[str], Store], registry: str, keep: int) -> None:
+    """`tidemill gc`."""
+    VersionLog(stores(registry), "model").collect_garbage(keep)

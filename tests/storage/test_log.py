@@ -1,0 +1,1002 @@
+"""The version log: how a version comes to exist, is found again, and is never lost or written twice."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from itertools import islice
+from threading import Barrier
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from storage.errors import (
+    AlreadyExists,
+    CorruptObject,
+    HeadMoved,
+    NotFound,
+    PermissionDenied,
+    StoreNotFound,
+    Unavailable,
+    UnknownAlias,
+    UnknownModel,
+    UnknownVersion,
+    UnsupportedFormat,
+    UnsupportedStore,
+)
+from storage.log import HINT_EVERY, Version, VersionLog, list_models, open_log
+from storage.manifest import BlobRef, Blobs, Entry, Manifest, Owed, Parent, decode, encode, sha256
+from storage.memory import MemoryStore
+from storage.store import ObjectInfo, Store
+from storage.tombstones import Tombstones
+from storage.urls import open_store
+from tests.storage.faults import Call, FaultStore
+
+DEBT = Owed(inbox="s3://in", key="k.parquet", sha256="s", etag="e", then="delete")
+
+
+@pytest.fixture
+def log(store: Store) -> VersionLog:
+    return VersionLog(store, "taxi")
+
+
+@pytest.fixture
+def memory(request: pytest.FixtureRequest) -> MemoryStore:
+    """For what does not depend on the backend."""
+    return MemoryStore(f"log-{request.node.nodeid}")
+
+
+def append(log: VersionLog, parent: Version | None, **fields: Any) -> Version:
+    """What a run does: blobs first, then the manifest."""
+    number = 0 if parent is None else parent.number + 1
+    tombstones = Tombstones()
+    tombstones.add("s3://in", f"{number}.parquet", f"sha-{number}", f"etag-{number}")
+    blobs = Blobs(
+        weights=log.write_blob(number, "safetensors", f"weights {number}".encode()),
+        state=log.write_blob(number, "state.safetensors", f"state {number}".encode()),
+        tombstones=log.write_blob(number, "tombstones.jsonl", tombstones.encode()),
+    )
+    return log.commit(parent, Entry(**{"kind": "online", "spec": {"n": number}, "blobs": blobs, **fields}))
+
+
+def grow(log: VersionLog, versions: int) -> Version:
+    head = None
+    for _ in range(versions):
+        head = append(log, head)
+    assert head is not None
+    return head
+
+
+def fabricate(log: VersionLog, versions: int) -> None:
+    """A long history, without blobs, as `commit` leaves it."""
+    blob = BlobRef(key="none", size=0, sha256="")
+    parent: Parent | None = None
+    for number in range(versions):
+        data = encode(
+            Manifest(
+                kind="online",
+                spec={},
+                blobs=Blobs(weights=blob, state=blob),
+                model=log.model,
+                version=number,
+                parent=parent,
+                nonce="n",
+                created=datetime.now(UTC),
+            )
+        )
+        log.store.create(manifest_key(number, log.model), data)
+        parent = Parent(version=number, sha256=sha256(data))
+        if number % HINT_EVERY == 0:
+            log.store.write(f"{log.model}/head.json", json.dumps({"version": number}).encode())
+
+
+def manifest_key(number: int, model: str = "taxi") -> str:
+    return f"{model}/log/{number:08d}.json"
+
+
+def keys(store: Store, prefix: str = "") -> set[str]:
+    return {info.key for info in store.list(prefix)}
+
+
+class Counting:
+    """A hook for `FaultStore` that counts the calls by verb."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def __call__(self, call: Call) -> None:
+        if call.phase == "before":
+            self.calls[call.verb] += 1
+
+
+class Fails:
+    """A hook for `FaultStore` that raises at every call of one verb whose key contains a text."""
+
+    def __init__(self, verb: str, text: str, phase: str, error: Exception, times: int = 1) -> None:
+        self.verb, self.text, self.phase, self.error, self.times = verb, text, phase, error, times
+
+    def __call__(self, call: Call) -> None:
+        if self.times and (call.verb, call.phase) == (self.verb, self.phase) and self.text in call.key:
+            self.times -= 1
+            raise self.error
+
+
+class Does:
+    """A hook for `FaultStore` that lets something else happen in the middle, once."""
+
+    def __init__(self, verb: str, text: str, phase: str, action: Callable[[], object]) -> None:
+        self.verb, self.text, self.phase, self.action, self.done = verb, text, phase, action, False
+
+    def __call__(self, call: Call) -> None:
+        if not self.done and (call.verb, call.phase) == (self.verb, self.phase) and self.text in call.key:
+            self.done = True
+            self.action()
+
+
+# ---- the life of a model -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_begins_with_version_0(log: VersionLog) -> None:
+    assert not log.exists()
+    first = append(log, None)
+    assert log.exists()
+    assert (first.number, first.manifest.parent) == (0, None)
+    assert log.head() == first
+
+
+def test_each_version_names_its_parent(log: VersionLog) -> None:
+    first = append(log, None)
+    second = append(log, first, metrics={"mae": 0.1})
+    assert log.head() == second
+    assert second.manifest.parent == Parent(version=0, sha256=first.sha256)
+    assert second.manifest.metrics == {"mae": 0.1}
+    assert log.version(0) == first
+    assert [v.number for v in log.history(second)] == [1, 0]
+
+
+def test_a_version_holds_the_bytes_that_were_written_for_it(log: VersionLog) -> None:
+    head = grow(log, 2)
+    blobs = log.head().manifest.blobs
+    assert log.read_blob(blobs.weights) == b"weights 1"
+    assert log.read_blob(blobs.state) == b"state 1"
+    assert list(log.tombstones(head)) == [("s3://in", "1.parquet", "sha-1")]
+    assert len(log.tombstones(None)) == 0
+
+
+def test_what_is_stored_is_what_the_format_says(log: VersionLog) -> None:
+    head = append(log, None)
+    blobs = head.manifest.blobs
+    assert blobs.tombstones is not None
+    assert keys(log.store) == {
+        "taxi/log/00000000.json",
+        "taxi/head.json",
+        blobs.weights.key,
+        blobs.state.key,
+        blobs.tombstones.key,
+    }
+    assert blobs.weights.key.startswith("taxi/blobs/00000000-")
+    assert decode(log.store.read("taxi/log/00000000.json"), "") == head.manifest
+
+
+def test_models_in_one_registry_do_not_touch_each_other(store: Store) -> None:
+    taxi, bus = VersionLog(store, "taxi"), VersionLog(store, "taxi2")
+    grow(taxi, 2)
+    append(bus, None)
+    assert list_models(store.url) == ["taxi", "taxi2"]
+    assert (taxi.head().number, bus.head().number) == (1, 0)
+    assert bus.aliases() == {}
+
+
+def test_two_attempts_never_write_the_same_blob(log: VersionLog) -> None:
+    refs = [log.write_blob(1, "safetensors", b"same") for _ in range(3)]
+    assert len({ref.key for ref in refs}) == 3
+    assert {log.read_blob(ref) for ref in refs} == {b"same"}
+
+
+def test_blobs_alone_are_no_version(log: VersionLog) -> None:
+    head = append(log, None)
+    log.write_blob(1, "safetensors", b"never committed")
+    assert log.head() == head
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "a b", "-x", "ü", "a" * 101, "a\n", "log/.."])
+def test_some_names_cannot_be_a_models(name: str) -> None:
+    with pytest.raises(UnknownModel, match="cannot name a model"):
+        VersionLog(MemoryStore("names"), name)
+
+
+# ---- a wrong URL is never a fresh start ----------------------------------------------------------------------------------
+
+
+def test_an_unknown_model_is_told_from_its_neighbours(log: VersionLog) -> None:
+    with pytest.raises(UnknownModel, match=r"holds no model 'taxi'\. It holds: none"):
+        log.head()
+    append(VersionLog(log.store, "taxi-fares"), None)
+    append(VersionLog(log.store, "weather"), None)
+    with pytest.raises(UnknownModel, match=r"Did you mean 'taxi-fares'.*taxi-fares, weather"):
+        VersionLog(log.store, "taxi-fare").head()
+    with pytest.raises(UnknownModel, match="It holds: taxi-fares, weather"):
+        VersionLog(log.store, "zzz").resolve("champion")
+
+
+def test_blobs_without_a_manifest_are_no_model(log: VersionLog) -> None:
+    log.write_blob(0, "safetensors", b"")
+    log.store.write("taxi/head.json", b'{"version": 0}')
+    with pytest.raises(UnknownModel):
+        log.head()
+
+
+def test_a_registry_that_is_not_there_is_not_an_empty_one(tmp_path_factory: pytest.TempPathFactory) -> None:
+    log = VersionLog(open_store(str(tmp_path_factory.mktemp("x") / "missing")), "taxi")
+    assert not log.exists()
+    with pytest.raises(StoreNotFound):
+        log.head()
+
+
+def test_opening_for_writing_asks_the_store_for_its_guarantees(
+    make_url: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert open_log(make_url("registry"), "taxi").url == open_store(make_url("registry")).url + "/taxi"
+
+    class Overwrites(MemoryStore):
+        def create(self, key: str, data: bytes) -> ObjectInfo:
+            return self.write(key, data)
+
+    monkeypatch.setattr("storage.log.open_store", lambda url: Overwrites(url))
+    with pytest.raises(UnsupportedStore, match="put-if-absent"):
+        open_log("overwrites", "taxi")
+    assert not open_log("overwrites", "taxi", writable=False).exists()
+
+
+# ---- finding the head ----------------------------------------------------------------------------------------------------
+
+
+def requests_for_head(log: VersionLog, versions: int) -> Counter[str]:
+    count = Counting()
+    assert VersionLog(FaultStore(log.store, count), log.model).head().number == versions - 1
+    return count.calls
+
+
+def test_finding_the_head_costs_the_same_however_long_the_history(memory: MemoryStore) -> None:
+    costs = []
+    for versions in (26, 106, 2_010):  # equally far from the hint
+        log = VersionLog(memory, f"m{versions}")
+        fabricate(log, versions)
+        costs.append(requests_for_head(log, versions))
+    assert costs[0] == costs[1] == costs[2]
+    assert costs[0]["list"] == 0
+    assert costs[0].total() <= 13
+
+
+def test_every_distance_from_the_hint_is_cheap_and_right(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    fabricate(log, 2 * HINT_EVERY + 1)
+    head = log.head()
+    for _ in range(HINT_EVERY + 1):
+        assert requests_for_head(log, head.number + 1).total() <= 13
+        head = append(log, head)
+
+
+@pytest.mark.parametrize("versions", [1, 2, 3, 10, 100])
+def test_a_lost_hint_costs_a_few_requests_more(memory: MemoryStore, versions: int) -> None:
+    log = VersionLog(memory, "taxi")
+    fabricate(log, versions)
+    memory.delete("taxi/head.json")
+    assert requests_for_head(log, versions).total() <= 5 + 2 * versions.bit_length()
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"7",
+        b"\xff",
+        b'{"version": "3"}',
+        b'{"version": -1}',
+        b'{"version": 1.5}',
+        b"[" * 99_999,
+    ]
+    + [b'{"version": %d}' % n for n in (0, 1, 2, 3, 17, 18, 19, 10**8, 10**30)]
+    + [b'{"version": true}', b'{"version": null}', b'{"version": 1e999}'],
+    ids=lambda data: repr(data[:20]),
+)
+def test_a_wrong_hint_never_leads_to_a_wrong_head(memory: MemoryStore, hint: bytes) -> None:
+    log = VersionLog(memory, "taxi")
+    fabricate(log, 18)
+    memory.write("taxi/head.json", hint)
+    assert log.head().number == 17
+
+
+def test_a_hint_that_cannot_be_written_does_not_undo_a_commit(
+    memory: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    faulty = FaultStore(memory, Fails("write", "head.json", "before", PermissionDenied("no"), times=99))
+    head = grow(VersionLog(faulty, "taxi"), HINT_EVERY + 1)
+    assert VersionLog(memory, "taxi").head() == head
+    assert "head.json could not be written" in caplog.text
+
+
+def test_a_slow_run_may_set_the_hint_back(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    fabricate(log, 100)
+    memory.write("taxi/head.json", b'{"version": 16}')
+    assert log.head().number == 99
+
+
+# ---- altered history -----------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_head_is_refused(log: VersionLog) -> None:
+    grow(log, 2)
+    key = manifest_key(1)
+    log.store.write(key, log.store.read(key).replace(b'"online"', b'"batch" '))
+    with pytest.raises(CorruptObject, match=r"00000001.json was edited or damaged"):
+        log.head()
+
+
+def test_an_altered_parent_is_refused(log: VersionLog) -> None:
+    head = grow(log, 3)
+    parent = log.version(1).manifest
+    log.store.write(manifest_key(1), encode(parent.model_copy(update={"metrics": {"mae": 0.0}})))
+    with pytest.raises(CorruptObject, match="version 2 was made from another version 1"):
+        log.head()
+    with pytest.raises(CorruptObject, match="version 2 was made from another version 1"):
+        list(log.history(head))
+
+
+def test_an_altered_ancestor_is_found_by_the_history(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    head = grow(log, 4)
+    log.store.write(manifest_key(0), encode(log.version(0).manifest.model_copy(update={"nonce": "other"})))
+    assert log.head() == head
+    assert [v.number for v in islice(log.history(head), 3)] == [3, 2, 1]
+    with pytest.raises(CorruptObject, match="version 1 was made from another version 0"):
+        list(log.history(head))
+
+
+def test_a_manifest_copied_to_another_number_or_model_is_refused(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    grow(log, 2)
+    memory.write(manifest_key(2), memory.read(manifest_key(1)))
+    with pytest.raises(CorruptObject, match=r"00000002.json holds version 1 of 'taxi': it was copied by hand"):
+        log.head()
+    memory.write(manifest_key(0, "bus"), memory.read(manifest_key(0)))
+    with pytest.raises(CorruptObject, match="holds version 0 of 'taxi'"):
+        VersionLog(memory, "bus").head()
+
+
+@pytest.mark.parametrize("parent", [None, Parent(version=0, sha256="x"), Parent(version=2, sha256="x")])
+def test_a_manifest_must_name_the_version_before_it(memory: MemoryStore, parent: Parent | None) -> None:
+    log = VersionLog(memory, "taxi")
+    head = grow(log, 3)
+    memory.write(manifest_key(2), encode(head.manifest.model_copy(update={"parent": parent})))
+    with pytest.raises(CorruptObject, match="does not name version 1 as its parent"):
+        log.head()
+
+
+def test_version_0_has_no_parent(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    first = append(log, None)
+    memory.write(manifest_key(0), encode(first.manifest.model_copy(update={"parent": Parent(version=0, sha256="x")})))
+    with pytest.raises(CorruptObject):
+        log.head()
+
+
+def test_a_deleted_manifest_is_altered_history(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    fabricate(log, 17)
+    memory.delete(manifest_key(15))
+    with pytest.raises(CorruptObject, match="version 15 is gone"):
+        log.head()
+
+
+def test_a_newer_tidemills_head_is_refused_as_such(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    grow(log, 2)
+    memory.write(manifest_key(1), memory.read(manifest_key(1)).replace(b'"format": 1', b'"format": 2'))
+    with pytest.raises(UnsupportedFormat, match="Upgrade"):
+        log.head()
+
+
+# ---- history and names ---------------------------------------------------------------------------------------------------
+
+
+def test_a_limited_history_reads_no_more_than_it_yields(memory: MemoryStore) -> None:
+    head = grow(VersionLog(memory, "taxi"), 6)
+    count = Counting()
+    log = VersionLog(FaultStore(memory, count), "taxi")
+    assert [v.number for v in log.history(head, 3)] == [5, 4, 3]
+    assert count.calls == {"read": 2}
+    assert list(log.history(head, 0)) == []
+    assert [v.number for v in log.history(head, 99)] == [5, 4, 3, 2, 1, 0]
+
+
+def test_a_version_is_named_by_head_number_or_alias(log: VersionLog) -> None:
+    head = grow(log, 3)
+    log.promote("champion", log.version(1))
+    assert log.resolve("head") == head
+    assert log.resolve("2") == log.resolve("00002") == head
+    assert log.resolve("champion").number == 1
+
+
+@pytest.mark.parametrize("name", ["3", "99999999", "123456789012345678901234567890"])
+def test_a_number_that_does_not_exist_is_an_unknown_version(log: VersionLog, name: str) -> None:
+    grow(log, 2)
+    with pytest.raises(UnknownVersion, match=f"has no version {name}"):
+        log.resolve(name)
+
+
+@pytest.mark.parametrize("name", ["-1", "1.5", "latest", "", "../head", "a/b", "Champion "])
+def test_any_other_name_is_an_unknown_alias(log: VersionLog, name: str) -> None:
+    log.promote("champion", grow(log, 2))
+    with pytest.raises(UnknownAlias, match=r"there are: champion\).*tidemill promote"):
+        log.resolve(name)
+
+
+# ---- blobs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_blob_that_is_gone_was_removed_by_retention(log: VersionLog) -> None:
+    ref = grow(log, 1).manifest.blobs.weights
+    log.store.delete(ref.key)
+    with pytest.raises(UnknownVersion, match="is gone: retention"):
+        log.read_blob(ref)
+
+
+@pytest.mark.parametrize("bad", [b"weights 1", b"weights ", b"weights 00", b"", b"Weights 0"])
+def test_a_blob_of_other_bytes_is_refused(log: VersionLog, bad: bytes) -> None:
+    ref = grow(log, 1).manifest.blobs.weights
+    log.store.write(ref.key, bad)
+    with pytest.raises(CorruptObject, match=f"is not what was committed: {len(bad)} bytes.*Nothing was loaded"):
+        log.read_blob(ref)
+
+
+def test_altered_tombstones_are_refused(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    head = grow(log, 1)
+    assert head.manifest.blobs.tombstones is not None
+    memory.write(head.manifest.blobs.tombstones.key, b"")
+    with pytest.raises(CorruptObject, match="not what was committed"):
+        log.tombstones(head)
+
+
+# ---- committing ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_slower_of_two_runs_is_told_so(log: VersionLog) -> None:
+    first = append(log, None)
+    winner = append(log, first, metrics={"who": "a"})
+    with pytest.raises(HeadMoved, match="another run committed version 1 first"):
+        append(log, first, metrics={"who": "b"})
+    assert log.head() == winner
+
+
+def test_a_model_is_begun_once(log: VersionLog) -> None:
+    first = append(log, None)
+    with pytest.raises(HeadMoved):
+        append(log, None)
+    assert log.head() == first
+
+
+def test_a_run_that_slept_for_many_versions_cannot_commit(log: VersionLog) -> None:
+    first = append(log, None)
+    head = append(log, append(log, first))
+    with pytest.raises(HeadMoved):
+        append(log, first)
+    assert log.head() == head
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_of_16_racing_runs_exactly_one_wins(log: VersionLog, number: int) -> None:
+    parent = grow(log, number) if number else None
+    barrier = Barrier(16)
+
+    def run(who: int) -> Version | HeadMoved:
+        barrier.wait()
+        try:
+            return append(log, parent, metrics={"who": who})
+        except HeadMoved as moved:
+            return moved
+
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(run, range(16)))
+    winners = [r for r in results if isinstance(r, Version)]
+    assert len(winners) == 1
+    assert log.head() == winners[0]
+    assert log.read_blob(winners[0].manifest.blobs.weights) == f"weights {number}".encode()
+
+
+def test_runs_that_reload_after_losing_all_get_their_turn(log: VersionLog) -> None:
+    append(log, None)
+
+    def run(who: int) -> int:
+        lost = 0
+        while True:
+            try:
+                append(log, log.head(), metrics={"who": who})
+            except HeadMoved:
+                lost += 1
+                continue
+            return lost
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(12)))
+    made = [v.manifest.metrics.get("who") for v in log.history(log.head())]
+    assert made[-1] is None
+    assert sorted(made[:-1]) == list(range(12))  # nobody twice, nobody lost
+
+
+def test_a_commit_whose_answer_was_lost_and_was_retried_inside_the_store_is_ours(store: Store) -> None:
+    """s3fs and proxies send a PUT again: the second finds our own object."""
+    faulty = FaultStore(store, Fails("create", "taxi/log/", "after", AlreadyExists("412"), times=9))
+    log = VersionLog(faulty, "taxi")
+    head = append(log, append(log, None))
+    assert VersionLog(store, "taxi").head() == head
+    assert head.number == 1
+
+
+def test_after_a_lost_answer_nothing_is_assumed_and_the_head_tells(store: Store) -> None:
+    faulty = FaultStore(store, Fails("create", "00000001.json", "after", Unavailable("no answer")))
+    log = VersionLog(faulty, "taxi")
+    first = append(log, None)
+    with pytest.raises(Unavailable):
+        append(log, first, metrics={"who": "us"})
+    assert log.head().manifest.metrics == {"who": "us"}  # it had happened: a step that reloads does not repeat it
+    with pytest.raises(HeadMoved):
+        append(log, first, metrics={"who": "us, from memory"})
+
+
+def test_a_commit_that_did_not_arrive_can_be_done_again(store: Store) -> None:
+    faulty = FaultStore(store, Fails("create", "00000001.json", "before", Unavailable("no route")))
+    log = VersionLog(faulty, "taxi")
+    first = append(log, None)
+    with pytest.raises(Unavailable):
+        append(log, first)
+    assert log.head() == first
+    assert append(log, first).number == 1
+
+
+def test_a_manifest_that_could_not_be_read_back_is_never_committed(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    blob = BlobRef(key="k", size=0, sha256="")
+    for metrics in ({"loss": float("nan")}, {"loss": object()}):
+        with pytest.raises(ValueError):
+            log.commit(None, Entry(kind="batch", spec={}, blobs=Blobs(weights=blob, state=blob), metrics=metrics))
+    assert not log.exists()
+
+
+# ---- rollback ------------------------------------------------------------------------------------------------------------
+
+
+def test_rolling_back_appends_a_copy_and_keeps_what_happened_since(log: VersionLog) -> None:
+    first = append(log, None, metrics={"mae": 1.0}, environment={"torch": "2"})
+    head = append(log, first, owed=(DEBT,), metrics={"mae": 9.0})
+    back = log.rollback("0")
+    assert log.head() == back
+    assert (back.number, back.manifest.kind, back.manifest.rolled_back_to) == (2, "rollback", 0)
+    assert log.read_blob(back.manifest.blobs.weights) == b"weights 0"
+    assert log.read_blob(back.manifest.blobs.state) == b"state 0"
+    assert (back.manifest.spec, back.manifest.metrics) == (first.manifest.spec, {"mae": 1.0})
+    assert back.manifest.owed == (DEBT,)
+    assert back.manifest.blobs.tombstones == head.manifest.blobs.tombstones
+    assert list(log.tombstones(back)) == [("s3://in", "1.parquet", "sha-1")]
+    assert [v.number for v in log.history(back)] == [2, 1, 0]
+
+
+def test_a_rolled_back_version_has_blobs_of_its_own(log: VersionLog) -> None:
+    grow(log, 2)
+    back = log.rollback("0")
+    for ref in (log.version(0).manifest.blobs.weights, log.version(0).manifest.blobs.state):
+        log.store.delete(ref.key)
+    assert log.read_blob(back.manifest.blobs.weights) == b"weights 0"
+
+
+def test_rolling_back_by_alias_and_forth_again(log: VersionLog) -> None:
+    grow(log, 3)
+    log.promote("champion", log.version(0))
+    log.rollback("champion")
+    assert log.read_blob(log.rollback("2").manifest.blobs.weights) == b"weights 2"
+    assert log.head().number == 4
+
+
+def test_rolling_back_to_nothing_changes_nothing(log: VersionLog) -> None:
+    head = grow(log, 2)
+    for name, error in (("7", UnknownVersion), ("nobody", UnknownAlias)):
+        with pytest.raises(error):
+            log.rollback(name)
+    log.store.write(log.version(0).manifest.blobs.weights.key, b"damaged!!")
+    with pytest.raises(CorruptObject):
+        log.rollback("0")
+    assert log.head() == head
+
+
+def test_a_rollback_that_is_overtaken_is_void(memory: MemoryStore) -> None:
+    plain = VersionLog(memory, "taxi")
+    head = grow(plain, 2)
+    hook = Does("create", "00000002.json", "before", lambda: append(plain, head))
+    with pytest.raises(HeadMoved):
+        VersionLog(FaultStore(memory, hook), "taxi").rollback("0")
+    assert plain.head().manifest.kind == "online"
+
+
+# ---- aliases -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_alias_moves(log: VersionLog) -> None:
+    grow(log, 3)
+    for number in (1, 2, 2, 0):
+        log.promote("champion", log.version(number))
+        assert log.aliased("champion").number == number
+    log.promote("candidate-2.b", log.version(2))
+    assert log.aliases() == {"candidate-2.b": 2, "champion": 0}
+
+
+@pytest.mark.parametrize("name", ["", "head", "7", "00", "a/b", "../x", ".x", "a b", "x" * 101, "ü", "x\n"])
+def test_some_words_cannot_be_an_alias(log: VersionLog, name: str) -> None:
+    head = grow(log, 1)
+    before = keys(log.store)
+    with pytest.raises(UnknownAlias, match="cannot be an alias"):
+        log.promote(name, head)
+    assert keys(log.store) == before
+
+
+def test_racing_promoters_leave_one_of_their_versions(log: VersionLog) -> None:
+    grow(log, 8)
+    barrier = Barrier(8)
+
+    def promote(number: int) -> None:
+        version = log.version(number)
+        barrier.wait()
+        log.promote("champion", version)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(promote, range(8)))
+    assert log.aliased("champion").number in range(8)
+    assert log.aliases().keys() == {"champion"}
+
+
+@pytest.mark.parametrize("verb", ["create", "replace"])
+def test_a_promotion_that_loses_the_swap_is_done_again(store: Store, verb: str) -> None:
+    plain = VersionLog(store, "taxi")
+    grow(plain, 3)
+    if verb == "replace":
+        plain.promote("champion", plain.version(0))
+    hook = Does(verb, "champion", "before", lambda: plain.promote("champion", plain.version(1)))
+    VersionLog(FaultStore(store, hook), "taxi").promote("champion", plain.version(2))
+    assert hook.done
+    assert plain.aliased("champion").number == 2
+
+
+@pytest.mark.parametrize("verb", ["create", "replace"])
+def test_a_promotion_whose_answer_was_lost_is_recognised(memory: MemoryStore, verb: str) -> None:
+    plain = VersionLog(memory, "taxi")
+    grow(plain, 3)
+    if verb == "replace":
+        plain.promote("champion", plain.version(0))
+    count = Counting()
+
+    def hook(call: Call) -> None:
+        count(call)
+        if (call.verb, call.phase) == (verb, "after"):
+            raise AlreadyExists("412")
+
+    VersionLog(FaultStore(memory, hook), "taxi").promote("champion", plain.version(2))
+    assert count.calls[verb] == 1
+    assert plain.aliased("champion").number == 2
+
+
+def test_an_alias_deleted_while_it_moves_is_made_anew(memory: MemoryStore) -> None:
+    plain = VersionLog(memory, "taxi")
+    grow(plain, 2)
+    plain.promote("champion", plain.version(0))
+    hook = Does("replace", "champion", "before", lambda: memory.delete("taxi/aliases/champion.json"))
+    VersionLog(FaultStore(memory, hook), "taxi").promote("champion", plain.version(1))
+    assert plain.aliased("champion").number == 1
+
+
+def test_an_alias_is_never_read_torn(memory: MemoryStore) -> None:
+    plain = VersionLog(memory, "taxi")
+    grow(plain, 2)
+    plain.promote("champion", plain.version(0))
+    hook = Does("stat", "champion", "after", lambda: plain.promote("champion", plain.version(1)))
+    assert VersionLog(FaultStore(memory, hook), "taxi").aliased("champion").number == 1
+
+
+def test_an_alias_to_nowhere_is_named(log: VersionLog) -> None:
+    grow(log, 1)
+    log.store.write("taxi/aliases/champion.json", b'{"version": 7}')
+    with pytest.raises(UnknownAlias, match="'champion' names version 7, which does not exist"):
+        log.resolve("champion")
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"", b"{}", b"[]", b"null", b"\xff", b'{"version": "x"}', b'{"version": 1e999}', b"[" * 99_999]
+)
+def test_a_damaged_alias_is_corrupt(memory: MemoryStore, garbage: bytes) -> None:
+    log = VersionLog(memory, "taxi")
+    head = grow(log, 1)
+    memory.write("taxi/aliases/champion.json", garbage)
+    for use in (lambda: log.aliased("champion"), log.aliases, lambda: log.promote("champion", head)):
+        with pytest.raises(CorruptObject, match=r"champion.json is no alias.*promote again"):
+            use()
+
+
+def test_other_objects_beside_the_aliases_are_no_aliases(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    log.promote("champion", grow(log, 1))
+    for name in ("README.txt", ".tmp.json", "a/b.json", "notes"):
+        memory.write(f"taxi/aliases/{name}", b"x")
+    assert log.aliases() == {"champion": 0}
+
+
+def test_a_version_without_blobs_cannot_be_promoted(log: VersionLog) -> None:
+    grow(log, 3)
+    log.collect_garbage(keep=1)
+    with pytest.raises(UnknownVersion, match="blobs of version 0 were removed"):
+        log.promote("champion", log.version(0))
+    assert log.aliases() == {}
+
+
+# ---- retention -----------------------------------------------------------------------------------------------------------
+
+
+def blob_keys(*versions: Version) -> set[str]:
+    return {
+        ref.key
+        for v in versions
+        for ref in (v.manifest.blobs.weights, v.manifest.blobs.state, v.manifest.blobs.tombstones)
+        if ref is not None
+    }
+
+
+def test_retention_keeps_the_last_versions_and_the_aliased(log: VersionLog) -> None:
+    grow(log, 6)
+    versions = {v.number: v for v in log.history(log.head())}
+    log.promote("champion", versions[1])
+    deleted = log.collect_garbage(keep=2)
+    assert set(deleted) == blob_keys(versions[0], versions[2], versions[3])
+    assert keys(log.store, "taxi/blobs/") == blob_keys(versions[1], versions[4], versions[5])
+    assert [v.number for v in log.history(log.head())] == [5, 4, 3, 2, 1, 0]
+    assert log.collect_garbage(keep=2) == []
+
+
+def test_retention_removes_what_lost_attempts_left_but_nothing_above_the_head(log: VersionLog) -> None:
+    head = grow(log, 3)
+    lost = [log.write_blob(number, "safetensors", b"lost").key for number in (0, 1, 2)]
+    coming = [log.write_blob(number, "safetensors", b"coming").key for number in (3, 4, 10_000_000)]
+    assert set(log.collect_garbage(keep=3)) == set(lost)
+    assert set(coming) <= keys(log.store)
+    assert log.head() == head
+
+
+def test_retention_touches_only_what_looks_like_its_own(log: VersionLog) -> None:
+    grow(log, 2)
+    uuid = "0" * 32
+    foreign = {
+        "taxi/blobs/README.md",
+        f"taxi/blobs/00000000-{uuid}",
+        f"taxi/blobs/0-{uuid}.safetensors",
+        f"taxi/blobs/x/00000000-{uuid}.safetensors",
+        f"taxi2/blobs/00000000-{uuid}.safetensors",
+        f"taxi/blobs2/00000000-{uuid}.safetensors",
+        "taxi/quarantine/00000000-abc",
+        "taxi/runs/k/00000001.json",
+    }
+    for key in foreign:
+        log.store.write(key, b"foreign")
+    log.collect_garbage(keep=1)
+    assert foreign <= keys(log.store)
+
+
+def test_a_tombstone_blob_shared_with_a_retained_version_stays(log: VersionLog) -> None:
+    grow(log, 2)
+    back = log.rollback("0")
+    log.collect_garbage(keep=1)
+    assert keys(log.store, "taxi/blobs/") == blob_keys(back)
+    assert len(log.tombstones(log.head())) == 1
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_the_head_is_always_kept(log: VersionLog, keep: int) -> None:
+    grow(log, 1)
+    with pytest.raises(ValueError, match="keep must be at least 1"):
+        log.collect_garbage(keep)
+
+
+def test_retention_of_an_unknown_model_deletes_nothing(log: VersionLog) -> None:
+    ref = log.write_blob(0, "safetensors", b"about to begin")
+    with pytest.raises(UnknownModel):
+        log.collect_garbage(keep=1)
+    assert log.read_blob(ref) == b"about to begin"
+
+
+def test_retention_refuses_to_judge_by_damaged_records(memory: MemoryStore) -> None:
+    log = VersionLog(memory, "taxi")
+    grow(log, 4)
+    before = keys(memory)
+    memory.write(manifest_key(2), b"damaged")
+    with pytest.raises(CorruptObject):
+        log.collect_garbage(keep=3)
+    assert keys(memory) == before
+    memory.write("taxi/aliases/champion.json", b"damaged")
+    with pytest.raises(CorruptObject):
+        log.collect_garbage(keep=1)
+    assert keys(memory) == before | {"taxi/aliases/champion.json"}
+
+
+def test_an_alias_to_nowhere_does_not_stop_retention(memory: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    log = VersionLog(memory, "taxi")
+    grow(log, 3)
+    memory.write("taxi/aliases/stale.json", b'{"version": 99}')
+    assert len(log.collect_garbage(keep=1)) == 6
+    assert "'stale' names version 99" in caplog.text
+
+
+def test_two_collectors_at_once_do_each_others_work(log: VersionLog) -> None:
+    grow(log, 8)
+    with ThreadPoolExecutor(4) as pool:
+        deleted = [key for keys_ in pool.map(lambda _: log.collect_garbage(keep=1), range(4)) for key in keys_]
+    assert len(deleted) >= 7 * 3  # on some stores two may both see one deletion succeed
+    assert keys(log.store, "taxi/blobs/") == blob_keys(log.head())
+
+
+@pytest.mark.parametrize(
+    ("verb", "text", "phase"),
+    [
+        ("list", "blobs", "after"),
+        ("read", "log/", "before"),
+        ("list", "aliases", "before"),
+        ("delete", "blobs", "before"),
+    ],
+)
+def test_a_rollback_in_the_middle_of_a_collection_keeps_its_blobs(
+    store: Store, verb: str, text: str, phase: str
+) -> None:
+    plain = VersionLog(store, "taxi")
+    grow(plain, 3)
+    hook = Does(verb, text, phase, lambda: plain.rollback("0"))
+    VersionLog(FaultStore(store, hook), "taxi").collect_garbage(keep=1)
+    assert hook.done
+    head = plain.head()
+    assert (head.number, head.manifest.rolled_back_to) == (3, 0)
+    assert plain.read_blob(head.manifest.blobs.weights) == b"weights 0"
+    assert plain.read_blob(head.manifest.blobs.state) == b"state 0"
+    assert len(plain.tombstones(head)) == 1
+
+
+@pytest.mark.parametrize(("verb", "text"), [("read", "blobs"), ("write", "blobs"), ("create", "log")])
+def test_a_collection_in_the_middle_of_a_rollback_spoils_nothing(store: Store, verb: str, text: str) -> None:
+    plain = VersionLog(store, "taxi")
+    head = grow(plain, 3)
+    hook = Does(verb, text, "before", lambda: plain.collect_garbage(keep=1))
+    log = VersionLog(FaultStore(store, hook), "taxi")
+    if verb == "read":  # the old blobs went before they were read: refused, and the head is as before
+        with pytest.raises(UnknownVersion, match="retention"):
+            log.rollback("0")
+        assert plain.head() == head
+    else:
+        back = log.rollback("0")
+        assert plain.read_blob(back.manifest.blobs.weights) == b"weights 0"
+        assert len(plain.tombstones(back)) == 1
+    assert hook.done
+
+
+def test_a_frozen_writer_that_wakes_after_a_collection_cannot_commit(log: VersionLog) -> None:
+    first = append(log, None)
+    blobs = Blobs(
+        weights=log.write_blob(1, "safetensors", b"frozen"), state=log.write_blob(1, "state.safetensors", b"")
+    )
+    head = append(log, first)
+    log.collect_garbage(keep=2)
+    with pytest.raises(HeadMoved):
+        log.commit(first, Entry(kind="online", spec={}, blobs=blobs))
+    assert log.head() == head
+    with pytest.raises(NotFound):
+        log.store.stat(blobs.weights.key)
+
+
+# ---- anything, in any order ----------------------------------------------------------------------------------------------
+
+
+class LogMachine(RuleBasedStateMachine):
+    """The log against a list: commits by writers of any age, faults, rollbacks, aliases, collections, lost hints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = MemoryStore(f"machine-{id(self)}")
+        for info in list(self.store.list()):
+            self.store.delete(info.key)
+        self.log = VersionLog(self.store, "taxi")
+        self.versions: list[Version] = []
+        self.seen: list[Version | None] = [None]  # what some run believes to be the head
+        self.aliases: dict[str, int] = {}
+        self.retained = 0
+        logging.getLogger("tidemill.storage").setLevel(logging.ERROR)
+
+    @rule(data=st.data(), fault=st.sampled_from(["none", "retried", "lost", "refused"]))
+    def commit(self, data: st.DataObject, fault: str) -> None:
+        parent = data.draw(st.sampled_from(self.seen))
+        current = parent is (self.versions[-1] if self.versions else None)
+        hook = {
+            "none": Counting(),
+            "retried": Fails("create", "log/", "after", AlreadyExists("412")),
+            "lost": Fails("create", "log/", "after", Unavailable("lost")),
+            "refused": Fails("create", "log/", "before", Unavailable("refused")),
+        }[fault]
+        log = VersionLog(FaultStore(self.store, hook), "taxi")
+        try:
+            version = append(log, parent, metrics={"made": len(self.versions)})
+        except HeadMoved:
+            assert not current
+        except Unavailable:
+            if fault == "lost":
+                assert current
+                self.versions.append(self.log.head())
+        else:
+            assert current
+            assert fault in ("none", "retried")
+            self.versions.append(version)
+
+    @rule()
+    def look(self) -> None:
+        if self.versions:
+            self.seen.append(self.log.head())
+            assert self.seen[-1] == self.versions[-1]
+            self.seen[-1] = self.versions[-1]
+
+    @precondition(lambda self: self.versions)
+    @rule(data=st.data())
+    def roll_back(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(0, len(self.versions) - 1))
+        try:
+            self.versions.append(self.log.rollback(str(number)))
+        except UnknownVersion:
+            assert number < self.retained
+
+    @precondition(lambda self: self.versions)
+    @rule(data=st.data(), alias=st.sampled_from(["champion", "candidate"]))
+    def promote(self, data: st.DataObject, alias: str) -> None:
+        number = data.draw(st.integers(0, len(self.versions) - 1))
+        try:
+            self.log.promote(alias, self.versions[number])
+        except UnknownVersion:
+            return
+        self.aliases[alias] = number
+
+    @precondition(lambda self: self.versions)
+    @rule(keep=st.integers(1, 4))
+    def collect(self, keep: int) -> None:
+        self.log.collect_garbage(keep)
+        self.retained = max(self.retained, len(self.versions) - keep)
+        for version in self.versions[self.retained :]:
+            self.log.read_blob(version.manifest.blobs.weights)
+
+    @rule(hint=st.sampled_from([b"", b"{}", b'{"version": 1}', b'{"version": 99}']))
+    def spoil_the_hint(self, hint: bytes) -> None:
+        self.store.write("taxi/head.json", hint)
+
+    @invariant()
+    def the_log_is_the_list(self) -> None:
+        if not self.versions:
+            assert not self.log.exists()
+            return
+        head = self.log.head()
+        assert list(self.log.history(head)) == self.versions[::-1]
+        self.log.read_blob(head.manifest.blobs.weights)
+        self.log.read_blob(head.manifest.blobs.state)
+        self.log.tombstones(head)
+        assert self.log.aliases() == self.aliases
+        for alias in self.aliases:
+            self.log.read_blob(self.log.aliased(alias).manifest.blobs.weights)
+
+
+TestLogMachine = LogMachine.TestCase
+TestLogMachine.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

@@ -1,0 +1,97 @@
+"""A store that ignores a precondition is found out before anything depends on it."""
+
+import logging
+import uuid
+from pathlib import Path
+
+import pytest
+
+from storage.errors import PermissionDenied, UnsupportedStore
+from storage.memory import MemoryStore
+from storage.probe import check_preconditions
+from storage.store import ObjectInfo, Store
+from storage.urls import open_store
+from tests.storage.faults import Call, FaultStore
+
+
+class Overwrites(MemoryStore):
+    """MinIO before 2024-05: put-if-absent is a plain put."""
+
+    def create(self, key: str, data: bytes) -> ObjectInfo:
+        return self.write(key, data)
+
+
+class DeletesAnyway(MemoryStore):
+    """MinIO: `If-Match` on DELETE is ignored."""
+
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        super().delete(key)
+
+
+class NeverDeletes(MemoryStore):
+    """Credentials that may write but not delete."""
+
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        raise PermissionDenied("no")
+
+
+@pytest.fixture
+def name() -> str:
+    return uuid.uuid4().hex
+
+
+def test_every_backend_passes_and_nothing_stays(store: Store, caplog: pytest.LogCaptureFixture):
+    check_preconditions(store)
+
+    assert store.conditional_delete
+    assert [*store.list()] == []
+    assert not caplog.records
+
+
+def test_a_store_without_put_if_absent_is_refused_with_a_remedy(name: str):
+    store = Overwrites(name)
+    for _ in range(2):  # a refusal is not remembered as passed
+        with pytest.raises(UnsupportedStore, match=r"memory://.*If-None-Match.*MinIO RELEASE.2024-05-07"):
+            check_preconditions(store)
+    assert [*store.list()] == []
+
+
+def test_a_store_that_deletes_anyway_is_remembered_with_one_warning(name: str, caplog: pytest.LogCaptureFixture):
+    for _ in range(2):
+        store = DeletesAnyway(name)
+        check_preconditions(store)
+        assert not store.conditional_delete
+    assert [*store.list()] == []
+    [warning] = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert f"memory://{name}" in warning.getMessage()
+
+
+def test_a_store_may_forbid_deletes(name: str):
+    store = NeverDeletes(name)
+    check_preconditions(store)
+    assert store.conditional_delete
+
+
+def test_it_asks_once_per_url(name: str):
+    calls: list[Call] = []
+    for _ in range(2):
+        check_preconditions(FaultStore(MemoryStore(name), calls.append))
+    assert [call.verb for call in calls if call.phase == "before"] == ["list", "create", "create", "delete", "delete"]
+
+
+def test_a_lost_answer_is_no_refusal(name: str):
+    """The first create is applied twice, as a retry would: it meets its own object."""
+    store = MemoryStore(name)
+
+    def retry(call: Call) -> None:
+        if call.index == 1 and call.phase == "before":
+            store.create(call.key, b"first")
+
+    check_preconditions(FaultStore(store, retry))
+    assert [*store.list()] == []
+
+
+def test_a_root_that_does_not_exist_is_not_made(tmp_path: Path):
+    check_preconditions(open_store(f"{tmp_path}/new"))
+    assert not (tmp_path / "new").exists()

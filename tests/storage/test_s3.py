@@ -1,0 +1,458 @@
+"""What only an S3 server can do: refuse, vanish, restart, answer nonsense. Half of it needs answers that no real server gives
+on demand, so a scripted one gives them."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+from zlib import crc32
+
+import pytest
+from botocore.client import BaseClient
+
+from storage.errors import (
+    AlreadyExists,
+    CorruptObject,
+    InvalidKey,
+    NotFound,
+    PermissionDenied,
+    PreconditionFailed,
+    StorageError,
+    StoreNotFound,
+    Unavailable,
+    UnsupportedStore,
+)
+from storage.probe import check_preconditions
+from storage.s3 import S3Store
+from tests.conftest import BUCKET
+from tests.s3_server import S3, running_server
+
+ETAG = '"0123456789abcdef0123456789abcdef"'
+
+
+@pytest.fixture
+def store(s3_server: S3) -> S3Store:
+    return S3Store(BUCKET, uuid.uuid4().hex)
+
+
+# ---- keys and listings
+
+
+def test_no_other_key_is_touched(store: S3Store, s3_client: BaseClient):
+    """Through s3fs's paths these would become `a`, `a/b` or another version."""
+    prefix = store.url.removeprefix(f"s3://{BUCKET}/")
+    for key in ["a", "a/b", "a?versionId=1"]:
+        s3_client.put_object(Bucket=BUCKET, Key=f"{prefix}/{key}", Body=key.encode())
+
+    store.delete("a?versionId=1")
+
+    assert {info.key for info in store.list()} == {"a", "a/b"}
+    assert store.read("a") == b"a"
+
+
+def test_the_markers_of_folders_are_no_objects(store: S3Store, s3_client: BaseClient, caplog: pytest.LogCaptureFixture):
+    prefix = store.url.removeprefix(f"s3://{BUCKET}/")
+    for key in ["", "folder/"]:
+        s3_client.put_object(Bucket=BUCKET, Key=f"{prefix}/{key}", Body=b"")
+    store.write("folder/object", b"data")
+
+    assert [info.key for info in store.list()] == ["folder/object"]
+    assert not caplog.records
+
+
+def test_a_key_may_be_too_long_for_the_server(store: S3Store):
+    with pytest.raises(InvalidKey, match="too long"):
+        store.write("x" * 1100, b"")
+
+
+def test_the_etag_of_a_multipart_upload_pins_like_any_other(store: S3Store, s3_client: BaseClient):
+    prefix = store.url.removeprefix(f"s3://{BUCKET}/")
+    target = {"Bucket": BUCKET, "Key": f"{prefix}/key"}
+    upload = s3_client.create_multipart_upload(**target)["UploadId"]
+    parts = [os.urandom(5 << 20), b"the end"]
+    tags = [
+        s3_client.upload_part(**target, UploadId=upload, PartNumber=i, Body=part)["ETag"] for i, part in enumerate(parts, 1)
+    ]
+    finished = {"Parts": [{"PartNumber": i, "ETag": tag} for i, tag in enumerate(tags, 1)]}
+    assert [*store.list()] == []  # unfinished, so invisible
+    s3_client.complete_multipart_upload(**target, UploadId=upload, MultipartUpload=finished)
+
+    [info] = store.list()
+    assert store.stat("key").etag == info.etag
+    assert store.read("key", if_match=info.etag) == b"".join(parts)
+    store.delete("key", if_match=info.etag)
+
+
+# ---- who may do what
+
+
+@pytest.mark.parametrize(
+    ("variable", "code"),
+    [("AWS_ACCESS_KEY_ID", "InvalidAccessKeyId"), ("AWS_SECRET_ACCESS_KEY", "SignatureDoesNotMatch")],
+)
+def test_wrong_credentials(s3_server: S3, monkeypatch: pytest.MonkeyPatch, variable: str, code: str):
+    monkeypatch.setenv(variable, "wr0ng")
+    store = S3Store(BUCKET, "x")
+
+    for verb in (lambda: [*store.list()], lambda: store.read("a"), lambda: store.write("a", b"")):
+        with pytest.raises(PermissionDenied, match=rf"s3://{BUCKET}/x.*{code}.*{variable}") as caught:
+            verb()
+        assert s3_server.admin.secret_key not in str(caught.value)
+    with pytest.raises(PermissionDenied):
+        store.stat("a")
+    assert s3_server.admin.secret_key not in repr(store)
+
+
+def test_no_credentials(s3_server: S3, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+
+    with pytest.raises(PermissionDenied, match=r"set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        S3Store(BUCKET).read("a")
+
+
+def test_a_profile_brings_endpoint_and_credentials(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "config").write_text(f"[profile tests]\nendpoint_url = {s3_server.endpoint}\nregion = us-east-1\n")
+    (tmp_path / "credentials").write_text(
+        f"[tests]\naws_access_key_id = {s3_server.admin.access_key}\naws_secret_access_key = {s3_server.admin.secret_key}\n"
+    )
+    for name in s3_server.environment():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "tests")
+
+    with pytest.raises(NotFound):
+        S3Store(BUCKET, "x").read("missing")
+    monkeypatch.setenv("AWS_PROFILE", "unknown")
+    with pytest.raises(PermissionDenied, match="unknown"):
+        S3Store(BUCKET, "x").read("missing")
+
+
+@pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_either_endpoint_variable_will_do_and_the_region_may_be_missing(
+    s3_server: S3, monkeypatch: pytest.MonkeyPatch, variable: str
+):
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, s3_server.endpoint)
+
+    with pytest.raises(NotFound):
+        S3Store(BUCKET, "x").read("missing")
+
+
+def test_a_reader_may_not_write_or_delete(store: S3Store, s3_server: S3, monkeypatch: pytest.MonkeyPatch):
+    if s3_server.read_only is None:
+        pytest.skip("this server has no read-only identity")
+    info = store.write("a", b"data")
+    for name, value in s3_server.read_only.environment().items():
+        monkeypatch.setenv(name, value)
+    reader = S3Store(BUCKET, store.url.removeprefix(f"s3://{BUCKET}/"))
+
+    assert reader.read("a", if_match=info.etag) == b"data"
+    assert [listed.key for listed in reader.list()] == ["a"]
+    for verb in (
+        lambda: reader.write("a", b""),
+        lambda: reader.create("b", b""),
+        lambda: reader.replace("a", b"", if_match=info.etag),
+        lambda: reader.delete("a"),
+        lambda: reader.delete("a", if_match=info.etag),
+    ):
+        with pytest.raises(PermissionDenied, match="these credentials may not (put|delete)_object"):
+            verb()
+    assert store.read("a") == b"data"
+
+
+def test_writing_into_a_bucket_that_does_not_exist(s3_server: S3):
+    store = S3Store("no-such-bucket")
+    with pytest.raises(StoreNotFound, match="no such bucket"):
+        store.write("a", b"")
+    with pytest.raises(StoreNotFound, match="no such bucket"):
+        store.create("a", b"")
+
+
+def test_an_impossible_bucket_name(s3_server: S3):
+    with pytest.raises(StorageError, match="Check the URL"):
+        S3Store("no bucket").read("a")
+
+
+# ---- a server that is away
+
+
+def test_nobody_listens(s3_server: S3, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://user:s3cr3t@127.0.0.1:1")
+    store = S3Store(BUCKET)
+    store.retry_seconds = 0.5
+
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match=r"at http://127\.0\.0\.1:1 failed for") as caught:
+        store.read("a")
+    assert 0.5 <= time.monotonic() - started < 5
+    assert "Check that the store is up" in str(caught.value)
+
+
+def test_a_server_that_is_killed_and_restarted_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with running_server(tmp_path) as server:
+        for name, value in server.s3.environment().items():
+            monkeypatch.setenv(name, value)
+        store = S3Store("ready", "x")
+        store.write("a", b"before")
+        server.kill()
+
+        tried = threading.Event()
+
+        class Tried(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                tried.set()
+
+        answers: list[bytes] = []
+        reader = threading.Thread(target=lambda: answers.append(store.read("a")))
+        handler = Tried()
+        logger = logging.getLogger("tidemill.storage")
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        try:
+            reader.start()
+            assert tried.wait(10)
+            server.start()
+            reader.join(60)
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+        assert answers == [b"before"]
+        store.replace("a", b"after", if_match=store.stat("a").etag)
+        assert store.read("a") == b"after"
+
+
+def test_a_forked_process_opens_its_own(store: S3Store):
+    """The client of the parent does not work in the child; a new store does."""
+    store.write("a", b"data")
+    prefix = store.url.removeprefix(f"s3://{BUCKET}/")
+    code = f"""
+import os
+from storage.s3 import S3Store
+assert S3Store({BUCKET!r}, {prefix!r}).read("a") == b"data"
+child = os.fork()
+if not child:
+    data = S3Store({BUCKET!r}, {prefix!r}).read("a")
+    os._exit(data != b"data")
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
+# ---- answers that no real server gives on demand
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def error(cls, status: int, code: str) -> "Answer":
+        return cls(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
+
+
+@dataclass
+class Scripted:
+    """Gives one answer after the other, the last one for ever, and remembers what it was asked."""
+
+    answers: list[Answer]
+    requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+
+    def next(self) -> Answer:
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+@contextmanager
+def scripted(monkeypatch: pytest.MonkeyPatch, *answers: Answer) -> Iterator[tuple[S3Store, Scripted]]:
+    script = Scripted([*answers])
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            script.requests.append((self.command, unquote(self.path), {k.lower(): v for k, v in self.headers.items()}))
+            answer = script.next()
+            self.send_response(answer.status)
+            for name, value in {"Content-Length": str(len(answer.body)), "ETag": ETAG, **answer.headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.body)
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        store = S3Store("bucket", "prefix")
+        store.retry_seconds = 1.5
+        try:
+            yield store, script
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        Answer.error(500, "InternalError"),
+        Answer.error(503, "SlowDown"),
+        Answer.error(429, "TooManyRequests"),
+        Answer.error(400, "RequestTimeout"),
+        Answer(502, b"<html>Bad gateway</html>"),
+        Answer(200, b"short", {"Content-Length": "10"}),
+        Answer(200, b"fl1pped", {"x-amz-checksum-crc32": "AAAAAA=="}),
+    ],
+    ids=["500", "503", "429", "400", "502", "cut", "flipped"],
+)
+def test_a_transient_failure_is_retried(trouble: Answer, monkeypatch: pytest.MonkeyPatch):
+    with scripted(monkeypatch, trouble, trouble, Answer(200, b"data")) as (store, script):
+        store.retry_seconds = 20
+        assert store.read("a", if_match=ETAG.strip('"')) == b"data"
+        assert len(script.requests) == 3
+        for method, path, headers in script.requests:
+            assert (method, path.partition("?")[0], headers["if-match"]) == ("GET", "/bucket/prefix/a", ETAG)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error"),
+    [
+        (Answer.error(503, "SlowDown"), Unavailable),
+        (Answer(200, b"short", {"Content-Length": "10"}), Unavailable),
+        (Answer(200, b"flipped", {"x-amz-checksum-crc32": "AAAAAA=="}), CorruptObject),
+    ],
+    ids=["503", "cut", "flipped"],
+)
+def test_what_never_goes_away_is_told_in_the_end(
+    trouble: Answer, error: type[StorageError], monkeypatch: pytest.MonkeyPatch
+):
+    with (
+        scripted(monkeypatch, trouble) as (store, script),
+        pytest.raises(error, match=r"get_object of s3://bucket/prefix/a at http://127.0.0.1:\d+ failed for \d+ s: "),
+    ):
+        store.read("a")
+    assert len(script.requests) > 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "told"),
+    [
+        (Answer.error(403, "RequestTimeTooSkewed"), PermissionDenied, "set this machine's clock"),
+        (Answer.error(400, "ExpiredToken"), PermissionDenied, "expired"),
+        (Answer.error(403, "AccessDenied"), PermissionDenied, "may not get_object"),
+        (Answer.error(501, "NotImplemented"), UnsupportedStore, "lacks"),
+        (Answer.error(400, "AuthorizationHeaderMalformed"), StorageError, "set AWS_REGION"),
+        (Answer.error(400, "InvalidArgument"), StorageError, "InvalidArgument"),
+        (Answer.error(404, "NoSuchKey"), NotFound, "does not exist"),
+        (Answer.error(404, "NoSuchBucket"), StoreNotFound, "no such bucket"),
+    ],
+    ids=lambda value: value.body.decode()[13:30] if isinstance(value, Answer) else "",
+)
+def test_what_will_not_go_away_is_told_at_once(
+    answer: Answer, error: type[StorageError], told: str, monkeypatch: pytest.MonkeyPatch
+):
+    with scripted(monkeypatch, answer) as (store, script), pytest.raises(error, match=told):
+        store.read("a")
+    assert len(script.requests) == 1
+
+
+def test_a_conflict_is_asked_again_until_it_is_answered(monkeypatch: pytest.MonkeyPatch):
+    conflict = Answer.error(409, "ConditionalRequestConflict")
+    with scripted(monkeypatch, conflict, conflict, Answer()) as (store, script):
+        store.retry_seconds = 20
+        store.create("a", b"data")
+        assert [headers["if-none-match"] for _, _, headers in script.requests] == ["*"] * 3
+    with scripted(monkeypatch, conflict, Answer.error(412, "PreconditionFailed")) as (store, _):
+        store.retry_seconds = 20
+        with pytest.raises(AlreadyExists):
+            store.create("a", b"data")
+
+
+def test_a_range_that_the_server_ignores(monkeypatch: pytest.MonkeyPatch):
+    with scripted(monkeypatch, Answer(200, b"0123456789")) as (store, _), pytest.raises(CorruptObject):
+        store.read("a", start=2, length=3)
+
+
+def test_the_body_is_checked_against_its_checksum(monkeypatch: pytest.MonkeyPatch):
+    from base64 import b64encode
+
+    checksum = b64encode(crc32(b"data").to_bytes(4, "big")).decode()
+    with scripted(monkeypatch, Answer(200, b"data", {"x-amz-checksum-crc32": checksum})) as (store, script):
+        assert store.read("a") == b"data"
+        assert script.requests[0][2]["x-amz-checksum-mode"] == "ENABLED"
+
+
+def page(keys: dict[str, int], more: str = "") -> Answer:
+    contents = "".join(
+        f"<Contents><Key>{key}</Key><Size>{size}</Size><ETag>{ETAG}</ETag><LastModified>2026-01-02T03:04:05Z</LastModified></Contents>"
+        for key, size in keys.items()
+    )
+    token = f"<IsTruncated>true</IsTruncated><NextContinuationToken>{more}</NextContinuationToken>" if more else ""
+    end = "" if more else "<IsTruncated>false</IsTruncated>"
+    return Answer(body=f"<ListBucketResult>{token}{end}{contents}</ListBucketResult>".encode())
+
+
+def test_listing_is_lazy_and_survives_trouble_between_pages(monkeypatch: pytest.MonkeyPatch):
+    pages = [page({"prefix/a": 1}, "next"), Answer.error(503, "SlowDown"), page({"prefix/b": 2})]
+    with scripted(monkeypatch, *pages) as (store, script):
+        store.retry_seconds = 20
+        listing = store.list()
+        assert next(listing).key == "a"
+        assert len(script.requests) == 1
+        assert [info.size for info in listing] == [2]
+        assert "continuation-token=next" in script.requests[2][1]
+
+
+def test_keys_that_servers_disagree_about_are_skipped_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """They can exist on AWS."""
+    keys = dict.fromkeys(["prefix/a//b", "prefix/../c", "prefix//d", "prefix/e\\f", "prefix/g/", "prefix/good"], 1)
+    with scripted(monkeypatch, page(keys)) as (store, _):
+        assert [info.key for info in store.list()] == ["good"]
+    [warning] = [record for record in caplog.records if record.name == "tidemill.storage"]
+    assert "a//b" in warning.getMessage()
+
+
+def head(**headers: str) -> Answer:
+    return Answer(headers={"Last-Modified": "Fri, 02 Jan 2026 03:04:05 GMT", **headers})
+
+
+def test_a_server_that_ignores_if_match_on_delete_is_asked_first(monkeypatch: pytest.MonkeyPatch):
+    with scripted(monkeypatch, head(), Answer(204), head()) as (store, script):
+        store.conditional_delete = False
+        store.delete("a", if_match=ETAG.strip('"'))
+        with pytest.raises(PreconditionFailed):
+            store.delete("a", if_match="another")
+    assert [method for method, _, _ in script.requests] == ["HEAD", "DELETE", "HEAD"]
+
+
+def test_the_probe_finds_such_a_server_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    refused = Answer.error(412, "PreconditionFailed")
+    with scripted(monkeypatch, page({}), Answer(), refused, Answer(204), head(), Answer(204)) as (store, _):
+        store.url = f"s3://bucket/{uuid.uuid4().hex}"  # results are remembered by URL
+        check_preconditions(store)
+        assert not store.conditional_delete
+    assert "ignores If-Match on DELETE" in caplog.text

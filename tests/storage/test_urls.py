@@ -1,0 +1,100 @@
+"""From URLs to stores."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from storage.errors import InvalidURL
+from storage.urls import join, open_store
+
+
+@pytest.mark.parametrize(
+    ("url", "canonical"),
+    [
+        ("./x", "file://{here}/x"),
+        ("x/y/", "file://{here}/x/y"),
+        (".", "file://{here}"),
+        ("../x", "file://{parent}/x"),
+        ("~/x", "file://{home}/x"),
+        ("with space/a%20b", "file://{here}/with space/a%20b"),
+        ("/x", "file:///x"),
+        ("file:///x/", "file:///x"),
+        ("file://localhost/x", "file:///x"),
+        ("s3://bucket", "s3://bucket"),
+        ("s3://bucket/", "s3://bucket"),
+        ("s3://bucket/pre/fix/", "s3://bucket/pre/fix"),
+        ("s3://bucket/a b%20+", "s3://bucket/a b%20+"),
+        ("memory://name", "memory://name"),
+        ("memory://name/prefix/", "memory://name/prefix"),
+    ],
+)
+def test_the_canonical_url_opens_the_same_store(
+    url: str, canonical: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    store = open_store(url)
+
+    assert store.url == canonical.format(here=here, parent=tmp_path, home=tmp_path / "home")
+    assert open_store(store.url).url == store.url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "nul\0",
+        "gs://bucket/x",
+        "http://host/x",
+        "s3:/bucket/x",
+        "memory:name",
+        "s3://",
+        "s3:///x",
+        "file://host/x",
+        "file://x",
+        "s3://bucket//x",
+        "s3://bucket/a/../b",
+        "s3://bucket/a\\b",
+        "s3://bucket/x?endpoint=y",
+        "s3://bucket/x#y",
+    ],
+)
+def test_what_names_no_store_is_refused_with_what_would(url: str):
+    with pytest.raises(InvalidURL, match=r"s3://|three slashes"):
+        open_store(url)
+
+
+@pytest.mark.parametrize("url", ["s3://AKIA123:s3cr3t@bucket/x", "s3://s3cr3t@bucket", "memory://user:s3cr3t@name"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(url: str):
+    with pytest.raises(InvalidURL, match="AWS_PROFILE") as caught:
+        open_store(url)
+    assert "s3cr3t" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "joined"),
+    [
+        ("s3://bucket/registry/", "s3://bucket/registry/taxi/log"),
+        ("./registry", "./registry/taxi/log"),
+        ("/", "/taxi/log"),
+    ],
+)
+def test_join(url: str, joined: str):
+    assert join(url, "taxi", "log/") == joined
+
+
+def test_only_an_s3_url_costs_the_import_of_s3fs():
+    code = """
+import sys
+from storage.urls import open_store
+open_store("x")
+open_store("memory://x")
+print("s3fs" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"

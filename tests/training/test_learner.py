@@ -1,0 +1,141 @@
+"""A learner's bytes bring back the same learner, and refuse another model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load as parse_tensors
+
+from tasks.training.errors import FactoryError, SpecError, StateMismatch
+from tasks.training.features import Features
+from tasks.training.learner import OPTIMIZERS, Learner
+from tasks.training.loop import predict, train_pass
+from tests.training.rows import begin, cut, numbers_table, plain_spec
+
+OPTIMIZER_CASES = [
+    ("sgd", {}),
+    ("sgd", {"momentum": 0.9, "nesterov": True}),
+    ("adam", {"betas": [0.8, 0.99]}),
+    ("adam", {"amsgrad": True}),
+    ("adamw", {"weight_decay": 0.1}),
+    ("adagrad", {"initial_accumulator_value": 0.1}),
+    ("rmsprop", {"momentum": 0.9, "centered": True}),
+    *((name, {}) for name in ("adadelta", "adamax", "nadam", "radam")),
+]
+GROUPS = cut(numbers_table(700), 300)
+
+
+def test_every_optimizer_is_tried():
+    assert {name for name, _ in OPTIMIZER_CASES} == set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize(("name", "arguments"), OPTIMIZER_CASES)
+@pytest.mark.parametrize("passes_before", [0, 1, 2])
+def test_going_on_from_stored_bytes_gives_the_same_bits(name, arguments, passes_before):
+    spec = plain_spec(
+        model={"factory": "tests.training.rows:DropoutNet"},
+        optimizer={"name": name, "arguments": arguments},
+        learning_rate=1e-3,
+        shuffle=True,
+        standardize_features=True,
+    )
+    straight = begin(spec, GROUPS)
+    for epoch in range(3):
+        if epoch == passes_before:
+            stored = straight.dump()
+        train_pass(straight, GROUPS, key=("epoch", epoch))
+    resumed = Learner.load(spec, *stored)
+    assert resumed.dump() == stored
+    for epoch in range(passes_before, 3):
+        train_pass(resumed, GROUPS, key=("epoch", epoch))
+    assert resumed.dump() == straight.dump()
+    assert resumed.counters.rows == 2100
+
+
+def test_tied_and_transposed_weights_are_stored_whole():
+    spec = plain_spec(model={"factory": "tests.training.rows:TiedNet"})
+    learner = begin(spec, GROUPS)
+    train_pass(learner, GROUPS, key=("epoch", 0))
+    weights, state = learner.dump()
+    stored = parse_tensors(weights)
+    assert stored.keys() == learner.model.state_dict().keys()
+    loaded = Learner.load(spec, weights, state)
+    assert loaded.model.a.weight is loaded.model.b.weight
+    train_pass(loaded, GROUPS, key=("epoch", 1))
+    train_pass(learner, GROUPS, key=("epoch", 1))
+    assert loaded.dump() == learner.dump()
+
+
+def test_the_weights_alone_are_enough_for_plain_torch():
+    learner = begin(plain_spec(), GROUPS)
+    train_pass(learner, GROUPS, key=("epoch", 0))
+    model = torch.nn.Linear(10, 1)
+    model.load_state_dict(parse_tensors(learner.dump()[0]))
+    x_NF = torch.stack([torch.tensor(GROUPS[0].table.column(f"x{i}").to_pylist()) for i in range(10)], 1)
+    torch.testing.assert_close(model(x_NF).squeeze(1).detach(), next(predict(learner, GROUPS)))
+
+
+def test_the_state_is_json_and_tensors():
+    learner = begin(plain_spec(optimizer={"name": "adam"}, standardize_features=True), GROUPS)
+    train_pass(learner, GROUPS, key=("epoch", 0))
+    state = learner.dump()[1]
+    header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
+    assert {"features.mean", "features.std", "optimizer.0.exp_avg", "optimizer.1.step"} < header.keys()
+    assert json.loads(header["__metadata__"]["tidemill"])["counters"] == {
+        "epochs": 0, "shards": 0, "rows": 700, "steps": 11,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"factory": "mlp"}}, "is missing.*has the code of the factory changed"),
+        ({"model": {"factory": "tests.training.rows:WideNet"}}, r"weight is float32\[1, 10\], the model has float32\[2, 10\]"),
+        ({"optimizer": {"name": "adam"}}, "of sgd, the spec's optimizer is adam"),
+    ],
+)
+def test_a_state_of_another_model_is_refused(change, message):
+    stored = begin(plain_spec(), GROUPS).dump()
+    with pytest.raises(StateMismatch, match=message):
+        Learner.load(plain_spec(**change), *stored)
+
+
+def test_bytes_that_are_something_else_are_refused():
+    spec = plain_spec()
+    weights, state = begin(spec, GROUPS).dump()
+    with pytest.raises(StateMismatch, match="not a safetensors file"):
+        Learner.load(spec, weights, b"PAR1")
+    with pytest.raises(StateMismatch, match="not a safetensors file"):
+        Learner.load(spec, weights[:-1], state)
+    with pytest.raises(StateMismatch, match="has format None.*passed in place of the state"):
+        Learner.load(spec, weights, weights)
+
+
+def test_optimizer_state_of_other_shapes_is_refused():
+    momentum = {"name": "sgd", "arguments": {"momentum": 0.9}}
+    small, large = (plain_spec(model={"factory": "mlp", "arguments": {"hidden": [n]}}, optimizer=momentum) for n in (4, 5))
+    learner = begin(large, GROUPS)
+    train_pass(learner, GROUPS, key=("epoch", 0))
+    with pytest.raises(StateMismatch, match="momentum_buffer of parameter 0 does not fit"):
+        Learner.load(small, begin(small, GROUPS).dump()[0], learner.dump()[1])
+
+
+def test_a_learner_needs_fitted_features():
+    spec = plain_spec(standardize_features=True)
+    with pytest.raises(SpecError, match="features.fit"):
+        Learner.create(spec, Features.resolve(spec, GROUPS[0].schema))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"momentun": 0.9}, "holds \\['momentun'\\].*takes.*'momentum'"), ({"momentum": -1}, "refuses .*momentum")],
+)
+def test_a_wrong_optimizer_argument_is_named(arguments, message):
+    with pytest.raises(SpecError, match=message):
+        begin(plain_spec(optimizer={"name": "sgd", "arguments": arguments}), GROUPS)
+
+
+def test_a_model_whose_state_is_no_tensor_is_refused(monkeypatch):
+    monkeypatch.setattr("tests.training.rows.Net.get_extra_state", lambda self: {"a": 1}, raising=False)
+    with pytest.raises(FactoryError, match="_extra_state.*cannot be stored"):
+        begin(plain_spec(model={"factory": "tests.training.rows:Net"}), GROUPS)
