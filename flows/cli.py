@@ -1,32 +1,32 @@
 """The command line. `train` and `follow` run the flows; everything else reads the registry, without Prefect.
 
-Imports of torch, Prefect and the stores stand inside the commands: `tidemill --help` answers at once.
-Exit codes: 0 done, 1 failed, 2 wrong usage.
+Imports of torch, Prefect and the stores stand inside the commands: `tidemill --help` answers at once. Results go to stdout,
+progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
-import itertools
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, Parameter
-from cyclopts.config import Dict as ConfigDict
-from pydantic import BaseModel, Field, ValidationError
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
+from pydantic import BaseModel
 
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.spec import Spec
+from flows import views
+from flows.flags import FollowFlags, SpecFlags, UsageError, explain, spec_file
+from tasks.settings import BatchSettings
 
 if TYPE_CHECKING:
-    from storage.log import Version, VersionLog
+    from storage.log import VersionLog
 
 app = App(
     name="tidemill",
     version_flags=["--version"],
+    default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     help="""Train a PyTorch model from Parquet on object storage: in batch, then online, exactly once.
 
     REGISTRY, DATASET and INBOX are URLs: a local folder (./x, /x, file:///x) or s3://bucket/prefix. S3 is configured by the
@@ -34,239 +34,271 @@ app = App(
 
     A first session:
 
-        tidemill train ./data ./registry flights --spec spec.json
-        tidemill follow ./inbox ./registry flights
+        tidemill train ./data ./registry flights --spec spec.yaml
+        tidemill follow ./inbox ./registry flights --mode drain
         tidemill status ./registry flights --inbox ./inbox
     """,
 )
 
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document instead of text.")]
+Registry = Annotated[str, Parameter(help="URL below which models live.")]
+Dataset = Annotated[str, Parameter(help="URL of a folder of Parquet files.")]
+Inbox = Annotated[str, Parameter(help="URL where producers drop Parquet shards.")]
 Name = Annotated[str, Parameter(help="Name of the model in the registry.")]
 Which = Annotated[str, Parameter(help="A version's number, an alias such as champion, or head.")]
-
-
-class FollowSettings(OnlineSettings):
-    """The online settings, following by default."""
-
-    mode: Literal["drain", "follow"] = Field(
-        default="follow", description="drain: train on all shards that are there, then stop. follow: go on polling."
-    )
+Alias = Annotated[str, Parameter(help="The alias to move.")]
+_FOLLOWING = FollowFlags()
 
 
 # ---- the flows -------------------------------------------------------------------------------------------------------
-@app.command
+@app.command(
+    usage="Usage: tidemill train DATASET REGISTRY MODEL (--spec FILE | --features COLUMN... --target COLUMN) [OPTIONS]"
+)
 def train(
-    dataset: str,
-    registry: str,
+    dataset: Dataset,
+    registry: Registry,
     model: Name,
     /,
     *,
-    spec: Annotated[Spec, Parameter(name="*")],
+    spec: Annotated[SpecFlags, Parameter(name="*")],
     settings: Annotated[BatchSettings, Parameter(name="*")] = BatchSettings(),
-    spec_file: Annotated[
-        Path | None, Parameter("--spec", help="JSON or YAML file of the settings below; flags override it.")
+    file: Annotated[
+        Path | None, Parameter("--spec", help="JSON or YAML file of the spec's settings; flags override it.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train MODEL from a Parquet DATASET, register it as the new head, and move the alias to it.
 
     Killed and started again with the same arguments, it continues after its last checkpoint and ends with the same bits.
+    A feature is a column's name, or JSON for more. Models of your own are found in the current folder.
+
+    For example:
+
+        tidemill train ./data ./registry flights --spec spec.yaml --epochs 20
+        tidemill train ./data ./registry flights --features a b --target y
+        tidemill train ./data ./registry flights --target delay \\
+            --features distance '{"name": "carrier", "kind": "category"}' \\
+            --model.factory mymodels:Net --model.arguments '{"width": 32}'
     """
-    _prepare_prefect()
+    _prepare_flow()
     from flows.batch import batch_training
 
-    info = batch_training(dataset, registry, model, spec, settings)
-    made = "trained" if info.trained else "unchanged: this data and spec had already given"
-    _print(info, as_json, f"{made} version {info.version} of {model}\n{_metrics(info.metrics.get('holdout'))}")
+    _print(views.trained(batch_training(dataset, registry, model, spec.spec(), settings)), as_json)
 
 
 @app.command
 def follow(
-    inbox: str,
-    registry: str,
+    inbox: Inbox,
+    registry: Registry,
     model: Name,
     /,
     *,
-    settings: Annotated[FollowSettings, Parameter(name="*")] = FollowSettings(),
+    settings: Annotated[FollowFlags, Parameter(name="*")] = _FOLLOWING,
     as_json: AsJson = False,
 ) -> None:
     """Train MODEL on the shards that arrive in INBOX; commit new versions; remove what they contain.
 
-    SIGTERM (or the time given) ends it after the step in hand is committed. SIGKILL at any moment loses no shard and trains
+    SIGTERM, Ctrl-C or the time given ends it once the step in hand is committed. SIGKILL at any moment loses no shard and trains
     none twice: start it again.
+
+    For example:
+
+        tidemill follow ./inbox ./registry flights
+        tidemill follow ./inbox ./registry flights --mode drain --max-shards 8
+        tidemill follow s3://bucket/inbox s3://bucket/registry flights \\
+            --after-commit archive --archive-to s3://bucket/data/archive
     """
-    _prepare_prefect()
+    _prepare_flow()
     from flows.online import online_training
 
-    report = online_training(inbox, registry, model, OnlineSettings(**settings.model_dump()))
-    left = f", {report.waiting} waiting since {_when(report.oldest_waiting)}" if report.oldest_waiting else ""
-    _print(
-        report,
-        as_json,
-        f"{report.versions} versions of {model} (head {report.head}): {report.shards} shards, {report.rows:,} rows, "
-        f"{report.rejected} rejected, {report.owed} owed{left}\n{_metrics(report.score, 'score before training')}"
-        + "".join(f"\nrejected {key}: {reason}" for key, reason in report.last_rejected.items()),
-    )
+    _print(views.followed(online_training(inbox, registry, model, settings.settings())), as_json)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 @app.command
-def status(registry: str, model: Name | None = None, /, *, inbox: str | None = None, as_json: AsJson = False) -> None:
-    """The state of one model, or the list of all models. With --inbox also what waits there."""
+def status(
+    registry: Registry,
+    model: Name | None = None,
+    /,
+    *,
+    inbox: Annotated[str | None, Parameter(help="URL of an inbox to look into as well.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The state of one model, or the list of all models. With --inbox also what waits there.
+
+    For example:
+
+        tidemill status ./registry
+        tidemill status ./registry flights --inbox ./inbox
+        tidemill status s3://bucket/registry flights --inbox s3://bucket/inbox --json
+    """
     from storage.inbox import open_inbox, quarantined
     from storage.log import list_models
 
-    if model is None:
-        names = list_models(registry)
-        _print({"models": names}, as_json, "\n".join(names) or "no models")
-        return
-    log = _open(registry, model)
-    head = log.head()
-    manifest = head.manifest
-    facts: dict[str, Any] = {
-        "model": model,
-        "head": head.number,
-        "kind": manifest.kind,
-        "created": manifest.created.isoformat(),
-        "aliases": log.aliases(),
-        "counters": manifest.counters,
-        "metrics": manifest.metrics,
-        "owed": len(manifest.owed),
-        "quarantined": len(quarantined(log)),
-    }
-    lines = [
-        f"{log.url}",
-        f"  head         {head.number} ({manifest.kind}, {_when(manifest.created)})",
-        f"  aliases      {', '.join(f'{name} -> {number}' for name, number in facts['aliases'].items()) or 'none'}",
-        f"  has seen     {', '.join(f'{count:,} {name}' for name, count in manifest.counters.items())}",
-        f"  {_metrics(manifest.metrics.get('holdout', manifest.metrics))}",
-        f"  owed         {facts['owed']} shards of the head's commit (deleted, or to be deleted by the next run)",
-        f"  quarantined  {facts['quarantined']}",
-    ]
-    if inbox is not None:
-        tombstones, opened = log.tombstones(head), open_inbox(inbox)
-        owed = {(debt.inbox, debt.key, debt.etag) for debt in manifest.owed}
-        listing = opened.list(
-            1, lambda i: (opened.url, i.key, i.etag) in owed or tombstones.has_etag(opened.url, i.key, i.etag)
-        )
-        facts["waiting"] = listing.waiting
-        facts["oldest_waiting"] = None if listing.oldest is None else listing.oldest.isoformat()
-        lines.append(f"  waiting      {listing.waiting} shards, the oldest since {_when(listing.oldest)}")
-    _print(facts, as_json, "\n".join(lines))
+    if model is not None:
+        log = _open(registry, model)
+        opened = None if inbox is None else open_inbox(inbox)
+        _print(views.model(log, opened, len(quarantined(log))), as_json)
+    elif inbox is None:
+        _print(views.models(_open(registry, name) for name in list_models(registry)), as_json)
+    else:
+        raise UsageError("--inbox needs the name of a model: what waits depends on what it has consumed")
 
 
-@app.command
-def log(
-    registry: str,
+@app.command(name="log")
+def history(
+    registry: Registry,
     model: Name,
     /,
     *,
-    last: Annotated[int, Parameter(["--last", "-n"], help="How many versions, from the newest back.")] = 20,
+    last: Annotated[
+        int, Parameter(["--last", "-n"], validator=Number(gte=1), help="How many versions, from the newest back.")
+    ] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """The history of MODEL, newest first: what each version was made from."""
-    opened = _open(registry, model)
-    versions = list(opened.history(opened.head(), last))
-    aliases = {number: name for name, number in opened.aliases().items()}
-    lines = [
-        f"{v.number:>8}  {_when(v.manifest.created)}  {v.manifest.kind:<8}  {_made_from(v):<34}  "
-        f"{_metrics(v.manifest.metrics.get('holdout', v.manifest.metrics), '')}  {aliases.get(v.number, '')}".rstrip()
-        for v in versions
-    ]
-    _print([_summary(v) for v in versions], as_json, "\n".join(lines))
+    """The history of MODEL, newest first: what each version was made from.
+
+    For example:
+
+        tidemill log ./registry flights -n 5
+    """
+    log = _open(registry, model)
+    _print(views.history(list(log.history(log.head(), last)), log.aliases()), as_json)
 
 
 @app.command
-def show(registry: str, model: Name, version: Which = "head", /) -> None:
-    """The whole manifest of one version, as JSON: lineage, exact shards, blobs with their sha256, metrics."""
+def show(registry: Registry, model: Name, version: Which = "head", /, *, as_json: AsJson = True) -> None:
+    """The whole manifest of one version, always as JSON: lineage, exact shards, blobs with their sha256, metrics.
+
+    For example:
+
+        tidemill show ./registry flights
+        tidemill show ./registry flights champion | jq .spec > spec.json
+    """
     print(_open(registry, model).resolve(version).manifest.model_dump_json(indent=2, exclude_none=True))
 
 
 @app.command
 def predict(
-    registry: str,
+    registry: Registry,
     model: Name,
-    dataset: str,
-    output: str,
+    dataset: Dataset,
+    output: Annotated[str, Parameter(help="URL of a folder; files of the same names are replaced.")],
     /,
     *,
     version: Which = "champion",
-    columns: Annotated[list[str] | None, Parameter(consume_multiple=True, help="Columns to copy beside.")] = None,
+    columns: Annotated[list[str] | None, Parameter(help="Columns to copy beside the prediction.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the predictions of a version for every row of DATASET below OUTPUT, one file for each of its files."""
+    """Write the predictions of a version for every row of DATASET below OUTPUT, one file for each of its files.
+
+    For example:
+
+        tidemill predict ./registry flights ./data ./predictions
+        tidemill predict ./registry flights ./data ./predictions --version 12 --columns date carrier
+    """
+    _find_own_modules()
     from tasks.predict import predict as run
 
     done = run(registry, model, dataset, output, version, columns or [])
-    _print(
-        done, as_json, f"{done.rows:,} predictions of version {done.version} in {done.files} files below {done.output}"
-    )
+    rows, files = views.count(done.rows, "prediction"), views.count(done.files, "file")
+    _print((done, f"{rows} of version {done.version} in {files} below {done.output}"), as_json)
 
 
 # ---- changing --------------------------------------------------------------------------------------------------------
 @app.command
-def promote(registry: str, model: Name, version: Which, /, *, alias: str = "champion", as_json: AsJson = False) -> None:
-    """Let an alias name a version: serving follows it."""
-    opened = _open(registry, model, writable=True)
-    found = opened.resolve(version)
-    opened.promote(alias, found)
-    _print({"alias": alias, "version": found.number}, as_json, f"{alias} -> version {found.number}")
+def promote(
+    registry: Registry, model: Name, version: Which, /, *, alias: Alias = "champion", as_json: AsJson = False
+) -> None:
+    """Let an alias name a version: serving follows it.
+
+    For example:
+
+        tidemill promote ./registry flights 12
+        tidemill promote ./registry flights champion --alias previous
+    """
+    log = _open(registry, model, writable=True)
+    found = log.resolve(version)
+    log.promote(alias, found)
+    _print(({"alias": alias, "version": found.number}, f"{alias} is version {found.number}"), as_json)
 
 
 @app.command
 def rollback(
-    registry: str, model: Name, version: Which, /, *, alias: str = "champion", as_json: AsJson = False
+    registry: Registry, model: Name, version: Which, /, *, alias: Alias = "champion", as_json: AsJson = False
 ) -> None:
     """Go back: a new head with the weights and state of an older version, and the alias on that version.
 
     Training continues from the new head. History is never rewritten, and shards consumed since stay consumed.
+
+    For example:
+
+        tidemill rollback ./registry flights 11
     """
-    opened = _open(registry, model, writable=True)
-    target = opened.resolve(version)
-    head = opened.rollback(version)
-    opened.promote(alias, target)
-    _print(
-        {"head": head.number, "rolled_back_to": target.number, "alias": alias},
-        as_json,
-        f"head is version {head.number} with the weights and state of version {target.number}; {alias} -> {target.number}",
-    )
+    log = _open(registry, model, writable=True)
+    target = log.resolve(version)
+    head = log.rollback(version)
+    log.promote(alias, target)
+    facts = {"head": head.number, "rolled_back_to": target.number, "alias": alias}
+    words = f"head is version {head.number}, with the weights and state of version {target.number}"
+    _print((facts, f"{words}; {alias} is version {target.number}"), as_json)
 
 
 @app.command
 def requeue(
-    registry: str,
+    registry: Registry,
     model: Name,
     names: Annotated[list[str] | None, Parameter(help="Names in quarantine; none: list what is there.")] = None,
     /,
     *,
-    all_: Annotated[bool, Parameter("--all", negative="", help="Send everything back.")] = False,
+    everything: Annotated[bool, Parameter("--all", negative="", help="Send everything back.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Send rejected shards back to their inbox, once the reason for the rejection is gone."""
+    """List rejected shards; or send them back to their inbox, once the reason for the rejection is gone.
+
+    For example:
+
+        tidemill requeue ./registry flights
+        tidemill requeue ./registry flights 00000012-6dea53e0e1c6c2dbf2b1d8f3c8fb1d4e
+        tidemill requeue ./registry flights --all
+    """
     from storage import inbox
 
-    opened = _open(registry, model, writable=True)
-    kept = inbox.quarantined(opened)
-    if not names and not all_:
-        lines = [f"{name}  {reason['inbox']}/{reason['key']}\n    {reason['reason']}" for name, reason in kept.items()]
-        _print(kept, as_json, "\n".join(lines) or "quarantine is empty")
+    if names and everything:
+        raise UsageError("give either names or --all, not both")
+    log = _open(registry, model, writable=True)
+    log.head()  # a wrong name or URL must not look like an empty quarantine
+    if not names and not everything:
+        kept = inbox.quarantined(log)
+        lines = [f"{name}  {reason['inbox']}/{reason['key']}\n  {reason['reason']}" for name, reason in kept.items()]
+        _print((kept, "\n".join(lines) or "quarantine is empty"), as_json)
         return
-    back = {name: inbox.requeue(opened, name) for name in (kept if all_ else names or ())}
-    _print(back, as_json, "\n".join(f"{name} -> {key}" for name, key in back.items()) or "quarantine is empty")
+    back = {name: inbox.requeue(log, name) for name in names or inbox.quarantined(log)}
+    words = "\n".join(f"{name} is {key} again" for name, key in back.items()) or "quarantine is empty"
+    _print((back, words), as_json)
 
 
 @app.command
 def gc(
-    registry: str,
+    registry: Registry,
     model: Name,
     /,
     *,
-    keep: Annotated[int, Parameter(help="How many of the newest versions keep their weights and state.")] = 20,
+    keep: Annotated[
+        int, Parameter(validator=Number(gte=1), help="How many of the newest versions keep their weights and state.")
+    ] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Remove the blobs of versions out of retention and of attempts that were never committed. Manifests stay."""
+    """Remove the blobs of versions out of retention and of attempts that were never committed. Manifests stay.
+
+    Versions that an alias names keep theirs.
+
+    For example:
+
+        tidemill gc ./registry flights --keep 100
+    """
     deleted = _open(registry, model, writable=True).collect_garbage(keep)
-    _print({"deleted": deleted}, as_json, f"{len(deleted)} blobs removed")
+    _print(({"deleted": deleted}, f"{views.count(len(deleted), 'blob')} removed"), as_json)
 
 
 # ---- plumbing --------------------------------------------------------------------------------------------------------
@@ -276,103 +308,79 @@ def _open(registry: str, model: str, *, writable: bool = False) -> "VersionLog":
     return open_log(registry, model, writable=writable)
 
 
-def _prepare_prefect() -> None:
-    """Before Prefect is imported: our own log lines reach its UI, and a slow machine may take its time to start a server."""
+def _print(view: views.View, as_json: bool) -> None:
+    facts, words = view
+    if as_json:
+        words = facts.model_dump_json() if isinstance(facts, BaseModel) else json.dumps(facts)
+    print(words)
+
+
+def _find_own_modules() -> None:
+    """Let `--model.factory mymodels:Net` find mymodels.py in the current folder; what is installed goes first."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def _prepare_flow() -> None:
+    """Import Prefect with our log lines going to its UI, and time for a slow machine to start a temporary server."""
+    _find_own_modules()
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "tidemill")
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    if not os.environ.get("PREFECT_API_URL"):
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
         logging.getLogger("tidemill").info(
-            "starting a temporary Prefect server, unless a profile names one (about 20 s) ..."
+            "PREFECT_API_URL is not set: a temporary Prefect server starts first, which takes up to a minute"
         )
 
 
-def _print(result: Any, as_json: bool, text: str) -> None:
-    if as_json:
-        print(result.model_dump_json() if isinstance(result, BaseModel) else json.dumps(result, default=str))
-    else:
-        print(text.rstrip())
-
-
-def _summary(version: "Version") -> dict[str, Any]:
-    manifest = version.manifest
-    return {
-        **manifest.model_dump(mode="json", include={"version", "kind", "created", "metrics", "counters", "dataset"}),
-        "shards": [shard.key for shard in manifest.consumed],
-        "rows": sum(shard.rows for shard in manifest.consumed),
-        "rejected": {shard.key: shard.reason for shard in manifest.rejected},
-        "rolled_back_to": manifest.rolled_back_to,
-    }
-
-
-def _made_from(version: "Version") -> str:
-    manifest = version.manifest
-    if manifest.kind == "rollback":
-        return f"weights of version {manifest.rolled_back_to}"
-    if manifest.dataset is not None:
-        return f"{manifest.dataset.files} files, {manifest.dataset.rows:,} rows"
-    rejected = f", {len(manifest.rejected)} rejected" if manifest.rejected else ""
-    return f"{len(manifest.consumed)} shards, {sum(s.rows for s in manifest.consumed):,} rows{rejected}"
-
-
-def _metrics(metrics: object, label: str = "score") -> str:
-    numbers = metrics.items() if isinstance(metrics, dict) else ()
-    shown = ", ".join(f"{name} {value:.6g}" for name, value in numbers if isinstance(value, int | float))
-    return f"{label:<12} {shown or 'none'}".strip()
-
-
-def _when(moment: datetime | None) -> str:
-    return "-" if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _spec_file(tokens: list[str]) -> list[Callable[..., Any]]:
-    """The file behind `--spec` as defaults of `train`'s flags; what flags say goes first."""
-    path = next((b for a, b in itertools.pairwise(tokens) if a == "--spec"), None)
-    path = next((t.removeprefix("--spec=") for t in tokens if t.startswith("--spec=")), path)
-    if path is None or tokens[0] != "train":
-        return []
-    import yaml  # reads JSON too
-
-    try:
-        fields = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _Usage(f"--spec {path} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise _Usage(f"--spec {path} must hold one mapping of settings, such as {{features: [...], target: ...}}")
-    for part in ("model", "optimizer"):
-        if isinstance(inner := fields.get(part), dict) and "arguments" in inner:
-            inner["arguments"] = json.dumps(
-                inner["arguments"]
-            )  # cyclopts parses a JSON string, but not a mapping, as one
-    return [ConfigDict({"train": fields}, source=path)]
-
-
-class _Usage(Exception):
-    """The command line asks for something that cannot be."""
+def _for_terminal(record: logging.LogRecord) -> bool:
+    """Of Prefect's own records of a run, only what is meant for the terminal: the others tell of states, which the UI shows,
+    and of errors, which are told here at the end, once."""
+    runs = record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
+    return not runs or not getattr(record, "send_to_api", True)
 
 
 def main(tokens: Iterable[str] | None = None) -> None:
     """Entry point of `tidemill` and of `python -m flows`."""
     arguments = list(sys.argv[1:] if tokens is None else tokens)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    terminal.addFilter(_for_terminal)
+    logging.getLogger().addHandler(terminal)
     logging.getLogger("tidemill").setLevel(logging.INFO)
     try:
-        app.config = _spec_file(arguments)
-        app(arguments)
-    except (_Usage, ValidationError) as error:
-        print(f"tidemill: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        app.config = spec_file(arguments)
+        app(arguments, print_error=False, exit_on_error=False)
+    except CycloptsError as error:
+        _fail(explain(app, error), 2)
+    except UsageError as error:
+        _fail(f"tidemill: {error}", 2)
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        _fail("tidemill: interrupted; what is committed stays, and the same command goes on from there", 130)
     except Exception as error:
-        if not _ours(error):
+        if (message := _message(error)) is None:
             raise
-        print(f"tidemill: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(f"tidemill: {message}", 1)
+    finally:
+        logging.getLogger().removeHandler(terminal)
 
 
-def _ours(error: Exception) -> bool:
-    """True for errors whose message says all that a user needs; others are bugs and keep their traceback."""
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def _message(error: Exception) -> str | None:
+    """All that a user needs to know of an error; None for those that are bugs, and keep their traceback."""
     from storage.errors import StorageError
 
-    return isinstance(error, StorageError) or any(c.__name__ == "TrainingError" for c in type(error).__mro__)
+    if isinstance(error, StorageError) or any(c.__name__ == "TrainingError" for c in type(error).__mro__):
+        return str(error)
+    if isinstance(error, RuntimeError) and str(error).startswith("Failed to reach API"):  # Prefect's
+        return (
+            f"{error}, the Prefect server that PREFECT_API_URL or a profile names. Start it, or unset PREFECT_API_URL."
+        )
+    return None

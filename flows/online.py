@@ -1,23 +1,22 @@
 """The online flow: one step after the other until there is nothing left, or until told to stop. Composition only."""
 
-import time
 from typing import cast
 
 from prefect import flow
 from prefect.states import Completed
 
-from flows.stopping import stop_signal
+from flows.stopping import stop_on_signals
 from tasks import wrappers
 from tasks.online import OnlineReport, Outcome
 from tasks.settings import OnlineSettings
 
 
-@flow(name="online-training", flow_run_name="{model}", validate_parameters=True)
+@flow(name="online-training", flow_run_name="online-{model}", validate_parameters=True)
 def online_training(inbox: str, registry: str, model: str, settings: OnlineSettings = OnlineSettings()) -> OnlineReport:
     """Train a registered model on the shards in an inbox, commit new versions, and remove what they contain.
 
-    The spec comes from the model's head version. SIGTERM ends the run after the step in hand is committed; SIGKILL at any
-    moment costs only the work since the last commit. Overlapping runs are safe: one of them wins each version.
+    The spec comes from the model's head version. SIGTERM or Ctrl-C ends the run once the step in hand is committed; SIGKILL
+    at any moment costs only the work since the last commit. Overlapping runs are safe: one of them wins each version.
 
     Args:
         inbox: URL where producers drop Parquet shards: a local path, `file://` or `s3://bucket/prefix`.
@@ -26,14 +25,14 @@ def online_training(inbox: str, registry: str, model: str, settings: OnlineSetti
         settings: Drain or follow, limits of one commit, what becomes of consumed shards.
     """
     run = wrappers.open_online(inbox, registry, model, settings)
-    ends = float("inf") if settings.stop_after_seconds is None else time.monotonic() + settings.stop_after_seconds
-    with stop_signal() as stop:
-        while not stop.is_set() and time.monotonic() < ends:
-            outcome = wrappers.step(run).outcome
-            if outcome is Outcome.IDLE:
+    with stop_on_signals(settings.stop_after_seconds) as stop:
+        while not stop:
+            if wrappers.step(run).outcome is Outcome.IDLE:
                 if settings.mode == "drain":
                     break
-                stop.wait(min(settings.poll_seconds, max(0.0, ends - time.monotonic())))
+                stop.wait(settings.poll_seconds)
+                while not stop and not wrappers.look(run):
+                    stop.wait(settings.poll_seconds)
     if run.report.versions == 0:
         # Prefect shows the state's name, and hands its data to the caller.
         return cast(OnlineReport, Completed(name="Skipped", message="no shard to train on", data=run.report))

@@ -143,25 +143,17 @@ class ParquetFile:
         wanted = self._stored.intersection(columns)
         added = [c for c in dict.fromkeys(columns) if c not in self._stored and c in self._partitions]
         with self._decoding(f"row group {index}"):
+            schema = self._metadata.schema
+            leaves = [i for i in range(len(schema)) if _is_below(schema.column(i).path, wanted)]
+            ranges = self._ranges(index, leaves) if leaves else []
             group = self._metadata.row_group(index)
-            ranges: list[tuple[int, int]] = []
-            delta: dict[str, int] = {}
-            decoded = 8 * group.num_rows * len(added)
-            for i in range(group.num_columns):
-                chunk = group.column(i)
-                if not _is_below(chunk.path_in_schema, wanted):
-                    continue
-                start = chunk.data_page_offset
-                if chunk.dictionary_page_offset is not None:
-                    start = min(start, chunk.dictionary_page_offset)
-                stop = start + chunk.total_compressed_size
-                if not 0 <= start <= stop <= self._size:
-                    raise ValueError(f"column {chunk.path_in_schema} points outside of the file")
-                ranges.append((start, stop))
-                width = _WIDTH.get(chunk.physical_type) or int(self._metadata.schema.column(i).length or 0)
+            decoded, delta = 8 * group.num_rows * len(added), dict[str, int]()
+            for i in leaves:
+                chunk, leaf = group.column(i), schema.column(i)
+                width = _WIDTH.get(leaf.physical_type) or int(leaf.length or 0)
                 decoded += max(chunk.num_values * width, group.num_rows * width, chunk.total_uncompressed_size)
-                if chunk.path_in_schema in self._strings and _DELTA.intersection(chunk.encodings):
-                    delta[chunk.path_in_schema] = chunk.total_uncompressed_size
+                if leaf.path in self._strings and _DELTA.intersection(chunk.encodings):
+                    delta[leaf.path] = chunk.total_uncompressed_size
             if decoded > MAX_DECODED_BYTES:
                 raise ValueError(
                     f"it would decode to {decoded:,} bytes, more than {MAX_DECODED_BYTES:,}; write smaller row groups"
@@ -178,6 +170,22 @@ class ParquetFile:
                 value: Any = self._partitions[column]
                 table = table.append_column(self.schema.field(column), pa.repeat(value, table.num_rows))
             return table.select(list(columns))
+
+    def _ranges(self, index: int, leaves: list[int]) -> list[tuple[int, int]]:
+        """What Arrow will read to decode these columns: it opens them on a file of zeros that notes what is asked for.
+
+        This comes before any look at `row_group(index).column(i)`, which ends the whole process if the footer contradicts
+        itself; here the same mistake is an ordinary exception.
+        """
+        ranges: list[tuple[int, int]] = []
+
+        def note(start: int, length: int) -> bytes:
+            ranges.append((start, start + length))
+            return bytes(length)  # the system hands out zeros without touching memory
+
+        for _ in self._parquet(RangesFile(self._size, note), []).reader.iter_batches(0, [index], leaves, False):
+            pass  # batches of no rows: nothing is decoded
+        return ranges
 
     def _delta(self, parquet: pq.ParquetFile, index: int, column: str, size: int) -> "pa.ChunkedArray[Any]":
         """A string column that Arrow cannot decode into a dictionary by itself.

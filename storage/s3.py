@@ -4,6 +4,7 @@ s3fs's file API cannot keep the contract of `storage.store`: paths lose `?versio
 pinned to one etag, and a refused precondition looks like any other error.
 """
 
+import asyncio
 import logging
 import os
 import re
@@ -58,6 +59,9 @@ class S3Store(Store):
     retry_seconds: float = 90.0
     """For how long a verb goes on trying; SeaweedFS takes 12 to 17 s to restart. Tests shorten it."""
 
+    stall_seconds: float = 30.0
+    """How long one attempt may wait for an answer, beyond the time that uploading may take."""
+
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self._bucket = bucket
         self._root = f"{prefix}/" if prefix else ""
@@ -105,23 +109,25 @@ class S3Store(Store):
 
     def read(self, key: str, *, if_match: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         """One GET; the body is checked against the length that the store announced."""
-        pin = {} if if_match is None else {"IfMatch": _quoted(if_match)}
+        end = None if length is None else start + length
         if length == 0:
-            return self._read_nothing(key, if_match, start)
-        if length is not None:
-            data = self._call("get_object", key, Range=f"bytes={start}-{start + length - 1}", **pin)["Body"]
-        elif start:
-            try:
-                data = self._call("get_object", key, Range=f"bytes={start}-", **pin)["Body"]
-            except CorruptObject:
-                return self._read_nothing(key, if_match, start)  # no byte lies there: right if it is just the end
-        else:
-            data = self._call("get_object", key, **pin)["Body"]
-        assert isinstance(data, bytes)
+            if start > self._stat_if_match(key, if_match).size:
+                raise CorruptObject(f"{self.url}/{key} has no byte {start}")
+            return b""
+        params = {} if if_match is None else {"IfMatch": _quoted(if_match)}
+        if start or end is not None:
+            params["Range"] = f"bytes={start}-" if end is None else f"bytes={start}-{end - 1}"
+        try:
+            answer = self._call("get_object", key, **params)
+        except CorruptObject:
+            if start and end is None and start == self._stat_if_match(key, if_match).size:
+                return b""  # nothing follows the last byte, which HTTP has no range for
+            raise
+        data: bytes = answer["Body"]
+        if "Range" in params and not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
+            raise CorruptObject(f"{self.url}/{key}: the store sent another range than the one asked for")
         if length is not None and len(data) != length:
-            raise CorruptObject(
-                f"{self.url}/{key} has {start + len(data)} bytes, not bytes {start} to {start + length}"
-            )
+            raise CorruptObject(f"{self.url}/{key} has {start + len(data)} bytes, not bytes {start} to {end}")
         return data
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
@@ -158,9 +164,7 @@ class S3Store(Store):
                 self.stat(key)  # as in replace
                 raise
             return
-        found = self.stat(key)  # a DELETE of nothing succeeds
-        if if_match is not None and found.etag != if_match:
-            raise PreconditionFailed(f"{self.url}/{key} has etag {found.etag}, not {if_match}")
+        self._stat_if_match(key, if_match)  # a DELETE of nothing succeeds
         self._call("delete_object", key)
 
     def _put(self, key: str, data: bytes, **conditions: str) -> ObjectInfo:
@@ -169,14 +173,11 @@ class S3Store(Store):
         modified = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
         return ObjectInfo(key, len(data), _unquoted(answer["ETag"]), modified.astimezone(UTC))
 
-    def _read_nothing(self, key: str, if_match: str | None, start: int) -> bytes:
-        """The empty range at `start`, which HTTP cannot ask for."""
+    def _stat_if_match(self, key: str, if_match: str | None) -> ObjectInfo:
         found = self.stat(key)
         if if_match is not None and found.etag != if_match:
             raise PreconditionFailed(f"{self.url}/{key} has etag {found.etag}, not {if_match}")
-        if start > found.size:
-            raise CorruptObject(f"{self.url}/{key} has {found.size} bytes, there is no byte {start}")
-        return b""
+        return found
 
     def _warn_of(self, key: str) -> None:
         if not self._warned:
@@ -197,9 +198,12 @@ class S3Store(Store):
                 )
             params["Key"] = self._root + key
 
+        # aiohttp has no limit of its own for an upload: a server that stops reading would hold it for ever
+        seconds = self.stall_seconds + len(params.get("Body", b"")) / _SLOWEST_UPLOAD
+
         def attempt() -> dict[str, Any]:
             try:
-                answer: dict[str, Any] = sync(self._fs.loop, _request, self._fs, method, params)
+                answer: dict[str, Any] = sync(self._fs.loop, _request, self._fs, method, params, seconds)
             except _FAILURES as error:
                 raise _translated(error, method, where, has_key=key is not None) from error
             return answer
@@ -207,7 +211,7 @@ class S3Store(Store):
         retrying = Retrying(
             retry=retry_if_exception_type(_Transient),
             stop=stop_after_delay(self.retry_seconds),
-            wait=wait_random_exponential(multiplier=0.1, max=10),
+            wait=wait_random_exponential(multiplier=0.1, max=5),
             before_sleep=_log_retry,
             reraise=True,
         )
@@ -221,6 +225,9 @@ class S3Store(Store):
             ) from failure.__cause__
 
 
+_SLOWEST_UPLOAD = 128 * 1024  # bytes a second; slower than that is taken for a stall
+
+
 class _Transient(Exception):
     """A failure that may go away. `verdict` is what to raise when it does not."""
 
@@ -229,8 +236,12 @@ class _Transient(Exception):
         self.verdict = verdict
 
 
-async def _request(fs: Any, method: str, params: dict[str, Any]) -> dict[str, Any]:
-    answer: dict[str, Any] = await fs._call_s3(method, **params)
+async def _request(fs: Any, method: str, params: dict[str, Any], seconds: float) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(seconds):
+            answer: dict[str, Any] = await fs._call_s3(method, **params)
+    except TimeoutError as error:
+        raise _Transient(f"no answer within {seconds:.0f} s") from error
     if "Body" in answer:
         async with answer["Body"] as body:
             data = await body.read()

@@ -4,6 +4,7 @@ Nothing is cached or persisted: arguments are live objects, and results live in 
 never the safety: every function here reloads what is committed when it is called again.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,13 +16,21 @@ from prefect.tasks import Task, exponential_backoff
 from storage.errors import Unavailable
 from tasks import batch, maintenance, online
 
+logger = logging.getLogger("tidemill")
+if logger.level == logging.NOTSET:
+    logger.setLevel(logging.INFO)  # a flow's progress; Prefect leaves the root logger at WARNING
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def _store_was_away(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
     """Retry only what waiting can mend; every other error comes back the same."""
-    return isinstance(state.result(raise_on_failure=False), Unavailable)
+    error = state.result(raise_on_failure=False)
+    if isinstance(error, Unavailable):
+        logger.warning("to be tried again: %s", error)
+        return True
+    return False
 
 
 def _task(function: Callable[P, R], name: str, run_name: str | None = None) -> Task[P, R]:
@@ -45,5 +54,15 @@ finish = _task(batch.finish, "promote")
 
 open_online = _task(online.open_run, "open-inbox")
 step = _task(online.step, "step")
+
+
+def look(run: online.OnlineRun) -> bool:
+    """True if a step may find something to train on. No task: a follower looks all day, and Prefect keeps every task run."""
+    try:
+        run.look(run.load())
+    except Unavailable:
+        return True  # the step finds out for itself, with its retries
+    return run.listed
+
 
 collect_garbage = _task(maintenance.collect_garbage, "garbage-collection")

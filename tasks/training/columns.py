@@ -129,8 +129,12 @@ def bucket_ids(array: pa.Array[Any], buckets: int) -> Tensor:
     if family_of(values.type) == ("text", None):
         values = values.cast(pa.large_binary())  # string to binary is free and skips the decoding of UTF-8
     ids_V = torch.tensor([0, *_bucket_of_each(values.to_pylist(), buckets)])
-    indices_N = from_arrow(encoded.indices.cast(pa.int64()).fill_null(-1))
-    return ids_V.index_select(0, indices_N + 1)
+    indices = encoded.indices.cast(pa.int64())
+    if not indices.null_count:
+        return ids_V.index_select(0, from_arrow(indices) + 1)
+    # Not `fill_null`: making its Arrow scalar imports pandas where that is installed.
+    stored = pa.Array.from_buffers(pa.int64(), len(indices), [None, indices.buffers()[1]], offset=indices.offset)
+    return ids_V.index_select(0, torch.where(_present(indices), from_arrow(stored), -1) + 1)
 
 
 def _bucket_of_each(values: Sequence[Any], buckets: int) -> list[int]:

@@ -4,6 +4,7 @@ Shape legend: N rows of a row group, B rows of a batch, F numbers and C categori
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,15 +14,13 @@ from typing import Final
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
-from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAccuracy
-from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
 from tasks.training.batches import RowGroup, Split, Stream, ahead
 from tasks.training.errors import NonFiniteLoss, OutputShapeError
 from tasks.training.features import Encoded
 from tasks.training.groups import stable_seed
 from tasks.training.learner import Learner
+from tasks.training.metrics import metrics_of
 from tasks.training.spec import Loss, Spec
 
 LOSS_FUNCTIONS: Final[dict[Loss, Callable[[Tensor, Tensor], Tensor]]] = {
@@ -32,8 +31,6 @@ LOSS_FUNCTIONS: Final[dict[Loss, Callable[[Tensor, Tensor], Tensor]]] = {
     "cross_entropy": functional.cross_entropy,
 }
 EVALUATION_ROWS: Final = 8192  # rows of a forward pass without gradients
-# Bins of the ROC curve, so that it takes constant memory; even in logits, so that rare classes get their share.
-AUROC_LOGITS: Final = torch.linspace(-14.0, 14.0, 225)
 
 log = logging.getLogger("tidemill.training")
 
@@ -121,9 +118,9 @@ def score(learner: Learner, groups: Sequence[RowGroup], split: Split | None = No
     spec, model = learner.spec, learner.model
     stream = Stream(groups, learner.features, batch_size=EVALUATION_ROWS, window_bytes=spec.window_bytes, split=split)
     loss_function = LOSS_FUNCTIONS[spec.loss_name]
-    metrics = _metrics(spec)
+    metrics = metrics_of(spec)
     total = torch.zeros((), dtype=torch.float64)
-    rows = positives = 0
+    rows = 0
     model.eval()
     for x_BF, ids_BC, y_B in stream:
         output = _outputs(learner, x_BF, ids_BC)
@@ -133,15 +130,15 @@ def score(learner: Learner, groups: Sequence[RowGroup], split: Split | None = No
             actual = _unscaled(learner, y_B)
         elif spec.task == "binary":
             actual = y_B.long()
-            positives += int(actual.sum())
         for metric in metrics.values():
             metric.update(predicted, actual)
         rows += len(y_B)
     if not rows:
         return Score(0, float("nan"))
-    if positives in (0, rows):  # the area under the curve needs both classes
-        metrics.pop("auroc", None)
-    return Score(rows, total.item() / rows, {name: metric.compute().item() for name, metric in metrics.items()})
+    found = {name: metric.compute().item() for name, metric in metrics.items()}
+    if math.isnan(found.get("auroc", 0.0)):  # the area under the curve needs both classes
+        del found["auroc"]
+    return Score(rows, total.item() / rows, found)
 
 
 def predict(learner: Learner, groups: Sequence[RowGroup]) -> Iterator[Tensor]:
@@ -189,16 +186,6 @@ def _unscaled(learner: Learner, values_B: Tensor) -> Tensor:
     if not features.standardize_target or features.statistics is None:
         return values_B
     return values_B * features.statistics.target_std + features.statistics.target_mean
-
-
-def _metrics(spec: Spec) -> dict[str, Metric]:
-    if spec.task == "regression":
-        metrics: dict[str, Metric] = {"mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False)}
-        return {name: metric.set_dtype(torch.float64) for name, metric in metrics.items()}
-    if spec.task == "binary":
-        return {"accuracy": BinaryAccuracy(), "auroc": BinaryAUROC(thresholds=AUROC_LOGITS.sigmoid())}
-    assert spec.classes is not None, "the spec's validator asks for it"
-    return {"accuracy": MulticlassAccuracy(spec.classes, average="micro")}
 
 
 def _is_column(spec: Spec, output: object, rows: int) -> bool:

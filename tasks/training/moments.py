@@ -72,7 +72,7 @@ class Moments:
 
     def _joined(self, other: Self) -> Self:
         count_K = self.count_K + other.count_K
-        share_K = other.count_K / count_K.clamp(min=1)
+        share_K = other.count_K.double() / count_K.clamp(min=1)  # int64 / int64 would be float32
         delta_K = other.mean_K - self.mean_K
         mean_K = self.mean_K + delta_K * share_K
         m2_K = self.m2_K + other.m2_K + delta_K.square() * self.count_K * share_K

@@ -8,10 +8,13 @@ import json
 import multiprocessing
 import os
 import signal
+import uuid
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from storage.dataset import snapshot
@@ -25,8 +28,7 @@ from tasks.training.spec import Spec
 from tests.storage.faults import Call, FaultStore
 
 _context = multiprocessing.get_context("forkserver")
-# Only what is installed: the server does not get pytest's import path, and passes over in silence what it cannot import.
-_context.set_forkserver_preload(["tasks.batch", "tasks.online", "storage.s3", "torch._dynamo"])
+_context.set_forkserver_preload(["tests.guarantees.warm"])
 
 Kill = tuple[int, str] | None
 """(number of the storage call, "before" or "after" it is applied)."""
@@ -35,7 +37,8 @@ Kill = tuple[int, str] | None
 class KillAt:
     """A hook for all stores of a process: counts their calls together, and kills at the one that is named."""
 
-    def __init__(self, kill: Kill) -> None:
+    def __init__(self, kill: Kill, result: Path) -> None:
+        self._result = result
         self.moments: list[tuple[int, str]] = []
         """Where a kill is possible: before every call, and after those that do not raise."""
         self._calls, self._kill = 0, kill
@@ -44,23 +47,32 @@ class KillAt:
         self._calls += call.phase == "before"
         self.moments.append((self._calls - 1, call.phase))
         if self._kill == self.moments[-1]:
+            self.report("killed")
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def report(self, how: str) -> None:
+        """Leave word to the parent."""
+        self._result.write_text(json.dumps([self.moments, how]))
 
 
 def in_child(run: Callable[..., None], *arguments: Any, kill: Kill, tmp_path: Path) -> list[Kill] | None:
     """Run in a child process. The moments at which it could have been killed, or None if it was; fails on anything else."""
-    result = tmp_path / "child.json"
-    result.unlink(missing_ok=True)
+    result = tmp_path / uuid.uuid4().hex
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     child = _context.Process(target=_child, args=(run, arguments, kill, environment, result))
     child.start()
     child.join()
-    code = child.exitcode
-    child.close()
-    if code == -signal.SIGKILL:
-        return None
-    assert code == 0, f"the child failed with {code}; its traceback is above"
-    return [(number, phase) for number, phase in json.loads(result.read_text())]
+    # By files, not by exit codes, of which multiprocessing loses some when several threads wait for children.
+    moments, how = json.loads(result.read_text()) if result.exists() else ([], "crashed")
+    assert how in ("killed", "done"), "the child failed; its traceback is above"
+    return None if how == "killed" else [(number, phase) for number, phase in moments]
+
+
+def start_server() -> None:
+    """Start the server that children are forked from; by PYTHONPATH alone it finds what it shall import beforehand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        forkserver.ensure_running()
 
 
 def _child(
@@ -68,9 +80,9 @@ def _child(
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    hook = KillAt(kill)
+    hook = KillAt(kill, result)
     run(lambda url: FaultStore(open_store(url), hook), *arguments)
-    result.write_text(json.dumps(hook.moments))
+    hook.report("done")
 
 
 def drain(stores: Callable[[str], Store], inbox: str, registry: str, settings: OnlineSettings) -> None:

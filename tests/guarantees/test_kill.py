@@ -1,6 +1,8 @@
 """SIGKILL before and after every storage call, then a rerun: the same bits as never having been killed."""
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +16,7 @@ from storage.urls import open_store
 from tasks.settings import BatchSettings, OnlineSettings
 from tasks.training.spec import Spec
 from tests.guarantees.audit import audit
-from tests.guarantees.children import Kill, collect_garbage, drain, in_child, rollback, train
+from tests.guarantees.children import Kill, collect_garbage, drain, in_child, rollback, start_server, train
 
 MakeUrl = Callable[[str], str]
 
@@ -77,11 +79,13 @@ def copy(source: str, target: str) -> None:
 
 def sweep(run_and_check: Callable[[Kill, str], list[Kill] | None]) -> None:
     """Call with no kill first, to learn where storage is called; then kill at each of these moments."""
+    start_server()
     moments = run_and_check(None, "clean")
     assert moments is not None
     assert len(moments) > 10
-    for number, moment in enumerate(moments):
-        assert run_and_check(moment, str(number)) is None, "the kill did not happen"
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for killed in pool.map(run_and_check, moments, map(str, range(len(moments)))):
+            assert killed is None, "the kill did not happen"
 
 
 @pytest.mark.timeout(600)

@@ -236,7 +236,23 @@ def test_list_takes_any_prefix_of_a_key(store: Store):
         return set(found)
 
     assert listed("") == keys
-    prefixes = ["a", "ab", "ab/", "ab/c", "ab/cd", "ab/cd/", "ab/cd2/e/f", "b/", "c", "c/", "/", "..", "../", "a/", "//"]
+    prefixes = [
+        "a",
+        "ab",
+        "ab/",
+        "ab/c",
+        "ab/cd",
+        "ab/cd/",
+        "ab/cd2/e/f",
+        "b/",
+        "c",
+        "c/",
+        "/",
+        "..",
+        "../",
+        "a/",
+        "//",
+    ]
     for prefix in prefixes:
         assert listed(prefix) == {key for key in keys if key.startswith(prefix)}, prefix
 
@@ -296,8 +312,8 @@ def test_two_opened_stores_of_one_url_share_objects(store: Store):
 
 STRANGE_KEYS = [
     " leading space", "trailing space ", "a+b", "a%20b", "a%2Fb", "%", "%zz", "a&b=c", "a;b", "a#b",
-    "a?versionId=1.parquet", "*", "~", "'\"", "<x>", "new\nline", "tab\t", "cr\r", "control\x01", "ünï-日本-😀", "e\u0301", "...", "..a", "a..",
-    ".hidden", "x" * 255, "long/" * 50 + "x", "a:b", "col=1/part.parquet",
+    "a?versionId=1.parquet", "*", "~", "'\"", "<x>", "new\nline", "tab\t", "cr\r", "control\x01",
+    "ünï-日本-😀", "e\u0301", "...", "..a", "a..", ".hidden", "x" * 255, "long/" * 50 + "x", "a:b", "col=1/part.parquet",
 ]  # fmt: skip
 
 HOSTILE_KEYS = [

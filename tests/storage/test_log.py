@@ -2,6 +2,7 @@
 
 import json
 import logging
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -46,9 +47,9 @@ def log(store: Store) -> VersionLog:
 
 
 @pytest.fixture
-def memory(request: pytest.FixtureRequest) -> MemoryStore:
+def memory() -> MemoryStore:
     """For what does not depend on the backend."""
-    return MemoryStore(f"log-{request.node.nodeid}")
+    return MemoryStore(uuid.uuid4().hex)
 
 
 def append(log: VersionLog, parent: Version | None, **fields: Any) -> Version:
@@ -911,9 +912,7 @@ class LogMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = MemoryStore(f"machine-{id(self)}")
-        for info in list(self.store.list()):
-            self.store.delete(info.key)
+        self.store = MemoryStore(uuid.uuid4().hex)
         self.log = VersionLog(self.store, "taxi")
         self.versions: list[Version] = []
         self.seen: list[Version | None] = [None]  # what some run believes to be the head

@@ -41,6 +41,7 @@ def name() -> str:
 
 
 def test_every_backend_passes_and_nothing_stays(store: Store, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.WARNING, "tidemill.storage")
     check_preconditions(store)
 
     assert store.conditional_delete
@@ -57,6 +58,7 @@ def test_a_store_without_put_if_absent_is_refused_with_a_remedy(name: str):
 
 
 def test_a_store_that_deletes_anyway_is_remembered_with_one_warning(name: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.WARNING, "tidemill.storage")
     for _ in range(2):
         store = DeletesAnyway(name)
         check_preconditions(store)

@@ -1,6 +1,7 @@
 """The progress of a batch run: killed anywhere, it goes on; started again, it finds its own result."""
 
 import json
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ def log(store: Store) -> VersionLog:
 
 
 @pytest.fixture
-def memory(request: pytest.FixtureRequest) -> VersionLog:
+def memory() -> VersionLog:
     """For what does not depend on the backend."""
-    return VersionLog(MemoryStore(f"runs-{request.node.nodeid}"), "taxi")
+    return VersionLog(MemoryStore(uuid.uuid4().hex), "taxi")
 
 
 def commit(log: VersionLog, run: str | None = None) -> Version:

@@ -1,0 +1,133 @@
+"""The settings of the flows as flags of the command line, and the file behind `train --spec`."""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, MissingArgumentError
+from cyclopts.config import Dict as ConfigDict
+from cyclopts.help import format_usage
+from pydantic import BeforeValidator, Field, ValidationError
+
+from tasks.settings import OnlineSettings
+from tasks.training.spec import Model, Optimizer, Spec
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be."""
+
+
+def _mapping(given: object) -> object:
+    if not isinstance(given, dict):  # cyclopts has parsed text that starts with {
+        raise ValueError(  # noqa: TRY004  # pydantic reports no TypeError
+            f'give one JSON object, such as {{"name": 1}}, not {given}'
+        )
+    return given
+
+
+# cyclopts takes Any as one JSON value. Of dict[str, JsonValue] it would make flags out of the insides of JsonValue.
+_Json = Annotated[Any, BeforeValidator(_mapping)]
+
+
+class _ModelFlags(Model):
+    arguments: _Json = Field(
+        default_factory=dict, description="""Keyword arguments of the factory, as JSON: '{"hidden": [64, 32]}'."""
+    )
+
+
+class _OptimizerFlags(Optimizer):
+    arguments: _Json = Field(
+        default_factory=dict,
+        description="""Its keyword arguments other than the learning rate, as JSON: '{"momentum": 0.9}'.""",
+    )
+
+
+class SpecFlags(Spec):
+    """The spec, with what is hard to say in flags as JSON."""
+
+    model: _ModelFlags = Field(default_factory=_ModelFlags)
+    optimizer: _OptimizerFlags = Field(default_factory=_OptimizerFlags)
+
+    def spec(self) -> Spec:
+        return Spec.model_validate(self.model_dump())
+
+
+class FollowFlags(OnlineSettings):
+    """The online settings, following by default."""
+
+    mode: Literal["drain", "follow"] = Field(
+        default="follow", description="drain: train on all shards that are there, then stop. follow: go on polling."
+    )
+
+    def settings(self) -> OnlineSettings:
+        return OnlineSettings.model_validate(self.model_dump())
+
+
+def spec_file(tokens: Sequence[str]) -> list[Callable[..., Any]]:
+    """What the file behind `train --spec` says, as defaults of the flags: a configuration for cyclopts.
+
+    Raises:
+        UsageError: it cannot be read, or is no mapping.
+    """
+    if not tokens or tokens[0] != "train":
+        return []
+    for token in tokens:
+        if token.startswith(("--model.arguments.", "--optimizer.arguments.")):
+            flag, _, name = token.partition("=")[0].rpartition(".")
+            raise UsageError(f"""{token}: give all arguments as one JSON object: {flag} '{{"{name}": ...}}'""")
+    path = next((value for flag, value in itertools.pairwise(tokens) if flag == "--spec"), None)
+    path = next((token.removeprefix("--spec=") for token in tokens if token.startswith("--spec=")), path)
+    if path is None:
+        return []
+    import yaml  # reads JSON too
+
+    try:
+        fields = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--spec {path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"--spec {path} must hold one mapping of settings: features: [...], target: ..., and so on")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for part in ("model", "optimizer"):
+        if isinstance(inner := fields.get(part), dict) and "arguments" in inner:
+            try:
+                # cyclopts would make flags out of a mapping
+                fields[part] = inner | {"arguments": json.dumps(inner["arguments"])}
+            except TypeError as error:
+                raise UsageError(f"--spec {path}: {part}.arguments cannot be written as JSON: {error}") from error
+    return [ConfigDict({"train": fields}, source=path)]
+
+
+def explain(app: App, error: CycloptsError) -> str:
+    """What is wrong with a command line, by the names of its flags, and how it should look."""
+    chain = list(error.command_chain or ())
+    program = " ".join(["tidemill", *chain])
+    if isinstance(error.__cause__, ValidationError):
+        problems = [_problem(details) for details in error.__cause__.errors()]
+    elif isinstance(error, MissingArgumentError) and error.argument is not None:
+        problems = [f"{error.argument.name} is missing"]
+        if chain == ["train"] and error.argument.name.startswith("--"):
+            problems[0] += ": give it as a flag, or in the file that --spec names"
+    else:
+        problems = [str(error)]
+    usage = (app[chain[0]].usage if chain else None) or format_usage(app, chain).plain.strip()
+    lines = [f"{program}: {problem}" for problem in problems]
+    return "\n".join([*lines, f"Usage: {usage.removeprefix('Usage: ')}", f"`{program} --help` explains it."])
+
+
+def _problem(details: "ErrorDetails") -> str:
+    """One of pydantic's complaints, by the name of its flag."""
+    message = details["msg"].removeprefix("Value error, ")
+    if not details["loc"]:  # of the settings together
+        return message
+    flag = "--" + ".".join(str(part) for part in details["loc"]).replace("_", "-")
+    if details["type"] == "value_error":
+        return f"{flag}: {message}"
+    if flag in (parts := {"--model": "--model.factory", "--optimizer": "--optimizer.name"}):
+        return f"{flag} is set by its parts, such as {parts[flag]}"
+    return f"{flag}: {message[:1].lower()}{message[1:]}, not {details['input']!r}"

@@ -1,0 +1,67 @@
+"""One Prefect server for all tests of the flows, and small data that a linear model learns."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_HOME, temporary_settings
+
+from storage.urls import open_store
+from tasks.training.spec import Spec
+from tests.flows.data import SPEC, parquet
+from tests.flows.prefect_server import prefect_environment, running_prefect_server
+
+
+@pytest.fixture(scope="session")
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that this process and its children use until the session ends; the URL of its API."""
+    folder = tmp_path_factory.mktemp("prefect")
+    with running_prefect_server(folder) as url, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+            patch.delenv(name)
+        for name, value in (prefect_environment(folder) | {"PREFECT_API_URL": url}).items():
+            patch.setenv(name, value)
+        # This process read its settings when it imported Prefect. Without heartbeats a flow ends a second sooner.
+        settings = {PREFECT_API_URL: url, PREFECT_HOME: folder, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with temporary_settings(settings):
+            yield url
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Place:
+    """URLs of a dataset of two files, an empty inbox and an empty registry."""
+
+    dataset: str
+    inbox: str
+    registry: str
+    archive: str
+    spec: Spec = SPEC
+
+    def drop(self, *names: str) -> dict[str, bytes]:
+        """Put shards into the inbox, one after the other; each name has its own rows. Returns key -> bytes."""
+        shards = {name: parquet(50, seed=name) for name in names}
+        for key, data in shards.items():
+            open_store(self.inbox).write(key, data)
+        return shards
+
+    def inbox_keys(self) -> list[str]:
+        return sorted(info.key for info in open_store(self.inbox).list())
+
+
+@pytest.fixture
+def place(make_url: Callable[[str], str]) -> Place:
+    """An empty place with a dataset, on each backend that the test asks for (memory, local, s3: all)."""
+    made = Place(*(make_url(name) for name in ("dataset", "inbox", "registry", "archive")))
+    for i in range(2):
+        open_store(made.dataset).write(f"part-{i}.parquet", parquet(200, seed=f"part-{i}"))
+    return made

@@ -1,0 +1,14 @@
+"""Imported once by the server that the children of the kill tests are forked from: what each of them would pay for first.
+
+Nothing here may start a thread: a fork does not take threads along.
+"""
+
+import pyarrow as pa
+import torch
+import torch._dynamo  # optimizers import it on their first use
+
+import tasks.batch
+import tasks.online  # noqa: F401  # the three are imported for the children
+
+torch.set_num_threads(1)
+torch.nn.Linear(1, 1)(torch.from_dlpack(pa.array([1.0], pa.float32())).unsqueeze(1)).sum().backward()

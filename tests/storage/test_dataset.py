@@ -1,0 +1,326 @@
+"""A dataset: a folder of Parquet files, as it was at one moment."""
+
+import gc
+import io
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from storage.dataset import Snapshot, snapshot
+from storage.errors import DatasetChanged, DatasetError, StoreNotFound, Unavailable
+from storage.memory import MemoryStore
+from storage.store import Store
+from storage.urls import open_store
+from tests.storage.faults import Call, FaultStore
+
+
+def written(table: pa.Table, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **options)
+    return sink.getvalue()
+
+
+def rows(*numbers: int, **options: Any) -> bytes:
+    return written(pa.table({"x": pa.array(numbers, pa.int64())}), **options)
+
+
+def xs(taken: Snapshot, column: str = "x") -> list[Any]:
+    return [value for group in taken.row_groups for value in group.read([column]).column(column).to_pylist()]
+
+
+@pytest.fixture
+def memory() -> MemoryStore:
+    """For what does not depend on the backend."""
+    return MemoryStore(uuid.uuid4().hex, "data")
+
+
+# ---- taking a snapshot ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_files_is_read_in_the_order_of_their_names(store: Store) -> None:
+    store.write("b.parquet", rows(3, 4, 5, row_group_size=2))
+    store.write("a/z.parquet", rows(1, 2))
+    taken = snapshot(store.url)
+    assert [g.name for g in taken.row_groups] == [
+        "a/z.parquet row group 0",
+        "b.parquet row group 0",
+        "b.parquet row group 1",
+    ]
+    assert xs(taken) == [1, 2, 3, 4, 5]
+    assert (taken.ref.url, taken.ref.files, taken.ref.rows) == (store.url, 2, 5)
+
+
+def test_the_same_files_have_the_same_fingerprint(store: Store) -> None:
+    store.write("b.parquet", rows(2))
+    store.write("a.parquet", rows(1))
+    first = snapshot(store.url).ref
+    assert snapshot(store.url).ref == first
+    store.write("_SUCCESS", b"")
+    store.write("notes.txt", b"not data")
+    assert snapshot(store.url).ref == first
+
+
+def test_any_change_of_the_files_changes_the_fingerprint(store: Store) -> None:
+    seen = set()
+
+    def look() -> None:
+        seen.add(snapshot(store.url).ref.fingerprint)
+
+    store.write("a.parquet", rows(1))
+    look()
+    store.write("b.parquet", rows(1))
+    look()
+    store.write("b.parquet", rows(2))
+    look()
+    store.write("c.parquet", rows(2))
+    store.delete("b.parquet")
+    look()
+    store.write("d.parquet", rows())
+    look()
+    assert len(seen) == 5
+
+
+def test_names_and_etags_cannot_be_mixed_up_in_the_fingerprint(memory: MemoryStore) -> None:
+    memory.write('a", 1, "x.parquet', rows(1))
+    first = snapshot(memory.url).ref.fingerprint
+    memory.delete('a", 1, "x.parquet')
+    memory.write("a.parquet", rows(1))
+    assert snapshot(memory.url).ref.fingerprint != first
+
+
+NO_DATA = [
+    *("_SUCCESS", "_metadata.parquet", ".a.parquet", ".tmp/a.parquet", "_temporary/0/a.parquet", "a/_b/c.parquet"),
+    *("a.parquet.crc", "a.csv", "parquet", "README", "a.parquet.tmp", "x.pq.bak", ".b=1/a.parquet"),
+]
+
+
+@pytest.mark.parametrize("name", NO_DATA)
+def test_hidden_and_foreign_files_do_not_count(memory: MemoryStore, name: str) -> None:
+    memory.write("good.parquet", rows(1))
+    memory.write(name, b"not Parquet at all")
+    assert snapshot(memory.url).ref.files == 1
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "A.PARQUET", "a.parq", "a.pq", "x.parquet/part-0.parquet", "a b%20ü.pq"])
+def test_files_count_by_their_ending(memory: MemoryStore, name: str) -> None:
+    memory.write(name, rows(1))
+    assert xs(snapshot(memory.url)) == [1]
+
+
+def test_a_file_without_rows_counts_but_has_no_row_groups(memory: MemoryStore) -> None:
+    memory.write("a.parquet", rows())
+    memory.write("b.parquet", rows(1))
+    taken = snapshot(memory.url)
+    assert (taken.ref.files, taken.ref.rows, len(taken.row_groups)) == (2, 1, 1)
+
+
+# ---- what is no dataset --------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_folder_is_no_dataset(store: Store) -> None:
+    store.write("README.md", b"")
+    with pytest.raises(DatasetError, match=rf"{store.url} holds no Parquet file.*Check the URL"):
+        snapshot(store.url)
+
+
+def test_files_without_rows_are_no_dataset(store: Store) -> None:
+    store.write("a.parquet", rows())
+    with pytest.raises(DatasetError, match="its 1 Parquet files hold no rows"):
+        snapshot(store.url)
+
+
+def test_a_folder_that_is_not_there_is_a_wrong_url(tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(StoreNotFound):
+        snapshot(str(tmp_path_factory.mktemp("x") / "missing"))
+
+
+@pytest.mark.parametrize("bad", [b"", b"PAR1", b"text" * 10, rows(1)[:-9], rows(1)[:-8] + b"\xff\xff\xff\x7fPAR1"])
+def test_a_file_that_is_no_parquet_is_named(memory: MemoryStore, bad: bytes) -> None:
+    memory.write("a.parquet", rows(1))
+    memory.write("bad.parquet", bad)
+    with pytest.raises(DatasetError, match=r"bad\.parquet") as raised:
+        snapshot(memory.url)
+    assert type(raised.value) is DatasetError
+
+
+def test_a_file_with_bad_data_is_named_when_it_is_read(memory: MemoryStore) -> None:
+    data = bytearray(rows(1, 2, 3, write_page_checksum=True, use_dictionary=False))
+    chunk = pq.read_metadata(io.BytesIO(data)).row_group(0).column(0)
+    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    memory.write("bad.parquet", bytes(data))
+    with pytest.raises(DatasetError, match=r"bad\.parquet: row group 0"):
+        xs(snapshot(memory.url))
+
+
+# ---- what changes meanwhile ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["replaced", "rewritten with the same rows", "deleted"])
+def test_a_file_that_changed_since_the_snapshot_is_named_and_never_mixed_in(store: Store, change: str) -> None:
+    store.write("a.parquet", rows(1))
+    store.write("b.parquet", rows(2))
+    taken = snapshot(store.url)
+    if change == "deleted":
+        store.delete("b.parquet")
+    else:
+        store.write("b.parquet", rows(3) if change == "replaced" else rows(2, compression="none"))
+    assert taken.row_groups[0].read(["x"]).num_rows == 1
+    with pytest.raises(DatasetChanged, match=r"b\.parquet changed while.*Nothing was registered"):
+        taken.row_groups[1].read(["x"])
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_a_file_that_changes_while_the_snapshot_is_taken_is_named(memory: MemoryStore, change: str) -> None:
+    for name in "abc":
+        memory.write(f"{name}.parquet", rows(1))
+
+    def hook(call: Call) -> None:
+        if (call.verb, call.phase) == ("list", "after"):
+            memory.delete("b.parquet") if change == "deleted" else memory.write("b.parquet", rows(2))
+
+    with pytest.raises(DatasetChanged, match=r"b\.parquet changed"):
+        snapshot(memory.url, lambda url: FaultStore(open_store(url), hook))
+
+
+def test_files_added_later_are_not_part_of_it(memory: MemoryStore) -> None:
+    memory.write("b.parquet", rows(1))
+    taken = snapshot(memory.url)
+    memory.write("a.parquet", rows(2))
+    assert xs(taken) == [1]
+
+
+def test_an_unreachable_store_is_not_a_changed_dataset(memory: MemoryStore) -> None:
+    memory.write("a.parquet", rows(1))
+
+    def hook(call: Call) -> None:
+        if call.verb == "read":
+            raise Unavailable("no answer")
+
+    with pytest.raises(Unavailable):
+        snapshot(memory.url, lambda url: FaultStore(open_store(url), hook))
+
+
+# ---- hive partitions -----------------------------------------------------------------------------------------------------
+
+
+def test_folders_named_like_columns_become_columns(store: Store) -> None:
+    store.write("year=2025/city=Bremen/a.parquet", rows(1))
+    store.write("year=2026/city=K%C3%B6ln/a.parquet", rows(2, 3))
+    taken = snapshot(store.url)
+    assert taken.row_groups[0].schema.names == ["x", "year", "city"]
+    assert (xs(taken), xs(taken, "year"), xs(taken, "city")) == (
+        [1, 2, 3],
+        [2025, 2026, 2026],
+        ["Bremen", "Köln", "Köln"],
+    )
+    assert len(taken.schemas) == 1
+    assert taken.row_groups[0].read(["year", "x"]).schema.types == [pa.int64(), pa.int64()]
+
+
+@pytest.mark.parametrize(
+    ("folders", "values"),
+    [
+        (["k=1", "k=__HIVE_DEFAULT_PARTITION__", "k=3"], [1, None, 3]),
+        (["k=a", "k=__HIVE_DEFAULT_PARTITION__"], ["a", None]),
+        (["k=-1", "k=0", "k=7"], [-1, 0, 7]),
+        (["k=1", "k=b"], ["1", "b"]),
+        (["k=1.5", "k=2"], ["1.5", "2"]),
+        (["k=", "k=x"], ["", "x"]),
+        (["k=99999999999999999999", "k=1"], ["99999999999999999999", "1"]),
+        (["k=²", "k=٣"], ["²", "٣"]),
+        (["k=%2F%3D", "k=%zz"], ["/=", "%zz"]),
+        (["k=__HIVE_DEFAULT_PARTITION__"], [None]),
+        (["k=1/k=2"], [2]),
+        (["k=a=b"], ["a=b"]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_all_files_agree_on_the_type_of_a_partition(
+    memory: MemoryStore, folders: list[str], values: list[object]
+) -> None:
+    for i, folder in enumerate(folders):
+        memory.write(f"{i}/{folder}/a.parquet", rows(i))
+    taken = snapshot(memory.url)
+    assert xs(taken, "k") == values
+    assert len(taken.schemas) == 1
+
+
+def test_a_column_of_the_file_comes_before_one_of_its_path(memory: MemoryStore) -> None:
+    memory.write("x=99/a.parquet", rows(1))
+    taken = snapshot(memory.url)
+    assert (taken.row_groups[0].schema.names, xs(taken)) == (["x"], [1])
+
+
+def test_folders_without_a_name_or_a_value_are_just_folders(memory: MemoryStore) -> None:
+    memory.write("=1/plain/a=b.parquet", rows(1))
+    assert snapshot(memory.url).row_groups[0].schema.names == ["x"]
+
+
+# ---- many files ----------------------------------------------------------------------------------------------------------
+
+
+def test_different_schemas_are_told_with_the_first_place_of_each(memory: MemoryStore) -> None:
+    memory.write("a.parquet", rows(1))
+    memory.write("b.parquet", written(pa.table({"x": [1.5]})))
+    memory.write("c.parquet", rows(2))
+    memory.write("d.parquet", written(pa.table({"x": [2.5]}).replace_schema_metadata({"only": "metadata"})))
+    assert [(name, str(schema.field("x").type)) for name, schema in snapshot(memory.url).schemas] == [
+        ("a.parquet row group 0", "int64"),
+        ("b.parquet row group 0", "double"),
+    ]
+
+
+def test_many_equal_files_share_one_schema(memory: MemoryStore) -> None:
+    data = written(pa.table({f"column {i}": [i] for i in range(30)}))
+    for i in range(200):
+        memory.write(f"day={i}/a.parquet", data)
+    taken = snapshot(memory.url)
+    assert len({id(group.schema) for group in taken.row_groups}) == 1
+    assert len(taken.schemas) == 1
+    assert xs(taken, "day") == sorted(range(200), key=lambda i: f"day={i}/")
+
+
+def test_the_list_of_row_groups_is_small(memory: MemoryStore) -> None:
+    wide = written(pa.table({f"column {i}": range(100) for i in range(50)}), row_group_size=1)
+    memory.write("a.parquet", wide)
+    taken = snapshot(memory.url)
+    groups = taken.row_groups
+    assert len(groups) == 100
+    seen = {id(groups[0].schema), id(groups[0]._open)}
+    own = [o for g in groups for o in gc.get_referents(g) if id(o) not in seen and not isinstance(o, type)]
+    assert sum(map(sys.getsizeof, [*groups, *own])) / len(groups) < 1_000
+
+
+def test_reading_keeps_few_footers_and_fetches_each_seldom(memory: MemoryStore) -> None:
+    for i in range(100):
+        memory.write(f"{i:03d}.parquet", rows(i, i, row_group_size=1))
+    calls: Counter[str] = Counter()
+
+    def hook(call: Call) -> None:
+        calls[f"{call.verb} {call.phase}"] += 1
+
+    taken = snapshot(memory.url, lambda url: FaultStore(open_store(url), hook))
+    assert calls == {"list before": 1, "list after": 1, "read before": 100, "read after": 100}
+    calls.clear()
+    assert len(xs(taken)) == 200
+    assert calls["read before"] == 100 + 200  # each footer again, once, and each row group's column
+    assert taken.row_groups[0]._open.func.cache_info().currsize <= 64  # type: ignore[attr-defined]
+
+
+def test_a_store_is_opened_by_the_given_factory(make_url: Callable[[str], str]) -> None:
+    store = open_store(make_url("data"))
+    store.write("a.parquet", rows(1))
+    opened: list[str] = []
+
+    def factory(url: str) -> Store:
+        opened.append(url)
+        return open_store(url)
+
+    assert xs(snapshot(make_url("data"), factory)) == [1]
+    assert opened == [make_url("data")]

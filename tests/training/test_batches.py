@@ -1,0 +1,194 @@
+"""Streaming: every row once, in an order that only the seed decides, with bounded windows."""
+
+import threading
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks.training.batches import Split, Stream, ahead
+from tasks.training.errors import ColumnError
+from tasks.training.features import Features
+from tasks.training.groups import stable_seed
+from tests.training.rows import TableGroup, cut, plain_spec
+
+ROW_BYTES = 8  # one float32 feature and the target
+
+
+def counted(rows, **more):
+    """A table whose feature and target are both the row's number."""
+    numbers = pa.array(range(rows), pa.float32())
+    return pa.table({"x0": numbers, "y": numbers, **more})
+
+
+def stream(groups, **arguments):
+    features = Features.resolve(plain_spec(1), groups[0].schema)
+    return Stream(groups, features, **({"batch_size": 10, "window_bytes": 2**20, "shuffle_seed": None} | arguments))
+
+
+def rows_of(batches):
+    return torch.cat([batch.y_B for batch in batches]).long().tolist()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    batch_size=st.integers(1, 50),
+    window_rows=st.integers(1, 100),
+    shuffled=st.booleans(),
+    fraction=st.sampled_from([None, 0.3]),
+)
+def test_every_row_comes_once_in_full_batches(sizes, batch_size, window_rows, shuffled, fraction):
+    groups = cut(counted(sum(sizes)), *sizes)
+    split = None if fraction is None else Split(fraction, held_out=False)
+    batches = list(
+        stream(
+            groups,
+            batch_size=batch_size,
+            window_bytes=window_rows * ROW_BYTES,
+            shuffle_seed=(0, "epoch", 0) if shuffled else None,
+            split=split,
+        )
+    )
+    wanted = list(range(sum(sizes)))
+    if split is not None:
+        wanted = [
+            row for row, kept in zip(wanted, torch.cat([split.rows(g) for g in groups]).tolist(), strict=True) if kept
+        ]
+    rows = rows_of(batches) if batches else []
+    assert sorted(rows) == wanted
+    assert shuffled or rows == wanted
+    assert all(len(batch.y_B) == batch_size for batch in batches[:-1])
+    assert all(0 < len(batch.y_B) <= batch_size for batch in batches)
+    assert all(torch.equal(batch.x_BF.squeeze(1), batch.y_B) for batch in batches)
+    assert all(batch.x_BF.is_contiguous() and batch.ids_BC is None for batch in batches)
+
+
+def test_the_order_is_decided_by_the_seed_only():
+    groups = cut(counted(1000), 300, 300)
+    first = rows_of(stream(groups, shuffle_seed=(0, "epoch", 0)))
+    torch.rand(3)
+    assert rows_of(stream(groups, shuffle_seed=(0, "epoch", 0))) == first
+    assert rows_of(stream(groups, shuffle_seed=(0, "epoch", 1))) != first
+    assert rows_of(stream(groups, shuffle_seed=(1, "epoch", 0))) != first
+
+
+def test_a_window_mixes_whole_row_groups_and_no_more():
+    groups = cut(counted(1000), *[100] * 9)
+    rows = rows_of(stream(groups, window_bytes=250 * ROW_BYTES, shuffle_seed=(0,)))
+    windows = [{row // 100 for row in rows[at : at + 200]} for at in range(0, 1000, 200)]
+    assert all(len(window) == 2 for window in windows)  # two groups of 100 fit 250 rows
+    assert rows[:200] != sorted(rows[:200])
+    assert [row // 100 for row in rows[:200]] != sorted(row // 100 for row in rows[:200])
+    assert [min(window) for window in windows] != sorted(min(window) for window in windows)
+
+
+def test_a_row_group_larger_than_the_window_is_mixed_in_slices():
+    rows = rows_of(stream(cut(counted(1000)), window_bytes=250 * ROW_BYTES, shuffle_seed=(0,)))
+    slices = [{row // 250 for row in rows[at : at + 250]} for at in range(0, 1000, 250)]
+    assert sorted(map(tuple, slices)) == [(0,), (1,), (2,), (3,)]
+    assert slices != [{0}, {1}, {2}, {3}]
+
+
+def test_shuffling_is_uniform():
+    groups = cut(counted(20), 10)
+    first_rows = torch.tensor([rows_of(stream(groups, shuffle_seed=("s", i)))[0] for i in range(600)])
+    counts = first_rows.bincount(minlength=20)
+    assert counts.min() > 10  # 30 expected; 10 is four standard deviations away
+    assert counts.max() < 55
+
+
+def test_categories_travel_with_their_rows():
+    names = [f"name {i}" for i in range(100)]
+    table = counted(100, s=pa.array(names))
+    spec = plain_spec(1, features=["x0", {"name": "s", "buckets": 10**9}])
+    features = Features.resolve(spec, table.schema)
+    expected = features.encode(table, "all").ids_NC
+    for seed in (None, (0,)):
+        batches = list(Stream(cut(table, 33, 33), features, batch_size=7, window_bytes=900, shuffle_seed=seed))
+        rows, ids = rows_of(batches), torch.cat([batch.ids_BC for batch in batches])
+        assert torch.equal(ids, expected[rows])
+
+
+def test_unshuffled_targets_are_views_of_the_table():
+    table = counted(100)
+    batches = list(stream(cut(table), batch_size=10))
+    address = table.column("y").chunk(0).buffers()[1].address
+    assert [batch.y_B.data_ptr() - address for batch in batches] == [40 * i for i in range(10)]
+
+
+def test_only_the_needed_columns_are_read():
+    groups = cut(counted(10, other=pa.array(["?"] * 10)), 5)
+    list(stream(groups))
+    assert [group.reads for group in groups] == [[["x0", "y"]]] * 2
+
+
+def test_unlabelled_rows_of_the_split_are_counted():
+    table = pa.table({"x0": [1.0] * 100, "y": pa.array([None, 1.0] * 50)})
+    groups, split = cut(table, 40), Split(0.5, held_out=True)
+    kept = torch.cat([split.rows(group) for group in groups])
+    for shuffle_seed in (None, (0,)):
+        found = stream(groups, split=split, shuffle_seed=shuffle_seed)
+        assert len(rows_of(found)) == int(kept[1::2].sum())
+        assert found.unlabelled == int(kept[0::2].sum())
+
+
+def test_an_error_in_a_later_row_group_reaches_the_loop():
+    groups = cut(counted(30), 10, 10)
+    groups[2].table = groups[2].table.set_column(0, "x0", pa.array([float("nan")] * 10, pa.float32()))
+    batches = iter(stream(groups))
+    next(batches)
+    with pytest.raises(ColumnError, match="row group 2"):
+        list(batches)
+
+
+def test_every_row_group_has_its_own_schema_checked():
+    groups = cut(counted(30), 10, 10)
+    groups[1].table = groups[1].table.drop_columns(["x0"])
+    with pytest.raises(ColumnError, match=r"'x0' is missing from part-0.parquet row group 1"):
+        list(stream(groups, shuffle_seed=(0,)))
+
+
+def test_leaving_early_ends_the_threads():
+    batches = iter(stream(cut(counted(1000), *[10] * 99), shuffle_seed=(0,), window_bytes=100))
+    next(batches)
+    batches.close()
+    del batches
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tidemill-ahead")]
+
+
+def test_ahead_makes_one_item_at_a_time_and_keeps_their_order():
+    made = []
+
+    def items():
+        for i in range(5):
+            made.append(i)
+            yield i
+
+    for item in ahead(items()):
+        assert item == made[item]
+        assert len(made) <= item + 2 <= 6 or item == 4
+
+
+# ---- the split -------------------------------------------------------------------------------------------------------
+def test_the_sides_of_a_split_are_complements_and_depend_on_the_name_only():
+    a, b = TableGroup("a", counted(1000)), TableGroup("b", counted(1000))
+    held_out, rest = Split(0.25, held_out=True), Split(0.25, held_out=False)
+    assert torch.equal(held_out.rows(a), ~rest.rows(a))
+    assert torch.equal(held_out.rows(a), held_out.rows(TableGroup("a", counted(1000))))
+    assert not torch.equal(held_out.rows(a), held_out.rows(b))
+    assert 180 < held_out.rows(a).sum() < 320
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5])
+def test_a_split_needs_a_share_of_the_rows(fraction):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Split(fraction, held_out=True)
+
+
+def test_seeds_are_stable_across_processes_and_keys_apart():
+    assert stable_seed(0, "epoch", 1) == 5471977719921920884  # a change would change every model
+    assert stable_seed(0, "epoch", 1) != stable_seed("0", "epoch", 1)
+    assert stable_seed("ab", "c") != stable_seed("a", "bc")

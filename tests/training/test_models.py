@@ -1,0 +1,90 @@
+"""Built-in models, and what can be wrong with a factory."""
+
+import pytest
+import torch
+
+from tasks.training.errors import FactoryError
+from tasks.training.features import Features
+from tasks.training.loop import train_pass
+from tasks.training.models import Inputs, build, linear, mlp
+from tests.training.rows import Net, begin, cut, numbers_table, plain_spec, same_bits
+
+GROUPS = cut(numbers_table(100))
+
+
+def built(factory, arguments=None, **settings):
+    spec = plain_spec(model={"factory": factory, "arguments": arguments or {}}, **settings)
+    return build(spec, Features.resolve(spec, GROUPS[0].schema))
+
+
+@pytest.mark.parametrize("make", [linear, mlp])
+@pytest.mark.parametrize("inputs", [Inputs(3, (), 1), Inputs(3, (), 4), Inputs(3, (5, 9), 1), Inputs(0, (5,), 4)])
+def test_built_in_models_have_the_right_shapes(make, inputs):
+    model = make(inputs)
+    ids = [torch.tensor([[0] * len(inputs.buckets), list(inputs.buckets)])] if inputs.buckets else []
+    assert model(torch.randn(2, inputs.numbers), *ids).shape == (2, inputs.outputs)
+
+
+def test_a_linear_model_without_categories_is_torchs():
+    assert type(linear(Inputs(3, (), 1))) is torch.nn.Linear
+
+
+def test_a_category_never_seen_does_not_move_a_linear_model():
+    model = linear(Inputs(2, (5,), 1))
+    x_BF = torch.randn(1, 2)
+    assert torch.equal(model(x_BF, torch.tensor([[0]])), model(x_BF, torch.tensor([[4]])))
+
+
+def test_arguments_reach_the_mlp():
+    model = mlp(Inputs(3, (7,), 2), hidden=[5], embedding=4, dropout=0.5)
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == {
+        "embeddings.0.weight": [8, 4], "network.0.weight": [5, 7], "network.0.bias": [5],
+        "network.3.weight": [2, 5], "network.3.bias": [2],
+    }  # fmt: skip
+
+
+def test_initial_weights_are_those_of_a_seeded_script_and_disturb_nobody():
+    before = torch.get_rng_state()
+    model = built("tests.training.rows:Net", seed=11)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(11)
+    assert all(same_bits(a.data, b.data) for a, b in zip(model.parameters(), Net().parameters(), strict=True))
+
+
+def test_a_factory_that_asks_for_the_inputs_gets_them():
+    assert built("tasks.training.models:linear").in_features == 10
+    assert built("tests.training.rows:DropoutNet", {"size": 10}).layers[0].in_features == 10
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "message"),
+    [
+        ("no_such_module:Net", {}, "no module named 'no_such_module': install its package"),
+        ("tests.training.rows:Nothing", {}, "'tests.training.rows' has no attribute 'Nothing'"),
+        ("tests.training.rows:Net.nothing", {}, "no attribute 'Net.nothing'"),
+        ("torch:float32", {}, "is a dtype: name a class or function"),
+        ("tests.training.rows:Net", {"size": 3}, "raised TypeError: .*'size'.*arguments given: size"),
+        ("tests.training.rows:DropoutNet", {"size": -1}, "raised RuntimeError"),
+        ("tests.training.rows:numbers_table", {"rows": 3}, "returned Table: return a torch.nn.Module"),
+        ("torch.nn:ReLU", {}, "without trainable parameters"),
+        ("tests.training.broken_model:Net", {}, "importing it raised ZeroDivisionError"),
+        ("mlp", {"hiden": [3]}, "raised TypeError.*hiden"),
+    ],
+)
+def test_what_is_wrong_with_a_factory_is_named(factory, arguments, message):
+    with pytest.raises(FactoryError, match=message):
+        built(factory, arguments)
+
+
+@pytest.mark.parametrize("factory", ["linear", "mlp"])
+def test_built_in_models_learn_numbers_and_categories(factory):
+    table = numbers_table(1000, 2)
+    colors = ["red", "green", None, "blue"] * 250
+    shift = {"red": 3.0, "green": -3.0, None: 1.0, "blue": 0.0}
+    y = [value + shift[color] for value, color in zip(table.column("y").to_pylist(), colors, strict=True)]
+    table = table.set_column(2, "y", [y]).append_column("color", [colors])
+    spec = plain_spec(2, features=["x0", "x1", "color"], model={"factory": factory}, shuffle=True, learning_rate=0.1)
+    groups = cut(table, 300)
+    learner = begin(spec, groups)
+    losses = [train_pass(learner, groups, key=("epoch", epoch)).loss for epoch in range(15)]
+    assert losses[-1] < 0.1 < 1 < losses[0]
