@@ -97,6 +97,10 @@ class Learner:
         about = _about(state)
         tensors = _parsed(state, "training state")
         features = Features.from_state(_under("features.", tensors), about["features"])
+        wanted = ([column.name for column in spec.features], spec.target, spec.task)
+        stored = ([column.name for column in features.columns], features.target, features.task)
+        if wanted != stored:
+            raise StateMismatch(f"the stored state is for (features, target, task) {stored}, the spec has {wanted}")
         learner = cls.create(spec, features)
         _restore_weights(learner.model, _parsed(weights, "weights"))
         _restore_optimizer(learner.optimizer, spec, about["optimizer"], _under("optimizer.", tensors))

@@ -18,6 +18,7 @@ OPTIMIZER_CASES = [
     ("adam", {"betas": [0.8, 0.99]}),
     ("adam", {"amsgrad": True}),
     ("adamw", {"weight_decay": 0.1}),
+    ("adamw", {"fused": True}),
     ("adagrad", {"initial_accumulator_value": 0.1}),
     ("rmsprop", {"momentum": 0.9, "centered": True}),
     *((name, {}) for name in ("adadelta", "adamax", "nadam", "radam")),
@@ -94,6 +95,7 @@ def test_the_state_is_json_and_tensors():
             {"model": {"factory": "tests.training.rows:WideNet"}},
             r"weight is float32\[1, 10\], the model has float32\[2, 10\]",
         ),
+        ({"features": ["x0"]}, r"stored state is for .*'x9'\], 'y', 'regression'\), the spec has \(\['x0'\]"),
         ({"optimizer": {"name": "adam"}}, "of sgd, the spec's optimizer is adam"),
     ],
 )

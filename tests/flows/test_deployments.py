@@ -1,0 +1,165 @@
+"""Deployments, end to end: a Prefect server, `prefect deploy`, a worker, S3, and schedules that make the runs."""
+
+import datetime
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
+
+from storage.log import open_log
+from storage.urls import open_store
+from tests.flows.conftest import Place
+from tests.flows.data import SPEC
+from tests.flows.prefect_server import stop
+from tests.guarantees.audit import audit
+from tests.s3_server import wait_until
+
+SHIPPED = Path(__file__).parents[2] / "prefect.yaml"
+POOL = "tidemill"
+
+
+@pytest.fixture
+def client(prefect_api: str) -> Iterator[SyncPrefectClient]:
+    """A client of a server that has the work pool which `prefect.yaml` names, and no deployments once the test is over."""
+    with get_client(sync_client=True) as opened:
+        opened.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
+        yield opened
+        for deployment in opened.read_deployments():
+            opened.delete_deployment(deployment.id)
+
+
+def deploy(folder: Path) -> None:
+    """`prefect deploy --all` in a folder that holds nothing but a `prefect.yaml`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@contextmanager
+def worker(folder: Path) -> Iterator[None]:
+    """A worker that is stopped at the end; what it and its runs print is in `worker.log`."""
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "test"]
+    with (folder / "worker.log").open("wb") as output:
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        yield
+    finally:
+        stop(process, signal.SIGINT)
+
+
+def test_the_shipped_file_deploys_as_it_is(client: SyncPrefectClient, tmp_path: Path) -> None:
+    """Its parameters satisfy the flows' schemas, and Prefect understood what it says of schedules and limits."""
+    shutil.copy(SHIPPED, tmp_path)
+    deploy(tmp_path)
+    found = {deployment.name: deployment for deployment in client.read_deployments()}
+    assert set(found) == {"batch", "online", "maintenance"}
+    for deployment in found.values():
+        assert deployment.work_pool_name == POOL
+        assert deployment.tags == ["tidemill"]
+        assert deployment.entrypoint is not None
+        assert deployment.entrypoint.startswith("flows.")
+        assert deployment.enforce_parameter_schema
+        assert deployment.job_variables["env"]["PREFECT_LOGGING_EXTRA_LOGGERS"] == "tidemill"
+        assert [schedule.active for schedule in deployment.schedules] == [True]
+    for name in ("batch", "online"):
+        limit, options = found[name].global_concurrency_limit, found[name].concurrency_options
+        assert limit is not None
+        assert options is not None
+        assert (limit.limit, options.collision_strategy) == (1, ConcurrencyLimitStrategy.CANCEL_NEW)
+    assert found["maintenance"].global_concurrency_limit is None
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("make_url", ["s3"], indirect=True)
+def test_schedules_run_both_pipelines(client: SyncPrefectClient, place: Place, tmp_path: Path) -> None:
+    shards = place.drop("a.parquet", "b.parquet", "sub/c.parquet")
+    write_deployments(tmp_path, place)
+    log = open_log(place.registry, "model")
+    with worker(tmp_path):
+        deploy(tmp_path)
+        batch = client.read_deployment_by_name("batch-training/batch")
+        online = client.read_deployment_by_name("online-training/online")
+
+        run = scheduled_run(client, batch, tmp_path)
+        assert run.state_name == "Completed"
+        assert log.head().number == 0
+        wait_until(lambda: "epoch 2 of 2" in messages(client, run), seconds=30, what="our progress in Prefect's log")
+
+        # Before there is a model, an online run could only fail
+        client.update_deployment_schedule(online.id, online.schedules[0].id, active=True)
+        run = scheduled_run(client, online, tmp_path)
+        assert run.state_name == "Completed"
+        client.update_deployment_schedule(online.id, online.schedules[0].id, active=False)
+
+    assert log.head().number >= 1
+    assert place.inbox_keys() == []
+    archive = open_store(place.archive)
+    assert {info.key: archive.read(info.key) for info in archive.list()} == shards
+    audit(log, shards)
+    assert log.aliases() == {"champion": 0}
+
+
+def write_deployments(folder: Path, place: Place) -> None:
+    """The shipped file with our URLs and spec, and frequent schedules; the one of `online` is still inactive."""
+    content: dict[str, Any] = yaml.safe_load(SHIPPED.read_text())
+    batch, online, _ = content["deployments"]
+    content["deployments"] = [batch, online]
+    batch["parameters"] |= {
+        "dataset": place.dataset,
+        "registry": place.registry,
+        "model": "model",
+        "spec": SPEC.model_dump(mode="json"),
+    }
+    online["parameters"] |= {"inbox": place.inbox, "registry": place.registry, "model": "model"}
+    online["parameters"]["settings"] |= {"archive_to": place.archive, "max_shards": 2}
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    batch["schedules"] = [{"interval": 3600, "anchor_date": now, "slug": "soon"}]
+    online["schedules"] = [{"interval": 10, "anchor_date": now, "slug": "poll", "active": False}]
+    for deployment in (batch, online):
+        deployment["work_pool"]["job_variables"]["env"]["OMP_NUM_THREADS"] = "1"
+    (folder / "prefect.yaml").write_text(yaml.safe_dump(content))
+
+
+def scheduled_run(client: SyncPrefectClient, deployment: DeploymentResponse, folder: Path) -> FlowRun:
+    """The first run of a deployment that ends in another way than by being cancelled in favour of one before it."""
+    of_it = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
+    ended: list[FlowRun] = []
+
+    def has_ended() -> bool:
+        runs = client.read_flow_runs(deployment_filter=of_it)
+        ended[:] = [r for r in runs if r.state is not None and r.state.is_final() and not r.state.is_cancelled()]
+        return bool(ended)
+
+    try:
+        wait_until(has_ended, seconds=120, what=f"a run of {deployment.name}")
+    except TimeoutError as error:
+        raise AssertionError(f"{error}\n{(folder / 'worker.log').read_text()}") from None
+    run = min(ended, key=lambda r: r.expected_start_time or r.created or datetime.datetime.max)
+    assert run.auto_scheduled
+    assert run.state is not None
+    assert run.state.is_completed(), f"{run.state}\n{(folder / 'worker.log').read_text()}"
+    return run
+
+
+def messages(client: SyncPrefectClient, run: FlowRun) -> str:
+    """What a run has logged, as the UI shows it."""
+    of_it = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id]))
+    return "\n".join(record.message for record in client.read_logs(of_it))

@@ -1,0 +1,39 @@
+"""Small Parquet files of rows that a model can learn, for the tests of tasks."""
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from storage.urls import open_store
+from tasks.training.spec import Spec
+
+SPEC = Spec.model_validate(
+    {"features": ["a", "b"], "target": "y", "learning_rate": 0.05, "batch_size": 16, "epochs": 3, "seed": 7}
+)
+
+
+def rows(count: int, seed: int, slope: float = 2.0) -> pa.Table:
+    """y = slope * a - b, without noise."""
+    a, b = torch.randn(2, count, generator=torch.Generator().manual_seed(seed))
+    return pa.table({"a": a.tolist(), "b": b.tolist(), "y": (slope * a - b).tolist()})
+
+
+def parquet(table: pa.Table, row_group_size: int = 50) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=row_group_size)
+    return bytes(sink.getvalue())
+
+
+def put(url: str, objects: Mapping[str, pa.Table | bytes]) -> None:
+    """Put tables, or raw bytes, one after the other in the order of their keys."""
+    store = open_store(url)
+    for key in sorted(objects):
+        value = objects[key]
+        store.write(key, parquet(value) if isinstance(value, pa.Table) else value)
+
+
+def keys(url: str) -> list[str]:
+    """Everything visible below a URL."""
+    return sorted(info.key for info in open_store(url).list() if not info.key.startswith(".tidemill"))

@@ -1,0 +1,243 @@
+"""Batch training as plain functions: snapshot, epochs with checkpoints, evaluation, registration. No Prefect."""
+
+from collections.abc import Callable
+
+import pyarrow as pa
+import pytest
+
+from storage.errors import DatasetChanged, DatasetError, StoreNotFound
+from storage.log import VersionLog, open_log
+from storage.manifest import Entry
+from storage.urls import open_store
+from tasks import batch
+from tasks.settings import BatchSettings
+from tasks.training.errors import ColumnError, FactoryError, NonFiniteLoss, OutputShapeError
+from tasks.training.spec import Spec
+from tests.tasks.rows import SPEC, keys, put, rows
+
+MakeUrl = Callable[[str], str]
+
+
+@pytest.fixture
+def dataset(make_url: MakeUrl) -> str:
+    url = make_url("dataset")
+    put(url, {f"part-{i}.parquet": rows(120, i) for i in range(2)})
+    return url
+
+
+def open_run(dataset: str, registry: str, spec: Spec = SPEC, **settings: object) -> batch.BatchRun:
+    taken = batch.take_snapshot(dataset)
+    return batch.open_run(taken, registry, "model", spec, BatchSettings.model_validate(settings))
+
+
+def train(dataset: str, registry: str, spec: Spec = SPEC, **settings: object) -> VersionLog:
+    run = open_run(dataset, registry, spec, **settings)
+    for epoch in run.epochs_left:
+        batch.train_epoch(run, epoch)
+    batch.finish(run, batch.register(run, batch.evaluate(run)))
+    return run.log
+
+
+def changed(**settings: object) -> Spec:
+    return Spec.model_validate(SPEC.model_dump() | settings)
+
+
+def test_a_run_ends_in_a_version_that_champion_names(dataset: str, make_url: MakeUrl) -> None:
+    log = train(dataset, make_url("registry"), holdout=0.25)
+    manifest = log.head().manifest
+    assert (manifest.version, manifest.kind, log.aliases()) == (0, "batch", {"champion": 0})
+    assert manifest.dataset is not None
+    assert (manifest.dataset.files, manifest.dataset.rows) == (2, 240)
+    losses = manifest.metrics["epoch_loss"]
+    assert len(losses) == 3
+    assert losses[2] < losses[0] / 10
+    assert set(manifest.metrics["holdout"]) == {"loss", "mae", "rmse"}
+    held_out = manifest.metrics["holdout_rows"]
+    assert 30 < held_out < 90
+    assert manifest.counters == {
+        "epochs": 3,
+        "shards": 0,
+        "rows": 3 * (240 - held_out),
+        "steps": 3 * -(-(240 - held_out) // 16),
+    }
+
+
+def test_checkpoints_are_dropped_when_the_run_is_done(dataset: str, make_url: MakeUrl) -> None:
+    log = train(dataset, make_url("registry"))
+    left = [info.key.rsplit("/", 1)[-1] for info in log.store.list("model/runs/")]
+    assert sorted(left) == ["done.json", "run.json"]
+
+
+def test_an_interrupted_run_goes_on_after_its_last_checkpoint(dataset: str, make_url: MakeUrl) -> None:
+    reference = train(dataset, make_url("reference"))
+    interrupted = open_run(dataset, make_url("registry"))
+    batch.train_epoch(interrupted, 0)
+
+    again = open_run(dataset, make_url("registry"))
+    assert again.epochs_left == range(1, 3)
+    log = train(dataset, make_url("registry"))
+    assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
+    assert log.head().manifest.metrics == reference.head().manifest.metrics
+
+
+def test_a_damaged_checkpoint_costs_an_epoch_and_nothing_else(dataset: str, make_url: MakeUrl) -> None:
+    reference = train(dataset, make_url("reference"))
+    interrupted = open_run(dataset, make_url("registry"))
+    batch.train_epoch(interrupted, 0)
+    batch.train_epoch(interrupted, 1)
+    store = interrupted.log.store
+    newest = max(i.key for i in store.list("model/runs/") if "/00000002-" in i.key and "state" not in i.key)
+    store.write(newest, b"damaged")
+
+    assert open_run(dataset, make_url("registry")).epochs_left == range(1, 3)
+    log = train(dataset, make_url("registry"))
+    assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
+
+
+def test_a_finished_run_is_found_instead_of_trained_again(dataset: str, make_url: MakeUrl) -> None:
+    train(dataset, make_url("registry"))
+    run = open_run(dataset, make_url("registry"))
+    assert run.registered is not None
+    version, finished = run.registered
+    assert (version.number, finished) == (0, True)
+
+
+def test_killed_between_commit_and_alias_the_version_is_found_and_the_alias_moved(
+    dataset: str, make_url: MakeUrl
+) -> None:
+    run = open_run(dataset, make_url("registry"))
+    for epoch in run.epochs_left:
+        batch.train_epoch(run, epoch)
+    batch.register(run, batch.evaluate(run))
+
+    again = open_run(dataset, make_url("registry"))
+    assert again.registered is not None
+    version, finished = again.registered
+    assert (version.number, finished) == (0, False)
+    batch.finish(again, version)
+    assert again.log.aliases() == {"champion": 0}
+
+
+@pytest.mark.parametrize("change", ["data", "spec", "holdout"])
+def test_other_data_spec_or_split_is_another_run(change: str, dataset: str, make_url: MakeUrl) -> None:
+    train(dataset, make_url("registry"))
+    if change == "data":
+        put(dataset, {"part-2.parquet": rows(50, 2)})
+    spec = changed(seed=8) if change == "spec" else SPEC
+    log = train(dataset, make_url("registry"), spec, holdout=0.3 if change == "holdout" else 0.1)
+    assert log.head().number == 1
+    assert log.aliases() == {"champion": 1}
+
+
+def test_an_edited_model_is_another_run(dataset: str, make_url: MakeUrl, tmp_path, monkeypatch) -> None:
+    source = "import torch\n\ndef make():\n    return torch.nn.Linear(2, 1)\n"
+    (tmp_path / "edited_model.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = changed(model={"factory": "edited_model:make"})
+    first = open_run(dataset, make_url("registry"), spec).progress.key
+    (tmp_path / "edited_model.py").write_text(source.replace("Linear(2, 1)", "Linear(2, 1, bias=False)"))
+    assert open_run(dataset, make_url("registry"), spec).progress.key != first
+
+
+def test_a_retrained_model_carries_what_the_head_owes_and_remembers(dataset: str, make_url: MakeUrl) -> None:
+    log = train(dataset, make_url("registry"))
+    head = log.head()
+    memory = log.write_blob(1, "tombstones.jsonl", b'["i", "k", "s", "e"]\n')
+    owed = {"inbox": "memory://gone", "key": "k", "sha256": "s", "etag": "e", "then": "delete"}
+    blobs = {**dict(head.manifest.blobs), "tombstones": memory}
+    entry = Entry.model_validate({"kind": "online", "spec": head.manifest.spec, "blobs": blobs, "owed": [owed]})
+    log.commit(head, entry)
+
+    log = train(dataset, make_url("registry"), changed(seed=9))
+    manifest = log.head().manifest
+    assert (manifest.version, manifest.kind) == (2, "batch")
+    assert [debt.key for debt in manifest.owed] == ["k"]
+    assert manifest.blobs.tombstones == memory
+
+
+def test_a_separate_dataset_can_be_the_holdout(dataset: str, make_url: MakeUrl) -> None:
+    put(make_url("other"), {"x.parquet": rows(40, 9)})
+    log = train(dataset, make_url("registry"), holdout_dataset=make_url("other"))
+    assert log.head().manifest.metrics["holdout_rows"] == 40
+    assert log.head().manifest.counters["rows"] == 3 * 240
+
+
+def test_without_a_holdout_there_is_no_score(dataset: str, make_url: MakeUrl) -> None:
+    log = train(dataset, make_url("registry"), holdout=0)
+    assert (log.head().manifest.metrics["holdout_rows"], log.head().manifest.metrics["holdout"]) == (0, {})
+
+
+def test_hive_partitions_are_columns(make_url: MakeUrl) -> None:
+    put(make_url("dataset"), {f"city={c}/x.parquet": rows(60, i) for i, c in enumerate(["oslo", "rome"])})
+    spec = changed(features=["a", "b", {"name": "city", "buckets": 4}])
+    assert train(make_url("dataset"), make_url("registry"), spec).head().manifest.dataset.rows == 120
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+def nothing_was_registered(registry: str) -> bool:
+    return not open_log(registry, "model", writable=False).exists()
+
+
+def test_an_empty_dataset(memory_url: MakeUrl) -> None:
+    put(memory_url("dataset"), {"_SUCCESS": b"", "readme.txt": b"hello"})
+    with pytest.raises(DatasetError, match="holds no Parquet file"):
+        batch.take_snapshot(memory_url("dataset"))
+
+
+def test_a_dataset_that_is_not_there(tmp_path) -> None:
+    with pytest.raises(StoreNotFound, match="nowhere"):
+        batch.take_snapshot(str(tmp_path / "nowhere"))
+
+
+def test_a_file_that_changes_during_training_is_named(dataset: str, make_url: MakeUrl) -> None:
+    run = open_run(dataset, make_url("registry"))
+    batch.train_epoch(run, 0)
+    put(dataset, {"part-1.parquet": rows(120, 99)})
+    with pytest.raises(DatasetChanged, match=r"part-1\.parquet changed"):
+        batch.train_epoch(run, 1)
+    assert nothing_was_registered(make_url("registry"))
+
+
+WIDE = {"in_features": 2, "out_features": 3}
+
+
+@pytest.mark.parametrize(
+    ("spec", "table", "error", "message"),
+    [
+        (changed(features=["a", "bb"]), rows(60, 0), ColumnError, "'bb'.*'b'"),
+        (SPEC, rows(60, 0).set_column(1, "b", pa.nulls(60, pa.float64())), ColumnError, "'b' is null in all"),
+        (SPEC, rows(60, 0).set_column(1, "b", [[[1.0]] * 60]), ColumnError, "'b'"),
+        (SPEC, rows(60, 0).set_column(1, "b", [[float("nan")] * 60]), ColumnError, "'b'.*write nulls"),
+        (changed(model={"factory": "no_such_module:Net"}), rows(60, 0), FactoryError, "no_such_module"),
+        (changed(model={"factory": "json:dumps"}), rows(60, 0), FactoryError, "json:dumps"),
+        (changed(model={"factory": "torch.nn:Linear", "arguments": WIDE}), rows(60, 0), OutputShapeError, "3"),
+        (changed(learning_rate=1e30), rows(60, 0), NonFiniteLoss, "learning_rate"),
+    ],
+    ids=["missing", "null", "type", "nan", "module", "no-module", "shape", "diverges"],
+)  # fmt: skip
+def test_what_cannot_be_trained(spec, table, error, message, memory_url: MakeUrl) -> None:
+    """The message names the setting or the column; nothing is registered."""
+    put(memory_url("dataset"), {"x.parquet": table})
+    with pytest.raises(error, match=message):
+        train(memory_url("dataset"), memory_url("registry"), spec)
+    assert nothing_was_registered(memory_url("registry"))
+
+
+def test_files_of_different_types(memory_url: MakeUrl) -> None:
+    text = rows(30, 1).set_column(0, "a", [["text"] * 30])
+    put(memory_url("dataset"), {"1.parquet": rows(30, 0), "2.parquet": text})
+    with pytest.raises(ColumnError, match=r"'a' of .*2\.parquet"):
+        train(memory_url("dataset"), memory_url("registry"))
+
+
+def test_settings_refuse_two_holdouts() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        BatchSettings(holdout=0.2, holdout_dataset="s3://x/y")
+
+
+def test_the_snapshot_pins_what_was_listed(dataset: str) -> None:
+    taken = batch.take_snapshot(dataset)
+    open_store(dataset).delete("part-0.parquet")
+    with pytest.raises(DatasetChanged, match="part-0"):
+        taken.row_groups[0].read(["a"])
+    assert keys(dataset) == ["part-1.parquet"]

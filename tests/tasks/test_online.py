@@ -1,0 +1,437 @@
+"""Online training as plain functions: what one step consumes, rejects, commits and removes. No Prefect."""
+
+import datetime
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+import pytest
+
+from storage import inbox as inboxes
+from storage.errors import (
+    CorruptObject,
+    PermissionDenied,
+    StoreNotFound,
+    UnknownModel,
+    UnsupportedFormat,
+    UnsupportedStore,
+)
+from storage.log import open_log
+from storage.manifest import Entry
+from storage.store import ObjectInfo, Store
+from storage.urls import open_store
+from tasks import batch, online
+from tasks.online import OnlineRun, Outcome
+from tasks.settings import BatchSettings, OnlineSettings
+from tasks.training.errors import StateMismatch
+from tasks.training.loop import score
+from tasks.versions import load_learner
+from tests.storage.faults import Call, FaultStore
+from tests.tasks.rows import SPEC, keys, parquet, put, rows
+
+MakeUrl = Callable[[str], str]
+
+
+def begin(registry: str, dataset: str) -> None:
+    """Version 0, from a dataset of 200 rows."""
+    put(dataset, {"part-0.parquet": rows(200, 0)})
+    run = batch.open_run(batch.take_snapshot(dataset), registry, "model", SPEC, BatchSettings())
+    for epoch in run.epochs_left:
+        batch.train_epoch(run, epoch)
+    batch.finish(run, batch.register(run, batch.evaluate(run)))
+
+
+@pytest.fixture
+def registry(make_url: MakeUrl) -> str:
+    begin(make_url("registry"), make_url("dataset"))
+    return make_url("registry")
+
+
+@pytest.fixture
+def memory_registry(memory_url: MakeUrl) -> str:
+    begin(memory_url("registry"), memory_url("dataset"))
+    return memory_url("registry")
+
+
+def open_run(inbox: str, registry: str, stores: Callable[[str], Store] = open_store, **settings: object) -> OnlineRun:
+    return OnlineRun(inbox, registry, "model", OnlineSettings.model_validate({"grace_seconds": 0} | settings), stores)
+
+
+def drain(run: OnlineRun) -> online.OnlineReport:
+    while online.step(run).outcome is not Outcome.IDLE:
+        pass
+    return run.report
+
+
+def days(count: int, start: int = 0) -> dict[str, pa.Table]:
+    return {f"{i:02}.parquet": rows(40 + i, 100 + i, slope=3.0) for i in range(start, start + count)}
+
+
+# ---- the ordinary day ------------------------------------------------------------------------------------------------
+def test_a_step_consumes_commits_and_removes(registry: str, make_url: MakeUrl) -> None:
+    put(make_url("inbox"), days(3))
+    run = open_run(make_url("inbox"), registry)
+    assert online.step(run) == online.Step(Outcome.COMMITTED, 1)
+    assert online.step(run) == online.Step(Outcome.IDLE)
+    assert keys(make_url("inbox")) == []
+
+    manifest = open_log(registry, "model").head().manifest
+    assert (manifest.version, manifest.kind) == (1, "online")
+    assert [(s.key, s.rows, s.ordinal) for s in manifest.consumed] == [
+        ("00.parquet", 40, 0),
+        ("01.parquet", 41, 1),
+        ("02.parquet", 42, 2),
+    ]
+    assert manifest.counters["shards"] == 3
+    assert [debt.key for debt in manifest.owed] == ["00.parquet", "01.parquet", "02.parquet"]
+    assert manifest.environment["torch"]
+
+
+def test_the_score_is_that_of_the_model_before_it_trained_on_the_shard(registry: str, make_url: MakeUrl) -> None:
+    put(make_url("inbox"), days(2))
+    log = open_log(registry, "model")
+    run = open_run(make_url("inbox"), registry, max_shards=1)
+    shard = run.inbox.read(run.inbox.store.stat("00.parquet"))
+    assert shard is not None
+    expected = score(load_learner(log, log.head()), shard.row_groups())
+    report = drain(run)
+    assert log.version(1).manifest.consumed[0].score == {"loss": expected.loss, **expected.metrics}
+    assert log.version(2).manifest.consumed[0].score["mae"] < expected.metrics["mae"], "it learned from the first"
+    weighted = [(s.rows, s.score["mae"]) for n in (1, 2) for s in log.version(n).manifest.consumed]
+    assert report.score["mae"] == pytest.approx(sum(r * m for r, m in weighted) / sum(r for r, _ in weighted))
+
+
+def test_bits_do_not_depend_on_where_commits_fall(registry: str, make_url: MakeUrl) -> None:
+    digests = []
+    for max_shards in (1, 2, 6):
+        name = f"by-{max_shards}"
+        begin(make_url(f"{name}/registry"), make_url(f"{name}/dataset"))
+        put(make_url(f"{name}/inbox"), days(6))
+        drain(open_run(make_url(f"{name}/inbox"), make_url(f"{name}/registry"), max_shards=max_shards, passes=2))
+        blobs = open_log(make_url(f"{name}/registry"), "model").head().manifest.blobs
+        digests.append((blobs.weights.sha256, blobs.state.sha256))
+    assert len(set(digests)) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "commits"), [({"max_shards": 2}, [2, 2, 1]), ({"max_rows": 50}, [2, 2, 1]), ({"max_bytes": 1}, [1] * 5)]
+)
+def test_limits_of_a_commit(limit, commits, memory_registry: str, memory_url: MakeUrl) -> None:
+    put(memory_url("inbox"), days(5))
+    report = drain(open_run(memory_url("inbox"), memory_registry, **limit))
+    log = open_log(memory_registry, "model")
+    assert [len(log.version(n).manifest.consumed) for n in range(1, report.head + 1)] == commits
+
+
+def test_archive_keeps_the_whole_key(registry: str, make_url: MakeUrl) -> None:
+    shards = {"2024/a.parquet": rows(30, 1), "2025/a.parquet": rows(30, 2)}
+    put(make_url("inbox"), shards)
+    drain(open_run(make_url("inbox"), registry, after_commit="archive", archive_to=make_url("archive")))
+    assert keys(make_url("inbox")) == []
+    archive = open_store(make_url("archive"))
+    assert {key: archive.read(key) for key in keys(make_url("archive"))} == {k: parquet(t) for k, t in shards.items()}
+
+
+def test_keep_leaves_shards_and_never_trains_them_again(registry: str, make_url: MakeUrl) -> None:
+    put(make_url("inbox"), days(3))
+    assert drain(open_run(make_url("inbox"), registry, after_commit="keep")).shards == 3
+    report = drain(open_run(make_url("inbox"), registry, after_commit="keep"))
+    assert (report.shards, report.waiting, len(keys(make_url("inbox")))) == (0, 0, 3)
+
+
+def test_what_arrives_later_is_consumed_even_under_a_lower_key(registry: str, make_url: MakeUrl) -> None:
+    run = open_run(make_url("inbox"), registry)
+    put(make_url("inbox"), days(2, start=5))
+    drain(run)
+    put(make_url("inbox"), days(2))
+    assert drain(run).shards == 4
+    assert keys(make_url("inbox")) == []
+
+
+def test_rows_without_a_label_are_counted_and_left_out(memory_registry: str, memory_url: MakeUrl) -> None:
+    table = rows(40, 1)
+    labels = [None if i < 10 else y for i, y in enumerate(table["y"].to_pylist())]
+    put(memory_url("inbox"), {"a.parquet": table.set_column(2, "y", [labels])})
+    report = drain(open_run(memory_url("inbox"), memory_registry))
+    assert (report.rows, report.unlabelled) == (30, 10)
+
+
+# ---- sent again ------------------------------------------------------------------------------------------------------
+def test_a_shard_that_is_sent_again_is_removed_and_not_trained_on(registry: str, make_url: MakeUrl) -> None:
+    put(make_url("inbox"), days(2))
+    drain(open_run(make_url("inbox"), registry, max_shards=1))
+    put(make_url("inbox"), days(1))
+    report = drain(open_run(make_url("inbox"), registry))
+    assert (report.shards, report.duplicates, report.versions) == (0, 1, 0)
+    assert keys(make_url("inbox")) == []
+
+
+def test_other_bytes_under_the_same_key_are_other_data(registry: str, make_url: MakeUrl) -> None:
+    put(make_url("inbox"), days(1))
+    drain(open_run(make_url("inbox"), registry))
+    put(make_url("inbox"), {"00.parquet": rows(55, 77)})
+    assert drain(open_run(make_url("inbox"), registry)).rows == 55
+
+
+def test_a_producer_that_overwrites_a_shard_after_it_was_read_loses_nothing(registry: str, make_url: MakeUrl) -> None:
+    """Overwritten between the commit and the delete: the delete is refused, the new bytes are consumed next."""
+    put(make_url("inbox"), days(1))
+    plain = open_store(make_url("inbox"))
+
+    def overwrite(call: Call) -> None:
+        if call.verb == "delete" and call.phase == "before" and call.key == "00.parquet" and not overwritten:
+            overwritten.append(plain.write("00.parquet", parquet(rows(66, 66))))
+
+    overwritten: list[ObjectInfo] = []
+
+    def stores(url: str) -> Store:
+        return FaultStore(open_store(url), overwrite)
+
+    report = drain(open_run(make_url("inbox"), registry, stores))
+    assert (report.shards, report.rows) == (2, 40 + 66)
+    assert keys(make_url("inbox")) == []
+
+
+# ---- bad shards ------------------------------------------------------------------------------------------------------
+BAD = {
+    "corrupt": (b"PAR1" + b"x" * 100 + (50).to_bytes(4, "little") + b"PAR1", "footer cannot be read"),
+    "empty": (b"", "0 bytes"),
+    "foreign": (b"a,b,y\n1,2,3\n" * 10, "does not begin and end with PAR1"),
+    "no rows": (parquet(rows(10, 1).slice(0, 0)), "no rows"),
+    "missing column": (parquet(rows(10, 1).drop_columns("b")), "'b'"),
+    "retyped column": (parquet(rows(10, 1).set_column(0, "a", [["text"] * 10])), "'a'"),
+    "null column": (parquet(rows(100, 1).set_column(0, "a", pa.nulls(100, pa.float64()))), "'a'"),
+    "no labels": (parquet(rows(10, 1).set_column(2, "y", pa.array([None] * 10, pa.float64()))), "'y'"),
+    "not a number": (parquet(rows(10, 1).set_column(0, "a", [[float("nan")] * 10])), "'a'"),
+    "infinite": (parquet(rows(10, 1).set_column(0, "a", [[float("inf")] * 10])), "'a'"),
+    "breaks training": (parquet(rows(10, 1).set_column(2, "y", [[1e38] * 10])), "made the loss inf"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_shard_is_rejected_once_and_the_others_are_trained(
+    name: str, memory_registry: str, memory_url: MakeUrl
+) -> None:
+    """The weights are those of a run without it; its bytes are in quarantine, with the reason."""
+    data, reason = BAD[name]
+    put(memory_url("inbox"), days(3) | {"01b.parquet": data})
+    report = drain(open_run(memory_url("inbox"), memory_registry))
+    assert (report.shards, report.rejected, keys(memory_url("inbox"))) == (3, 1, [])
+    log = open_log(memory_registry, "model")
+    ((kept, about),) = inboxes.quarantined(log).items()
+    assert log.store.read(f"model/quarantine/{kept}") == data
+    assert about["key"] == "01b.parquet"
+    assert re.search(reason, about["reason"])
+
+    begin(memory_url("clean/registry"), memory_url("clean/dataset"))
+    put(memory_url("clean/inbox"), days(3))
+    drain(open_run(memory_url("clean/inbox"), memory_url("clean/registry")))
+    clean = open_log(memory_url("clean/registry"), "model").head().manifest.blobs
+    assert log.head().manifest.blobs.weights.sha256 == clean.weights.sha256
+    assert log.head().manifest.blobs.state.sha256 == clean.state.sha256
+
+
+def test_a_shard_that_is_still_being_written_is_waited_for(memory_registry: str, memory_url: MakeUrl) -> None:
+    whole = parquet(rows(30, 1))
+    put(memory_url("inbox"), {"slow.parquet": whole[: len(whole) // 2]} | days(1))
+    run = open_run(memory_url("inbox"), memory_registry, grace_seconds=3600)
+    report = drain(run)
+    assert (report.shards, report.rejected, report.waiting) == (1, 0, 1)
+    put(memory_url("inbox"), {"slow.parquet": whole})
+    assert drain(run).rows == 40 + 30
+
+
+def test_a_requeued_shard_is_consumed_once_the_reason_is_gone(registry: str, make_url: MakeUrl) -> None:
+    whole = parquet(rows(30, 1))
+    put(make_url("inbox"), {"sub/late.parquet": whole[:-1]})
+    drain(open_run(make_url("inbox"), registry))
+    log = open_log(registry, "model")
+    (name,) = inboxes.quarantined(log)
+    back = inboxes.requeue(log, name)
+    assert back.startswith("sub/late.requeued-")
+    assert keys(make_url("inbox")) == [back]
+    open_store(make_url("inbox")).write(back, whole)
+    assert drain(open_run(make_url("inbox"), registry)).rows == 30
+    assert inboxes.quarantined(log) == {}
+
+
+def test_a_shard_too_large_for_memory_stays(memory_registry: str, memory_url: MakeUrl, caplog) -> None:
+    put(memory_url("inbox"), days(1) | {"00a.parquet": rows(5000, 3)})
+    report = drain(open_run(memory_url("inbox"), memory_registry, max_shard_bytes=20_000))
+    assert (report.shards, report.waiting) == (1, 1)
+    assert keys(memory_url("inbox")) == ["00a.parquet"]
+    assert "max_shard_bytes" in caplog.text
+
+
+def test_hidden_and_unfinished_names_are_not_shards(memory_registry: str, memory_url: MakeUrl) -> None:
+    ignored = {".hidden.parquet": b"x", "_SUCCESS": b"", "a.parquet.tmp": b"x", "_temporary/a.parquet": b"x"}
+    put(memory_url("inbox"), ignored)
+    assert drain(open_run(memory_url("inbox"), memory_registry)).versions == 0
+    assert set(keys(memory_url("inbox"))) == set(ignored)
+
+
+# ---- denied, overlapping, rolled back --------------------------------------------------------------------------------
+class ReadOnly(FaultStore):
+    """An inbox whose credentials may not delete; `allowed` lifts it."""
+
+    allowed = False
+
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        if not self.allowed and not key.startswith("."):
+            raise PermissionDenied(f"not allowed to delete {key}")
+        super().delete(key, if_match=if_match)
+
+
+def test_a_denied_delete_is_carried_and_never_trained_again(registry: str, make_url: MakeUrl, caplog) -> None:
+    put(make_url("inbox"), days(2))
+    locked = ReadOnly(open_store(make_url("inbox")), lambda call: None)
+
+    def stores(url: str) -> Store:
+        return locked if url == make_url("inbox") or url == locked.url else open_store(url)
+
+    report = drain(open_run(make_url("inbox"), registry, stores))
+    assert (report.shards, report.owed) == (2, 2)
+    assert "not allowed to delete" in caplog.text
+    put(make_url("inbox"), days(1, start=2))
+    report = drain(open_run(make_url("inbox"), registry, stores))
+    assert (report.shards, report.owed) == (1, 3), "only the new one; all three are owed"
+    locked.allowed = True
+    report = drain(open_run(make_url("inbox"), registry, stores))
+    assert (report.shards, report.owed, keys(make_url("inbox"))) == (0, 0, [])
+
+
+def test_of_overlapping_runs_one_wins_and_the_other_starts_again(registry: str, make_url: MakeUrl) -> None:
+    put(make_url("inbox"), days(4))
+    first, second = (open_run(make_url("inbox"), registry, max_shards=2) for _ in range(2))
+    loaded = first.load()
+    first.look(loaded)
+    work = first.train(loaded, first.select())
+    assert online.step(second).outcome is Outcome.COMMITTED
+    with pytest.raises(online.HeadMoved):
+        first.commit(work)
+    first.forget()
+    drain(first)
+    drain(second)
+    log = open_log(registry, "model")
+    consumed = [s.key for v in list(log.history(log.head()))[::-1] for s in v.manifest.consumed]
+    assert consumed == ["00.parquet", "01.parquet", "02.parquet", "03.parquet"]
+
+
+def test_a_lost_race_is_an_outcome_and_no_error(memory_registry: str, memory_url: MakeUrl) -> None:
+    put(memory_url("inbox"), days(1))
+    run = open_run(memory_url("inbox"), memory_registry)
+    run.load()
+    open_log(memory_registry, "model").rollback("0")
+    assert online.step(run).outcome is Outcome.LOST
+    assert online.step(run) == online.Step(Outcome.COMMITTED, 2)
+    assert run.report.lost_races == 1
+
+
+def test_training_continues_from_a_rollback_and_remembers_what_was_consumed(registry: str, make_url: MakeUrl) -> None:
+    put(make_url("inbox"), days(2))
+    drain(open_run(make_url("inbox"), registry, max_shards=1))
+    log = open_log(registry, "model")
+    weights = log.version(1).manifest.blobs.weights.sha256
+    assert log.rollback("1").manifest.blobs.weights.sha256 == weights
+    put(make_url("inbox"), days(3))  # 0 and 1 again, and a new one
+    assert drain(open_run(make_url("inbox"), registry)).shards == 1
+    assert keys(make_url("inbox")) == []
+    assert log.head().manifest.consumed[0].ordinal == 1, "the learner went back to one shard seen"
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+def test_an_unknown_model_is_named_with_the_nearest_one(registry: str, make_url: MakeUrl) -> None:
+    with pytest.raises(UnknownModel, match="'model'"):
+        OnlineRun(make_url("inbox"), registry, "modle", OnlineSettings())
+
+
+def test_an_inbox_that_does_not_exist_is_not_made(memory_registry: str, tmp_path) -> None:
+    run = open_run(str(tmp_path / "typo"), memory_registry)
+    with pytest.raises(StoreNotFound, match="typo"):
+        online.step(run)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_an_archive_inside_the_inbox_is_refused(memory_registry: str, memory_url: MakeUrl) -> None:
+    with pytest.raises(UnsupportedStore, match="inside the inbox"):
+        open_run(
+            memory_url("inbox"), memory_registry, after_commit="archive", archive_to=memory_url("inbox") + "/archive"
+        )
+
+
+@pytest.mark.parametrize("blob", ["weights", "state"])
+def test_an_edited_blob_is_refused_and_the_inbox_untouched(blob: str, registry: str, make_url: MakeUrl) -> None:
+    put(make_url("inbox"), days(1))
+    log = open_log(registry, "model")
+    ref = getattr(log.head().manifest.blobs, blob)
+    data = bytearray(log.store.read(ref.key))
+    data[-1] ^= 1
+    log.store.write(ref.key, bytes(data))
+    with pytest.raises(CorruptObject, match="sha256"):
+        online.step(open_run(make_url("inbox"), registry))
+    assert keys(make_url("inbox")) == ["00.parquet"]
+
+
+def test_a_manifest_of_a_newer_format_is_refused(memory_registry: str, memory_url: MakeUrl) -> None:
+    store = open_store(memory_registry)
+    fields = json.loads(store.read("model/log/00000000.json"))
+    store.write("model/log/00000000.json", json.dumps(fields | {"format": 2}).encode())
+    with pytest.raises(UnsupportedFormat, match="Upgrade"):
+        open_run(memory_url("inbox"), memory_registry)
+
+
+def test_an_error_leaves_nothing_half_trained_in_memory(memory_registry: str, memory_url: MakeUrl) -> None:
+    """The store fails when the manifest is written: the next step starts from the head and gets the same bits."""
+    put(memory_url("inbox"), days(2))
+    failures: Iterator[None] = iter([None])
+
+    def fail_once(call: Call) -> None:
+        if call.verb == "create" and "/log/" in call.key and call.phase == "before" and next(failures, 1) is None:
+            raise PermissionDenied("no")
+
+    run = open_run(memory_url("inbox"), memory_registry, lambda url: FaultStore(open_store(url), fail_once))
+    with pytest.raises(PermissionDenied):
+        online.step(run)
+    drain(run)
+    begin(memory_url("clean/registry"), memory_url("clean/dataset"))
+    put(memory_url("clean/inbox"), days(2))
+    drain(open_run(memory_url("clean/inbox"), memory_url("clean/registry")))
+    digests = {
+        open_log(url, "model").head().manifest.blobs.state.sha256
+        for url in (memory_registry, memory_url("clean/registry"))
+    }
+    assert len(digests) == 1
+
+
+def test_a_changed_environment_is_said(memory_registry: str, memory_url: MakeUrl, caplog) -> None:
+    put(memory_url("inbox"), days(1))
+    log = open_log(memory_registry, "model")
+    manifest = log.head().manifest
+    other = manifest.model_dump(include={"kind", "spec", "blobs"}) | {
+        "environment": {**manifest.environment, "torch": "1.0"}
+    }
+    log.commit(log.head(), Entry.model_validate(other))
+    with caplog.at_level(logging.WARNING):
+        drain(open_run(memory_url("inbox"), memory_registry))
+    assert "bits may differ" in caplog.text
+
+
+def test_the_report_says_since_when_the_oldest_waits(memory_registry: str, memory_url: MakeUrl) -> None:
+    before = datetime.datetime.now(datetime.UTC)
+    put(memory_url("inbox"), {"a.parquet": b"PAR1 half"})
+    report = drain(open_run(memory_url("inbox"), memory_registry, grace_seconds=3600))
+    assert report.waiting == 1
+    assert report.oldest_waiting is not None
+    assert before - datetime.timedelta(seconds=2) <= report.oldest_waiting
+    assert json.loads(report.model_dump_json())["waiting"] == 1
+
+
+def test_a_model_whose_code_changed_is_refused(memory_registry: str, memory_url: MakeUrl) -> None:
+    log = open_log(memory_registry, "model")
+    manifest = log.head().manifest
+    spec = manifest.spec | {"model": {"factory": "mlp", "arguments": {"hidden": [4]}}}
+    log.commit(log.head(), Entry.model_validate(manifest.model_dump(include={"kind", "blobs"}) | {"spec": spec}))
+    with pytest.raises(StateMismatch):
+        online.step(open_run(memory_url("inbox"), memory_registry))

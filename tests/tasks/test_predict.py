@@ -1,0 +1,84 @@
+"""Prediction with a registered version: the same preprocessing as in training, one file for each file."""
+
+import io
+from collections.abc import Callable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from storage.errors import DatasetError, UnknownAlias
+from storage.urls import open_store
+from tasks import batch, maintenance
+from tasks.predict import predict
+from tasks.settings import BatchSettings
+from tasks.training.errors import ColumnError
+from tasks.training.spec import Spec
+from tests.tasks.rows import SPEC, keys, put, rows
+
+MakeUrl = Callable[[str], str]
+
+
+def train(registry: str, dataset: str, spec: Spec = SPEC) -> None:
+    run = batch.open_run(batch.take_snapshot(dataset), registry, "model", spec, BatchSettings(holdout=0))
+    for epoch in run.epochs_left:
+        batch.train_epoch(run, epoch)
+    batch.finish(run, batch.register(run, batch.evaluate(run)))
+
+
+def read(url: str, key: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(open_store(url).read(key)))
+
+
+def test_predictions_stand_beside_the_rows_in_their_order(make_url: MakeUrl) -> None:
+    put(make_url("dataset"), {"a.parquet": rows(120, 0), "sub/b.parquet": rows(60, 1)})
+    train(make_url("registry"), make_url("dataset"))
+    done = predict(make_url("registry"), "model", make_url("dataset"), make_url("out"), columns=["y"])
+    assert (done.files, done.rows, done.version) == (2, 180, 0)
+    assert keys(make_url("out")) == ["a.parquet", "sub/b.parquet"]
+    table = read(make_url("out"), "a.parquet")
+    assert table.schema.names == ["y", "prediction"]
+    truth, predicted = (torch.tensor(table[c].to_pylist()) for c in ("y", "prediction"))
+    assert float((truth - predicted).abs().mean()) < 0.1
+
+
+def test_the_target_is_not_needed(memory_url: MakeUrl) -> None:
+    put(memory_url("dataset"), {"a.parquet": rows(100, 0)})
+    train(memory_url("registry"), memory_url("dataset"))
+    put(memory_url("new"), {"a.parquet": rows(10, 1).drop_columns("y")})
+    predict(memory_url("registry"), "model", memory_url("new"), memory_url("out"))
+    assert read(memory_url("out"), "a.parquet").schema.names == ["prediction"]
+
+
+def test_classes_are_predicted_as_probabilities(memory_url: MakeUrl) -> None:
+    table = rows(100, 0)
+    labels = [int(y > 0) + int(y > 1) for y in table["y"].to_pylist()]
+    put(memory_url("dataset"), {"a.parquet": table.set_column(2, "y", [labels])})
+    spec = Spec.model_validate(SPEC.model_dump() | {"task": "multiclass", "classes": 3})
+    train(memory_url("registry"), memory_url("dataset"), spec)
+    predict(memory_url("registry"), "model", memory_url("dataset"), memory_url("out"))
+    probabilities = torch.tensor(read(memory_url("out"), "a.parquet")["prediction"].to_pylist())
+    assert probabilities.shape == (100, 3)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(100))
+
+
+def test_what_cannot_be_predicted(memory_url: MakeUrl) -> None:
+    put(memory_url("dataset"), {"a.parquet": rows(100, 0)})
+    train(memory_url("registry"), memory_url("dataset"))
+    with pytest.raises(UnknownAlias, match=r"no alias .best. \(there are: champion"):
+        predict(memory_url("registry"), "model", memory_url("dataset"), memory_url("out"), version="best")
+    with pytest.raises(DatasetError, match="no column 'z'"):
+        predict(memory_url("registry"), "model", memory_url("dataset"), memory_url("out"), columns=["z"])
+    put(memory_url("other"), {"a.parquet": rows(10, 1).drop_columns("b")})
+    with pytest.raises(ColumnError, match="'b'"):
+        predict(memory_url("registry"), "model", memory_url("other"), memory_url("out"))
+    assert keys(memory_url("out")) == []
+
+
+def test_garbage_collection_is_told_in_keys(memory_url: MakeUrl) -> None:
+    put(memory_url("dataset"), {"a.parquet": rows(100, 0)})
+    for seed in range(3):
+        train(memory_url("registry"), memory_url("dataset"), Spec.model_validate(SPEC.model_dump() | {"seed": seed}))
+    deleted = maintenance.collect_garbage(memory_url("registry"), "model", keep=1)
+    assert sorted(key.split("/")[-1][:8] for key in deleted) == ["00000000"] * 2 + ["00000001"] * 2
