@@ -1,12 +1,13 @@
 """The settings of the flows as flags of the command line, and the file behind `train --spec`."""
 
+import difflib
 import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, MissingArgumentError
+from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError
 from cyclopts.config import Dict as ConfigDict
 from cyclopts.help import format_usage
 from pydantic import BeforeValidator, Field, ValidationError
@@ -110,14 +111,29 @@ def explain(app: App, error: CycloptsError) -> str:
     if isinstance(error.__cause__, ValidationError):
         problems = [_problem(details) for details in error.__cause__.errors()]
     elif isinstance(error, MissingArgumentError) and error.argument is not None:
-        problems = [f"{error.argument.name} is missing"]
-        if chain == ["train"] and error.argument.name.startswith("--"):
-            problems[0] += ": give it as a flag, or in the file that --spec names"
+        problems = [_missing(error.argument.name)]
+    elif isinstance(error, UnknownOptionError) and error.token.source not in ("", "cli"):
+        problems = [_unknown(error.token.source, error.token.keyword or error.token.value)]
     else:
         problems = [str(error)]
     usage = (app[chain[0]].usage if chain else None) or format_usage(app, chain).plain.strip()
     lines = [f"{program}: {problem}" for problem in problems]
     return "\n".join([*lines, f"Usage: {usage.removeprefix('Usage: ')}", f"`{program} --help` explains it."])
+
+
+def _missing(name: str) -> str:
+    flag = name.startswith("--")  # only settings of the spec are required flags
+    return f"{name} is missing" + (": give it as a flag, or in the file that --spec names" if flag else "")
+
+
+def _unknown(file: str, keys: str) -> str:
+    """A setting that the spec does not have; keys such as `[model][factry]`."""
+    name = keys.strip("[]").replace("][", ".")
+    nearest = difflib.get_close_matches(
+        name, [*Spec.model_fields, "model.factory", "model.arguments", "optimizer.name"]
+    )
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{file} holds {name!r}, which is no setting{hint}"
 
 
 def _problem(details: "ErrorDetails") -> str:
@@ -126,6 +142,8 @@ def _problem(details: "ErrorDetails") -> str:
     if not details["loc"]:  # of the settings together
         return message
     flag = "--" + ".".join(str(part) for part in details["loc"]).replace("_", "-")
+    if details["type"] == "missing":
+        return _missing(flag)
     if details["type"] == "value_error":
         return f"{flag}: {message}"
     if flag in (parts := {"--model": "--model.factory", "--optimizer": "--optimizer.name"}):

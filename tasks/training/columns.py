@@ -142,7 +142,7 @@ def _bucket_of_each(values: Sequence[Any], buckets: int) -> list[int]:
 
 
 def canonical(value: bytes | float | Decimal) -> bytes:
-    """The bytes that stand for a category: text as UTF-8, numbers as decimal text, so that int8 3 and float64 3.0 agree.
+    """The bytes that stand for a category: text as UTF-8, numbers as digits, so that int8 3 and float64 3.0 agree.
 
     Raises ValueError for NaN and infinity.
     """

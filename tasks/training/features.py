@@ -118,7 +118,7 @@ class Features:
         return [column.name for column in self.columns] + ([self.target] if labelled else [])
 
     def check(self, schema: pa.Schema, where: str, *, labelled: bool = True) -> None:
-        """Raises ColumnError if a column is missing from `schema`, or means something else than when it was resolved."""
+        """Raises ColumnError if a column is missing from `schema`, or means something else than at the start."""
         expected = [(column.name, column.family, column.width) for column in self.columns]
         if labelled:
             expected.append((self.target, self.target_family, None))
@@ -193,8 +193,8 @@ class Features:
     def encode(self, table: pa.Table, where: str, *, labelled: bool = True, out_NF: Tensor | None = None) -> Encoded:
         """Columns of a table as tensors; `where` names the table in messages.
 
-        A null number becomes the mean (0 once standardised; 0 too if not standardising), a null category id 0. `out_NF`, if
-        given, is contiguous float32 and becomes x_NF. Without `labelled` the target is not looked at.
+        A null number becomes the mean (0 once standardised; 0 too if not standardising), a null category id 0.
+        `out_NF`, if given, is contiguous float32 and becomes x_NF. Without `labelled` the target is not looked at.
         Raises ColumnError: NaN, infinity, or a label that the task does not have.
         """
         assert self.fitted, "fit() comes before encode()"
@@ -214,9 +214,10 @@ class Features:
         names = [column.name for column in self.columns for _ in range(column.numbers)]
         bad_NF = ~torch.isfinite(x_NF)
         first = int(bad_NF.any(0).nonzero()[0])
+        count = int(bad_NF[:, first].sum())
         return ColumnError(
-            f"column {names[first]!r} of {where} has NaN, infinity or a value beyond float32 in {int(bad_NF[:, first].sum())} "
-            f"rows: write nulls for missing values"
+            f"column {names[first]!r} of {where} has NaN, infinity or a value beyond float32 in {count} rows: "
+            f"write nulls for missing values"
         )
 
     def _target(self, array: pa.Array[Any], where: str) -> tuple[Tensor, Tensor | None]:

@@ -146,7 +146,7 @@ def _parsed(data: bytes, what: str) -> dict[str, Tensor]:
 
 
 def _about(state: bytes) -> dict[str, Any]:
-    """The JSON in the metadata. The header is an 8-byte little-endian length and that much JSON (safetensors' format)."""
+    """The JSON in the metadata. A safetensors file begins with an 8-byte little-endian length and that much JSON."""
     _parsed(state, "bytes of the training state")
     header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
     about: dict[str, Any] = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))

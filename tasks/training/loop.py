@@ -111,8 +111,8 @@ def train_pass(
 def score(learner: Learner, groups: Sequence[RowGroup], split: Split | None = None) -> Score:
     """Loss and metrics on every labelled row of the groups (of `split`). The learner is not changed.
 
-    Metrics: mae and rmse for regression, in units of the target; accuracy and auroc (from binned scores; left out when only
-    one class occurs) for binary; accuracy for multiclass. A non-finite loss is returned, not raised.
+    Metrics: mae and rmse for regression, in units of the target; accuracy and auroc (from binned scores; left out when
+    only one class occurs) for binary; accuracy for multiclass. A non-finite loss is returned, not raised.
     Raises ColumnError and OutputShapeError.
     """
     spec, model = learner.spec, learner.model
@@ -194,7 +194,7 @@ def _is_column(spec: Spec, output: object, rows: int) -> bool:
     if spec.task == "multiclass":
         if shape != (rows, spec.outputs):
             raise OutputShapeError(
-                f"the model returned {shape} for {rows} rows and {spec.outputs} classes: return [{rows}, {spec.outputs}]"
+                f"the model returned {shape} for {rows} rows of {spec.outputs} classes: return [{rows}, {spec.outputs}]"
             )
         return False
     if shape not in ((rows, 1), (rows,)):

@@ -51,7 +51,7 @@ class BinnedAUROC(Metric):
 def metrics_of(spec: Spec) -> dict[str, Metric]:
     """Fresh metrics of the spec's task, by name.
 
-    They are updated with (values, targets) in units of the target for regression, else with (probabilities, int64 labels).
+    They are updated with (values, targets) in units of the target for regression, else (probabilities, int64 labels).
     """
     if spec.task == "regression":
         found: dict[str, Metric] = {"mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False)}

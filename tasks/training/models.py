@@ -1,7 +1,7 @@
 """Networks: the built-in ones, and those of the user's own factory.
 
-Every model is called `model(x_BF)`, or `model(x_BF, ids_BC)` when there are category columns, and returns [B, outputs] (for
-one output [B] will do): numbers for regression, logits for binary and multiclass.
+Every model is called `model(x_BF)`, or `model(x_BF, ids_BC)` when there are category columns, and returns [B, outputs]
+(for one output [B] will do): numbers for regression, logits for binary and multiclass.
 
 Shape legend: B rows of a batch, F numbers and C categories of one row, E size of an embedding.
 """

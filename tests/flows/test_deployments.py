@@ -1,12 +1,13 @@
 """Deployments, end to end: a Prefect server, `prefect deploy`, a worker, S3, and schedules that make the runs."""
 
 import datetime
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def worker(folder: Path) -> Iterator[None]:
         yield
     finally:
         stop(process, signal.SIGINT)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a run that it had just started
 
 
 def test_the_shipped_file_deploys_as_it_is(client: SyncPrefectClient, tmp_path: Path) -> None:
@@ -100,6 +103,7 @@ def test_schedules_run_both_pipelines(client: SyncPrefectClient, place: Place, t
 
         run = scheduled_run(client, batch, tmp_path)
         assert run.state_name == "Completed"
+        client.update_deployment_schedule(batch.id, batch.schedules[0].id, active=False)
         assert log.head().number == 0
         wait_until(lambda: "epoch 2 of 2" in messages(client, run), seconds=30, what="our progress in Prefect's log")
 
@@ -131,7 +135,7 @@ def write_deployments(folder: Path, place: Place) -> None:
     online["parameters"] |= {"inbox": place.inbox, "registry": place.registry, "model": "model"}
     online["parameters"]["settings"] |= {"archive_to": place.archive, "max_shards": 2}
     now = datetime.datetime.now(datetime.UTC).isoformat()
-    batch["schedules"] = [{"interval": 3600, "anchor_date": now, "slug": "soon"}]
+    batch["schedules"] = [{"interval": 10, "anchor_date": now, "slug": "nightly"}]
     online["schedules"] = [{"interval": 10, "anchor_date": now, "slug": "poll", "active": False}]
     for deployment in (batch, online):
         deployment["work_pool"]["job_variables"]["env"]["OMP_NUM_THREADS"] = "1"

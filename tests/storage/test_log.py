@@ -1,7 +1,6 @@
 """The version log: how a version comes to exist, is found again, and is never lost or written twice."""
 
 import json
-import logging
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -924,7 +923,6 @@ class LogMachine(RuleBasedStateMachine):
         self.seen: list[Version | None] = [None]  # what some run believes to be the head
         self.aliases: dict[str, int] = {}
         self.retained = 0
-        logging.getLogger("tidemill.storage").setLevel(logging.ERROR)
 
     @rule(data=st.data(), fault=st.sampled_from(["none", "retried", "lost", "refused"]))
     def commit(self, data: st.DataObject, fault: str) -> None:

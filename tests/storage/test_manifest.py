@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -86,12 +86,14 @@ def test_fields_without_a_value_are_left_out() -> None:
     assert decode(encode(manifest(parent=None)), WHERE).parent is None
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_floats_survive_exactly(value: float) -> None:
     back = decode(encode(manifest(metrics={"x": value})), WHERE).metrics["x"]
     assert (back, math.copysign(1, back)) == (value, math.copysign(1, value))
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)

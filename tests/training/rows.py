@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import torch
@@ -12,6 +12,9 @@ from tasks.training.features import Features
 from tasks.training.groups import RowGroup
 from tasks.training.learner import Learner
 from tasks.training.spec import Spec
+
+WHERE: Final = "part-0.parquet row group 0"
+VECTORS: Final = pa.array([[1, 2], None, [3, None], [5, 6]], pa.list_(pa.int32(), 2))
 
 
 @dataclass
@@ -57,11 +60,21 @@ def plain_spec(columns: int = 10, **settings: Any) -> Spec:
     return Spec(**(defaults | {"features": [f"x{i}" for i in range(columns)]} | settings))
 
 
+def spec_of(*features: Any, **settings: Any) -> Spec:
+    """A spec of these features, nothing standardised."""
+    return Spec(**({"features": features, "target": "y", "standardize_features": False} | settings))
+
+
+def table_of(array: pa.Array) -> pa.Table:
+    """The array as column a, with a target."""
+    return pa.table({"a": array, "y": pa.array([0.0] * len(array), pa.float32())})
+
+
 def begin(spec: Spec, groups: Sequence[RowGroup]) -> Learner:
     return Learner.create(spec, Features.resolve(spec, groups[0].schema).fit(groups))
 
 
-def encode(spec: Spec, table: pa.Table, where: str = "part-0.parquet row group 0") -> Any:
+def encode(spec: Spec, table: pa.Table, where: str = WHERE) -> Any:
     """The table encoded with statistics of its own."""
     features = Features.resolve(spec, table.schema).fit([TableGroup(where, table)])
     return features.encode(table, where)
@@ -106,10 +119,6 @@ class TiedNet(nn.Module):
 
     def forward(self, x_BF: Tensor) -> Tensor:
         return self.b(self.a(x_BF)) @ self.transposed
-
-
-def flat_outputs(x_BF: Tensor) -> Tensor:
-    return x_BF.sum(1)
 
 
 class FlatNet(nn.Linear):

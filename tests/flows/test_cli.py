@@ -1,0 +1,597 @@
+"""The command line, as a user meets it: in this process where that is enough, in processes of its own where it matters."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+import flows.batch
+import flows.online
+from flows.cli import app, main
+from storage.inbox import quarantined
+from storage.log import open_log
+from storage.urls import open_store
+from tasks.batch import VersionInfo
+from tasks.online import OnlineReport
+from tasks.settings import BatchSettings, OnlineSettings
+from tasks.training.spec import Column, Model, Optimizer, Spec
+from tests.flows.conftest import Place
+from tests.flows.data import NOT_PARQUET, SPEC, SPEC_FIELDS
+from tests.flows.prefect_server import prefect_environment
+from tests.guarantees.children import drain, train
+from tests.s3_server import S3
+
+COMMANDS = [name for name in app if not name.startswith("-")]
+
+memory = pytest.mark.parametrize("make_url", ["memory"], indirect=True)
+local = pytest.mark.parametrize("make_url", ["local"], indirect=True)
+
+
+@dataclass(frozen=True)
+class Result:
+    code: object
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def tidemill(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in this process."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, value in os.environ.items():
+        monkeypatch.setenv(name, value)  # so that what the command sets is taken back
+
+    def run(*arguments: str) -> Result:
+        capsys.readouterr()
+        handlers = [*logging.getLogger().handlers]
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert logging.getLogger().handlers == handlers
+        return Result(ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def model(place: Place) -> Place:
+    """A place with versions 0 (batch, champion), 1 and 2 (online) of "model", and one shard in quarantine."""
+    train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
+    place.drop("a.parquet", "b.parquet")
+    open_store(place.inbox).write("c.parquet", NOT_PARQUET)
+    drain(open_store, place.inbox, place.registry, OnlineSettings(max_shards=2, grace_seconds=0))
+    return place
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+def test_help_lists_the_commands_and_shows_a_first_session(tidemill: Run) -> None:
+    for arguments in (["--help"], []):
+        result = tidemill(*arguments)
+        assert (result.code, result.err) == (0, "")
+        for command in COMMANDS:
+            assert f"│ {command} " in result.out
+        assert "tidemill train ./data ./registry flights" in result.out
+        assert "AWS_ENDPOINT_URL_S3" in result.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_an_example(tidemill: Run, command: str) -> None:
+    result = tidemill(command, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert f"\n tidemill {command} ./" in result.out
+    assert "[required]" in result.out
+
+
+def test_the_settings_are_explained(tidemill: Run) -> None:
+    words = " ".join(tidemill("train", "--help").out.replace("│", " ").split())
+    assert "--model.arguments Keyword arguments of the factory, as JSON: '{\"hidden\": [64, 32]}'." in words
+    assert "--batch-size INT Rows in one gradient step. [default: 64]" in words
+    assert "--holdout FLOAT" in words
+    assert "{NAME}" not in words
+    assert "--empty" not in words
+    assert "[default: follow]" in tidemill("follow", "--help").out
+
+
+def test_version(tidemill: Run) -> None:
+    assert tidemill("--version").out.startswith("0.")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+@memory
+def test_status_of_a_registry(tidemill: Run, model: Place) -> None:
+    header, line = tidemill("status", model.registry).out.splitlines()
+    assert header.split() == ["MODEL", "HEAD", "KIND", "CREATED", "(UTC)", "ALIASES"]
+    assert line.startswith("model     2  online  20")
+    assert line.endswith("champion = 0")
+    (found,) = tidemill("status", model.registry, "--json").json["models"]
+    assert (found["model"], found["head"], found["aliases"]) == ("model", 2, {"champion": 0})
+
+
+@memory
+def test_status_of_an_empty_registry(tidemill: Run, place: Place) -> None:
+    assert tidemill("status", place.registry).out == "no models\n"
+    assert tidemill("status", place.registry, "--json").json == {"models": []}
+
+
+@memory
+def test_status_of_a_model(tidemill: Run, model: Place) -> None:
+    lines = tidemill("status", model.registry, "model").out.splitlines()
+    assert lines[0] == f"model in {model.registry}"
+    assert lines[1].startswith("  head         version 2, online, 20")
+    assert lines[1].endswith(" ago)")
+    assert lines[3:] == [
+        "  aliases      champion = 0",
+        f"  trained on   2 epochs, 2 shards, {2 * 357 + 100:,} rows, 28 steps",
+        "  quarantine   1 shard (see tidemill requeue)",
+    ]
+    facts = tidemill("status", model.registry, "model", "--json").json
+    assert (facts["head"], facts["quarantined"], facts["aliases"]) == (2, 1, {"champion": 0})
+
+
+@memory
+def test_status_of_an_inbox(tidemill: Run, model: Place) -> None:
+    arguments = ("status", model.registry, "model", "--inbox", model.inbox)
+    assert tidemill(*arguments).out.splitlines()[-1] == "  inbox        0 shards waiting"
+    model.drop("b.parquet", "new.parquet")  # one of them again
+    *_, waiting, there = tidemill(*arguments).out.splitlines()
+    assert waiting.startswith("  inbox        1 shard waiting, the oldest since 20")
+    assert there.strip() == "1 consumed shard still there; unless kept, the next run removes them"
+    facts = tidemill(*arguments, "--json").json
+    assert (facts["waiting"], facts["consumed_in_inbox"]) == (1, 1)
+
+
+@memory
+def test_log(tidemill: Run, model: Place) -> None:
+    header, *lines = tidemill("log", model.registry, "model").out.splitlines()
+    assert header.split() == ["VERSION", "CREATED", "(UTC)", "KIND", "MADE", "FROM", "SCORE", "ALIASES"]
+    made_from = slice(header.index("MADE"), header.index("SCORE"))
+    assert [line[:7].strip() for line in lines] == ["2", "1", "0"]
+    assert [line[made_from].strip() for line in lines] == [
+        "0 shards, 0 rows, 1 rejected",
+        "2 shards, 100 rows",
+        "2 files, 400 rows",
+    ]
+    assert "loss 0." in lines[1]
+    assert lines[2].endswith("champion")
+    assert len({line.index("20") for line in lines}) == 1
+
+    assert len(tidemill("log", model.registry, "model", "-n", "2").out.splitlines()) == 3
+    versions = tidemill("log", model.registry, "model", "--json").json
+    assert [v["version"] for v in versions] == [2, 1, 0]
+    assert versions[1]["shards"] == ["a.parquet", "b.parquet"]
+    assert versions[2]["aliases"] == ["champion"]
+
+
+@memory
+def test_show(tidemill: Run, model: Place) -> None:
+    head = tidemill("show", model.registry, "model").json
+    assert (head["version"], head["kind"]) == (2, "online")
+    assert tidemill("show", model.registry, "model", "champion", "--json").json["version"] == 0
+    assert tidemill("show", model.registry, "model", "1").json["consumed"][0]["key"] == "a.parquet"
+
+
+@memory
+def test_predict(tidemill: Run, model: Place) -> None:
+    result = tidemill("predict", model.registry, "model", model.dataset, model.archive, "--columns", "a", "y", "--json")
+    assert result.json["rows"] == 400
+    assert result.json["version"] == 0
+    assert "(2 of 2 files)" in result.err
+    table = pq.read_table(pa.BufferReader(open_store(model.archive).read("part-0.parquet")))
+    assert table.column_names == ["a", "y", "prediction"]
+
+    result = tidemill("predict", model.registry, "model", model.dataset, model.archive, "--version", "head")
+    assert result.out == f"400 predictions of version 2 in 2 files below {model.archive}\n"
+
+
+# ---- changing --------------------------------------------------------------------------------------------------------
+@memory
+def test_promote(tidemill: Run, model: Place) -> None:
+    assert tidemill("promote", model.registry, "model", "2").out == "champion is version 2\n"
+    result = tidemill("promote", model.registry, "model", "champion", "--alias", "previous", "--json")
+    assert result.json == {"alias": "previous", "version": 2}
+    assert open_log(model.registry, "model").aliases() == {"champion": 2, "previous": 2}
+
+
+@memory
+def test_rollback(tidemill: Run, model: Place) -> None:
+    words = "head is version 3, with the weights and state of version 1; champion is version 1\n"
+    assert tidemill("rollback", model.registry, "model", "1").out == words
+    result = tidemill("rollback", model.registry, "model", "champion", "--json")
+    assert result.json == {"head": 4, "rolled_back_to": 1, "alias": "champion"}
+    log = open_log(model.registry, "model")
+    assert log.head().manifest.blobs.weights.sha256 == log.version(1).manifest.blobs.weights.sha256
+    assert "version 1 " in tidemill("log", model.registry, "model", "-n", "1").out
+
+
+@memory
+def test_requeue_lists_and_sends_back(tidemill: Run, model: Place) -> None:
+    (name,) = quarantined(open_log(model.registry, "model"))
+    first, second = tidemill("requeue", model.registry, "model").out.splitlines()
+    assert first == f"{name}  {model.inbox}/c.parquet"
+    assert "footer" in second
+    assert tidemill("requeue", model.registry, "model", "--json").json[name]["key"] == "c.parquet"
+    assert model.inbox_keys() == []
+
+    assert tidemill("requeue", model.registry, "model", name).out == f"{name} is c.requeued-{name}.parquet again\n"
+    assert model.inbox_keys() == [f"c.requeued-{name}.parquet"]
+    assert tidemill("requeue", model.registry, "model").out == "quarantine is empty\n"
+    assert tidemill("requeue", model.registry, "model", name).code == 1
+
+
+@memory
+def test_requeue_everything(tidemill: Run, model: Place) -> None:
+    (name,) = quarantined(open_log(model.registry, "model"))
+    result = tidemill("requeue", model.registry, "model", "--all", "--json")
+    assert result.json == {name: f"c.requeued-{name}.parquet"}
+    assert tidemill("requeue", model.registry, "model", "--all").out == "quarantine is empty\n"
+    assert tidemill("requeue", model.registry, "model", name, "--all").code == 2
+
+
+@memory
+def test_gc(tidemill: Run, model: Place) -> None:
+    result = tidemill("gc", model.registry, "model", "--keep", "1", "--json")
+    assert {key.split("/")[-1][:8] for key in result.json["deleted"]} == {"00000001"}
+    assert tidemill("gc", model.registry, "model", "--keep", "1").out == "0 blobs removed\n"
+
+
+# ---- train and follow: from flags to the flows -----------------------------------------------------------------------
+@pytest.fixture
+def batch_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the batch flow is called with; it does nothing."""
+    calls: list[tuple[Any, ...]] = []
+
+    def batch_training(*arguments: Any) -> VersionInfo:
+        calls.append(arguments)
+        metrics: dict[str, object] = {"holdout_rows": 40, "holdout": {"loss": 0.25}}
+        return VersionInfo(registry=arguments[1], model=arguments[2], version=3, trained=True, metrics=metrics)
+
+    monkeypatch.setattr(flows.batch, "batch_training", batch_training)
+    return calls
+
+
+def test_train_with_flags_only(tidemill: Run, batch_calls: list[tuple[Any, ...]]) -> None:
+    result = tidemill(
+        *("train", "d", "r", "m", "--features", "a", '{"name": "c", "kind": "category"}', "--target", "y"),
+        *("--model.factory", "mlp", "--model.arguments", '{"hidden": [8, "9"], "dropout": 0.5}'),
+        *("--optimizer.name", "adam", "--optimizer.arguments", '{"amsgrad": true}'),
+        *("--no-shuffle", "--learning-rate", "1e-3", "--holdout", "0.5", "--alias", "latest"),
+    )
+    assert result.out == "version 3 of m: trained\nscore: loss 0.25 on 40 held-out rows\n"
+    spec = Spec(
+        features=(Column(name="a"), Column(name="c", kind="category")),
+        target="y",
+        model=Model(factory="mlp", arguments={"hidden": [8, "9"], "dropout": 0.5}),
+        optimizer=Optimizer(name="adam", arguments={"amsgrad": True}),
+        shuffle=False,
+        learning_rate=1e-3,
+    )
+    assert batch_calls == [("d", "r", "m", spec, BatchSettings(holdout=0.5, alias="latest"))]
+    assert type(batch_calls[0][3]) is Spec
+
+
+@pytest.mark.parametrize("write", [json.dumps, yaml.safe_dump])
+@pytest.mark.parametrize("flag", ["--spec {}", "--spec={}"])
+def test_train_with_a_file(
+    tidemill: Run, batch_calls: list[tuple[Any, ...]], tmp_path: Path, write: Callable[[Any], str], flag: str
+) -> None:
+    """Flags override the file; what neither says has its default."""
+    fields = SPEC_FIELDS | {
+        "features": ["a", {"name": "c", "kind": "category", "buckets": 8}],
+        "model": {"factory": "mlp", "arguments": {"hidden": [8], "dropout": 0.5}},
+        "optimizer": {"name": "adam", "arguments": {"betas": [0.5, 0.9]}},
+        "shuffle": False,
+        "loss": None,
+    }
+    file = tmp_path / "spec"
+    file.write_text(write(fields))
+    result = tidemill("train", "d", "r", "m", *flag.format(file).split(), "--epochs", "7", "--optimizer.name", "adamw")
+    assert result.code == 0, result.err
+    wanted = fields | {"epochs": 7, "optimizer": {"name": "adamw", "arguments": {"betas": [0.5, 0.9]}}}
+    assert batch_calls == [("d", "r", "m", Spec.model_validate(wanted), BatchSettings())]
+
+
+@memory
+def test_the_spec_of_a_version_can_be_used_again(
+    tidemill: Run, model: Place, batch_calls: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps(tidemill("show", model.registry, "model").json["spec"]))
+    assert tidemill("train", "d", "r", "m", "--spec", str(file)).code == 0
+    assert batch_calls[0][3] == SPEC
+
+
+def test_follow_with_flags(tidemill: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def online_training(*arguments: Any) -> OnlineReport:
+        calls.append(arguments)
+        return OnlineReport(
+            model="m",
+            first_version=4,
+            head=5,
+            versions=2,
+            shards=3,
+            rows=1500,
+            score={"loss": 0.5},
+            rejected=1,
+            last_rejected={"x.parquet": "x.parquet: no column y"},
+            owed=1,
+        )
+
+    monkeypatch.setattr(flows.online, "online_training", online_training)
+    result = tidemill("follow", "i", "r", "m", "--max-shards", "8", "--after-commit", "archive", "--archive-to", "z")
+    settings = OnlineSettings(mode="follow", max_shards=8, after_commit="archive", archive_to="z")
+    assert calls == [("i", "r", "m", settings)]
+    assert type(calls[0][3]) is OnlineSettings
+    assert result.out.splitlines() == [
+        "head of m is version 5: 2 new versions from 3 shards, 1,500 rows",
+        "  score        loss 0.5 on these shards, each before it was trained on",
+        "  rejected     1 shard, moved to quarantine (see tidemill requeue)",
+        "               x.parquet: no column y",
+        "  not deleted  1 consumed shard; the next run tries again",
+    ]
+    result = tidemill("follow", "i", "r", "m", "--mode", "drain", "--json")
+    assert calls[1][3] == OnlineSettings()
+    assert OnlineReport.model_validate(result.json).shards == 3
+
+
+# ---- wrong usage -----------------------------------------------------------------------------------------------------
+FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nonsense",), 'Unknown command "nonsense". Available commands: train, follow'),
+        (("status",), "tidemill status: REGISTRY is missing"),
+        (("status", "r", "m", "--jsno"), "tidemill status: Unknown option: --jsno. Did you mean --json?"),
+        (("status", "r", "--inbox", "i"), "--inbox needs the name of a model"),
+        (("log", "r", "m", "-n", "x"), 'Invalid value for -n: unable to convert "x" into int'),
+        (("gc", "r", "m", "--keep", "0"), 'Invalid value "0" for --keep. Must be >= 1'),
+        (("train", "d", "r", "m"), "--features is missing: give it as a flag, or in the file that --spec names"),
+        ((*FLAGS, "--epochs", "0"), "--epochs: input should be greater than or equal to 1, not '0'"),
+        ((*FLAGS, "--task", "x"), "--task: input should be 'regression', 'binary' or 'multiclass', not 'x'"),
+        ((*FLAGS, "--holdout", "2"), "--holdout: input should be less than 1, not '2'"),
+        ((*FLAGS, "--epoch", "1"), "Unknown option: --epoch. Did you mean --epochs?"),
+        ((*FLAGS, "--model", "mlp"), "--model is set by its parts, such as --model.factory"),
+        ((*FLAGS, "--model.factory", "a-b:c"), "--model.factory: model.factory 'a-b:c' is none of linear, mlp"),
+        ((*FLAGS, "--model.arguments", "5"), "--model.arguments: give one JSON object"),
+        ((*FLAGS, "--model.arguments", '{"a'), "Invalid value for --model.arguments: JSONDecodeError"),
+        (
+            (*FLAGS, "--model.arguments.hidden", "8"),
+            'give all arguments as one JSON object: --model.arguments \'{"hidden"',
+        ),
+        ((*FLAGS, "--optimizer.arguments", '{"lr": 1}'), "set learning_rate on the spec instead"),
+        (("train", "d", "r", "m", "--features", "a", "--target", "a"), "target 'a' is also among the features"),
+        (("train", "d", "r", "m", "--spec", "/no/such/file"), "--spec /no/such/file cannot be read: [Errno 2]"),
+        (("follow", "i", "r", "m", "--mode", "x"), "--mode: input should be 'drain' or 'follow', not 'x'"),
+        (("follow", "i", "r", "m", "--after-commit", "archive"), "and archive_to=URL go together"),
+    ],
+)
+def test_wrong_usage(tidemill: Run, arguments: tuple[str, ...], message: str) -> None:
+    result = tidemill(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("tidemill")
+    assert message in result.err
+
+
+def test_wrong_usage_shows_the_right_one(tidemill: Run) -> None:
+    *_, usage, more = tidemill(*FLAGS, "--foo").err.splitlines()
+    assert usage.startswith("Usage: tidemill train DATASET REGISTRY MODEL (--spec FILE | --features COLUMN...")
+    assert more == "`tidemill train --help` explains it."
+    *_, usage, _ = tidemill("gc", "r", "m", "--foo").err.splitlines()
+    assert usage == "Usage: tidemill gc [OPTIONS] REGISTRY MODEL"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("features: [a", "cannot be read: while parsing"),
+        ("[1, 2]", "must hold one mapping of settings"),
+        (
+            "{features: [a], target: y, epoch: 3}",
+            "spec.yaml holds 'epoch', which is no setting; did you mean 'epochs'?",
+        ),
+        (
+            "{features: [a], target: y, model: {factry: mlp}}",
+            "holds 'model.factry', which is no setting; did you mean 'mod",
+        ),
+        ("{features: [{name: a, knd: number}], target: y}", "--features.0.knd: extra inputs are not permitted"),
+        ("{features: [a], target: y, epochs: 0}", "--epochs: input should be greater than or equal to 1"),
+        (
+            "{features: [a], target: y, model: {factory: mlp, arguments: {day: 2026-01-01}}}",
+            "cannot be written as JSON",
+        ),
+        ("{features: [a]}", "--target is missing"),
+    ],
+)
+def test_a_bad_spec_file(tidemill: Run, tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text(content)
+    result = tidemill("train", "d", "r", "m", "--spec", str(file))
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+
+
+# ---- what fails ------------------------------------------------------------------------------------------------------
+@memory
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("status", "{}", "modle"), "holds no model 'modle'. Did you mean 'model'? It holds: model."),
+        (("log", "{}", "nothing"), "holds no model 'nothing'. It holds: model."),
+        (("requeue", "{}", "nothing"), "holds no model 'nothing'. It holds: model."),
+        (("gc", "{}", "nothing"), "holds no model 'nothing'. It holds: model."),
+        (("show", "{}", "model", "17"), "has no version 17. `tidemill log` lists what there is."),
+        (("show", "{}", "model", "latest"), "has no alias 'latest' (there are: champion)."),
+        (("promote", "{}", "model", "1", "--alias", "head"), "'head' cannot be an alias"),
+        (("rollback", "{}", "model", "17"), "has no version 17"),
+        (("requeue", "{}", "model", "x"), "quarantine holds no 'x'"),
+        (("predict", "{}", "model", "memory://void/x", "memory://void/y"), "holds no Parquet file"),
+        (("status", "{}", "model", "--inbox", "/no/such/folder"), "there is no such folder"),
+        (("status", "/no/such/folder"), "file:///no/such/folder: there is no such folder. Check the URL"),
+        (("log", "/no/such/folder", "model"), "file:///no/such/folder: there is no such folder. Check the URL"),
+        (("gc", "/no/such/folder", "model"), "file:///no/such/folder: there is no such folder. Check the URL"),
+        (("status", "ftp://x/y"), "ftp:// is not known here"),
+    ],
+)
+def test_failures_say_what_and_where(tidemill: Run, model: Place, arguments: tuple[str, ...], message: str) -> None:
+    result = tidemill(*(argument.format(model.registry) for argument in arguments))
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("tidemill: ")
+    assert message in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_missing_bucket(tidemill: Run, s3_server: S3) -> None:
+    result = tidemill("status", "s3://tidemill-no-such-bucket/registry", "model")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("tidemill: s3://tidemill-no-such-bucket")
+    assert len(result.err.splitlines()) == 1
+
+
+def test_wrong_credentials(s3_server: S3, tmp_path: Path) -> None:
+    environment = os.environ | {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    result = in_process("status", "s3://tidemill-tests/registry", cwd=tmp_path, environment=environment)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("tidemill: s3://tidemill-tests")
+    assert len(result.err.splitlines()) == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("storage.log.open_log", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["log", "r", "m"])
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+TIDEMILL = Path(sys.executable).with_name("tidemill")
+
+
+def start(*arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> "subprocess.Popen[str]":
+    """The console script, in a folder."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([TIDEMILL, *arguments], cwd=cwd, env=environment or dict(os.environ), **pipes)
+
+
+def ended(process: "subprocess.Popen[str]") -> Result:
+    try:
+        out, err = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    return Result(process.returncode, out, err)
+
+
+def in_process(*arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> Result:
+    return ended(start(*arguments, cwd=cwd, environment=environment))
+
+
+@local
+def test_light_commands_import_nothing_heavy(model: Place, tmp_path: Path) -> None:
+    """`--help` and reading the registry must not wait for torch or Prefect, nor predictions for Prefect."""
+    code = """
+import sys
+from flows.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as ended:
+    assert not ended.code
+print("imported:", *(name for name in ("torch", "prefect", "pyarrow") if name in sys.modules), file=sys.stderr)
+"""
+
+    def imported(*arguments: str) -> str:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+        return done.stderr.splitlines()[-1]
+
+    assert imported("--help") == "imported:"
+    assert imported("train", "--help") == "imported:"
+    assert imported("status", model.registry, "model").split() in (["imported:"], ["imported:", "pyarrow"])
+    assert "prefect" not in imported("predict", model.registry, "model", model.dataset, model.archive)
+
+
+OWN_MODEL = """
+import torch
+
+def build(inputs):
+    return torch.nn.Linear(inputs.numbers, inputs.outputs)
+"""
+
+
+@local
+@pytest.mark.usefixtures("prefect_api")
+def test_training_in_processes_of_their_own(place: Place, tmp_path: Path) -> None:
+    """A model from the current folder; progress once; only the result on stdout; a failure is one line."""
+    (tmp_path / "mymodel.py").write_text(OWN_MODEL)
+    (tmp_path / "spec.json").write_text(json.dumps(SPEC_FIELDS))
+    spec = ("--spec", "spec.json", "--model.factory", "mymodel:build")
+    good = start("train", place.dataset, place.registry, "model", *spec, "--json", cwd=tmp_path)
+    bad = start("train", "no-such-folder", place.registry, "model", *spec, cwd=tmp_path)
+
+    result = ended(good)
+    assert result.code == 0, result.err
+    info = VersionInfo.model_validate(result.json)
+    assert (info.version, info.trained) == (0, True)
+    view, dataset, *epochs = result.err.splitlines()
+    assert "View at http://127.0.0.1" in view
+    assert dataset.endswith("/dataset: 2 files, 400 rows")
+    assert [line.split(maxsplit=1)[1].split(":")[0] for line in epochs] == ["epoch 1 of 2", "epoch 2 of 2"]
+
+    result = ended(bad)
+    assert (result.code, result.out) == (1, "")
+    view, message = result.err.splitlines()
+    assert "View at http://127.0.0.1" in view
+    assert message == f"tidemill: file://{tmp_path}/no-such-folder: there is no such folder. Check the URL"
+
+    place.drop("a.parquet")
+    settings = ("--mode", "drain", "--grace-seconds", "0")
+    result = in_process("follow", place.inbox, place.registry, "model", *settings, cwd=tmp_path)
+    assert result.code == 0, result.err
+    first, second = result.out.splitlines()
+    assert first == "head of model is version 1: 1 new version from 1 shard, 50 rows"
+    assert second.startswith("  score        loss 0.")
+    assert [line.count("version 1: 1 shards, 50 rows") for line in result.err.splitlines()] == [0, 1]
+
+
+@local
+def test_without_a_prefect_server(place: Place, tmp_path: Path) -> None:
+    """A first run on a new machine: a temporary server starts, and no other service or setting is needed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {"PREFECT_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}
+    began = time.monotonic()
+    flags = ("--features", "a", "b", "--target", "y", "--epochs", "1")
+    result = in_process("train", place.dataset, place.registry, "model", *flags, cwd=tmp_path, environment=environment)
+    assert result.code == 0, result.err
+    assert result.out.startswith("version 0 of model: trained\nscore: loss ")
+    assert "PREFECT_API_URL is not set: a temporary Prefect server starts first" in result.err
+    assert result.err.count("epoch 1 of 1") == 1
+    assert "Finished in state" not in result.err
+    print(f"{time.monotonic() - began:.0f} s")
+
+
+def test_a_prefect_server_that_does_not_answer(tmp_path: Path) -> None:
+    environment = os.environ | prefect_environment(tmp_path / "home") | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    result = in_process("follow", "i", "r", "m", cwd=tmp_path, environment=environment)
+    assert (result.code, result.out) == (1, "")
+    (line,) = result.err.splitlines()
+    assert line.startswith("tidemill: Failed to reach API at http://127.0.0.1:9/api/, the Prefect server that ")
