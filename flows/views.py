@@ -105,7 +105,7 @@ def _waiting(log: "VersionLog", head: "Version", inbox: "Inbox") -> tuple[dict[s
 
     def known(info: "ObjectInfo") -> bool:
         nonlocal consumed
-        was = (inbox.url, info.key, info.etag) in owed or tombstones.has_etag(inbox.url, info.key, info.etag)
+        was = (inbox.url, info.key, info.etag) in owed or tombstones.sha256_of(inbox.url, info.key, info.etag) is not None
         consumed += was
         return was
 

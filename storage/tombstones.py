@@ -17,7 +17,7 @@ class Tombstones:
 
     def __init__(self) -> None:
         self._lines: dict[tuple[str, str, str], tuple[str, bytes]] = {}
-        self._etags: set[tuple[str, str, str]] = set()
+        self._etags: dict[tuple[str, str, str], str] = {}
 
     @classmethod
     def decode(cls, data: bytes, where: str) -> "Tombstones":
@@ -40,15 +40,18 @@ class Tombstones:
         line = json.dumps([inbox, key, sha256, etag]).encode() + b"\n"
         self._forget((inbox, key, sha256))  # so that one consumed again counts as recent
         self._lines[inbox, key, sha256] = etag, line
-        self._etags.add((inbox, key, etag))
+        self._etags[inbox, key, etag] = sha256
 
     def has(self, inbox: str, key: str, sha256: str) -> bool:
         """True if this shard was consumed: the same key and the same bytes."""
         return (inbox, key, sha256) in self._lines
 
-    def has_etag(self, inbox: str, key: str, etag: str) -> bool:
-        """The same without having read the bytes; an equal etag means equal bytes, another etag means nothing."""
-        return (inbox, key, etag) in self._etags
+    def sha256_of(self, inbox: str, key: str, etag: str) -> str | None:
+        """Of a consumed shard with this etag, without having read the bytes: an equal etag means equal bytes.
+
+        None says nothing: the same bytes may have come under another etag.
+        """
+        return self._etags.get((inbox, key, etag))
 
     def prune(self, keep: Iterable[tuple[str, str, str]] = (), window: int = WINDOW) -> None:
         """Forget all but the last `window`, and never one of `keep` (inbox, key, sha256): those are still in the inbox."""
@@ -60,11 +63,11 @@ class Tombstones:
 
     def _forget(self, identity: tuple[str, str, str]) -> None:
         if (found := self._lines.pop(identity, None)) is not None:
-            self._etags.discard((identity[0], identity[1], found[0]))
+            self._etags.pop((identity[0], identity[1], found[0]), None)
 
     def copy(self) -> "Tombstones":
         other = Tombstones()
-        other._lines, other._etags = dict(self._lines), set(self._etags)
+        other._lines, other._etags = dict(self._lines), dict(self._etags)
         return other
 
     def __len__(self) -> int:

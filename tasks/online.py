@@ -198,16 +198,18 @@ class OnlineRun:
         """List the inbox for the coming steps; remove what was consumed before and has been sent again."""
         owed = {(debt.inbox, debt.key, debt.etag) for debt in loaded.owed}
 
+        def consumed_as(info: ObjectInfo) -> str | None:
+            return loaded.tombstones.sha256_of(self.inbox.url, info.key, info.etag)
+
         def known(info: ObjectInfo) -> bool:
-            return (self.inbox.url, info.key, info.etag) in owed or loaded.tombstones.has_etag(
-                self.inbox.url, info.key, info.etag
-            )
+            return (self.inbox.url, info.key, info.etag) in owed or consumed_as(info) is not None
 
         listing = self.inbox.list(LISTED_AHEAD, known)
-        again = [i for i in listing.known if (self.inbox.url, i.key, i.etag) not in owed]
         if self.settings.after_commit != "keep":
-            for info in again:
-                self._remove_duplicate(info, "")
+            for info in listing.known:
+                digest = consumed_as(info)
+                if digest is not None and (self.inbox.url, info.key, info.etag) not in owed:
+                    self._remove_duplicate(loaded, info, digest)
         self._ahead.extend(listing.shards)
         self.report.waiting, self.report.oldest_waiting = listing.waiting, listing.oldest
 
@@ -216,10 +218,11 @@ class OnlineRun:
         """True while shards of the last listing are left."""
         return bool(self._ahead)
 
-    def _remove_duplicate(self, info: ObjectInfo, digest: str) -> None:
+    def _remove_duplicate(self, loaded: _Loaded, info: ObjectInfo, digest: str) -> None:
+        """Remove a shard that was consumed before; if that is denied, it is owed like any other, and so remembered."""
         debt = Owed(inbox=self.inbox.url, key=info.key, sha256=digest, etag=info.etag, then="delete")
         logger.info("%s/%s was consumed before and sent again: removed, not trained on", self.inbox.url, info.key)
-        settle(self.log, [debt], self.stores)
+        loaded.owed += settle(self.log, [debt], self.stores)
         self.report.duplicates += 1
 
     def _warn(self, message: str) -> None:
@@ -259,7 +262,7 @@ class OnlineRun:
             return None
         if work.loaded.tombstones.has(self.inbox.url, info.key, shard.sha256):
             if self.settings.after_commit != "keep":
-                self._remove_duplicate(info, shard.sha256)
+                self._remove_duplicate(work.loaded, info, shard.sha256)
             return None
         learner = work.loaded.learner
         try:
@@ -283,7 +286,7 @@ class OnlineRun:
             return str(broken)
         learner.counters.shards += 1
         scored = {n: v for n, v in {"loss": before.loss, **before.metrics}.items() if math.isfinite(v)}
-        work.add(shard, ordinal, result.rows, result.unlabelled, scored, result.loss)
+        work.add(shard, ordinal, result.rows, result.unlabelled, scored, result.loss if result.rows else None)
         return None
 
     # ---- committing --------------------------------------------------------------------------------------------------
@@ -360,7 +363,7 @@ class Trained:
     rows: int = 0
 
     def add(
-        self, shard: Shard, ordinal: int, rows: int, unlabelled: int, before: dict[str, float], loss: float
+        self, shard: Shard, ordinal: int, rows: int, unlabelled: int, before: dict[str, float], loss: float | None
     ) -> None:
         self.rows += rows
         self.consumed.append(
@@ -419,7 +422,8 @@ def step(run: OnlineRun) -> Step:
         run.forget()
         raise
     logger.info(
-        "version %d: %d shards, %d rows, %d rejected, loss before training %.4g",
-        *(version.number, len(work.consumed), work.rows, len(work.rejected), work.metrics().get("loss", float("nan"))),
+        "version %d: %d shards, %d rows (%d more without a label), %d rejected, loss before training %.4g",
+        *(version.number, len(work.consumed), work.rows, sum(shard.unlabelled for shard in work.consumed)),
+        *(len(work.rejected), work.metrics().get("loss", math.nan)),
     )
     return Step(Outcome.COMMITTED, version.number)

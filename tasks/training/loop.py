@@ -103,7 +103,7 @@ def train_pass(
     learner.counters.rows += rows
     learner.counters.steps += steps
     if stream.unlabelled:
-        log.info("left out %d rows of %s without a target", stream.unlabelled, _named(groups))
+        log.debug("left out %d rows of %s without a target", stream.unlabelled, _named(groups))
     return PassResult(rows, steps, mean, stream.unlabelled)
 
 

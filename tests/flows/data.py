@@ -13,6 +13,14 @@ SPEC_FIELDS = {"features": ["a", "b"], "target": "y", "epochs": 2, "learning_rat
 """The same as it stands in a file."""
 NOT_PARQUET = b"PAR1" + b"not a parquet file" * 10 + b"PAR1"
 
+OWN_MODEL = """
+import torch
+
+def build(inputs):
+    return torch.nn.Linear(inputs.numbers, inputs.outputs)
+"""
+"""A module with a factory, for the folder that a command is started from."""
+
 
 def parquet(rows: int, *, seed: str) -> bytes:
     """A file with the columns a, b and y; the seed decides its rows."""

@@ -27,7 +27,7 @@ from tasks.online import OnlineReport
 from tasks.settings import BatchSettings, OnlineSettings
 from tasks.training.spec import Column, Model, Optimizer, Spec
 from tests.flows.conftest import Place
-from tests.flows.data import NOT_PARQUET, SPEC, SPEC_FIELDS
+from tests.flows.data import NOT_PARQUET, OWN_MODEL, SPEC, SPEC_FIELDS
 from tests.flows.prefect_server import prefect_environment
 from tests.guarantees.children import drain, train
 from tests.s3_server import S3
@@ -528,14 +528,6 @@ print("imported:", *(name for name in ("torch", "prefect", "pyarrow") if name in
     assert imported("train", "--help") == "imported:"
     assert imported("status", model.registry, "model").split() in (["imported:"], ["imported:", "pyarrow"])
     assert "prefect" not in imported("predict", model.registry, "model", model.dataset, model.archive)
-
-
-OWN_MODEL = """
-import torch
-
-def build(inputs):
-    return torch.nn.Linear(inputs.numbers, inputs.outputs)
-"""
 
 
 @local

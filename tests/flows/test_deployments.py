@@ -22,7 +22,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from storage.log import open_log
 from storage.urls import open_store
 from tests.flows.conftest import Place
-from tests.flows.data import SPEC
+from tests.flows.data import OWN_MODEL, SPEC
 from tests.flows.prefect_server import stop
 from tests.guarantees.audit import audit
 from tests.s3_server import wait_until
@@ -58,8 +58,12 @@ def deploy(folder: Path) -> None:
 def worker(folder: Path) -> Iterator[None]:
     """A worker that is stopped at the end; what it and its runs print is in `worker.log`."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "test"]
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
     with (folder / "worker.log").open("wb") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=elsewhere, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         yield
     finally:
@@ -130,7 +134,7 @@ def write_deployments(folder: Path, place: Place) -> None:
         "dataset": place.dataset,
         "registry": place.registry,
         "model": "model",
-        "spec": SPEC.model_dump(mode="json"),
+        "spec": SPEC.model_dump(mode="json") | {"model": {"factory": "mymodel:build"}},
     }
     online["parameters"] |= {"inbox": place.inbox, "registry": place.registry, "model": "model"}
     online["parameters"]["settings"] |= {"archive_to": place.archive, "max_shards": 2}
@@ -140,6 +144,7 @@ def write_deployments(folder: Path, place: Place) -> None:
     for deployment in (batch, online):
         deployment["work_pool"]["job_variables"]["env"]["OMP_NUM_THREADS"] = "1"
     (folder / "prefect.yaml").write_text(yaml.safe_dump(content))
+    (folder / "mymodel.py").write_text(OWN_MODEL)
 
 
 def scheduled_run(client: SyncPrefectClient, deployment: DeploymentResponse, folder: Path) -> FlowRun:
