@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/flights/demo.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -297,7 +297,9 @@ def gc(
 
         tidemill gc ./registry flights --keep 100
     """
-    deleted = _open(registry, model, writable=True).collect_garbage(keep)
+    from storage.retention import collect_garbage
+
+    deleted = collect_garbage(_open(registry, model, writable=True), keep)
     _print(({"deleted": deleted}, f"{views.count(len(deleted), 'blob')} removed"), as_json)
 
 

@@ -7,7 +7,8 @@ from prefect.states import Completed
 
 from flows.stopping import stop_on_signals
 from tasks import wrappers
-from tasks.online import OnlineReport, Outcome
+from tasks.online import Outcome
+from tasks.report import OnlineReport
 from tasks.settings import OnlineSettings
 
 

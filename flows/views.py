@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from storage.manifest import Manifest
     from storage.store import ObjectInfo
     from tasks.batch import VersionInfo
-    from tasks.online import OnlineReport
+    from tasks.report import OnlineReport
 
 View = tuple[Any, str]
 """(facts, words)."""
@@ -105,7 +105,8 @@ def _waiting(log: "VersionLog", head: "Version", inbox: "Inbox") -> tuple[dict[s
 
     def known(info: "ObjectInfo") -> bool:
         nonlocal consumed
-        was = (inbox.url, info.key, info.etag) in owed or tombstones.sha256_of(inbox.url, info.key, info.etag) is not None
+        shard = (inbox.url, info.key, info.etag)
+        was = shard in owed or tombstones.sha256_of(*shard) is not None
         consumed += was
         return was
 

@@ -323,40 +323,6 @@ class VersionLog:
                     f"{self.store.url}/{key} is no alias: {error}. Delete it and promote again."
                 ) from error
 
-    # ---- retention ---------------------------------------------------------------------------------------------------
-    def collect_garbage(self, keep: int) -> list[str]:
-        """Delete the blobs that no version in retention names: the last `keep` versions, and every aliased one.
-
-        Never touches a number above the head, where a run may be about to commit, nor any manifest. Returns the deleted keys.
-        """
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1 (the head), not {keep}")
-        listed = list(self.store.list(f"{self.model}/blobs/"))  # before the head is read: what is newer is not in it
-        head = self.head()
-        retained = list(self.history(head, keep))
-        for alias in self.aliases():
-            try:
-                retained.append(self.aliased(alias))
-            except UnknownAlias as error:  # it was deleted just now, or it names nothing: then it keeps nothing
-                logger.warning("%s", error)
-        named = {
-            ref.key
-            for version in retained
-            for ref in (version.manifest.blobs.weights, version.manifest.blobs.state, version.manifest.blobs.tombstones)
-            if ref is not None
-        }
-        deleted = []
-        for key in sorted(info.key for info in listed):
-            number = re.fullmatch(r"(\d{8})-[0-9a-f]{32}\..*", key.removeprefix(f"{self.model}/blobs/"))
-            if number is None or int(number[1]) > head.number or key in named:
-                continue
-            try:
-                self.store.delete(key)
-            except NotFound:
-                continue
-            deleted.append(key)
-        return deleted
-
     # ---- keys --------------------------------------------------------------------------------------------------------
     def _manifest_key(self, number: int) -> str:
         return f"{self.model}/log/{number:08d}.json"

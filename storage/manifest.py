@@ -34,6 +34,11 @@ class Blobs(Record):
     state: BlobRef
     tombstones: BlobRef | None = None
 
+    @property
+    def refs(self) -> tuple[BlobRef, ...]:
+        """All that there are."""
+        return tuple(ref for ref in (self.weights, self.state, self.tombstones) if ref is not None)
+
 
 class Parent(Record):
     """The version before, pinned by the sha256 of its manifest's bytes."""

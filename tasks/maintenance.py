@@ -2,15 +2,16 @@
 
 import logging
 
+from storage import retention
 from storage.log import open_log
 
 logger = logging.getLogger("tidemill.maintenance")
 
 
 def collect_garbage(registry: str, model: str, keep: int) -> list[str]:
-    """Delete the blobs that no version in retention names; see `VersionLog.collect_garbage`. Returns the deleted keys."""
+    """Delete the blobs that no version in retention names; see `storage.retention`. Returns the deleted keys."""
     log = open_log(registry, model)
-    deleted = log.collect_garbage(keep)
+    deleted = retention.collect_garbage(log, keep)
     logger.info(
         "%s: %d blobs removed; the last %d versions and the aliased ones keep theirs", log.url, len(deleted), keep
     )

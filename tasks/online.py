@@ -11,9 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
-
-from pydantic import BaseModel
 
 from storage.errors import HeadMoved, NotReady, PermissionDenied, ShardRejected, UnsupportedStore
 from storage.inbox import Inbox, Shard, quarantine_key, settle
@@ -24,6 +21,7 @@ from storage.store import ObjectInfo, Store
 from storage.tombstones import Tombstones
 from storage.urls import open_store
 from tasks.provenance import code_revision
+from tasks.report import OnlineReport
 from tasks.settings import OnlineSettings
 from tasks.training.environment import differences, environment
 from tasks.training.errors import ColumnError, NonFiniteLoss
@@ -56,48 +54,6 @@ class Step:
     outcome: Outcome
     version: int | None = None
     """The version that was committed."""
-
-
-class OnlineReport(BaseModel):
-    """What an online run did, and what it left."""
-
-    model: str
-    first_version: int | None = None
-    head: int
-    versions: int = 0
-    shards: int = 0
-    rows: int = 0
-    unlabelled: int = 0
-    score: dict[str, float] = {}
-    """Prequential: of each shard before training on it, weighted by rows."""
-    rejected: int = 0
-    last_rejected: dict[str, str] = {}
-    """Key -> reason of the last few."""
-    duplicates: int = 0
-    """Shards that were sent again and removed without training."""
-    lost_races: int = 0
-    owed: int = 0
-    """Consumed shards that could not be deleted yet."""
-    waiting: int = 0
-    """Shards in the inbox at the last look that were not trained on."""
-    oldest_waiting: datetime | None = None
-
-    def add(self, manifest_consumed: tuple[Consumed, ...], rejected: tuple[Rejected, ...], version: int) -> None:
-        """Count one committed version."""
-        self.versions += 1
-        self.first_version = version if self.first_version is None else self.first_version
-        for shard in manifest_consumed:
-            if scored := shard.rows:
-                for name, value in shard.score.items():
-                    mean = self.score.get(name, 0.0)
-                    self.score[name] = mean + (value - mean) * scored / (self.rows + scored)
-            self.shards, self.rows = self.shards + 1, self.rows + shard.rows
-            self.unlabelled += shard.unlabelled
-        for refused in rejected:
-            self.rejected += 1
-            self.last_rejected[refused.key] = refused.reason
-            while len(self.last_rejected) > 20:
-                del self.last_rejected[next(iter(self.last_rejected))]
 
 
 @dataclass
@@ -324,6 +280,8 @@ class OnlineRun:
         version = self.log.commit(loaded.version, entry)
         self._loaded = _Loaded(version, loaded.learner, tombstones, owed, time.monotonic())
         self.report.add(version.manifest.consumed, version.manifest.rejected, number)
+        self.report.head = number
+        self.report.waiting = max(0, self.report.waiting - len(work.consumed) - len(work.rejected))
         return version
 
     def _debts(self, work: "Trained", number: int) -> list[Owed]:
@@ -382,6 +340,16 @@ class Trained:
             )
         )
 
+    def __str__(self) -> str:
+        parts = [f"shards {len(self.consumed)}", f"rows {self.rows:,}"]
+        if unlabelled := sum(shard.unlabelled for shard in self.consumed):
+            parts.append(f"rows without a label {unlabelled:,}")
+        if self.rejected:
+            parts.append(f"rejected {len(self.rejected)}")
+        if (loss := self.metrics().get("loss")) is not None:
+            parts.append(f"loss before training {loss:.4g}")
+        return ", ".join(parts)
+
     def metrics(self) -> dict[str, float]:
         """Prequential metrics of this commit's shards, weighted by rows."""
         names = {name for shard in self.consumed for name in shard.score}
@@ -421,9 +389,5 @@ def step(run: OnlineRun) -> Step:
     except BaseException:
         run.forget()
         raise
-    logger.info(
-        "version %d: %d shards, %d rows (%d more without a label), %d rejected, loss before training %.4g",
-        *(version.number, len(work.consumed), work.rows, sum(shard.unlabelled for shard in work.consumed)),
-        *(len(work.rejected), work.metrics().get("loss", math.nan)),
-    )
+    logger.info("version %d: %s", version.number, work)
     return Step(Outcome.COMMITTED, version.number)

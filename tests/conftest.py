@@ -14,6 +14,9 @@ from tests.s3_server import S3, s3_for_tests
 
 BUCKET = "tidemill-tests"
 
+# Before anyone imports torch: its threads, one a core in each of several test processes, would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:

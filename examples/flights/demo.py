@@ -19,13 +19,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tasks.training.loop import score
-from tasks.versions import load_learner
-
 from storage.dataset import snapshot
 from storage.log import VersionLog, open_log
 from storage.manifest import Consumed, sha256
 from storage.urls import open_store
+from tasks.training.loop import score
+from tasks.versions import load_learner
 
 import data
 

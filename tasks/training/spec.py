@@ -90,7 +90,7 @@ class Optimizer(_Settings):
 class Spec(_Settings):
     """A whole training task: columns in, model, loss, optimizer, and how rows become batches."""
 
-    features: tuple[Annotated[Column, BeforeValidator(_column)], ...] = Field(
+    features: tuple[Annotated[Column, BeforeValidator(_column, json_schema_input_type=str | Column)], ...] = Field(
         min_length=1,
         description="Input columns, in the order in which the model receives them.",
     )

@@ -23,7 +23,7 @@ from storage.inbox import quarantined
 from storage.log import open_log
 from storage.urls import open_store
 from tasks.batch import VersionInfo
-from tasks.online import OnlineReport
+from tasks.report import OnlineReport
 from tasks.settings import BatchSettings, OnlineSettings
 from tasks.training.spec import Column, Model, Optimizer, Spec
 from tests.flows.conftest import Place
@@ -31,6 +31,8 @@ from tests.flows.data import NOT_PARQUET, OWN_MODEL, SPEC, SPEC_FIELDS
 from tests.flows.prefect_server import prefect_environment
 from tests.guarantees.children import drain, train
 from tests.s3_server import S3
+
+pytestmark = pytest.mark.xdist_group("flows")  # all in one worker, with one Prefect server
 
 COMMANDS = [name for name in app if not name.startswith("-")]
 
@@ -562,7 +564,7 @@ def test_training_in_processes_of_their_own(place: Place, tmp_path: Path) -> Non
     first, second = result.out.splitlines()
     assert first == "head of model is version 1: 1 new version from 1 shard, 50 rows"
     assert second.startswith("  score        loss 0.")
-    assert [line.count("version 1: 1 shards, 50 rows") for line in result.err.splitlines()] == [0, 1]
+    assert [line.count("version 1: shards 1, rows 50") for line in result.err.splitlines()] == [0, 1]
 
 
 @local

@@ -13,9 +13,8 @@ def audit(log: VersionLog, shards: Mapping[str, bytes]) -> list[Version]:
     history = list(log.history(head))[::-1]  # checks every link to a parent
     assert [version.number for version in history] == list(range(head.number + 1))
     for version in history:
-        for ref in (version.manifest.blobs.weights, version.manifest.blobs.state, version.manifest.blobs.tombstones):
-            if ref is not None:
-                log.read_blob(ref)  # checks length and sha256
+        for ref in version.manifest.blobs.refs:
+            log.read_blob(ref)  # checks length and sha256
     consumed = [shard for version in history for shard in version.manifest.consumed]
     rejected = [shard for version in history for shard in version.manifest.rejected]
     assert Counter((s.key, s.sha256) for s in [*consumed, *rejected]) == Counter(

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from storage import retention
 from storage.dataset import snapshot
 from storage.log import VersionLog
 from storage.probe import check_preconditions
@@ -115,4 +116,4 @@ def rollback(stores: Callable[[str], Store], registry: str, version: str) -> Non
 
 def collect_garbage(stores: Callable[[str], Store], registry: str, keep: int) -> None:
     """`tidemill gc`."""
-    VersionLog(stores(registry), "model").collect_garbage(keep)
+    retention.collect_garbage(VersionLog(stores(registry), "model"), keep)

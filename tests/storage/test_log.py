@@ -32,6 +32,7 @@ from storage.errors import (
 from storage.log import HINT_EVERY, Version, VersionLog, list_models, open_log
 from storage.manifest import BlobRef, Blobs, Entry, Manifest, Owed, Parent, decode, encode, sha256
 from storage.memory import MemoryStore
+from storage.retention import collect_garbage
 from storage.store import ObjectInfo, Store
 from storage.tombstones import Tombstones
 from storage.urls import open_store
@@ -745,7 +746,7 @@ def test_other_objects_beside_the_aliases_are_no_aliases(memory: MemoryStore) ->
 
 def test_a_version_without_blobs_cannot_be_promoted(log: VersionLog) -> None:
     grow(log, 3)
-    log.collect_garbage(keep=1)
+    collect_garbage(log, keep=1)
     with pytest.raises(UnknownVersion, match="blobs of version 0 were removed"):
         log.promote("champion", log.version(0))
     assert log.aliases() == {}
@@ -767,18 +768,18 @@ def test_retention_keeps_the_last_versions_and_the_aliased(log: VersionLog) -> N
     grow(log, 6)
     versions = {v.number: v for v in log.history(log.head())}
     log.promote("champion", versions[1])
-    deleted = log.collect_garbage(keep=2)
+    deleted = collect_garbage(log, keep=2)
     assert set(deleted) == blob_keys(versions[0], versions[2], versions[3])
     assert keys(log.store, "taxi/blobs/") == blob_keys(versions[1], versions[4], versions[5])
     assert [v.number for v in log.history(log.head())] == [5, 4, 3, 2, 1, 0]
-    assert log.collect_garbage(keep=2) == []
+    assert collect_garbage(log, keep=2) == []
 
 
 def test_retention_removes_what_lost_attempts_left_but_nothing_above_the_head(log: VersionLog) -> None:
     head = grow(log, 3)
     lost = [log.write_blob(number, "safetensors", b"lost").key for number in (0, 1, 2)]
     coming = [log.write_blob(number, "safetensors", b"coming").key for number in (3, 4, 10_000_000)]
-    assert set(log.collect_garbage(keep=3)) == set(lost)
+    assert set(collect_garbage(log, keep=3)) == set(lost)
     assert set(coming) <= keys(log.store)
     assert log.head() == head
 
@@ -798,14 +799,14 @@ def test_retention_touches_only_what_looks_like_its_own(log: VersionLog) -> None
     }
     for key in foreign:
         log.store.write(key, b"foreign")
-    log.collect_garbage(keep=1)
+    collect_garbage(log, keep=1)
     assert foreign <= keys(log.store)
 
 
 def test_a_tombstone_blob_shared_with_a_retained_version_stays(log: VersionLog) -> None:
     grow(log, 2)
     back = log.rollback("0")
-    log.collect_garbage(keep=1)
+    collect_garbage(log, keep=1)
     assert keys(log.store, "taxi/blobs/") == blob_keys(back)
     assert len(log.tombstones(log.head())) == 1
 
@@ -814,13 +815,13 @@ def test_a_tombstone_blob_shared_with_a_retained_version_stays(log: VersionLog) 
 def test_the_head_is_always_kept(log: VersionLog, keep: int) -> None:
     grow(log, 1)
     with pytest.raises(ValueError, match="keep must be at least 1"):
-        log.collect_garbage(keep)
+        collect_garbage(log, keep)
 
 
 def test_retention_of_an_unknown_model_deletes_nothing(log: VersionLog) -> None:
     ref = log.write_blob(0, "safetensors", b"about to begin")
     with pytest.raises(UnknownModel):
-        log.collect_garbage(keep=1)
+        collect_garbage(log, keep=1)
     assert log.read_blob(ref) == b"about to begin"
 
 
@@ -830,11 +831,11 @@ def test_retention_refuses_to_judge_by_damaged_records(memory: MemoryStore) -> N
     before = keys(memory)
     memory.write(manifest_key(2), b"damaged")
     with pytest.raises(CorruptObject):
-        log.collect_garbage(keep=3)
+        collect_garbage(log, keep=3)
     assert keys(memory) == before
     memory.write("taxi/aliases/champion.json", b"damaged")
     with pytest.raises(CorruptObject):
-        log.collect_garbage(keep=1)
+        collect_garbage(log, keep=1)
     assert keys(memory) == before | {"taxi/aliases/champion.json"}
 
 
@@ -842,14 +843,14 @@ def test_an_alias_to_nowhere_does_not_stop_retention(memory: MemoryStore, caplog
     log = VersionLog(memory, "taxi")
     grow(log, 3)
     memory.write("taxi/aliases/stale.json", b'{"version": 99}')
-    assert len(log.collect_garbage(keep=1)) == 6
+    assert len(collect_garbage(log, keep=1)) == 6
     assert "'stale' names version 99" in caplog.text
 
 
 def test_two_collectors_at_once_do_each_others_work(log: VersionLog) -> None:
     grow(log, 8)
     with ThreadPoolExecutor(4) as pool:
-        deleted = [key for keys_ in pool.map(lambda _: log.collect_garbage(keep=1), range(4)) for key in keys_]
+        deleted = [key for keys_ in pool.map(lambda _: collect_garbage(log, keep=1), range(4)) for key in keys_]
     assert len(deleted) >= 7 * 3  # on some stores two may both see one deletion succeed
     assert keys(log.store, "taxi/blobs/") == blob_keys(log.head())
 
@@ -869,7 +870,7 @@ def test_a_rollback_in_the_middle_of_a_collection_keeps_its_blobs(
     plain = VersionLog(store, "taxi")
     grow(plain, 3)
     hook = Does(verb, text, phase, lambda: plain.rollback("0"))
-    VersionLog(FaultStore(store, hook), "taxi").collect_garbage(keep=1)
+    collect_garbage(VersionLog(FaultStore(store, hook), "taxi"), keep=1)
     assert hook.done
     head = plain.head()
     assert (head.number, head.manifest.rolled_back_to) == (3, 0)
@@ -882,7 +883,7 @@ def test_a_rollback_in_the_middle_of_a_collection_keeps_its_blobs(
 def test_a_collection_in_the_middle_of_a_rollback_spoils_nothing(store: Store, verb: str, text: str) -> None:
     plain = VersionLog(store, "taxi")
     head = grow(plain, 3)
-    hook = Does(verb, text, "before", lambda: plain.collect_garbage(keep=1))
+    hook = Does(verb, text, "before", lambda: collect_garbage(plain, keep=1))
     log = VersionLog(FaultStore(store, hook), "taxi")
     if verb == "read":  # the old blobs went before they were read: refused, and the head is as before
         with pytest.raises(UnknownVersion, match="retention"):
@@ -901,7 +902,7 @@ def test_a_frozen_writer_that_wakes_after_a_collection_cannot_commit(log: Versio
         weights=log.write_blob(1, "safetensors", b"frozen"), state=log.write_blob(1, "state.safetensors", b"")
     )
     head = append(log, first)
-    log.collect_garbage(keep=2)
+    collect_garbage(log, keep=2)
     with pytest.raises(HeadMoved):
         log.commit(first, Entry(kind="online", spec={}, blobs=blobs))
     assert log.head() == head
@@ -977,7 +978,7 @@ class LogMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.versions)
     @rule(keep=st.integers(1, 4))
     def collect(self, keep: int) -> None:
-        self.log.collect_garbage(keep)
+        collect_garbage(self.log, keep)
         self.retained = max(self.retained, len(self.versions) - keep)
         for version in self.versions[self.retained :]:
             self.log.read_blob(version.manifest.blobs.weights)

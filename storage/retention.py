@@ -1,0 +1,42 @@
+"""Retention: which versions keep their weights and state, and the removal of all other blobs."""
+
+import logging
+import re
+
+from storage.errors import NotFound, UnknownAlias
+from storage.log import VersionLog
+
+logger = logging.getLogger("tidemill.storage")
+
+_BLOB = re.compile(r"(\d{8})-[0-9a-f]{32}\..*")
+
+
+def collect_garbage(log: VersionLog, keep: int) -> list[str]:
+    """Delete the blobs that no version in retention names: the last `keep` versions, and every aliased one.
+
+    Never touches a number above the head, where a run may be about to commit, nor any manifest. Safe to repeat, and to run
+    beside training. Returns the deleted keys.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1 (the head), not {keep}")
+    prefix = f"{log.model}/blobs/"
+    listed = [info.key for info in log.store.list(prefix)]  # before the head is read: what is newer is not in it
+    head = log.head()
+    retained = list(log.history(head, keep))
+    for alias in log.aliases():
+        try:
+            retained.append(log.aliased(alias))
+        except UnknownAlias as error:  # it was deleted just now, or it names nothing: then it keeps nothing
+            logger.warning("%s", error)
+    named = {ref.key for version in retained for ref in version.manifest.blobs.refs}
+    deleted = []
+    for key in sorted(listed):
+        number = _BLOB.fullmatch(key.removeprefix(prefix))
+        if number is None or int(number[1]) > head.number or key in named:
+            continue
+        try:
+            log.store.delete(key)
+        except NotFound:
+            continue
+        deleted.append(key)
+    return deleted
