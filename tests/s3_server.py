@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -124,7 +125,10 @@ def wait_until(predicate: Callable[[], bool], *, seconds: float, what: str) -> N
 @contextmanager
 def running_server(folder: Path) -> Iterator[Server]:
     """A new server of our own with its data in `folder`."""
-    minio, weed = shutil.which("minio"), shutil.which("weed")
+    minio, weed = (
+        shutil.which("minio"),
+        shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"),
+    )
     if minio:
         server = _minio(minio, folder)
     elif weed:

@@ -27,6 +27,8 @@ from tests.flows.prefect_server import stop
 from tests.guarantees.audit import audit
 from tests.s3_server import wait_until
 
+pytestmark = pytest.mark.xdist_group("flows")  # one worker, one server
+
 SHIPPED = Path(__file__).parents[2] / "prefect.yaml"
 POOL = "tidemill"
 

@@ -34,7 +34,7 @@ from tests.flows.data import SPEC_FIELDS
 from tests.guarantees.audit import audit
 from tests.s3_server import wait_until
 
-pytestmark = pytest.mark.usefixtures("prefect_api")
+pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.xdist_group("flows")]  # one worker, one server
 
 local_and_s3 = pytest.mark.parametrize("make_url", ["local", "s3"], indirect=True)
 memory = pytest.mark.parametrize("make_url", ["memory"], indirect=True)

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import uuid
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -31,42 +32,40 @@ from tests.storage.faults import Call, FaultStore
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.guarantees.warm"])
 
-Kill = tuple[int, str] | None
-"""(number of the storage call, "before" or "after" it is applied)."""
+Kill = int | None
+"""At which moment to kill; moments are numbered from 0: one before every storage call, one after each that does not raise."""
 
 
 class KillAt:
-    """A hook for all stores of a process: counts their calls together, and kills at the one that is named."""
+    """A hook for all stores of a process: counts the moments of all their calls, and kills at the one that is named."""
 
     def __init__(self, kill: Kill, result: Path) -> None:
-        self._result = result
-        self.moments: list[tuple[int, str]] = []
-        """Where a kill is possible: before every call, and after those that do not raise."""
-        self._calls, self._kill = 0, kill
+        self._kill, self._result = kill, result
+        self._moments, self._lock = 0, threading.Lock()  # footers are read by several threads
 
     def __call__(self, call: Call) -> None:
-        self._calls += call.phase == "before"
-        self.moments.append((self._calls - 1, call.phase))
-        if self._kill == self.moments[-1]:
-            self.report("killed")
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self._lock:
+            if self._kill == self._moments:
+                self.report("killed")
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._moments += 1
 
     def report(self, how: str) -> None:
         """Leave word to the parent."""
-        self._result.write_text(json.dumps([self.moments, how]))
+        self._result.write_text(json.dumps([self._moments, how]))
 
 
-def in_child(run: Callable[..., None], *arguments: Any, kill: Kill, tmp_path: Path) -> list[Kill] | None:
-    """Run in a child process. The moments at which it could have been killed, or None if it was; fails on anything else."""
+def in_child(run: Callable[..., None], *arguments: Any, kill: Kill, tmp_path: Path) -> int | None:
+    """Run in a child process. At how many moments it could have been killed, or None if it was; fails on anything else."""
     result = tmp_path / uuid.uuid4().hex
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     child = _context.Process(target=_child, args=(run, arguments, kill, environment, result))
     child.start()
     child.join()
     # By files, not by exit codes, of which multiprocessing loses some when several threads wait for children.
-    moments, how = json.loads(result.read_text()) if result.exists() else ([], "crashed")
+    moments, how = json.loads(result.read_text()) if result.exists() else (0, "crashed")
     assert how in ("killed", "done"), "the child failed; its traceback is above"
-    return None if how == "killed" else [(number, phase) for number, phase in moments]
+    return None if how == "killed" else moments
 
 
 def start_server() -> None:
