@@ -3,6 +3,7 @@
 import logging
 import uuid
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 
 from storage.errors import (
     AlreadyExists,
@@ -17,6 +18,9 @@ from storage.store import Store
 log = logging.getLogger("tidemill.storage")
 
 _REMEDY = "Use AWS S3, Cloudflare R2, SeaweedFS, or MinIO RELEASE.2024-05-07 or newer"
+
+_PREFIX = ".tidemill_probe-"
+_OLD = timedelta(hours=1)  # no probe takes that long: what is older was left by a process that was killed
 
 _compares_on_delete: dict[str, bool] = {}
 """Results by URL, for the life of this process."""
@@ -33,13 +37,20 @@ def check_preconditions(store: Store) -> None:
         PermissionDenied: the credentials may not create objects here.
     """
     if store.url not in _compares_on_delete:
-        key = f".tidemill_probe-{uuid.uuid4().hex}"
+        key = f"{_PREFIX}{uuid.uuid4().hex}"
         try:
-            next(store.list(key), None)
+            _remove_old(store)
         except StoreNotFound:
             return
         _compares_on_delete[store.url] = _probe(store, key)
     store.conditional_delete = _compares_on_delete[store.url]
+
+
+def _remove_old(store: Store) -> None:
+    for left in store.list(_PREFIX):
+        if datetime.now(UTC) - left.last_modified > _OLD:
+            with suppress(NotFound, PermissionDenied):
+                store.delete(left.key)
 
 
 def _probe(store: Store, key: str) -> bool:

@@ -136,18 +136,10 @@ class OnlineRun:
         chosen: list[ObjectInfo] = []
         size = 0
         while self._ahead and len(chosen) < self.settings.max_shards:
-            info = self._ahead[0]
-            if info.size > self.settings.max_shard_bytes:
-                self._warn(
-                    f"{self.inbox.url}/{info.key} has {info.size:,} bytes, more than max_shard_bytes="
-                    f"{self.settings.max_shard_bytes:,}; it stays in the inbox. Split it, or raise the limit."
-                )
-            elif chosen and size + info.size > self.settings.max_bytes:
+            size += self._ahead[0].size
+            if chosen and size > self.settings.max_bytes:
                 break
-            else:
-                chosen.append(info)
-                size += info.size
-            self._ahead.popleft()
+            chosen.append(self._ahead.popleft())
         return chosen
 
     def look(self, loaded: _Loaded) -> None:
@@ -166,7 +158,14 @@ class OnlineRun:
                 digest = consumed_as(info)
                 if digest is not None and (self.inbox.url, info.key, info.etag) not in owed:
                     self._remove_duplicate(loaded, info, digest)
-        self._ahead.extend(listing.shards)
+        for info in listing.shards:
+            if info.size <= self.settings.max_shard_bytes:
+                self._ahead.append(info)
+                continue
+            self._warn(
+                f"{self.inbox.url}/{info.key} has {info.size:,} bytes, more than max_shard_bytes="
+                f"{self.settings.max_shard_bytes:,}; it stays in the inbox. Split it, or raise the limit."
+            )
         self.report.waiting, self.report.oldest_waiting = listing.waiting, listing.oldest
 
     @property

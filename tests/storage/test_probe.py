@@ -1,6 +1,8 @@
 """A store that ignores a precondition is found out before anything depends on it."""
 
 import logging
+import os
+import time
 import uuid
 from pathlib import Path
 
@@ -97,3 +99,12 @@ def test_a_lost_answer_is_no_refusal(name: str):
 def test_a_root_that_does_not_exist_is_not_made(tmp_path: Path):
     check_preconditions(open_store(f"{tmp_path}/new"))
     assert not (tmp_path / "new").exists()
+
+
+def test_what_a_killed_process_left_is_removed_an_hour_later(tmp_path: Path):
+    for name, age in (("old", 7200), ("new", 60)):
+        left = tmp_path / f".tidemill_probe-{name}"
+        left.write_bytes(b"first")
+        os.utime(left, (time.time() - age,) * 2)
+    check_preconditions(open_store(str(tmp_path)))
+    assert [path.name for path in tmp_path.glob(".tidemill_probe-*")] == [".tidemill_probe-new"]
