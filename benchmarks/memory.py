@@ -1,16 +1,18 @@
 """Peak memory of one epoch, for datasets of different sizes: it must not grow with the data.
 
     .venv/bin/python benchmarks/memory.py                          # 4 and 16 million rows of 11 float32 columns
-    .venv/bin/python benchmarks/memory.py --rows 500000 2000000
+    .venv/bin/python benchmarks/memory.py --rows 500000 2000000 --repeat 1
 
 Each epoch runs in a process of its own, which trains `examples/net.py` and reports the kernel's high-water mark of its resident
-memory (`VmHWM`), and that mark before the epoch. Prints one JSON line for each size, then the ratio of the peaks.
+memory (`VmHWM`), and that mark before the epoch. Sizes take turns. Prints one JSON line for each epoch, then the median peak of
+each size and the ratio of the largest to the smallest of these.
 """
 
 import argparse
 import json
 import multiprocessing
 import re
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -68,16 +70,20 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--rows", type=int, nargs="+", default=[4 * 2**20, 16 * 2**20])
     options.add_argument("--window-bytes", type=int, default=32 * 2**20)
+    options.add_argument("--repeat", type=int, default=3)
     chosen = options.parse_args()
-    results = []
+    peaks: dict[int, list[float]] = {rows: [] for rows in chosen.rows}
     with tempfile.TemporaryDirectory() as folder:
-        for rows in chosen.rows:
+        for rows in peaks:
             write(Path(folder) / str(rows), rows)
+        for rows in list(peaks) * chosen.repeat:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                results.append(pool.apply(epoch, (str(Path(folder) / str(rows)), chosen.window_bytes)))
-            print(json.dumps(results[-1]), flush=True)
-    peaks = [result["peak_mb"] for result in results]
-    print(json.dumps({"largest_to_smallest_peak": round(max(peaks) / min(peaks), 4)}))
+                result = pool.apply(epoch, (str(Path(folder) / str(rows)), chosen.window_bytes))
+            print(json.dumps(result), flush=True)
+            peaks[rows].append(result["peak_mb"])
+    medians = {rows: statistics.median(found) for rows, found in peaks.items()}
+    ratio = round(max(medians.values()) / min(medians.values()), 4)
+    print(json.dumps({"median_peak_mb": medians, "largest_to_smallest": ratio}))
 
 
 if __name__ == "__main__":

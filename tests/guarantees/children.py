@@ -33,7 +33,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.guarantees.warm"])
 
 Kill = int | None
-"""At which moment to kill; moments are numbered from 0: one before every storage call, one after each that does not raise."""
+"""At which moment to kill, numbered from 0: one before every storage call, and one after the last.
+
+The moment before a call is also the one after the call before: in between nothing happens that outlives the process.
+"""
 
 
 class KillAt:
@@ -44,6 +47,10 @@ class KillAt:
         self._moments, self._lock = 0, threading.Lock()  # footers are read by several threads
 
     def __call__(self, call: Call) -> None:
+        if call.phase == "before":
+            self.moment()
+
+    def moment(self) -> None:
         with self._lock:
             if self._kill == self._moments:
                 self.report("killed")
@@ -82,6 +89,7 @@ def _child(
     torch.set_num_threads(1)
     hook = KillAt(kill, result)
     run(lambda url: FaultStore(open_store(url), hook), *arguments)
+    hook.moment()
     hook.report("done")
 
 
