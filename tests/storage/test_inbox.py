@@ -175,7 +175,7 @@ def test_a_limit_bounds_the_memory_however_full_the_inbox() -> None:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert len(listing.shards) + len(listing.known) == 10
-        assert peak < 100_000
+        assert peak < 2_000_000  # all 50,000 would take over 10 MB; what other threads allocate is counted too
 
 
 def test_what_was_consumed_before_is_told_apart() -> None:
