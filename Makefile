@@ -3,13 +3,17 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test prove lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/flights/demo.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+
+# The full figures of docs/guarantees.md, of which `test` makes a sample: hours. ARGS chooses a part.
+prove: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full --timeout 14400 $(or $(ARGS),tests/guarantees)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

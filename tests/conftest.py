@@ -14,8 +14,20 @@ from tests.s3_server import S3, s3_for_tests
 
 BUCKET = "tidemill-tests"
 
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="The full figures of tests/guarantees (make prove), not a sample.")
+
+
 # Before anyone imports torch: its threads, one a core in each of several test processes, would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether to make the full figures of docs/guarantees.md. CI makes a sample of each."""
+    return bool(request.config.getoption("--full"))
 
 
 @pytest.fixture(scope="session")

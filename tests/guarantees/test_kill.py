@@ -104,7 +104,7 @@ def test_online_run(make_url: MakeUrl, tmp_path: Path) -> None:
         if kill is not None:
             in_child(drain, inbox, registry, ONLINE, kill=None, tmp_path=tmp_path)
         log = VersionLog(open_store(registry), "model")
-        audit(log, shards)
+        audit(log, shards.items())
         reference.append(bits(log))
         assert reference[-1] == reference[0]
         assert [info.key for info in open_store(inbox).list() if is_shard(info.key)] == []
@@ -126,7 +126,7 @@ def test_batch_run(make_url: MakeUrl, tmp_path: Path) -> None:
         if kill is not None:
             in_child(train, *arguments, kill=None, tmp_path=tmp_path)
         log = VersionLog(open_store(registry), "model")
-        audit(log, {})
+        audit(log, [])
         assert log.head().number == 0
         assert log.aliases() == {"champion": 0}
         reference.append(bits(log))
