@@ -123,7 +123,7 @@ def test_schedules_run_both_pipelines(client: SyncPrefectClient, place: Place, t
     assert place.inbox_keys() == []
     archive = open_store(place.archive)
     assert {info.key: archive.read(info.key) for info in archive.list()} == shards
-    audit(log, shards)
+    audit(log, shards.items())
     assert log.aliases() == {"champion": 0}
 
 
