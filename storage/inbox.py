@@ -192,8 +192,7 @@ def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], S
         log.store.write(f"{debt.to}.json", json.dumps(reason, indent=1).encode())
         return True
     archive = stores(debt.to)
-    stem, suffix = posixpath.splitext(debt.key)
-    for key in (debt.key, f"{stem}.{debt.sha256[:16]}{suffix}"):  # the second if the first holds other bytes
+    for key in archive_keys(debt.key, debt.sha256):
         try:
             archive.create(key, data)
         except AlreadyExists:
@@ -203,6 +202,12 @@ def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], S
             raise StorageError(f"the archive cannot be written: {error}") from error
         return True
     raise StorageError(f"{debt.to} holds other bytes under both names of {debt.key}; move them away and run again.")
+
+
+def archive_keys(key: str, digest: str) -> tuple[str, str]:
+    """Where an archive holds a shard: under its own key, or under the second name if other bytes were there before."""
+    stem, suffix = posixpath.splitext(key)
+    return key, f"{stem}.{digest[:16]}{suffix}"
 
 
 def _holds(store: Store, key: str, digest: str) -> bool:

@@ -65,6 +65,8 @@ class Consumed(Record):
     """Prequential: of the model as it was before it trained on this shard."""
     loss: float | None = None
     """Mean over samples while training on it, last pass. None if it had no row with a label."""
+    passes: int = 1
+    """How many times its rows were trained on."""
 
 
 class Rejected(Record):

@@ -26,7 +26,7 @@ from tasks.settings import OnlineSettings
 from tasks.training.environment import differences, environment
 from tasks.training.errors import ColumnError, NonFiniteLoss
 from tasks.training.learner import Learner
-from tasks.training.loop import score, train_pass
+from tasks.training.loop import PassResult, score, train_shard
 from tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.online")
@@ -235,13 +235,11 @@ class OnlineRun:
             return None
         ordinal = learner.counters.shards
         try:
-            for number in range(self.settings.passes):
-                result = train_pass(learner, groups, key=("shard", ordinal, number))
+            result = train_shard(learner, groups, self.settings.passes)
         except NonFiniteLoss as broken:
             return str(broken)
-        learner.counters.shards += 1
         scored = {n: v for n, v in {"loss": before.loss, **before.metrics}.items() if math.isfinite(v)}
-        work.add(shard, ordinal, result.rows, result.unlabelled, scored, result.loss if result.rows else None)
+        work.add(shard, ordinal, scored, result, self.settings.passes)
         return None
 
     # ---- committing --------------------------------------------------------------------------------------------------
@@ -319,10 +317,8 @@ class Trained:
     rejected: list[Rejected] = field(default_factory=list)
     rows: int = 0
 
-    def add(
-        self, shard: Shard, ordinal: int, rows: int, unlabelled: int, before: dict[str, float], loss: float | None
-    ) -> None:
-        self.rows += rows
+    def add(self, shard: Shard, ordinal: int, before: dict[str, float], result: PassResult, passes: int) -> None:
+        self.rows += result.rows
         self.consumed.append(
             Consumed(
                 inbox=shard.inbox,
@@ -332,10 +328,11 @@ class Trained:
                 size=shard.info.size,
                 last_modified=shard.info.last_modified,
                 ordinal=ordinal,
-                rows=rows,
-                unlabelled=unlabelled,
+                rows=result.rows,
+                unlabelled=result.unlabelled,
                 score=before,
-                loss=loss,
+                loss=result.loss if result.rows else None,
+                passes=passes,
             )
         )
 

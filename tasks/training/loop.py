@@ -107,6 +107,18 @@ def train_pass(
     return PassResult(rows, steps, mean, stream.unlabelled)
 
 
+def train_shard(learner: Learner, groups: Sequence[RowGroup], passes: int) -> PassResult:
+    """Trains on the next shard of the stream `passes` times, and counts it. Returns what the last pass trained on.
+
+    The shard's place in the stream seeds its random numbers. Raises what `train_pass` raises.
+    """
+    ordinal = learner.counters.shards
+    for number in range(passes):
+        result = train_pass(learner, groups, key=("shard", ordinal, number))
+    learner.counters.shards += 1
+    return result
+
+
 @torch.inference_mode()
 def score(learner: Learner, groups: Sequence[RowGroup], split: Split | None = None) -> Score:
     """Loss and metrics on every labelled row of the groups (of `split`). The learner is not changed.

@@ -15,8 +15,9 @@ from torch import Tensor
 from tasks.training.columns import as_tensor
 
 BLOCK_NUMBERS: Final = 24_576
-"""float64s in flight. Small enough for the cache; and below 32,768 torch uses one thread, so that the bits of the statistics do not
-depend on the number of threads. Larger buffers also fragment the heap: before version 2.38 glibc does not reuse aligned blocks."""
+"""float64s in flight. Small enough for the cache; and below 32,768 torch uses one thread, so that the bits of the statistics
+do not depend on the number of threads. Larger buffers also fragment the heap: before version 2.38 glibc does not reuse the
+memory of aligned blocks well."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,212 @@
+"""The audit of a model's whole history: is it what the protocol promises? Reads only; needs neither torch nor the shards.
+
+`tasks.replay` goes further where consumed shards were archived: it trains again and compares the bits.
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from storage.errors import CorruptObject, StorageError, UnknownVersion, UnsupportedFormat
+from storage.log import Version, VersionLog
+from storage.manifest import BlobRef
+from storage.tombstones import WINDOW
+
+_MANIFEST = re.compile(r"(\d{8,})\.json")
+
+T = TypeVar("T")
+_Identity = tuple[str, ...]
+
+
+class Audit(BaseModel):
+    """What an audit saw. The history is sound if `findings` is empty."""
+
+    model: str
+    versions: int = 0
+    consumed: int = 0
+    rejected: int = 0
+    rows: int = 0
+    """Labelled rows of the consumed shards."""
+    owed: int = 0
+    """Shards that the head has consumed and could not remove yet: no defect."""
+    blobs: int = 0
+    """Blobs whose length and sha256 were compared."""
+    removed: int = 0
+    """Versions whose weights and state retention has removed: no defect."""
+    findings: list[str] = []
+
+
+def audit(log: VersionLog) -> Audit:
+    """Check every version from 0 to the newest one, and every blob and alias that there is.
+
+    A version follows from the one before it (number, sha256, counters, ordinals, spec); blobs are what was committed; the head
+    and every alias have theirs; no shard is consumed twice while it is remembered, or both consumed and rejected; the
+    head remembers what was consumed lately. Memory: one blob, and the identities of the last 10,000 shards.
+
+    Raises:
+        UnknownModel: there is no version at all.
+        Unavailable, PermissionDenied: the store cannot be read, so nothing can be said.
+    """
+    result = Audit(model=log.model)
+    numbers = sorted(_numbers(log))
+    if not numbers:
+        log.head()  # says which models there are
+    for expected, number in enumerate(numbers):
+        if number != expected:
+            missing = f"{log.url}/log: version {expected} is missing, though version {number} is there"
+            result.findings.append(f"{missing}; what comes after it was not looked at")
+            numbers = numbers[:expected]
+            break
+    served = _aliased(log, len(numbers), result.findings)
+    shards = _Shards(result.findings)
+    before: Version | None = None
+    for number in numbers:
+        try:
+            version = log.version(number)
+        except (CorruptObject, UnsupportedFormat) as error:
+            result.findings.append(str(error))
+            before = None
+            continue
+        manifest = version.manifest
+        if number and before is not None:
+            result.findings += [f"version {number}: {what}" for what in _broken_links(log, before, version)]
+        for shard in manifest.consumed:
+            shards.consumed(number, (shard.inbox, shard.key, shard.sha256), shard.last_modified.isoformat())
+        for refused in manifest.rejected:
+            shards.rejected(number, (refused.inbox, refused.key, refused.sha256), refused.last_modified.isoformat())
+        gone = [ref for ref in manifest.blobs.refs if not _is_whole(log, ref, number, result)]
+        if gone and (number == numbers[-1] or number in served):
+            named = "the head" if number == numbers[-1] else f"alias {served[number]!r}"
+            result.findings.append(f"version {number}, {named}: {log.store.url}/{gone[0].key} is missing")
+        result.removed += any(ref in (manifest.blobs.weights, manifest.blobs.state) for ref in gone)
+        result.versions += 1
+        result.consumed += len(manifest.consumed)
+        result.rejected += len(manifest.rejected)
+        result.rows += sum(shard.rows for shard in manifest.consumed)
+        before = version
+    if before is not None and before.number == numbers[-1]:
+        result.owed = len(before.manifest.owed)
+        result.findings += _forgotten(log, before, shards)
+    return result
+
+
+def _numbers(log: VersionLog) -> Iterator[int]:
+    prefix = f"{log.model}/log/"
+    for info in log.store.list(prefix):
+        if found := _MANIFEST.fullmatch(info.key.removeprefix(prefix)):
+            yield int(found[1])
+
+
+def _aliased(log: VersionLog, versions: int, findings: list[str]) -> dict[int, str]:
+    """Version -> an alias that names it."""
+    try:
+        aliases = log.aliases()
+    except CorruptObject as error:
+        findings.append(str(error))
+        return {}
+    for name, number in aliases.items():
+        if not 0 <= number < versions:
+            findings.append(f"{log.url}: alias {name!r} names version {number}, which does not exist")
+    return {number: name for name, number in aliases.items()}
+
+
+def _broken_links(log: VersionLog, before: Version, version: Version) -> Iterator[str]:
+    """How a version fails to follow from the one before it."""
+    parent, manifest, older = version.manifest.parent, version.manifest, before.manifest
+    if parent is None or parent.sha256 != before.sha256:
+        yield f"it was made from another version {before.number} than the one stored; the history was altered"
+    if manifest.kind == "online":
+        if manifest.spec != older.spec:
+            yield "online training changed the spec"
+        first = older.counters.get("shards", 0)
+        if [shard.ordinal for shard in manifest.consumed] != list(range(first, first + len(manifest.consumed))):
+            yield f"the ordinals of its shards do not continue from {first}"
+        if manifest.counters.get("shards") != first + len(manifest.consumed):
+            yield f"it counts {manifest.counters.get('shards')} shards after {first} and {len(manifest.consumed)} more"
+    elif manifest.consumed or manifest.rejected:
+        yield f"a version of kind {manifest.kind!r} consumed shards"
+    if manifest.kind == "rollback":
+        yield from _broken_rollback(log, version)
+    remembered = older.blobs.tombstones
+    if manifest.kind != "online" and remembered != manifest.blobs.tombstones:
+        yield "it does not carry on the tombstones of the version before it"
+
+
+def _broken_rollback(log: VersionLog, version: Version) -> Iterator[str]:
+    number = version.manifest.rolled_back_to
+    if number is None or not 0 <= number < version.number:
+        yield f"it goes back to version {number}, which is no older version"
+        return
+    try:
+        target = log.version(number).manifest
+    except StorageError as error:
+        yield str(error)
+        return
+    now, then = version.manifest.blobs, target.blobs
+    same = (now.weights.sha256, now.state.sha256) == (then.weights.sha256, then.state.sha256)
+    if not same or version.manifest.counters != target.counters:
+        yield f"its weights, state or counters are not those of version {number}, to which it goes back"
+
+
+def _is_whole(log: VersionLog, ref: BlobRef, number: int, result: Audit) -> bool:
+    """False if the blob is gone; a blob that is not what was committed is a finding."""
+    try:
+        log.read_blob(ref)
+    except UnknownVersion:
+        return False
+    except CorruptObject as error:
+        result.findings.append(f"version {number}: {error}")
+    result.blobs += 1
+    return True
+
+
+def _forgotten(log: VersionLog, head: Version, shards: "_Shards") -> Iterator[str]:
+    """Shards consumed lately that the head would train on again if they were sent again."""
+    try:
+        remembered = log.tombstones(head)
+    except (CorruptObject, UnknownVersion):
+        return  # the blob is a finding already
+    lost = [identity for identity in shards.lately if not remembered.has(*identity)]
+    if lost:
+        yield f"the head, version {head.number}, does not remember {len(lost)} consumed shards, such as {lost[0]!r}"
+
+
+class _Shards:
+    """Which shards were consumed and rejected, as far back as tombstones reach."""
+
+    def __init__(self, findings: list[str]) -> None:
+        self._findings = findings
+        self._consumed: OrderedDict[_Identity, tuple[int, str]] = OrderedDict()
+        self._rejected: OrderedDict[_Identity, int] = OrderedDict()
+
+    @property
+    def lately(self) -> list[tuple[str, str, str]]:
+        return [(inbox, key, digest) for inbox, key, digest in self._consumed]
+
+    def consumed(self, number: int, identity: tuple[str, str, str], written: str) -> None:
+        if identity in self._consumed:
+            self._findings.append(f"shard {identity!r} was consumed twice: {self._consumed[identity][0]} and {number}")
+        if (*identity, written) in self._rejected:
+            self._findings.append(
+                f"shard {identity!r} was rejected by version {self._rejected[*identity, written]} and consumed by {number}"
+            )
+        _remember(self._consumed, identity, (number, written))
+
+    def rejected(self, number: int, identity: tuple[str, str, str], written: str) -> None:
+        # Bytes that can never be used may be sent again and be rejected again: then they were written at another time.
+        if (*identity, written) in self._rejected:
+            earlier = self._rejected[*identity, written]
+            self._findings.append(f"shard {identity!r} was rejected twice: by versions {earlier} and {number}")
+        if self._consumed.get(identity, (0, ""))[1] == written:
+            self._findings.append(f"shard {identity!r} was rejected by version {number} after it was consumed")
+        _remember(self._rejected, (*identity, written), number)
+
+
+def _remember(seen: OrderedDict[_Identity, T], identity: _Identity, value: T) -> None:
+    seen[identity] = value
+    seen.move_to_end(identity)
+    if len(seen) > WINDOW:
+        seen.popitem(last=False)

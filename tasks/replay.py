@@ -1,0 +1,96 @@
+"""Replay: train again on the archived shards, in the order that the log recorded, and compare the bits of every version."""
+
+import logging
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+
+from storage.errors import CorruptObject, NotFound, StoreNotFound, UnknownVersion
+from storage.inbox import Shard, archive_keys
+from storage.log import Version, VersionLog
+from storage.manifest import Consumed, sha256
+from storage.store import ObjectInfo, Store
+from tasks.training.environment import differences, environment
+from tasks.training.errors import TrainingError
+from tasks.training.learner import Learner
+from tasks.training.loop import train_shard
+from tasks.versions import load_learner
+
+logger = logging.getLogger("tidemill.replay")
+
+
+class Replay(BaseModel):
+    """What a replay saw. Every version that could be made again has the bits of the first time if `findings` is empty."""
+
+    replayed: int = 0
+    """Online versions that were made again from the one before."""
+    skipped: int = 0
+    """Online versions that could not be: retention had removed the blobs to start from."""
+    shards: int = 0
+    findings: list[str] = []
+
+
+def replay(log: VersionLog, archives: Sequence[Store]) -> Replay:
+    """Start from the stored weights of version 0 (or the oldest that retention has left) and train through to the head.
+
+    A batch version or a rollback is loaded, every online version is trained and its weights and state are compared with
+    the sha256 in its manifest. Shards are looked for in `archives`, one after the other. Memory: a learner and a shard.
+    """
+    result = Replay()
+    learner: Learner | None = None
+    for number in range(log.head().number + 1):
+        version = log.version(number)
+        if version.manifest.kind != "online":
+            learner = _stored(log, version)
+            continue
+        if learner is None:
+            result.skipped += 1
+            learner = _stored(log, version)
+            continue
+        try:
+            for consumed in version.manifest.consumed:
+                train_shard(learner, _found(consumed, archives).row_groups(), consumed.passes)
+                result.shards += 1
+        except (NotFound, TrainingError) as error:
+            result.findings.append(f"version {number} cannot be replayed: {error}")
+            learner = _stored(log, version)
+            continue
+        result.replayed += 1
+        if not _same(learner, version):
+            changed = "; ".join(differences(version.manifest.environment, environment()))
+            result.findings.append(
+                f"version {number}: the shards that it names give other weights or another state than it has"
+                + (f" (but bits may differ here: {changed})" if changed else "")
+            )
+            learner = _stored(log, version)
+        logger.info("version %d: %d shards replayed", number, len(version.manifest.consumed))
+    return result
+
+
+def _stored(log: VersionLog, version: Version) -> Learner | None:
+    """As it was committed; None if retention has removed it, or if it is no longer what was committed (see `audit`)."""
+    try:
+        return load_learner(log, version)
+    except (UnknownVersion, CorruptObject):
+        return None
+
+
+def _same(learner: Learner, version: Version) -> bool:
+    blobs = version.manifest.blobs
+    weights, state = learner.dump()
+    return (sha256(weights), sha256(state)) == (blobs.weights.sha256, blobs.state.sha256)
+
+
+def _found(consumed: Consumed, archives: Sequence[Store]) -> Shard:
+    """Raises NotFound: no archive holds exactly these bytes."""
+    for archive in archives:
+        for key in archive_keys(consumed.key, consumed.sha256):
+            try:
+                data = archive.read(key)
+            except (NotFound, StoreNotFound):
+                continue
+            if sha256(data) == consumed.sha256:
+                info = ObjectInfo(consumed.key, consumed.size, consumed.etag, consumed.last_modified)
+                return Shard(consumed.inbox, info, data, consumed.sha256)
+    where = ", ".join(archive.url for archive in archives) or "no archive"
+    raise NotFound(f"{where} holds no shard {consumed.key!r} with sha256 {consumed.sha256}")
