@@ -205,6 +205,45 @@ def predict(
     _print((done, f"{rows} of version {done.version} in {files} below {done.output}"), as_json)
 
 
+@app.command
+def audit(
+    registry: Registry,
+    model: Name,
+    /,
+    *,
+    replay: Annotated[
+        bool, Parameter(negative="", help="Also train again on the archived shards, and compare the bits.")
+    ] = False,
+    archive: Annotated[list[str] | None, Parameter(help="URLs where consumed shards were archived, or kept.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the whole history of MODEL: every link, every blob, every shard consumed or rejected once. Changes nothing.
+
+    With --replay, every version that retention has left a start for is made again, from the shards and in the order that
+    the log names, and must have the same bits. Exit code 1 if anything is found.
+
+    For example:
+
+        tidemill audit ./registry flights
+        tidemill audit ./registry flights --replay --archive ./data/archive
+    """
+    from storage.audit import audit as run
+
+    if replay != bool(archive):
+        raise UsageError("--replay needs --archive URL, and --archive is for --replay: give both or neither")
+    log = _open(registry, model)
+    found, again = run(log), None
+    if archive:
+        _find_own_modules()
+        from storage.urls import open_store
+        from tasks.replay import replay as train_again
+
+        again = train_again(log, [open_store(url) for url in archive])
+    _print(views.audited(found, again), as_json)
+    if found.findings or (again is not None and again.findings):
+        raise SystemExit(1)
+
+
 # ---- changing --------------------------------------------------------------------------------------------------------
 @app.command
 def promote(

@@ -5,11 +5,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from storage.audit import Audit
     from storage.inbox import Inbox
     from storage.log import Version, VersionLog
     from storage.manifest import Manifest
     from storage.store import ObjectInfo
     from tasks.batch import VersionInfo
+    from tasks.replay import Replay
     from tasks.report import OnlineReport
 
 View = tuple[Any, str]
@@ -146,6 +148,27 @@ def history(versions: "Sequence[Version]", aliases: Mapping[str, int]) -> View:
         for v in versions
     ]
     return facts, _table(("VERSION", "CREATED (UTC)", "KIND", "MADE FROM", "SCORE", "ALIASES"), rows)
+
+
+def audited(found: "Audit", again: "Replay | None") -> View:
+    """What an audit found."""
+    lines = [
+        ("versions", f"{found.versions:,}, each made from the one before it"),
+        ("shards", f"{found.consumed:,} consumed, {count(found.rows, 'row')}; {found.rejected:,} rejected"),
+        ("blobs", f"{found.blobs:,} are what was committed; those of {count(found.removed, 'version')} are retired"),
+    ]
+    if found.owed:
+        lines.append(("not deleted", f"{count(found.owed, 'consumed shard')}; the next run tries again"))
+    findings = found.findings
+    facts: dict[str, Any] = found.model_dump()
+    if again is not None:
+        made = f"{count(again.replayed, 'version')} made again from {count(again.shards, 'shard')}: the same bits"
+        lines.append(("replay", f"{made}; {again.skipped:,} could not be, their start is retired"))
+        findings = [*findings, *again.findings]
+        facts |= {"replay": again.model_dump()}
+    if findings:
+        lines = [("finding", finding) for finding in findings]
+    return facts, _facts(f"{found.model}: {count(len(findings), 'finding') if findings else 'sound'}", lines)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

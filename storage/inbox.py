@@ -219,12 +219,9 @@ def _holds(store: Store, key: str, digest: str) -> bool:
 
 
 # ---- quarantine ------------------------------------------------------------------------------------------------------
-def quarantine_key(model: str, version: int, shard_sha256: str, key: str = "") -> str:
-    """Where version `version` sends a rejected shard. The shard's own key stands in the reason beside it: it may be hostile.
-
-    With `key`, two shards of the same bytes do not fall on one name.
-    """
-    identity = sha256(f"{shard_sha256} {key}".encode(errors="surrogatepass")) if key else shard_sha256
+def quarantine_key(model: str, version: int, shard_sha256: str, key: str) -> str:
+    """Where version `version` sends a rejected shard. The shard's own key stands in the reason beside it: it may be hostile."""
+    identity = sha256(f"{shard_sha256} {key}".encode(errors="surrogatepass"))  # two keys may hold the same bytes
     return f"{model}/quarantine/{version:08d}-{identity[:32]}"
 
 

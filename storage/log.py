@@ -40,6 +40,7 @@ HINT_EVERY = 16
 """A run that opens the log starts to look for the head at most this many versions below it."""
 
 _ALTERED = "The history was altered; restore it, for example from bucket versions."
+_RESTORE = "Nothing was loaded. Restore the object, or `tidemill rollback` to another version."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -167,15 +168,17 @@ class VersionLog:
         """
         where = f"{self.store.url}/{ref.key}"
         try:
+            size = self.store.stat(ref.key).size
+            if size != ref.size:  # before memory is taken for it
+                raise CorruptObject(f"{where} has {size} bytes, {ref.size} were committed. {_RESTORE}")
             data = self.store.read(ref.key)
         except NotFound:
             raise UnknownVersion(
                 f"{where} is gone: retention removed the blobs of this version. Choose a newer one (`tidemill log`)."
             ) from None
-        if len(data) != ref.size or sha256(data) != ref.sha256:
+        if sha256(data) != ref.sha256:
             raise CorruptObject(
-                f"{where} is not what was committed: {len(data)} bytes with sha256 {sha256(data)}, expected {ref.size} "
-                f"bytes with {ref.sha256}. Nothing was loaded. Restore the object, or `tidemill rollback` to another version."
+                f"{where} is not what was committed: its sha256 is {sha256(data)}, not {ref.sha256}. {_RESTORE}"
             )
         return data
 

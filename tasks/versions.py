@@ -1,7 +1,13 @@
 """From a version in the log to a learner in memory."""
 
+import os
+
+from pydantic import ValidationError
+
+from storage.errors import CorruptObject
 from storage.log import Version, VersionLog
 from tasks.training.learner import Learner
+from tasks.training.models import ALLOWED_MODULES, check_allowed
 from tasks.training.spec import Spec
 
 
@@ -11,8 +17,18 @@ def load_learner(log: VersionLog, version: Version) -> Learner:
     Raises:
         UnknownVersion: retention has removed the blobs.
         CorruptObject: a blob's bytes are not those that were committed.
-        StateMismatch, FactoryError: the model's code no longer fits its weights.
+        FactoryError: the spec names a factory outside of the modules that the environment allows, or one that fails.
+        StateMismatch: the model's code no longer fits its weights.
     """
     manifest = version.manifest
+    spec = _spec(log, version)
+    check_allowed(spec.model.factory, [name for name in os.environ.get(ALLOWED_MODULES, "").split(",") if name])
     weights, state = log.read_blob(manifest.blobs.weights), log.read_blob(manifest.blobs.state)
-    return Learner.load(Spec.model_validate(manifest.spec), weights, state)
+    return Learner.load(spec, weights, state)
+
+
+def _spec(log: VersionLog, version: Version) -> Spec:
+    try:
+        return Spec.model_validate(version.manifest.spec)
+    except ValidationError as error:
+        raise CorruptObject(f"{log.url}: the spec of version {version.number} is not valid: {error}") from error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tasks.training.errors import SpecError, StateMismatch
 from tasks.training.features import Features
 from tasks.training.models import build
-from tasks.training.spec import Spec
+from tasks.training.spec import BUILT_IN_MODELS, Spec
 
 OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
     "sgd": torch.optim.SGD,
@@ -101,8 +101,13 @@ class Learner:
         stored = ([column.name for column in features.columns], features.target, features.task)
         if wanted != stored:
             raise StateMismatch(f"the stored state is for (features, target, task) {stored}, the spec has {wanted}")
+        stored_weights = _parsed(weights, "weights")
+        if spec.model.factory in BUILT_IN_MODELS:
+            with torch.device("meta"):  # before memory is taken for whatever sizes the spec asks for
+                _check_weights(build(spec, features), stored_weights)
         learner = cls.create(spec, features)
-        _restore_weights(learner.model, _parsed(weights, "weights"))
+        _check_weights(learner.model, stored_weights)
+        learner.model.load_state_dict(stored_weights)
         _restore_optimizer(learner.optimizer, spec, about["optimizer"], _under("optimizer.", tensors))
         learner.counters = Counters(**about["counters"])
         return learner
@@ -162,7 +167,7 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _restore_weights(model: nn.Module, stored: dict[str, Tensor]) -> None:
+def _check_weights(model: nn.Module, stored: dict[str, Tensor]) -> None:
     expected = model.state_dict()
     problems = [f"{name} is missing" for name in expected.keys() - stored.keys()]
     problems += [f"{name} is unknown to the model" for name in stored.keys() - expected.keys()]
@@ -175,7 +180,6 @@ def _restore_weights(model: nn.Module, stored: dict[str, Tensor]) -> None:
             f"the stored weights do not fit the model of the spec: {'; '.join(sorted(problems)[:10])}: "
             f"has the code of the factory changed since?"
         )
-    model.load_state_dict(stored)
 
 
 def _shape(tensor: Tensor) -> str:

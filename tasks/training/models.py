@@ -10,14 +10,17 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from tasks.training.errors import FactoryError
 from tasks.training.features import Features
-from tasks.training.spec import Spec
+from tasks.training.spec import BUILT_IN_MODELS, Spec
+
+ALLOWED_MODULES: Final = "TIDEMILL_FACTORIES"
+"""Environment variable: modules, separated by commas, that specs read from storage may name factories of."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,33 @@ def build(spec: Spec, features: Features) -> nn.Module:
         if not isinstance(value, Tensor):
             raise FactoryError(f"model.factory {name!r}: {key!r} of its state_dict is no tensor and cannot be stored")
     return model
+
+
+def check_allowed(name: str, modules: Sequence[str]) -> None:
+    """Refuse a factory that is neither built in nor defined in one of `modules` or below. Imports nothing else.
+
+    It must be defined there, not only be within reach: `mymodels:os.system` is no factory of mymodels.
+
+    Raises FactoryError.
+    """
+    if name in BUILT_IN_MODELS:
+        return
+    module = name.partition(":")[0]
+    if not _below(module, modules):
+        raise FactoryError(
+            f"model.factory {name!r} comes from storage, and module {module!r} is not among those that may be imported for "
+            f"it ({', '.join(modules) or 'none'}): if it is your code, set {ALLOWED_MODULES}={','.join([*modules, module])}"
+        )
+    origin = getattr(_imported(name), "__module__", None)
+    if not isinstance(origin, str) or not _below(origin, modules):
+        raise FactoryError(
+            f"model.factory {name!r} comes from storage, and what it names was imported from {origin or 'elsewhere'!r}: name "
+            f"it where it is defined, and allow that module in {ALLOWED_MODULES} if it is your code"
+        )
+
+
+def _below(module: str, prefixes: Sequence[str]) -> bool:
+    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _imported(name: str) -> Callable[..., object]:
