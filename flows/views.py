@@ -157,8 +157,6 @@ def audited(found: "Audit", again: "Replay | None") -> View:
         ("shards", f"{found.consumed:,} consumed, {count(found.rows, 'row')}; {found.rejected:,} rejected"),
         ("blobs", f"{found.blobs:,} are what was committed; those of {count(found.removed, 'version')} are retired"),
     ]
-    if found.owed:
-        lines.append(("not deleted", f"{count(found.owed, 'consumed shard')}; the next run tries again"))
     findings = found.findings
     facts: dict[str, Any] = found.model_dump()
     if again is not None:

@@ -30,8 +30,6 @@ class Audit(BaseModel):
     rejected: int = 0
     rows: int = 0
     """Labelled rows of the consumed shards."""
-    owed: int = 0
-    """Shards that the head has consumed and could not remove yet: no defect."""
     blobs: int = 0
     """Blobs whose length and sha256 were compared."""
     removed: int = 0
@@ -88,7 +86,6 @@ def audit(log: VersionLog) -> Audit:
         result.rows += sum(shard.rows for shard in manifest.consumed)
         before = version
     if before is not None and before.number == numbers[-1]:
-        result.owed = len(before.manifest.owed)
         result.findings += _forgotten(log, before, shards)
     return result
 

@@ -170,7 +170,7 @@ class VersionLog:
         try:
             size = self.store.stat(ref.key).size
             if size != ref.size:  # before memory is taken for it
-                raise CorruptObject(f"{where} has {size} bytes, {ref.size} were committed. {_RESTORE}")
+                raise CorruptObject(f"{where} is not what was committed: {size} bytes instead of {ref.size}. {_RESTORE}")
             data = self.store.read(ref.key)
         except NotFound:
             raise UnknownVersion(
@@ -178,7 +178,7 @@ class VersionLog:
             ) from None
         if sha256(data) != ref.sha256:
             raise CorruptObject(
-                f"{where} is not what was committed: its sha256 is {sha256(data)}, not {ref.sha256}. {_RESTORE}"
+                f"{where} is not what was committed: sha256 {sha256(data)} instead of {ref.sha256}. {_RESTORE}"
             )
         return data
 
