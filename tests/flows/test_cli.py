@@ -202,6 +202,51 @@ def test_predict(tidemill: Run, model: Place) -> None:
     assert result.out == f"400 predictions of version 2 in 2 files below {model.archive}\n"
 
 
+@memory
+def test_an_audit_of_a_sound_history(tidemill: Run, model: Place) -> None:
+    result = tidemill("audit", model.registry, "model")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines() == [
+        "model: sound",
+        "  versions     3, each made from the one before it",
+        "  shards       2 consumed, 100 rows; 1 rejected",
+        "  blobs        8 are what was committed; those of 0 versions are retired",
+    ]
+    assert tidemill("audit", model.registry, "model", "--json").json["findings"] == []
+
+
+@memory
+def test_an_audit_with_findings_fails(tidemill: Run, model: Place) -> None:
+    """The shards were deleted: a replay has nothing to train on, and says so."""
+    result = tidemill("audit", model.registry, "model", "--replay", "--archive", model.archive)
+    assert result.code == 1
+    title, finding = result.out.splitlines()
+    assert title == "model: 1 finding"
+    assert "holds no shard 'a.parquet'" in finding
+    open_store(model.registry).delete("model/log/00000001.json")
+    result = tidemill("audit", model.registry, "model", "--json")
+    assert (result.code, len(result.json["findings"])) == (1, 1)
+
+
+@memory
+def test_a_replay_of_archived_shards(tidemill: Run, place: Place) -> None:
+    train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
+    place.drop("a.parquet", "b.parquet")
+    settings = OnlineSettings(after_commit="archive", archive_to=place.archive, max_shards=1)
+    drain(open_store, place.inbox, place.registry, settings)
+    result = tidemill("audit", place.registry, "model", "--replay", "--archive", place.archive)
+    assert (result.code, result.err.count("1 shards replayed")) == (0, 2)
+    words = "  replay       2 versions made again from 2 shards: the same bits; 0 could not be, their start is retired"
+    assert result.out.splitlines()[-1] == words
+
+
+@memory
+def test_a_replay_needs_an_archive(tidemill: Run, model: Place) -> None:
+    for flags in (["--replay"], ["--archive", model.archive]):
+        result = tidemill("audit", model.registry, "model", *flags)
+        assert (result.code, result.err.splitlines()[-1][:34]) == (2, "tidemill: --replay needs --archive")
+
+
 # ---- changing --------------------------------------------------------------------------------------------------------
 @memory
 def test_promote(tidemill: Run, model: Place) -> None:
@@ -558,8 +603,11 @@ def test_training_in_processes_of_their_own(place: Place, tmp_path: Path) -> Non
     assert message == f"tidemill: file://{tmp_path}/no-such-folder: there is no such folder. Check the URL"
 
     place.drop("a.parquet")
-    settings = ("--mode", "drain", "--grace-seconds", "0")
-    result = in_process("follow", place.inbox, place.registry, "model", *settings, cwd=tmp_path)
+    follow = ("follow", place.inbox, place.registry, "model", "--mode", "drain", "--grace-seconds", "0")
+    result = in_process(*follow, cwd=tmp_path)
+    assert result.code == 1
+    assert "if it is your code, set TIDEMILL_FACTORIES=mymodel" in result.err.splitlines()[-1]
+    result = in_process(*follow, cwd=tmp_path, environment=os.environ | {"TIDEMILL_FACTORIES": "mymodel"})
     assert result.code == 0, result.err
     first, second = result.out.splitlines()
     assert first == "head of model is version 1: 1 new version from 1 shard, 50 rows"

@@ -144,7 +144,7 @@ def write_deployments(folder: Path, place: Place) -> None:
     batch["schedules"] = [{"interval": 10, "anchor_date": now, "slug": "nightly"}]
     online["schedules"] = [{"interval": 10, "anchor_date": now, "slug": "poll", "active": False}]
     for deployment in (batch, online):
-        deployment["work_pool"]["job_variables"]["env"]["OMP_NUM_THREADS"] = "1"
+        deployment["work_pool"]["job_variables"]["env"] |= {"OMP_NUM_THREADS": "1", "TIDEMILL_FACTORIES": "mymodel"}
     (folder / "prefect.yaml").write_text(yaml.safe_dump(content))
     (folder / "mymodel.py").write_text(OWN_MODEL)
 

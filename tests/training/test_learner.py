@@ -106,6 +106,15 @@ def test_a_state_of_another_model_is_refused(change, message):
         Learner.load(plain_spec(**change), *stored)
 
 
+@pytest.mark.parametrize("hidden", [[10**9], [10**9, 10**9], [10**12]])
+def test_memory_is_not_taken_for_sizes_that_the_weights_do_not_have(hidden):
+    """Up to 4 EB: a spec from storage must not decide how much memory is asked for."""
+    stored = begin(plain_spec(model={"factory": "mlp"}), GROUPS).dump()
+    huge = plain_spec(model={"factory": "mlp", "arguments": {"hidden": hidden}})
+    with pytest.raises(StateMismatch, match="do not fit the model of the spec"):
+        Learner.load(huge, *stored)
+
+
 def test_bytes_that_are_something_else_are_refused():
     spec = plain_spec()
     weights, state = begin(spec, GROUPS).dump()
