@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test prove lint clean
+.PHONY: demo test prove chaos lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/flights/demo.py
@@ -14,6 +14,10 @@ test: $(VENV)/installed
 # The full figures of docs/guarantees.md, of which `test` makes a sample: hours. ARGS chooses a part.
 prove: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full --timeout 14400 $(or $(ARGS),tests/guarantees)
+
+# Real workers on a real S3 server, both killed at random for half an hour; then the audit. ARGS="--minutes 5 --seed 7"
+chaos: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.guarantees.chaos $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
