@@ -80,7 +80,7 @@ def train(
             --features distance '{"name": "carrier", "kind": "category"}' \\
             --model.factory mymodels:Net --model.arguments '{"width": 32}'
     """
-    _prepare_flow()
+    _prepare_flow(dataset, registry)
     from flows.batch import batch_training
 
     _print(views.trained(batch_training(dataset, registry, model, spec.spec(), settings)), as_json)
@@ -108,7 +108,7 @@ def follow(
         tidemill follow s3://bucket/inbox s3://bucket/registry flights \\
             --after-commit archive --archive-to s3://bucket/data/archive
     """
-    _prepare_flow()
+    _prepare_flow(inbox, registry)
     from flows.online import online_training
 
     _print(views.followed(online_training(inbox, registry, model, settings.settings())), as_json)
@@ -302,6 +302,7 @@ def requeue(
         tidemill requeue ./registry flights --all
     """
     from storage import inbox
+    from storage.errors import on_one_line
 
     if names and everything:
         raise UsageError("give either names or --all, not both")
@@ -309,11 +310,14 @@ def requeue(
     log.head()  # a wrong name or URL must not look like an empty quarantine
     if not names and not everything:
         kept = inbox.quarantined(log)
-        lines = [f"{name}  {reason['inbox']}/{reason['key']}\n  {reason['reason']}" for name, reason in kept.items()]
+        lines = [
+            f"{name}  {reason['inbox']}/{on_one_line(reason['key'])}\n  {on_one_line(reason['reason'])}"
+            for name, reason in kept.items()
+        ]
         _print((kept, "\n".join(lines) or "quarantine is empty"), as_json)
         return
     back = {name: inbox.requeue(log, name) for name in names or inbox.quarantined(log)}
-    words = "\n".join(f"{name} is {key} again" for name, key in back.items()) or "quarantine is empty"
+    words = "\n".join(f"{name} is {on_one_line(key)} again" for name, key in back.items()) or "quarantine is empty"
     _print((back, words), as_json)
 
 
@@ -362,8 +366,14 @@ def _find_own_modules() -> None:
         sys.path.append(os.getcwd())
 
 
-def _prepare_flow() -> None:
+def _prepare_flow(*urls: str) -> None:
     """Import Prefect with our log lines going to its UI, and time for a slow machine to start a temporary server."""
+    from storage.urls import open_store
+
+    for url in urls:
+        open_store(
+            url
+        )  # refuses what names no store, perhaps with a secret in it, before Prefect keeps it as a parameter
     _find_own_modules()
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "tidemill")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")

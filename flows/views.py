@@ -27,12 +27,17 @@ def trained(info: "VersionInfo") -> View:
 
 def followed(report: "OnlineReport") -> View:
     """The end of an online run."""
+    from storage.errors import on_one_line
+
     lines = []
     if report.score:
         lines.append(("score", f"{_numbers(report.score)} on these shards, each before it was trained on"))
     if report.rejected:
         lines.append(("rejected", f"{count(report.rejected, 'shard')}, moved to quarantine (see tidemill requeue)"))
-        lines += [("", f"{key}: {reason.removeprefix(f'{key}: ')}") for key, reason in report.last_rejected.items()]
+        lines += [
+            ("", on_one_line(f"{key}: {reason.removeprefix(f'{key}: ')}"))
+            for key, reason in report.last_rejected.items()
+        ]
     if report.duplicates:
         lines.append(("duplicates", f"{count(report.duplicates, 'shard')} sent again, removed without training"))
     if report.owed:

@@ -1,8 +1,16 @@
 """Everything that can go wrong between Tidemill and a store. Each message says what happened, where, and what to do."""
 
 
+def on_one_line(text: str) -> str:
+    """Text in which nothing ends a line or speaks to a terminal: keys are chosen by producers, who may mean to forge lines."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class StorageError(Exception):
-    """Base of every error that `storage` raises on purpose."""
+    """Base of every error that `storage` raises on purpose. Its message is one line, whatever the keys in it."""
+
+    def __str__(self) -> str:
+        return on_one_line(super().__str__())
 
 
 class InvalidURL(StorageError):

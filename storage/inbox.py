@@ -6,7 +6,6 @@ nothing else (pinned by etag), and carries out what a committed version owes.
 
 import contextlib
 import heapq
-import json
 import logging
 import posixpath
 import re
@@ -24,9 +23,10 @@ from storage.errors import (
     ShardRejected,
     StorageError,
     StoreNotFound,
+    on_one_line,
 )
 from storage.log import VersionLog
-from storage.manifest import Owed, Rejected, sha256
+from storage.manifest import Owed, Rejected, checked, sha256, verified
 from storage.parquet import ParquetFile, RowGroup, row_groups
 from storage.store import ObjectInfo, Store
 from storage.urls import open_store
@@ -173,7 +173,7 @@ def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store]
         except (PermissionDenied, InvalidKey, StoreNotFound) as error:
             logger.warning(
                 "%s/%s stays in the inbox, and is remembered as consumed: %s of it failed: %s",
-                *(debt.inbox, debt.key, debt.then, error),
+                *(debt.inbox, on_one_line(debt.key), debt.then, error),
             )
             left.append(debt)
     return tuple(left)
@@ -189,7 +189,7 @@ def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], S
     if debt.then == "quarantine":
         reason = debt.model_dump(mode="json", include={"inbox", "key", "sha256", "etag", "reason"})
         log.store.write(debt.to, data)
-        log.store.write(f"{debt.to}.json", json.dumps(reason, indent=1).encode())
+        log.store.write(f"{debt.to}.json", checked(reason))
         return True
     archive = stores(debt.to)
     for key in archive_keys(debt.key, debt.sha256):
@@ -240,10 +240,10 @@ def _reason(log: VersionLog, key: str) -> dict[str, str]:
     """What stands beside a quarantined shard."""
     data = log.store.read(key)
     try:
-        reason: dict[str, str] = json.loads(data)
-        if {type(reason[name]) for name in ("inbox", "key", "sha256")} != {str}:
+        reason: dict[str, str] = verified(data)
+        if {type(reason[name]) for name in ("inbox", "key", "sha256", "reason")} != {str}:
             raise TypeError("a field is no string")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptObject(
             f"{log.store.url}/{key} is no reason of a rejection: {error!r}. Restore or delete it."
         ) from error
@@ -284,7 +284,7 @@ def requeue(log: VersionLog, name: str, stores: Callable[[str], Store] = open_st
         with contextlib.suppress(NotFound):  # consumed in this moment
             if sha256(inbox.read(back)) != reason["sha256"]:
                 raise
-        logger.info("%s/%s had been sent back before", inbox.url, back)
+        logger.info("%s/%s had been sent back before", inbox.url, on_one_line(back))
     _delete(log.store, key)
     _delete(log.store, f"{key}.json")
     return back

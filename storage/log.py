@@ -170,7 +170,9 @@ class VersionLog:
         try:
             size = self.store.stat(ref.key).size
             if size != ref.size:  # before memory is taken for it
-                raise CorruptObject(f"{where} is not what was committed: {size} bytes instead of {ref.size}. {_RESTORE}")
+                raise CorruptObject(
+                    f"{where} is not what was committed: {size} bytes instead of {ref.size}. {_RESTORE}"
+                )
             data = self.store.read(ref.key)
         except NotFound:
             raise UnknownVersion(
@@ -320,7 +322,10 @@ class VersionLog:
             except PreconditionFailed:
                 continue  # replaced between the two calls
             try:
-                return int(json.loads(data)["version"]), info.etag
+                number = json.loads(data)["version"]
+                if type(number) is not int or number < 0:
+                    raise TypeError(f"{str(number)[:20]} is no version")
+                return number, info.etag
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise CorruptObject(
                     f"{self.store.url}/{key} is no alias: {error}. Delete it and promote again."
@@ -343,7 +348,8 @@ class VersionLog:
             number = json.loads(self.store.read(f"{self.model}/head.json"))["version"]
         except (NotFound, CorruptObject, ValueError, KeyError, TypeError, RecursionError):
             return 0
-        return number if isinstance(number, int) and number > 0 and self._has(number) else 0
+        # A number of hundreds of digits would be a key that no store takes.
+        return number if type(number) is int and 0 < number < 10**15 and self._has(number) else 0
 
     def _newest(self, known: int) -> int:
         """The last number without a gap from `known` on, by doubling steps and then bisection; -1 for none at all."""

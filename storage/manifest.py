@@ -136,13 +136,12 @@ class Manifest(Entry):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Canonical JSON of a manifest with a `checksum` over all other fields, so that an edited head is noticed.
+    """JSON of a manifest, with its checksum.
 
     Raises:
         ValueError: a number is not finite, which JSON cannot hold.
     """
-    fields = manifest.model_dump(mode="json", exclude_none=True)
-    return (json.dumps({**fields, "checksum": _checksum(fields)}, indent=1, allow_nan=False) + "\n").encode()
+    return checked(manifest.model_dump(mode="json", exclude_none=True))
 
 
 def decode(data: bytes, where: str) -> Manifest:
@@ -167,6 +166,27 @@ def decode(data: bytes, where: str) -> Manifest:
         return Manifest.model_validate(fields)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptObject(f"{where} is no Tidemill manifest: {error}") from error
+
+
+def checked(fields: dict[str, Any]) -> bytes:
+    """JSON of an object with a `checksum` over all of its fields, so that damage is noticed.
+
+    Raises:
+        ValueError: a number is not finite, which JSON cannot hold.
+    """
+    return (json.dumps({**fields, "checksum": _checksum(fields)}, indent=1, allow_nan=False) + "\n").encode()
+
+
+def verified(data: bytes) -> dict[str, Any]:
+    """The fields that `checked` was given.
+
+    Raises:
+        ValueError, TypeError, AttributeError, RecursionError: it is something else, or was altered.
+    """
+    fields: dict[str, Any] = json.loads(data)
+    if fields.pop("checksum", None) != _checksum(fields):
+        raise ValueError("its checksum does not match")
+    return fields
 
 
 def sha256(data: bytes) -> str:

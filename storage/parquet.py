@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import NotReady, StorageError
+from storage.pages import decoded_bytes
 
 MAGIC = b"PAR1"
 MAX_DECODED_BYTES = 2 * 2**30
@@ -155,12 +156,11 @@ class ParquetFile:
                 decoded += max(chunk.num_values * width, group.num_rows * width, chunk.total_uncompressed_size)
                 if leaf.path in self._strings and _DELTA.intersection(chunk.encodings):
                     delta[leaf.path] = chunk.total_uncompressed_size
-            if decoded > MAX_DECODED_BYTES:
-                raise ValueError(
-                    f"it would decode to {decoded:,} bytes, more than {MAX_DECODED_BYTES:,}; write smaller row groups"
-                )
+            _refuse_beyond_bound(decoded)
             file = self._file()
             file.load(ranges)
+            decoded += sum(self._hidden(file, group.column(i)) for i in leaves)
+            _refuse_beyond_bound(decoded)
             parquet = self._parquet(file, [c for c in self._strings if c in wanted and c not in delta])
             table = parquet.read_row_group(index, columns=sorted(wanted.difference(delta)))
             if table.num_rows != group.num_rows:
@@ -187,6 +187,14 @@ class ParquetFile:
         for _ in self._parquet(RangesFile(self._size, note), []).reader.iter_batches(0, [index], leaves, False):
             pass  # batches of no rows: nothing is decoded
         return ranges
+
+    def _hidden(self, file: RangesFile, chunk: pq.ColumnChunkMetaData) -> int:
+        """How many more bytes the pages of a column have than the footer says. Arrow believes each page, not the footer."""
+        offsets = (chunk.dictionary_page_offset, chunk.data_page_offset)
+        start = min(offset for offset in offsets if offset)
+        file.seek(start)
+        data = file.read(chunk.total_compressed_size)
+        return max(0, decoded_bytes(data, chunk.num_values) - max(0, chunk.total_uncompressed_size))
 
     def _delta(self, parquet: pq.ParquetFile, index: int, column: str, size: int) -> "pa.ChunkedArray[Any]":
         """A string column that Arrow cannot decode into a dictionary by itself.
@@ -237,6 +245,13 @@ def row_groups(file: ParquetFile, reopen: Callable[[], ParquetFile] | None = Non
 
 def _stream(file: RangesFile) -> IO[bytes]:
     return cast(IO[bytes], file)  # it has all that Arrow calls of it
+
+
+def _refuse_beyond_bound(decoded: int) -> None:
+    if decoded > MAX_DECODED_BYTES:
+        raise ValueError(
+            f"it would decode to {decoded:,} bytes, more than {MAX_DECODED_BYTES:,}; write smaller row groups"
+        )
 
 
 def _is_below(path: str, columns: Collection[str]) -> bool:

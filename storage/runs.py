@@ -6,14 +6,13 @@ run.json            {"after": head when the run began}: the run's own version, i
 done.json           {"version": n}: the run has registered its version and moved the alias
 """
 
-import json
 import re
 import uuid
 from dataclasses import dataclass
 
 from storage.errors import AlreadyExists, CorruptObject, NotFound, StoreNotFound, UnknownVersion
 from storage.log import Version, VersionLog
-from storage.manifest import BlobRef, Record, sha256
+from storage.manifest import BlobRef, Record, checked, sha256, verified
 
 
 class Checkpoint(Record):
@@ -41,7 +40,7 @@ class BatchProgress:
         """Note where the log stood, unless an earlier attempt of this run has."""
         after = self.log.head().number if self.log.exists() else -1
         try:
-            self.log.store.create(f"{self._prefix}/run.json", json.dumps({"after": after}).encode())
+            self.log.store.create(f"{self._prefix}/run.json", checked({"after": after}))
         except AlreadyExists:
             return
 
@@ -67,7 +66,7 @@ class BatchProgress:
             self.log.store.write(key, data)
             refs.append(BlobRef(key=key, size=len(data), sha256=sha256(data)))
         checkpoint = Checkpoint(epochs=epochs, losses=losses, weights=refs[0], state=refs[1])
-        self.log.store.write(f"{self._prefix}/{epochs:08d}.json", checkpoint.model_dump_json().encode())
+        self.log.store.write(f"{self._prefix}/{epochs:08d}.json", checked(checkpoint.model_dump(mode="json")))
         self._drop(before=epochs - 1)
 
     def latest(self) -> tuple[Checkpoint, bytes, bytes] | None:
@@ -75,16 +74,16 @@ class BatchProgress:
         keys = [info.key for info in self.log.store.list(f"{self._prefix}/0") if info.key.endswith(".json")]
         for key in sorted(keys, reverse=True):
             try:
-                checkpoint = Checkpoint.model_validate_json(self.log.store.read(key))
+                checkpoint = Checkpoint.model_validate(verified(self.log.store.read(key)))
                 blobs = self.log.read_blob(checkpoint.weights), self.log.read_blob(checkpoint.state)
-            except (NotFound, UnknownVersion, CorruptObject, ValueError):
+            except (NotFound, UnknownVersion, CorruptObject, AttributeError, RecursionError, TypeError, ValueError):
                 continue  # an older one, or the start, leads to the same bits
             return checkpoint, *blobs
         return None
 
     def finish(self, version: Version) -> None:
         """Record that nothing is left to do, and drop the checkpoints."""
-        self.log.store.write(f"{self._prefix}/done.json", json.dumps({"version": version.number}).encode())
+        self.log.store.write(f"{self._prefix}/done.json", checked({"version": version.number}))
         self._drop(before=None)
 
     def _drop(self, before: int | None) -> None:
@@ -100,10 +99,10 @@ class BatchProgress:
         """The number in `<name>`, or None if there is no such object."""
         key = f"{self._prefix}/{name}"
         try:
-            return int(json.loads(self.log.store.read(key))[field])
+            return int(verified(self.log.store.read(key))[field])
         except (NotFound, StoreNotFound):  # a registry on a disk begins with its first object
             return None
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except (AttributeError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise CorruptObject(
                 f"{self.log.store.url}/{key} is damaged: {error!r}. Delete it; at worst the batch run trains again."
             ) from error

@@ -205,7 +205,8 @@ class S3Store(Store):
             try:
                 answer: dict[str, Any] = sync(self._fs.loop, _request, self._fs, method, params, seconds)
             except _FAILURES as error:
-                raise _translated(error, method, where, has_key=key is not None) from error
+                translated = _translated(error, method, where, has_key=key is not None)
+                raise translated from (None if isinstance(error, ValueError) else error)
             return answer
 
         retrying = Retrying(
@@ -253,7 +254,7 @@ async def _request(fs: Any, method: str, params: dict[str, Any], seconds: float)
 
 # All that s3fs raises when the store, the network or the configuration is at fault. A ClientError is the cause of an
 # OSError.
-_FAILURES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, ResponseParserError)
+_FAILURES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, ResponseParserError, ValueError)
 
 _NETWORK = (
     OSError,
@@ -316,6 +317,10 @@ def _translated_without_answer(error: BaseException, where: str) -> StorageError
         return _Transient(str(error), CorruptObject)
     if isinstance(error, _NETWORK):
         return _Transient(f"{type(error).__name__}: {error}")
+    if isinstance(error, ValueError):  # of the endpoint; botocore repeats it, with whatever secrets stand in it
+        return StorageError(
+            f"{where}: the endpoint is no URL: set AWS_ENDPOINT_URL_S3 to http://host:port or https://host"
+        )
     return StorageError(f"{where}: {error}. Check the URL and the AWS configuration")
 
 

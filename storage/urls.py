@@ -23,15 +23,17 @@ def open_store(url: str) -> Store:
     """
     scheme, separator, rest = url.partition("://")
     if not url or "\0" in url:
-        raise InvalidURL(f"{url!r} names no store; {_KINDS}")
+        raise InvalidURL(f"{_shown(url)} names no store; {_KINDS}")
     if not separator:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
-            raise InvalidURL(f"{url!r} looks like a URL without its //; {_KINDS} (./ before a folder with a colon)")
+            raise InvalidURL(
+                f"{_shown(url)} looks like a URL without its //; {_KINDS} (./ before a folder with a colon)"
+            )
         return LocalStore(os.path.expanduser(url))
     if scheme == "file":
         path = rest.removeprefix("localhost")
         if not path.startswith("/"):
-            raise InvalidURL(f"{url!r} names a host; a file URL has three slashes: file:///folder")
+            raise InvalidURL(f"{_shown(url)} names a host; a file URL has three slashes: file:///folder")
         return LocalStore(path)
     if scheme not in ("s3", "memory"):
         raise InvalidURL(f"{scheme}:// is not known here; {_KINDS}")
@@ -45,13 +47,21 @@ def open_store(url: str) -> Store:
     prefix = prefix.rstrip("/")
     if not name or "?" in rest or "#" in rest or "\\" in rest or (prefix and {"", ".", ".."} & set(prefix.split("/"))):
         raise InvalidURL(
-            f"{url!r} should be {scheme}://name/prefix: no options after ? or #, no backslash, no //, /./ or /../"
+            f"{_shown(url)} should be {scheme}://name/prefix: no options after ? or #, no backslash, no //, /./ or /../"
         )
     if scheme == "memory":
         return MemoryStore(name, prefix)
     from storage.s3 import S3Store  # here, because s3fs takes most of a second to import
 
     return S3Store(name, prefix)
+
+
+def _shown(url: str) -> str:
+    """A URL for a message, without what may be a secret: all before an @, and all after ? or #."""
+    hidden = re.split(r"[?#]", url)[0]
+    if "@" in hidden:
+        hidden = f"...@{hidden.rpartition('@')[2]}"
+    return repr(hidden if hidden == url or hidden.startswith("...@") else f"{hidden}...")
 
 
 def join(url: str, *parts: str) -> str:

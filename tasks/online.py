@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from storage.errors import HeadMoved, NotReady, PermissionDenied, ShardRejected, UnsupportedStore
+from storage.errors import HeadMoved, NotReady, PermissionDenied, ShardRejected, UnsupportedStore, on_one_line
 from storage.inbox import Inbox, Shard, quarantine_key, settle
 from storage.log import Version, VersionLog
 from storage.manifest import Blobs, Consumed, Entry, Owed, Rejected
@@ -176,14 +176,16 @@ class OnlineRun:
     def _remove_duplicate(self, loaded: _Loaded, info: ObjectInfo, digest: str) -> None:
         """Remove a shard that was consumed before; if that is denied, it is owed like any other, and so remembered."""
         debt = Owed(inbox=self.inbox.url, key=info.key, sha256=digest, etag=info.etag, then="delete")
-        logger.info("%s/%s was consumed before and sent again: removed, not trained on", self.inbox.url, info.key)
+        logger.info(
+            "%s/%s was consumed before and sent again: removed, not trained on", self.inbox.url, on_one_line(info.key)
+        )
         loaded.owed += settle(self.log, [debt], self.stores)
         self.report.duplicates += 1
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            logger.warning(message)
+            logger.warning(on_one_line(message))
 
     # ---- reading, scoring, training ----------------------------------------------------------------------------------
     def train(self, loaded: _Loaded, candidates: list[ObjectInfo]) -> "Trained":

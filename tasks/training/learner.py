@@ -15,7 +15,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
-from tasks.training.errors import SpecError, StateMismatch
+from tasks.training.errors import SpecError, StateMismatch, TrainingError
 from tasks.training.features import Features
 from tasks.training.models import build
 from tasks.training.spec import BUILT_IN_MODELS, Spec
@@ -94,6 +94,25 @@ class Learner:
 
         Raises StateMismatch if the bytes do not fit the spec's model or optimizer, and FactoryError.
         """
+        try:
+            return cls._restored(spec, weights, state)
+        except TrainingError:
+            raise
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise StateMismatch(
+                f"the training state is not what Tidemill writes: {type(error).__name__}: {error}"
+            ) from error
+
+    @classmethod
+    def _restored(cls, spec: Spec, weights: bytes, state: bytes) -> Self:
         about = _about(state)
         tensors = _parsed(state, "training state")
         features = Features.from_state(_under("features.", tensors), about["features"])
@@ -123,7 +142,7 @@ def _optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
     arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.arguments.items()}
     try:
         return make(model.parameters(), lr=spec.learning_rate, **arguments)  # type: ignore[call-arg]  # not in the base
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise SpecError(f"optimizer.arguments: {settings.name} refuses {settings.arguments}: {error}") from error
 
 

@@ -101,7 +101,7 @@ def build(spec: Spec, features: Features) -> nn.Module:
         except Exception as error:  # the user's code may raise anything
             given = ", ".join(spec.model.arguments) or "none"
             raise FactoryError(
-                f"model.factory {name!r} raised {type(error).__name__}: {error} (arguments given: {given})"
+                f"model.factory {name!r} raised {type(error).__name__}: {_first_line(error)} (arguments given: {given})"
             ) from error
     if not isinstance(model, nn.Module):
         raise FactoryError(f"model.factory {name!r} returned {type(model).__name__}: return a torch.nn.Module")
@@ -111,6 +111,11 @@ def build(spec: Spec, features: Features) -> nn.Module:
         if not isinstance(value, Tensor):
             raise FactoryError(f"model.factory {name!r}: {key!r} of its state_dict is no tensor and cannot be stored")
     return model
+
+
+def _first_line(error: Exception) -> str:
+    """torch appends the stack of its C++ code."""
+    return next(iter(str(error).splitlines()), "")
 
 
 def check_allowed(name: str, modules: Sequence[str]) -> None:

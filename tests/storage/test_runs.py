@@ -1,6 +1,5 @@
 """The progress of a batch run: killed anywhere, it goes on; started again, it finds its own result."""
 
-import json
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 from storage.errors import CorruptObject, Unavailable
 from storage.log import Version, VersionLog
-from storage.manifest import Blobs, Entry
+from storage.manifest import Blobs, Entry, verified
 from storage.memory import MemoryStore
 from storage.runs import BatchProgress
 from storage.store import Store
@@ -287,7 +286,7 @@ def test_the_records_are_as_documented(make_url: Callable[[str], str]) -> None:
     progress.begin()
 
     def stored(name: str) -> Any:
-        return json.loads(log.store.read(f"taxi/runs/{KEY}/{name}"))
+        return verified(log.store.read(f"taxi/runs/{KEY}/{name}"))
 
     assert stored("run.json") == {"after": -1}
     save(progress, 1)
