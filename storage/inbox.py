@@ -23,6 +23,7 @@ from storage.errors import (
     ShardRejected,
     StorageError,
     StoreNotFound,
+    Unavailable,
     on_one_line,
 )
 from storage.log import VersionLog
@@ -129,11 +130,17 @@ class Inbox:
         return Listing(shards[:limit], seen, waiting, oldest)
 
     def read(self, info: ObjectInfo) -> Shard | None:
-        """The whole shard as it was listed, or None if it went or changed since: a later listing decides."""
+        """The whole shard as it was listed, or None if it went or changed since: a later listing decides.
+
+        Raises:
+            Unavailable: another number of bytes came than was listed.
+        """
         try:
             data = self.store.read(info.key, if_match=info.etag)
         except (NotFound, PreconditionFailed):
             return None
+        if len(data) != info.size:
+            raise Unavailable(f"{self.url}/{info.key}: {len(data)} bytes came of {info.size}; try again.")
         return Shard(self.url, info, data, sha256(data))
 
     def is_stable(self, info: ObjectInfo, grace_seconds: float) -> bool:
@@ -170,7 +177,7 @@ def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store]
             inbox.delete(debt.key, if_match=debt.etag)
         except (NotFound, PreconditionFailed):
             continue
-        except (PermissionDenied, InvalidKey, StoreNotFound) as error:
+        except (PermissionDenied, InvalidKey, StoreNotFound, CorruptObject) as error:
             logger.warning(
                 "%s/%s stays in the inbox, and is remembered as consumed: %s of it failed: %s",
                 *(debt.inbox, on_one_line(debt.key), debt.then, error),
@@ -186,6 +193,8 @@ def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], S
         data = inbox.read(debt.key, if_match=debt.etag)
     except (NotFound, PreconditionFailed):
         return False
+    if sha256(data) != debt.sha256:  # corrupted on the way, now or when it was consumed: keep the original
+        raise CorruptObject("its bytes are not those that were consumed, though its etag is the same")
     if debt.then == "quarantine":
         reason = debt.model_dump(mode="json", include={"inbox", "key", "sha256", "etag", "reason"})
         log.store.write(debt.to, data)

@@ -5,6 +5,7 @@ pinned to one etag, and a refused precondition looks like any other error.
 """
 
 import asyncio
+import hashlib
 import logging
 import os
 import re
@@ -48,7 +49,8 @@ class S3Store(Store):
     """`s3://bucket/prefix`. Endpoint, credentials and region come from the standard AWS variables and profiles alone.
 
     Transient failures (no connection, time-outs, 5xx, throttling, broken bodies) are retried with exponential,
-    jittered waits for `retry_seconds`; then `Unavailable` is raised. No other layer of retries works underneath.
+    jittered waits for `retry_seconds`; then `Unavailable` is raised. Below, only the HTTP client works again: once, on a reused
+    connection that broke.
 
     Etags are the store's, without quotes. S3 makes them from the content: identical bytes have equal etags.
 
@@ -108,7 +110,11 @@ class S3Store(Store):
         )
 
     def read(self, key: str, *, if_match: str | None = None, start: int = 0, length: int | None = None) -> bytes:
-        """One GET; the body is checked against the length that the store announced."""
+        """One GET; the body is checked against its length, and against the checksum that the store sent.
+
+        If it sent none that the client can check, the etag of a whole object is, where it is an MD5, as good. If that differs
+        (some encryption makes other etags of that form), the object is read until two answers in a row agree.
+        """
         end = None if length is None else start + length
         if length == 0:
             if start > self._stat_if_match(key, if_match).size:
@@ -124,11 +130,24 @@ class S3Store(Store):
                 return b""  # nothing follows the last byte, which HTTP has no range for
             raise
         data: bytes = answer["Body"]
+        if "Range" not in params and not _vouched(answer):
+            data = self._agreed(key, data, {**params, "IfMatch": answer["ETag"]})
         if "Range" in params and not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
             raise CorruptObject(f"{self.url}/{key}: the store sent another range than the one asked for")
         if length is not None and len(data) != length:
             raise CorruptObject(f"{self.url}/{key} has {start + len(data)} bytes, not bytes {start} to {end}")
         return data
+
+    def _agreed(self, key: str, data: bytes, params: dict[str, str]) -> bytes:
+        """The bytes of two answers in a row, of the size that the store tells; `data` is of the first answer."""
+        size = self._stat_if_match(key, _unquoted(params["IfMatch"])).size
+        for _ in range(5):
+            answer = self._call("get_object", key, **params)
+            body: bytes = answer["Body"]
+            if _vouched(answer) or (body == data and len(body) == size):
+                return body
+            data = body
+        raise CorruptObject(f"{self.url}/{key}: the store sends other bytes each time, none of them those of its etag")
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
         """One PUT, never multipart: 5 GiB at most.
@@ -246,10 +265,31 @@ async def _request(fs: Any, method: str, params: dict[str, Any], seconds: float)
     if "Body" in answer:
         async with answer["Body"] as body:
             data = await body.read()
-        if len(data) != answer["ContentLength"]:
-            raise _Transient(f"{len(data)} bytes of {answer['ContentLength']} came", CorruptObject)
+        expected = answer["ContentLength"]
+        if (sent := _RANGE.match(answer.get("ContentRange", ""))) is not None:
+            expected = int(sent[2]) - int(sent[1]) + 1
+        if len(data) != expected:
+            raise _Transient(f"{len(data)} bytes of {expected} came", CorruptObject)
         answer["Body"] = data
+    if method == "list_objects_v2" and "IsTruncated" not in answer:
+        raise _Transient("an empty answer came")
     return answer
+
+
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
+_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
+
+
+def _vouched(answer: dict[str, Any]) -> bool:
+    """False if no checksum of the body was compared although the etag, the MD5 of a whole object, says other bytes.
+
+    True too where there is nothing to compare, as of multipart uploads.
+    """
+    checksums = (answer.get(f"Checksum{name}", "-") for name in ("CRC32", "SHA1", "SHA256"))
+    etag = _MD5.fullmatch(answer["ETag"])
+    if etag is None or any("-" not in checksum for checksum in checksums):
+        return True
+    return hashlib.md5(answer["Body"], usedforsecurity=False).hexdigest() == etag[1]
 
 
 # All that s3fs raises when the store, the network or the configuration is at fault. A ClientError is the cause of an
