@@ -12,7 +12,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from storage.errors import HeadMoved, NotReady, PermissionDenied, ShardRejected, UnsupportedStore, on_one_line
+from storage.errors import (
+    HeadMoved,
+    NotReady,
+    PermissionDenied,
+    ShardRejected,
+    UnknownVersion,
+    UnsupportedStore,
+    on_one_line,
+)
 from storage.inbox import Inbox, Shard, quarantine_key, settle
 from storage.log import Version, VersionLog
 from storage.manifest import Blobs, Consumed, Entry, Owed, Rejected
@@ -117,13 +125,24 @@ class OnlineRun:
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------
     def load(self) -> _Loaded:
-        """The head, verified, and the learner as it was committed; its debts settled, now that it has been read back."""
+        """The head, verified, and the learner as it was committed; its debts settled, now that it has been read back.
+
+        Raises:
+            HeadMoved: while it was read, others went on and retention removed it.
+        """
         if (loaded := self._loaded) is None:
             version = self.log.head()
-            learner, manifest = load_learner(self.log, version), version.manifest
+            try:
+                learner, tombstones = load_learner(self.log, version), self.log.tombstones(version)
+            except UnknownVersion as error:
+                if self.log.head().number == version.number:
+                    raise
+                raise HeadMoved(
+                    f"{self.log.url}: retention has removed version {version.number}, the head before."
+                ) from error
+            manifest = version.manifest
             if changed := differences(manifest.environment, environment()):
                 self._warn(f"bits may differ from those of the run before: {'; '.join(changed)}")
-            tombstones = self.log.tombstones(version)
             owed = settle(self.log, manifest.owed, self.stores)
             loaded = self._loaded = _Loaded(version, learner, tombstones, owed, time.monotonic())
         elif loaded.owed and time.monotonic() - loaded.settled_at > SETTLE_AGAIN_SECONDS:

@@ -15,11 +15,13 @@ from storage.errors import (
     PermissionDenied,
     StoreNotFound,
     UnknownModel,
+    UnknownVersion,
     UnsupportedFormat,
     UnsupportedStore,
 )
 from storage.log import open_log
 from storage.manifest import Entry
+from storage.retention import collect_garbage
 from storage.store import ObjectInfo, Store
 from storage.urls import open_store
 from tasks import batch, online
@@ -327,6 +329,32 @@ def test_a_lost_race_is_an_outcome_and_no_error(memory_registry: str, memory_url
     assert online.step(run).outcome is Outcome.LOST
     assert online.step(run) == online.Step(Outcome.COMMITTED, 2)
     assert run.report.lost_races == 1
+
+
+def test_a_head_that_retention_removes_while_it_is_read_is_a_lost_race(
+    memory_registry: str, memory_url: MakeUrl
+) -> None:
+    put(memory_url("inbox"), days(4))
+    online.step(open_run(memory_url("inbox"), memory_registry, max_shards=1))
+    frozen = [True]
+
+    def others_go_on(call: Call) -> None:
+        if frozen and call.verb == "read" and call.key.endswith(".safetensors"):
+            frozen.clear()
+            drain(open_run(memory_url("inbox"), memory_registry, max_shards=1))
+            assert collect_garbage(open_log(memory_registry, "model"), keep=1)
+
+    run = open_run(memory_url("inbox"), memory_registry, stores=lambda url: FaultStore(open_store(url), others_go_on))
+    assert online.step(run).outcome is Outcome.LOST
+    assert online.step(run).outcome is Outcome.IDLE
+    assert open_log(memory_registry, "model").head().number == 4
+
+
+def test_a_head_without_blobs_is_an_error(memory_registry: str, memory_url: MakeUrl) -> None:
+    log = open_log(memory_registry, "model")
+    log.store.delete(log.head().manifest.blobs.weights.key)
+    with pytest.raises(UnknownVersion, match="is gone"):
+        online.step(open_run(memory_url("inbox"), memory_registry))
 
 
 def test_training_continues_from_a_rollback_and_remembers_what_was_consumed(registry: str, make_url: MakeUrl) -> None:
