@@ -149,7 +149,10 @@ DAMAGE: dict[str, tuple[Callable[[VersionLog], None], str]] = {
         ),
         "version 2: .*sha256 .* instead of",
     ),
-    "a blob was cut": (lambda log: log.store.write(log.version(2).manifest.blobs.state.key, b"x"), "1 bytes instead of"),
+    "a blob was cut": (
+        lambda log: log.store.write(log.version(2).manifest.blobs.state.key, b"x"),
+        "1 bytes instead of",
+    ),
     "the head's weights are gone": (
         lambda log: log.store.delete(log.head().manifest.blobs.weights.key),
         "version 7, the head: .*is missing",
