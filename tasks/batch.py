@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from storage.dataset import Snapshot, snapshot
-from storage.errors import HeadMoved
+from storage.errors import HeadMoved, UnknownVersion
 from storage.log import Version, VersionLog, open_log
 from storage.manifest import Blobs, Entry
 from storage.parquet import RowGroup
@@ -173,8 +173,15 @@ def register(run: BatchRun, result: Score) -> Version:
 
 
 def finish(run: BatchRun, version: Version) -> None:
-    """Move the alias to the version, then record that the run is done."""
-    run.log.promote(run.settings.alias, version)
+    """Move the alias to the version, then record that the run is done.
+
+    A run that was killed between its commit and this, and started again long after, may find the version out of retention:
+    then the alias stays where it is.
+    """
+    try:
+        run.log.promote(run.settings.alias, version)
+    except UnknownVersion as error:
+        logger.warning("alias %r stays where it is: %s", run.settings.alias, error)
     run.progress.finish(version)
 
 

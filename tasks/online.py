@@ -212,11 +212,18 @@ class OnlineRun:
 
         A shard that cannot be used is rejected before the model is touched. One whose training gives a loss that is not
         finite is rejected too, and the others are trained again from the head as if it had not been there.
+
+        Raises:
+            HeadMoved: another run committed before that.
         """
         refused: dict[str, str] = {}
         while (work := self._train_all(loaded, candidates, refused)) is None:
-            self._loaded = None
+            before, self._loaded = loaded.version, None
             loaded = self.load()
+            if loaded.version != before:  # which may have consumed or rejected the candidates
+                raise HeadMoved(
+                    f"{self.log.url}: another run committed while a shard was refused; this attempt is discarded."
+                )
         return work
 
     def _train_all(self, loaded: _Loaded, candidates: list[ObjectInfo], refused: dict[str, str]) -> "Trained | None":

@@ -8,6 +8,7 @@ import pytest
 from storage.errors import DatasetChanged, DatasetError, StoreNotFound
 from storage.log import VersionLog, open_log
 from storage.manifest import Entry
+from storage.retention import collect_garbage
 from storage.urls import open_store
 from tasks import batch
 from tasks.settings import BatchSettings
@@ -116,6 +117,18 @@ def test_killed_between_commit_and_alias_the_version_is_found_and_the_alias_move
     assert (version.number, finished) == (0, False)
     batch.finish(again, version)
     assert again.log.aliases() == {"champion": 0}
+
+
+def test_killed_between_commit_and_alias_and_out_of_retention_since(dataset: str, memory_url: MakeUrl) -> None:
+    """The run ends all the same, now and the next time; the alias is not moved to a version that cannot be served."""
+    run = open_run(dataset, memory_url("registry"))
+    version = batch.register(run, batch.evaluate(run))
+    run.log.rollback("0")
+    collect_garbage(run.log, keep=1)
+
+    batch.finish(open_run(dataset, memory_url("registry")), version)
+    assert run.log.aliases() == {}
+    assert open_run(dataset, memory_url("registry")).registered == (version, True)
 
 
 @pytest.mark.parametrize("change", ["data", "spec", "holdout"])

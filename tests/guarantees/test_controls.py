@@ -1,0 +1,443 @@
+"""Negative controls: protocols that are broken on purpose, each of which the tests of the guarantees must catch.
+
+A test that cannot fail shows nothing. `defects` puts a protocol through scenarios (killed, unanswered, overtaken, overwritten) at
+storage calls of a step that end as every history of `machine.py` does. The product passes all of them; each control
+fails one for the reason that it was made for.
+"""
+
+import re
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+
+import pytest
+
+from storage.errors import AlreadyExists, CorruptObject, HeadMoved, StorageError
+from storage.inbox import settle
+from storage.log import Version, VersionLog
+from storage.manifest import BlobRef, Entry, decode, encode
+from storage.store import ObjectInfo, Store
+from tasks.online import OnlineRun, Trained
+from tests.guarantees.machine import BAD, GOOD, Fault, Meanwhile, Plan, Protocol, World
+from tests.storage.faults import Call, FaultStore
+
+Shards = tuple[tuple[str, bytes], ...]
+
+SHARDS: Shards = (("m.parquet", GOOD[0]), ("n.parquet", BAD[0]), ("o.parquet", GOOD[1]), ("p.parquet", GOOD[2]))
+LATER: Shards = (("a-late-low-key.parquet", GOOD[3]),)
+FIRST, ARCHIVES = 0, 3
+"""Two trainers of `World` that train each shard once, so that their bits are the same."""
+
+
+# ---- the detector ----------------------------------------------------------------------------------------------------
+def world_of(protocol: Protocol) -> World:
+    """A world with `SHARDS` in its inbox."""
+    world = World(f"memory://{uuid.uuid4().hex}", protocol)
+    for key, data in SHARDS:
+        world.upload(key, data)
+    return world
+
+
+def bits(world: World) -> tuple[str, str]:
+    blobs = world.versions[-1].blobs
+    return blobs.weights.sha256, blobs.state.sha256
+
+
+@cache
+def undisturbed() -> tuple[str, str]:
+    """The bits of the product after `SHARDS` and `LATER`, when nothing happens."""
+    world = world_of(Protocol())
+    world.drain()
+    for key, data in LATER:
+        world.upload(key, data)
+    world.end()
+    return bits(world)
+
+
+def at_calls(protocol: Protocol, stride: int, trainer: int, befalls: Callable[[int], Plan]) -> Iterator[World]:
+    """Worlds where this befalls the first step of a trainer, at its first storage call and at each `stride`th from there."""
+    for at in count(1, stride):
+        world = world_of(protocol)
+        world.train(trainer, befalls(at))
+        over = world.trainers[trainer].calls < at
+        yield world
+        if over:
+            return
+
+
+def go_on(world: World, trainer: int) -> None:
+    """More shards, and a trainer in whose memory is what befell it."""
+    world.train(trainer)
+    for key, data in LATER:
+        world.upload(key, data)
+    world.train(trainer)
+
+
+def failed(protocol: Protocol, stride: int) -> Iterator[World]:
+    """Killed before any call, or an answer that is lost: the same bits as undisturbed."""
+    for kind in ("kill", "before", "after", "retried"):
+        for world in at_calls(protocol, stride, FIRST, lambda at, kind=kind: Plan(Fault(at, kind))):
+            go_on(world, FIRST)
+            world.end()
+            assert bits(world) == undisturbed(), f"{kind}: other bits than an undisturbed run"
+            yield world
+
+
+def overtaken(protocol: Protocol, stride: int) -> Iterator[World]:
+    """Another trainer takes a whole step before any call: the same bits as undisturbed."""
+    for trainer, other in ((FIRST, ARCHIVES), (ARCHIVES, FIRST)):
+        for world in at_calls(
+            protocol, stride, trainer, lambda at, o=other: Plan(None, (Meanwhile(at, "train", (o,)),))
+        ):
+            go_on(world, trainer)
+            world.end()
+            assert bits(world) == undisturbed(), "other bits than an undisturbed run"
+            yield world
+
+
+def overwritten(protocol: Protocol, stride: int) -> Iterator[World]:
+    """A producer puts other bytes at the key of a shard before any call: good ones and bad ones."""
+    stride = min(stride, 3)  # from the listing to the read of "o.parquet" it is three calls
+    as_long = b"PAR1" + bytes(len(GOOD[1]) - 8) + b"PAR1"  # another length would be noticed
+    for key, data in (("o.parquet", as_long), ("m.parquet", GOOD[4])):
+        meanwhile = ("upload", (key, data))
+        for world in at_calls(protocol, stride, FIRST, lambda at, m=meanwhile: Plan(None, (Meanwhile(at, *m),))):
+            go_on(world, FIRST)
+            world.end()
+            yield world
+
+
+def collected(protocol: Protocol, stride: int) -> Iterator[World]:
+    """Garbage collection before any call of a trainer that slept there."""
+    stride = min(stride, 3)  # from the first blob to the commit it is three calls
+    for world in at_calls(protocol, stride, FIRST, lambda at: Plan(None, (Meanwhile(at, "collect", (1,)),))):
+        world.end()
+        yield world
+
+
+def sent_again(protocol: Protocol, stride: int) -> Iterator[World]:
+    """All shards again, the same bytes, when the head owes other ones: at once, after retraining, after a rollback."""
+    for change in (lambda w: None, lambda w: w.retrain(1), lambda w: w.rollback(1)):
+        world = world_of(protocol)
+        go_on(world, ARCHIVES)
+        change(world)
+        for key, data in SHARDS:
+            world.upload(key, data)
+        world.end()
+        yield world
+
+
+def denied(protocol: Protocol, stride: int) -> Iterator[World]:
+    """Deletes are denied for some steps, in which new shards come and the model is retrained."""
+    for change in (lambda w: None, lambda w: w.retrain(1), lambda w: w.rollback(1)):
+        world = world_of(protocol)
+        world.train(ARCHIVES, Plan(denied=True))
+        for key, data in LATER:
+            world.upload(key, data)
+        change(world)
+        world.train(FIRST, Plan(denied=True))
+        world.train(ARCHIVES, Plan(denied=True))
+        world.check()
+        world.end()
+        yield world
+
+
+def altered(protocol: Protocol, stride: int) -> Iterator[World]:
+    """The manifest below the head is replaced by another valid one: nobody may go on from there."""
+    world = world_of(protocol)
+    world.train(FIRST)
+    world.train(ARCHIVES)
+    world.trainers[ARCHIVES].online.forget()
+    key = f"model/log/{world.log.head().number - 1:08d}.json"
+    manifest = decode(world.registry.read(key), key)
+    world.registry.write(key, encode(manifest.model_copy(update={"metrics": {}})))
+    try:
+        world.train(ARCHIVES)
+    except CorruptObject:
+        yield world
+        return
+    raise AssertionError("a run went on from altered history")
+
+
+Scenario = Callable[[Protocol, int], Iterator[World]]
+SCENARIOS: Sequence[Scenario] = (failed, overtaken, overwritten, collected, sent_again, denied, altered)
+
+
+def defects(protocol: Protocol, stride: int, scenarios: Sequence[Scenario] = SCENARIOS) -> list[str]:
+    """For each scenario that goes wrong: its name, and what it saw first. Errors of the harness are raised."""
+    found = []
+    for scenario in scenarios:
+        try:
+            for world in scenario(protocol, stride):
+                world.forget()
+        except AssertionError as defect:
+            found.append(f"{scenario.__name__}: {defect}")
+    return found
+
+
+# ---- broken protocols ------------------------------------------------------------------------------------------------
+class DeletesFirst(OnlineRun):
+    """Disposes of the shards, then commits."""
+
+    def commit(self, work: Trained) -> Version:
+        settle(self.log, self._debts(work, work.loaded.version.number + 1), self.stores)
+        return super().commit(work)
+
+
+class LoserDeletes(OnlineRun):
+    """Disposes of the shards whether or not it won."""
+
+    def commit(self, work: Trained) -> Version:
+        try:
+            return super().commit(work)
+        except HeadMoved:
+            settle(self.log, self._debts(work, work.loaded.version.number + 1), self.stores)
+            raise
+
+
+class DropsOptimizer(OnlineRun):
+    """Stores a state without the optimizer's, which it keeps in memory."""
+
+    def commit(self, work: Trained) -> Version:
+        state = work.loaded.learner.optimizer.state
+        kept = dict(state)
+        state.clear()
+        try:
+            return super().commit(work)
+        finally:
+            state.update(kept)
+
+
+class KeepsLearner(OnlineRun):
+    """Goes on with the learner that it trained for a version that another run committed first."""
+
+    _kept = None
+
+    def commit(self, work: Trained) -> Version:
+        try:
+            return super().commit(work)
+        except HeadMoved:
+            self._kept = work.loaded.learner
+            raise
+
+    def load(self):
+        loaded = super().load()
+        if self._kept is not None:
+            self._kept.counters = loaded.learner.counters
+            loaded.learner, self._kept = self._kept, None
+        return loaded
+
+
+class ForgetsWhatItOwes(OnlineRun):
+    """Selects shards whose removal it owes, as if they were new."""
+
+    def look(self, loaded) -> None:
+        owed, loaded.owed = loaded.owed, ()
+        super().look(loaded)
+        loaded.owed = owed + loaded.owed
+
+
+class DropsDebts(OnlineRun):
+    """Does not carry what could not be removed to the next version."""
+
+    def commit(self, work: Trained) -> Version:
+        work.loaded.owed = ()
+        return super().commit(work)
+
+
+class DeletesThenCopies(OnlineRun):
+    """Removes a shard before it is in the archive or in quarantine."""
+
+    def settle(self) -> None:
+        for debt in self._loaded.owed:
+            with suppress(StorageError):
+                self.inbox.store.delete(debt.key, if_match=debt.etag)
+        super().settle()
+
+
+class ListsFromCursor(OnlineRun):
+    """Looks only at keys above the last one that it consumed."""
+
+    def look(self, loaded) -> None:
+        super().look(loaded)
+        last = max((shard.key for shard in loaded.version.manifest.consumed), default="")
+        self._ahead = deque(info for info in self._ahead if info.key > last)
+
+
+class NewestByListing(VersionLog):
+    """Takes the highest number for the head, without a look at its parent."""
+
+    def head(self) -> Version:
+        return self.version(max(int(info.key[-13:-5]) for info in self.store.list(f"{self.model}/log/")))
+
+
+class NoTombstones(VersionLog):
+    """Stores no tombstones."""
+
+    def write_blob(self, number: int, suffix: str, data: bytes) -> BlobRef:
+        return super().write_blob(number, suffix, b"" if suffix.startswith("tombstones") else data)
+
+
+class BatchForgets(VersionLog):
+    """A batch run begins anew: nothing is remembered, nothing is owed."""
+
+    def commit(self, parent: Version | None, entry: Entry) -> Version:
+        if entry.kind == "batch":
+            entry = entry.model_copy(update={"blobs": entry.blobs.model_copy(update={"tombstones": None}), "owed": ()})
+        return super().commit(parent, entry)
+
+
+class RollbackForgets(VersionLog):
+    """A rollback takes tombstones and debts, too, from the version that it goes back to."""
+
+    def commit(self, parent: Version | None, entry: Entry) -> Version:
+        if entry.kind == "rollback":
+            target = self.version(entry.rolled_back_to).manifest
+            blobs = entry.blobs.model_copy(update={"tombstones": target.blobs.tombstones})
+            entry = entry.model_copy(update={"blobs": blobs, "owed": target.owed})
+        return super().commit(parent, entry)
+
+
+def with_log(log: type[VersionLog]) -> Protocol:
+    """Everybody uses this log."""
+
+    class Run(OnlineRun):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            self.log = log(self.log.store, self.log.model)
+
+    return Protocol(run=Run, log=log)
+
+
+class Broken(FaultStore):
+    """A store that may ignore a precondition."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store, _nothing)
+
+
+def _nothing(call: Call) -> None:
+    """A hook that injects no fault."""
+
+
+class CommitsOverwrite(Broken):
+    """Creates a manifest over another one."""
+
+    def create(self, key: str, data: bytes) -> ObjectInfo:
+        return self.write(key, data) if "/log/" in key else super().create(key, data)
+
+
+class CommitsAlwaysWin(Broken):
+    """Takes "it exists already" for its own write whose answer was lost."""
+
+    def create(self, key: str, data: bytes) -> ObjectInfo:
+        try:
+            return super().create(key, data)
+        except AlreadyExists:
+            if "/log/" in key:
+                return self.stat(key)
+            raise
+
+
+class DeletesAnything(Broken):
+    """Removes what is at the key now."""
+
+    def delete(self, key: str, *, if_match: str | None = None) -> None:
+        super().delete(key)
+
+
+class ReadsAnything(Broken):
+    """Reads what is at the key now, for what was listed."""
+
+    def read(self, key: str, *, if_match: str | None = None, start: int = 0, length: int | None = None) -> bytes:
+        return super().read(key, start=start, length=length)
+
+
+def collects_above_the_head(log: VersionLog, keep: int) -> list[str]:
+    """Takes every blob that no version in retention names for garbage."""
+    retained = [*log.history(log.head(), keep), *map(log.aliased, log.aliases())]
+    named = {ref.key for version in retained for ref in version.manifest.blobs.refs}
+    garbage = [info.key for info in log.store.list(f"{log.model}/blobs/") if info.key not in named]
+    for key in garbage:
+        log.store.delete(key)
+    return garbage
+
+
+def collects_aliased(log: VersionLog, keep: int) -> list[str]:
+    """Keeps the last versions only."""
+    named = {ref.key for version in log.history(log.head(), keep) for ref in version.manifest.blobs.refs}
+    number = log.head().number
+    listed = [info.key for info in log.store.list(f"{log.model}/blobs/")]
+    garbage = [key for key in listed if key not in named and int(key.rpartition("/")[2][:8]) <= number]
+    for key in garbage:
+        log.store.delete(key)
+    return garbage
+
+
+@dataclass(frozen=True)
+class Control:
+    protocol: Protocol
+    scenario: str
+    reason: str
+
+
+CONTROLS = {
+    "delete before commit": Control(Protocol(run=DeletesFirst), "failed", "is lost"),
+    "the loser deletes": Control(Protocol(run=LoserDeletes), "overtaken", "is lost"),
+    "optimizer state dropped": Control(Protocol(run=DropsOptimizer), "failed", "other weights or another state"),
+    "learner kept after a lost race": Control(Protocol(run=KeepsLearner), "overtaken", "other weights or another"),
+    "owed shards trained on": Control(Protocol(run=ForgetsWhatItOwes), "denied", "was put 1 times and stands 2"),
+    "debts dropped": Control(Protocol(run=DropsDebts), "denied", "stands 2 times|nobody owes"),
+    "delete before copy": Control(Protocol(run=DeletesThenCopies), "overtaken", "not in (the archive|quarantine)"),
+    "listing from a cursor": Control(Protocol(run=ListsFromCursor), "failed", "inbox still holds"),
+    "no parent check": Control(with_log(NewestByListing), "altered", "went on from altered history"),
+    "no tombstones": Control(with_log(NoTombstones), "sent_again", "was consumed twice"),
+    "batch forgets": Control(with_log(BatchForgets), "sent_again", "was consumed twice"),
+    "rollback forgets": Control(with_log(RollbackForgets), "sent_again", "a rollback dropped"),
+    "overwritable commit": Control(Protocol(wrap=CommitsOverwrite), "overtaken", "was overwritten"),
+    "commit not read back": Control(Protocol(wrap=CommitsAlwaysWin), "overtaken", "is lost"),
+    "delete without if-match": Control(Protocol(wrap=DeletesAnything), "overwritten", "is lost"),
+    "read without if-match": Control(Protocol(wrap=ReadsAnything), "overwritten", "stands 2 times"),
+    "collection above the head": Control(
+        Protocol(collect_garbage=collects_above_the_head), "collected", "is gone: retention removed"
+    ),
+    "collection of aliased versions": Control(
+        Protocol(collect_garbage=collects_aliased), "collected", "a blob of version 0 is gone"
+    ),
+}
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def stride(full: bool) -> int:
+    """CI disturbs every seventh call of a step (every third where a wider step could miss), the full figures every one."""
+    return 1 if full else 7
+
+
+@pytest.mark.timeout(1200)
+def test_the_product_has_no_defects(stride: int, record_property: Callable[[str, object], None]) -> None:
+    for scenario in SCENARIOS:
+        histories = 0
+        for world in scenario(Protocol(), stride):
+            world.forget()
+            histories += 1
+        record_property(scenario.__name__, histories)
+        print(f"{scenario.__name__}: {histories} histories, no defect")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_broken_protocol_is_caught(
+    name: str, stride: int, full: bool, record_property: Callable[[str, object], None]
+) -> None:
+    """By the scenario that it was made for, and for its reason. Full: says which others catch it, too."""
+    control = CONTROLS[name]
+    scenarios = SCENARIOS if full else [s for s in SCENARIOS if s.__name__ == control.scenario]
+    found = defects(control.protocol, stride, scenarios)
+    record_property("caught by", [defect.partition(":")[0] for defect in found])
+    print(f"{name}: {found}")
+    assert any(re.search(rf"^{control.scenario}: .*({control.reason})", defect, re.DOTALL) for defect in found), found
