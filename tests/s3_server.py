@@ -1,7 +1,8 @@
 """A real S3 server for the tests: the one that `TIDEMILL_TEST_S3_ENDPOINT` names, else `minio`, else SeaweedFS' `weed`.
 
 The first is used as it is, with the credentials of the standard AWS variables. The others are started on free ports of
-127.0.0.1 with their data in a temporary folder, and killed by process id.
+127.0.0.1 with their data in a temporary folder, and killed by process id. On Linux they also die with the thread that started
+them, however that ends.
 """
 
 import json
@@ -22,6 +23,13 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 REGION = "us-east-1"
+
+_DIE_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which outlives exec
+if os.getppid() == int(sys.argv[1]):  # else the parent had died before
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +92,21 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> None:
+        """Start it, from a thread that lives for as long as the server shall (see `_DIE_WITH_PARENT`)."""
+        command = self._command
+        if sys.platform == "linux":  # no preexec_fn, which may deadlock where there are threads
+            command = [sys.executable, "-IS", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, env={**os.environ, **self._environment}, stdout=log, stderr=subprocess.STDOUT
+                command, env={**os.environ, **self._environment}, stdout=log, stderr=subprocess.STDOUT
             )
         if wait:
-            with self.s3.client() as client:
-                wait_until(
-                    lambda: self._is_ready(client), seconds=60, what=f"start of {self._command[0]}, see {self._log}"
-                )
+            self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Return once the server takes writes."""
+        with self.s3.client() as client:
+            wait_until(lambda: self._is_ready(client), seconds=60, what=f"start of {self._command[0]}, see {self._log}")
 
     def kill(self) -> None:
         """SIGKILL: what it has not made durable is gone."""
@@ -175,6 +189,7 @@ def _weed(binary: str, folder: Path) -> Server:
         "-s3", f"-s3.port={s3}", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-iam=false",
         "-s3.autoCreateBucket=false",
         "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=30",
+        "-master.electionTimeout=1s",  # of one master by itself, for which a restart waits: 3 s instead of 17
     ]  # fmt: skip
     return Server(command, {}, S3(f"http://127.0.0.1:{s3}", ADMIN, READ_ONLY), folder / "weed.log")
 
