@@ -1,4 +1,4 @@
-"""What the kill tests run in child processes: whole runs over stores that may send SIGKILL at any call.
+"""The runs that the tests of the guarantees disturb, and the child processes in which they are killed or frozen.
 
 Children are forked from a server process that has imported what they need (multiprocessing's "forkserver"): each is a process
 of its own that can die, but none has to import torch again.
@@ -7,72 +7,191 @@ of its own that can die, but none has to import torch again.
 import json
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from storage import retention
 from storage.dataset import snapshot
+from storage.errors import NotFound, PreconditionFailed, UnknownVersion
+from storage.inbox import is_shard
 from storage.log import VersionLog
+from storage.manifest import sha256
 from storage.probe import check_preconditions
 from storage.store import Store
 from storage.urls import open_store
 from tasks import batch, online
 from tasks.settings import BatchSettings, OnlineSettings
 from tasks.training.spec import Spec
-from tests.storage.faults import Call, FaultStore
+from tests.storage.faults import Call, act_once, hooked, together
 
+T = TypeVar("T")
+Stores = Callable[[str], Store]
+MakeUrl = Callable[[str], str]
+
+# ---- what the runs work on -------------------------------------------------------------------------------------------
+SPEC = Spec(
+    features=("a", "b", {"name": "c", "kind": "category", "buckets": 8}),  # type: ignore[arg-type]  # pydantic converts
+    target="y",
+    model={"factory": "mlp", "arguments": {"hidden": [8], "dropout": 0.1}},  # type: ignore[arg-type]  # pydantic converts
+    optimizer={"name": "adam", "arguments": {"amsgrad": True}},  # type: ignore[arg-type]  # pydantic converts
+    batch_size=8,
+    epochs=3,
+    seed=5,
+)
+BATCH = BatchSettings(holdout=0.2)
+ONLINE = OnlineSettings(max_shards=2, passes=2, grace_seconds=0)
+
+
+def table(rows: int, seed: int) -> bytes:
+    """A small Parquet file of learnable rows, in row groups of 12."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 2, generator=generator)
+    colours = [["red", "green", None][i] for i in torch.randint(3, (rows,), generator=generator).tolist()]
+    sink = pa.BufferOutputStream()
+    y = x[:, 0] * 2 - x[:, 1]
+    columns = {"a": x[:, 0].tolist(), "b": x[:, 1].tolist(), "c": colours, "y": y.tolist()}
+    pq.write_table(pa.table(columns), sink, row_group_size=12)
+    return bytes(sink.getvalue())
+
+
+DATASET = {f"part-{i}.parquet": table(40, i) for i in range(2)}
+SHARDS = {f"{i:02}.parquet": table(20 + i, 10 + i) for i in range(6)}
+REJECTED = {"03b.parquet": b"PAR1" + b"not a parquet file" * 10 + b"PAR1"}
+
+
+def fill(url: str, objects: dict[str, bytes]) -> None:
+    """Put objects one after the other, so that they have been written in the order of their keys."""
+    store = open_store(url)
+    for key in sorted(objects):
+        store.write(key, objects[key])
+
+
+def copy(source: str, target: str) -> None:
+    """Put all objects of one store into another."""
+    store = open_store(source)
+    fill(target, {info.key: store.read(info.key) for info in store.list()})
+
+
+def waiting(inbox: str) -> list[str]:
+    """The keys of the shards in an inbox."""
+    return sorted(info.key for info in open_store(inbox).list() if is_shard(info.key))
+
+
+def bits(log: VersionLog) -> tuple[str, str]:
+    """What must not depend on faults: sha256 of the head's weights and of its state."""
+    blobs = log.head().manifest.blobs
+    return blobs.weights.sha256, blobs.state.sha256
+
+
+def sample(items: Sequence[T], count: int | None, seed: int = 0) -> list[T]:
+    """One, drawn at random, of each of `count` parts of equal length; all for None."""
+    if count is None or count >= len(items):
+        return list(items)
+    edges = [i * len(items) // max(count, 1) for i in range(count + 1)]
+    draw = random.Random(seed)
+    return [items[draw.randrange(a, b)] for a, b in pairwise(edges)]
+
+
+# ---- the runs: what the flows and the command line do, without Prefect -----------------------------------------------
+class Caller(Protocol):
+    """How a task is called: `at_once`, or again after an error."""
+
+    def __call__(self, task: Callable[[], T], /) -> T: ...
+
+
+def at_once(task: Callable[[], T]) -> T:
+    return task()
+
+
+def drain(stores: Stores, inbox: str, registry: str, settings: OnlineSettings, call: Caller = at_once) -> None:
+    """An online run until the inbox holds nothing to train on."""
+    run = call(lambda: online.OnlineRun(inbox, registry, "model", settings, stores))
+    while call(lambda: online.step(run)).outcome is not online.Outcome.IDLE:
+        pass
+
+
+def train(
+    stores: Stores, dataset: str, registry: str, spec: Spec, settings: BatchSettings, call: Caller = at_once
+) -> None:
+    """A batch run from start to registration."""
+
+    def open_run() -> batch.BatchRun:
+        store = stores(registry)
+        check_preconditions(store)
+        return batch.BatchRun(taken, VersionLog(store, "model"), spec, settings)
+
+    taken = call(lambda: snapshot(dataset, stores))
+    run = call(open_run)
+    if run.registered is None:
+        for epoch in call(lambda: run.epochs_left):
+            call(lambda epoch=epoch: batch.train_epoch(run, epoch))  # type: ignore[misc]
+        score = call(lambda: batch.evaluate(run))
+        version = call(lambda: batch.register(run, score))
+        call(lambda: batch.finish(run, version))
+    elif not run.registered[1]:
+        finished = run.registered[0]
+        call(lambda: batch.finish(run, finished))
+
+
+def rollback(stores: Stores, registry: str, version: str) -> None:
+    """`tidemill rollback`."""
+    log = VersionLog(stores(registry), "model")
+    target = log.resolve(version)
+    log.rollback(version)
+    log.promote("champion", target)
+
+
+def collect_garbage(stores: Stores, registry: str, keep: int) -> None:
+    """`tidemill gc`."""
+    retention.collect_garbage(VersionLog(stores(registry), "model"), keep)
+
+
+class OnlyConsumed:
+    """A hook: fails the run that is about to delete a shard before a committed version has consumed or rejected it."""
+
+    def __init__(self, inbox: str, registry: str) -> None:
+        self._inbox, self._log = open_store(inbox), VersionLog(open_store(registry), "model")
+        self._seen: set[tuple[str, str]] = set()
+        self._next = 0
+
+    def __call__(self, call: Call) -> None:
+        if (call.url, call.verb, call.phase) != (self._inbox.url, "delete", "before") or not is_shard(call.key):
+            return
+        assert call.if_match is not None, f"{call.key} is deleted whatever it is by now"
+        try:
+            shard = call.key, sha256(self._inbox.read(call.key, if_match=call.if_match))
+        except (NotFound, PreconditionFailed):
+            return  # then the delete will not touch it either
+        while shard not in self._seen:
+            try:
+                manifest = self._log.version(self._next).manifest
+            except UnknownVersion:
+                raise AssertionError(f"{call.key} is deleted, though no committed version names these bytes") from None
+            self._seen |= {(named.key, named.sha256) for named in (*manifest.consumed, *manifest.rejected)}
+            self._next += 1
+
+
+# ---- child processes -------------------------------------------------------------------------------------------------
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.guarantees.warm"])
 
-Kill = int | None
-"""At which moment to kill, numbered from 0: one before every storage call, and one after the last.
-
-The moment before a call is also the one after the call before: in between nothing happens that outlives the process.
-"""
-
-
-class KillAt:
-    """A hook for all stores of a process: counts the moments of all their calls, and kills at the one that is named."""
-
-    def __init__(self, kill: Kill, result: Path) -> None:
-        self._kill, self._result = kill, result
-        self._moments, self._lock = 0, threading.Lock()  # footers are read by several threads
-
-    def __call__(self, call: Call) -> None:
-        if call.phase == "before":
-            self.moment()
-
-    def moment(self) -> None:
-        with self._lock:
-            if self._kill == self._moments:
-                self.report("killed")
-                os.kill(os.getpid(), signal.SIGKILL)
-            self._moments += 1
-
-    def report(self, how: str) -> None:
-        """Leave word to the parent."""
-        self._result.write_text(json.dumps([self._moments, how]))
-
-
-def in_child(run: Callable[..., None], *arguments: Any, kill: Kill, tmp_path: Path) -> int | None:
-    """Run in a child process. At how many moments it could have been killed, or None if it was; fails on anything else."""
-    result = tmp_path / uuid.uuid4().hex
-    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    child = _context.Process(target=_child, args=(run, arguments, kill, environment, result))
-    child.start()
-    child.join()
-    # By files, not by exit codes, of which multiprocessing loses some when several threads wait for children.
-    moments, how = json.loads(result.read_text()) if result.exists() else (0, "crashed")
-    assert how in ("killed", "done"), "the child failed; its traceback is above"
-    return None if how == "killed" else moments
+DEADLINE = 240.0
+"""Seconds after which a wait for other processes has failed."""
 
 
 def start_server() -> None:
@@ -82,45 +201,121 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def _child(
-    run: Callable[..., None], arguments: tuple[Any, ...], kill: Kill, environment: dict[str, str], result: Path
-) -> None:
+def start_child(run: Callable[..., object], *arguments: Any) -> BaseProcess:
+    """Call a function in a process of its own, which ends with this one at the latest."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    child = _context.Process(target=_child, args=(environment, run, arguments), daemon=True)
+    child.start()
+    return child
+
+
+def make_barrier(parties: int) -> Barrier:
+    """Where so many processes wait for each other."""
+    return _context.Barrier(parties)
+
+
+def _child(environment: dict[str, str], run: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    run(*arguments)
+
+
+def _report(result: Path, *facts: object) -> None:
+    """Leave word to the parent, all of it or nothing."""
+    unfinished = result.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(facts))
+    unfinished.replace(result)
+
+
+# ---- killed ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL at a moment, numbered from 0: one before every storage call, and one after the last.
+
+    The moment before a call is also the one after the call before: in between nothing happens that outlives the process.
+    """
+
+    moment: int
+    delay: float = 0.0
+    """Seconds from that moment on, for a kill in the middle of a call."""
+
+
+class KillAt:
+    """A hook for all stores of a process: counts the moments of all their calls, and kills at the one that is named."""
+
+    def __init__(self, kill: Kill | None, result: Path) -> None:
+        self._kill, self._result = kill, result
+        self._moments, self._lock = 0, threading.Lock()  # footers are read by several threads
+
+    def __call__(self, call: Call) -> None:
+        if call.phase == "before":
+            self.moment()
+
+    def moment(self) -> None:
+        with self._lock:
+            if self._kill is not None and self._kill.moment == self._moments:
+                _report(self._result, self._moments, "killed")
+                if not self._kill.delay:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                timer = threading.Timer(self._kill.delay, os.kill, (os.getpid(), signal.SIGKILL))
+                timer.daemon = True  # a run that is faster has not been killed
+                timer.start()
+            self._moments += 1
+
+    def done(self) -> None:
+        self.moment()
+        _report(self._result, self._moments, "done")
+
+
+def in_child(run: Callable[..., None], *arguments: Any, kill: Kill | None, tmp_path: Path) -> int | None:
+    """Run in a child process. At how many moments it could have been killed, or None if it was; fails on anything else."""
+    result = tmp_path / uuid.uuid4().hex
+    start_child(_to_be_killed, run, arguments, kill, result).join()
+    # By files, not by exit codes, of which multiprocessing loses some when several threads wait for children.
+    moments, how = json.loads(result.read_text()) if result.exists() else (0, "crashed")
+    assert how in ("killed", "done"), "the child failed; its traceback is above"
+    return None if how == "killed" else moments
+
+
+def _to_be_killed(run: Callable[..., None], arguments: tuple[Any, ...], kill: Kill | None, result: Path) -> None:
     hook = KillAt(kill, result)
-    run(lambda url: FaultStore(open_store(url), hook), *arguments)
-    hook.moment()
-    hook.report("done")
+    run(hooked(hook), *arguments)
+    hook.done()
 
 
-def drain(stores: Callable[[str], Store], inbox: str, registry: str, settings: OnlineSettings) -> None:
-    """An online run until the inbox holds nothing to train on: what the flow does, without Prefect."""
-    run = online.OnlineRun(inbox, registry, "model", settings, stores)
-    while online.step(run).outcome is not online.Outcome.IDLE:
-        pass
+# ---- overlapping and frozen ------------------------------------------------------------------------------------------
+def drain_in_rounds(inbox: str, registry: str, rounds: int, barrier: Barrier, result: Path) -> None:
+    """One of several trainers: drains the inbox once a round, together with the others; what it holds in memory stays.
+
+    Reports the versions that it won, and how many races it lost.
+    """
+    try:
+        stores = hooked(OnlyConsumed(inbox, registry))
+        run = online.OnlineRun(inbox, registry, "model", ONLINE, stores)
+        won: list[int | None] = []
+        for _ in range(rounds):
+            barrier.wait(DEADLINE)  # the shards of this round are there
+            while (made := online.step(run)).outcome is not online.Outcome.IDLE:
+                if made.outcome is online.Outcome.COMMITTED:
+                    won.append(made.version)
+            _report(result, won, run.report.lost_races)
+            barrier.wait(DEADLINE)  # all have drained
+    except BaseException:
+        barrier.abort()  # nobody shall wait for this one
+        raise
 
 
-def train(stores: Callable[[str], Store], dataset: str, registry: str, spec: Spec, settings: BatchSettings) -> None:
-    """A batch run from start to registration: what the flow does, without Prefect."""
-    store = stores(registry)
-    check_preconditions(store)
-    run = batch.BatchRun(snapshot(dataset, stores), VersionLog(store, "model"), spec, settings)
-    if run.registered is None:
-        for epoch in run.epochs_left:
-            batch.train_epoch(run, epoch)
-        batch.finish(run, batch.register(run, batch.evaluate(run)))
-    elif not run.registered[1]:
-        batch.finish(run, run.registered[0])
+def step_and_freeze(inbox: str, registry: str, verb: str, key: str, result: Path) -> None:
+    """One step of a run that stops itself before the first such call, with SIGSTOP; reports how the step ended."""
+    freeze = act_once(verb, key, "before", lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    stores = hooked(together(freeze, OnlyConsumed(inbox, registry)))
+    run = online.OnlineRun(inbox, registry, "model", ONLINE, stores)
+    _report(result, online.step(run).outcome.value)
 
 
-def rollback(stores: Callable[[str], Store], registry: str, version: str) -> None:
-    """`tidemill rollback`."""
-    log = VersionLog(stores(registry), "model")
-    target = log.resolve(version)
-    log.rollback(version)
-    log.promote("champion", target)
-
-
-def collect_garbage(stores: Callable[[str], Store], registry: str, keep: int) -> None:
-    """`tidemill gc`."""
-    retention.collect_garbage(VersionLog(stores(registry), "model"), keep)
+def state_of(child: BaseProcess) -> str:
+    """Its state as the kernel names it: T is stopped. Of a process that is gone: the empty string."""
+    try:
+        return Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
