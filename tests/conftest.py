@@ -15,9 +15,10 @@ from tests.s3_server import S3, s3_for_tests
 BUCKET = "tidemill-tests"
 
 
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="The full figures of tests/guarantees (make prove), not a sample.")
+    parser.addoption(
+        "--full", action="store_true", help="The full figures of tests/guarantees (make prove), not a sample."
+    )
 
 
 # Before anyone imports torch: its threads, one a core in each of several test processes, would wait for each other.

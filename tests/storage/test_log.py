@@ -456,7 +456,9 @@ def test_a_blob_that_is_gone_was_removed_by_retention(log: VersionLog) -> None:
 def test_a_blob_of_other_bytes_is_refused(log: VersionLog, bad: bytes) -> None:
     ref = grow(log, 1).manifest.blobs.weights
     log.store.write(ref.key, bad)
-    with pytest.raises(CorruptObject, match=r"is not what was committed: (.* bytes|sha256 .*) instead of .*Nothing was loaded"):
+    with pytest.raises(
+        CorruptObject, match=r"is not what was committed: (.* bytes|sha256 .*) instead of .*Nothing was loaded"
+    ):
         log.read_blob(ref)
 
 
