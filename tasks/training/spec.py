@@ -8,6 +8,7 @@ import keyword
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
 
 Task = Literal["regression", "binary", "multiclass"]
 Loss = Literal["mse", "l1", "huber", "bce", "cross_entropy"]
@@ -142,6 +143,10 @@ class Spec(_Settings):
             raise ValueError(f"loss {self.loss!r} does not fit task {self.task!r}: use one of {LOSSES[self.task]}")
         if self.standardize_target and self.task != "regression":
             raise ValueError(f"standardize_target is for task 'regression', not {self.task!r}: switch it off")
+        try:
+            self.model_dump_json()
+        except PydanticSerializationError as error:  # half of a surrogate pair, which JSON can spell
+            raise ValueError(f"a text in the spec is not valid Unicode: {error}") from error
         return self
 
     @property

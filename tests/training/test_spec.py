@@ -1,5 +1,6 @@
 """The spec says what is wrong with it, and survives JSON."""
 
+import json
 import subprocess
 import sys
 
@@ -94,3 +95,9 @@ def test_importing_stays_cheap_and_apart(module, unwanted):
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+@pytest.mark.parametrize("where", ['"target": "\\udcff"', '"target": "y", "model": {"arguments": {"a": ["\\udcff"]}}'])
+def test_a_text_that_cannot_be_stored_is_refused(where):
+    with pytest.raises(ValidationError, match="not valid Unicode"):
+        Spec.model_validate(json.loads(f'{{"features": ["a"], {where}}}'))
