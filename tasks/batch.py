@@ -109,10 +109,14 @@ def open_run(dataset: Snapshot, registry: str, model: str, spec: Spec, settings:
 def train_epoch(run: BatchRun, epoch: int) -> float:
     """Train one epoch, then store a checkpoint. Returns the mean loss over samples.
 
+    Called again after an error, it finds out whether its checkpoint was stored: no epoch is trained twice.
+
     Raises:
         NonFiniteLoss: training diverged; the checkpoint before it stands.
     """
     try:
+        if run.learner.counters.epochs > epoch:
+            return run.losses[epoch]
         result = train_pass(run.learner, run.dataset.row_groups, key=("epoch", epoch), split=run.split)
         run.learner.counters.epochs = epoch + 1
         run.losses = (*run.losses, result.loss)
@@ -138,8 +142,13 @@ def evaluate(run: BatchRun) -> Score:
 
 
 def register(run: BatchRun, result: Score) -> Version:
-    """Commit the learner as the new head; owed shards and tombstones of the head before are carried on."""
+    """Commit the learner as the new head; owed shards and tombstones of the head before are carried on.
+
+    Called again after an error, it finds out whether its version was committed.
+    """
     while True:
+        if (registered := run.progress.registered()) is not None:
+            return registered[0]
         parent = run.log.head() if run.log.exists() else None
         number = 0 if parent is None else parent.number + 1
         # Written anew for each number: blobs of a number that another run has taken are garbage, and may be collected.
