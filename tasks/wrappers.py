@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
-from storage.errors import Unavailable
+from storage.errors import HeadMoved, Unavailable
 from tasks import batch, maintenance, online
 
 logger = logging.getLogger("tidemill")
@@ -60,7 +60,7 @@ def look(run: online.OnlineRun) -> bool:
     """True if a step may find something to train on. No task: a follower looks all day, and Prefect keeps every task run."""
     try:
         run.look(run.load())
-    except Unavailable:
+    except (HeadMoved, Unavailable):
         return True  # the step finds out for itself, with its retries
     return run.listed
 
