@@ -98,7 +98,9 @@ def test_the_shipped_file_deploys_as_it_is(client: SyncPrefectClient, tmp_path: 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("make_url", ["s3"], indirect=True)
-def test_schedules_run_both_pipelines(client: SyncPrefectClient, place: Place, tmp_path: Path) -> None:
+def test_schedules_run_both_pipelines(
+    client: SyncPrefectClient, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards = place.drop("a.parquet", "b.parquet", "sub/c.parquet")
     write_deployments(tmp_path, place)
     log = open_log(place.registry, "model")
@@ -123,6 +125,8 @@ def test_schedules_run_both_pipelines(client: SyncPrefectClient, place: Place, t
     assert place.inbox_keys() == []
     archive = open_store(place.archive)
     assert {info.key: archive.read(info.key) for info in archive.list()} == shards
+    monkeypatch.syspath_prepend(tmp_path)  # the replay of the audit builds the model in this process
+    monkeypatch.setenv("TIDEMILL_FACTORIES", "mymodel")
     audit(log, shards.items())
     assert log.aliases() == {"champion": 0}
 

@@ -46,7 +46,7 @@ from tests.storage.faults import MEETS_ITSELF, Call, Deny, Hook, act_at, fail_at
 
 ALL = SHARDS | REJECTED
 ONE_PASS = ONLINE.model_copy(update={"passes": 1})
-SAMPLE = {"memory": 4, "local": 1, "s3": 1}
+SAMPLE = {"memory": 3, "local": 1, "s3": 1}
 """How many moments of each sweep CI takes, spread over the run. With --full it takes all."""
 
 

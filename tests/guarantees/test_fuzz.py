@@ -16,15 +16,15 @@ from tests.guarantees.children import start_server
 from tests.guarantees.fuzz import GROWTH, SECONDS, TARGETS, Check, Random, Result, run
 
 INPUTS = {
-    "shard": (400, 12_000),
+    "shard": (200, 12_000),
     "step": (20, 400),
-    "learner": (600, 15_000),
-    "manifest": (1_000, 25_000),
-    "version": (300, 8_000),
-    "tombstones": (800, 20_000),
-    "runs": (600, 12_000),
-    "spec": (800, 20_000),
-    "keys": (120, 2_000),
+    "learner": (300, 15_000),
+    "manifest": (500, 25_000),
+    "version": (200, 8_000),
+    "tombstones": (400, 20_000),
+    "runs": (300, 12_000),
+    "spec": (400, 20_000),
+    "keys": (60, 2_000),
 }
 """For each target, how many inputs in CI, and with --full."""
 

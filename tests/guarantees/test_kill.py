@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -33,9 +34,9 @@ from tests.guarantees.children import (
     waiting,
 )
 
-ON_S3 = 12
-"""How many moments of a sweep CI takes on S3, spread over the run. On local it takes all."""
-SAMPLE, FULL = {"local": 12, "s3": 3}, {"local": 1000, "s3": 100}
+MOMENTS = {"local": 20, "s3": 8}
+"""How many moments of a sweep CI takes, spread over the run; of an online run on local, all."""
+SAMPLE, FULL = {"local": 6, "s3": 2}, {"local": 1000, "s3": 100}
 """How many runs are killed again and again."""
 
 
@@ -54,7 +55,8 @@ def make_url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Ma
     return lambda name: str(tmp_path / "stores" / name)
 
 
-Sweep = Callable[[Callable[[Kill | None, str], int | None]], None]
+class Sweep(Protocol):
+    def __call__(self, run_and_check: Callable[[Kill | None, str], int | None], every: bool = False) -> None: ...
 
 
 @pytest.fixture
@@ -62,11 +64,11 @@ def sweep(backend: str, full: bool, record_property: Callable[[str, object], Non
     """Calls with no kill first, to learn where storage is called; then kills at each of these moments, or at a sample."""
     start_server()
 
-    def run_all(run_and_check: Callable[[Kill | None, str], int | None]) -> None:
+    def run_all(run_and_check: Callable[[Kill | None, str], int | None], every: bool = False) -> None:
         moments = run_and_check(None, "clean")
         assert moments is not None
         assert moments > 10
-        chosen = sample(range(moments), None if full or backend == "local" else ON_S3)
+        chosen = sample(range(moments), None if full or every else MOMENTS[backend])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for killed in pool.map(run_and_check, map(Kill, chosen), map(str, chosen)):
                 assert killed is None, "the kill did not happen"
@@ -85,7 +87,7 @@ def base(make_url: MakeUrl, tmp_path: Path) -> str:
     return make_url("base")
 
 
-def test_online_run(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
+def test_online_run(sweep: Sweep, backend: str, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
     """6 good shards and a bad one, 2 to a commit."""
     shards = SHARDS | REJECTED
     reference: list[tuple[str, str]] = []
@@ -104,7 +106,7 @@ def test_online_run(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) 
         assert waiting(inbox) == []
         return moments
 
-    sweep(run_and_check)
+    sweep(run_and_check, every=backend == "local")
 
 
 def test_killed_again_and_again(
