@@ -4,11 +4,11 @@ This module must import neither torch nor pyarrow: the command line builds its f
 Every field's description ends up in both.
 """
 
+import json
 import keyword
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
-from pydantic_core import PydanticSerializationError
 
 Task = Literal["regression", "binary", "multiclass"]
 Loss = Literal["mse", "l1", "huber", "bce", "cross_entropy"]
@@ -144,9 +144,10 @@ class Spec(_Settings):
         if self.standardize_target and self.task != "regression":
             raise ValueError(f"standardize_target is for task 'regression', not {self.task!r}: switch it off")
         try:
-            self.model_dump_json()
-        except PydanticSerializationError as error:  # half of a surrogate pair, which JSON can spell
-            raise ValueError(f"a text in the spec is not valid Unicode: {error}") from error
+            self.model_dump_json()  # half of a surrogate pair, which JSON can spell
+            json.dumps(self.model_dump(mode="json"), allow_nan=False)
+        except ValueError as error:
+            raise ValueError(f"the spec cannot be stored as JSON: {error}") from error
         return self
 
     @property

@@ -97,7 +97,11 @@ def test_importing_stays_cheap_and_apart(module, unwanted):
     )
 
 
-@pytest.mark.parametrize("where", ['"target": "\\udcff"', '"target": "y", "model": {"arguments": {"a": ["\\udcff"]}}'])
-def test_a_text_that_cannot_be_stored_is_refused(where):
-    with pytest.raises(ValidationError, match=r"not valid Unicode|raw data as a unicode string"):
-        Spec.model_validate(json.loads(f'{{"features": ["a"], {where}}}'))
+@pytest.mark.parametrize("value", ['"\\udcff"', "NaN", "[-Infinity]"])
+def test_what_cannot_be_stored_is_refused(value):
+    """A text that is no Unicode, a number that JSON has no word for: both would come back as something else."""
+    text = f'{{"features": ["a"], "target": "y", "model": {{"arguments": {{"b": {value}}}}}}}'
+    with pytest.raises(ValidationError, match=r"arguments|cannot be stored as JSON"):
+        Spec.model_validate(json.loads(text))
+    with pytest.raises(ValidationError, match=r"cannot be stored as JSON|Invalid JSON"):
+        Spec.model_validate_json(text)
