@@ -370,10 +370,8 @@ def _prepare_flow(*urls: str) -> None:
     """Import Prefect with our log lines going to its UI, and time for a slow machine to start a temporary server."""
     from storage.urls import open_store
 
-    for url in urls:
-        open_store(
-            url
-        )  # refuses what names no store, perhaps with a secret in it, before Prefect keeps it as a parameter
+    for url in urls:  # before Prefect keeps as a parameter what names no store, and perhaps holds a secret
+        open_store(url)
     _find_own_modules()
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "tidemill")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")

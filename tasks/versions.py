@@ -22,7 +22,9 @@ def load_learner(log: VersionLog, version: Version) -> Learner:
     """
     manifest = version.manifest
     spec = _spec(log, version)
-    check_allowed(spec.model.factory, [name for name in os.environ.get(ALLOWED_MODULES, "").split(",") if name])
+    check_allowed(
+        spec.model.factory, [name for part in os.environ.get(ALLOWED_MODULES, "").split(",") if (name := part.strip())]
+    )
     weights, state = log.read_blob(manifest.blobs.weights), log.read_blob(manifest.blobs.state)
     return Learner.load(spec, weights, state)
 

@@ -139,7 +139,7 @@ def train(
     run = call(open_run)
     if run.registered is None:
         for epoch in call(lambda: run.epochs_left):
-            call(lambda epoch=epoch: batch.train_epoch(run, epoch))  # type: ignore[misc]
+            call(lambda epoch=epoch: batch.train_epoch(run, epoch))
         score = call(lambda: batch.evaluate(run))
         version = call(lambda: batch.register(run, score))
         call(lambda: batch.finish(run, version))
@@ -202,7 +202,7 @@ def start_server() -> None:
 
 
 def start_child(run: Callable[..., object], *arguments: Any) -> BaseProcess:
-    """Call a function in a process of its own, which ends with this one at the latest."""
+    """Call a function in a process of its own, which ends with this one unless this one is killed."""
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     child = _context.Process(target=_child, args=(environment, run, arguments), daemon=True)
     child.start()
