@@ -184,7 +184,7 @@ def _work(task: Callable[..., None], name: str, folder: Path, arguments: tuple[A
     notes = Notes(folder)
     try:
         task(notes, *arguments)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the table at the end counts it
         notes.add(f"error {type(error).__name__}")
         raise
 
