@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from storage.errors import CorruptObject
 from storage.log import Version, VersionLog
+from tasks.training.imports import ALLOWED_MODULES, check_allowed
 from tasks.training.learner import Learner
-from tasks.training.models import ALLOWED_MODULES, check_allowed
 from tasks.training.spec import Spec
 
 
@@ -22,9 +22,7 @@ def load_learner(log: VersionLog, version: Version) -> Learner:
     """
     manifest = version.manifest
     spec = _spec(log, version)
-    check_allowed(
-        spec.model.factory, [name for part in os.environ.get(ALLOWED_MODULES, "").split(",") if (name := part.strip())]
-    )
+    check_allowed(spec, [name for part in os.environ.get(ALLOWED_MODULES, "").split(",") if (name := part.strip())])
     weights, state = log.read_blob(manifest.blobs.weights), log.read_blob(manifest.blobs.state)
     return Learner.load(spec, weights, state)
 

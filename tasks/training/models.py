@@ -6,21 +6,18 @@ Every model is called `model(x_BF)`, or `model(x_BF, ids_BC)` when there are cat
 Shape legend: B rows of a batch, F numbers and C categories of one row, E size of an embedding.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tasks.training.errors import FactoryError
 from tasks.training.features import Features
-from tasks.training.spec import BUILT_IN_MODELS, Spec
-
-ALLOWED_MODULES: Final = "TIDEMILL_FACTORIES"
-"""Environment variable: modules, separated by commas, that specs read from storage may name factories of."""
+from tasks.training.imports import imported
+from tasks.training.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def build(spec: Spec, features: Features) -> nn.Module:
     The global random state is left as it was. Raises FactoryError.
     """
     name = spec.model.factory
-    factory = {"linear": linear, "mlp": mlp}.get(name) or _imported(name)
+    factory = {"linear": linear, "mlp": mlp}.get(name) or imported(name, "model.factory")
     arguments: dict[str, Any] = dict(spec.model.arguments)
     if "inputs" in _parameters(factory, name):
         arguments["inputs"] = Inputs(features.numbers, features.buckets, spec.outputs)
@@ -116,52 +113,6 @@ def build(spec: Spec, features: Features) -> nn.Module:
 def _first_line(error: Exception) -> str:
     """torch appends the stack of its C++ code."""
     return next(iter(str(error).splitlines()), "")
-
-
-def check_allowed(name: str, modules: Sequence[str]) -> None:
-    """Refuse a factory that is neither built in nor defined in one of `modules` or below. Imports nothing else.
-
-    It must be defined there, not only be within reach: `mymodels:os.system` is no factory of mymodels.
-
-    Raises FactoryError.
-    """
-    if name in BUILT_IN_MODELS:
-        return
-    module = name.partition(":")[0]
-    if not _below(module, modules):
-        raise FactoryError(
-            f"model.factory {name!r} comes from storage, and module {module!r} is not among those that may be imported for "
-            f"it ({', '.join(modules) or 'none'}): if it is your code, set {ALLOWED_MODULES}={','.join([*modules, module])}"
-        )
-    origin = getattr(_imported(name), "__module__", None)
-    if not isinstance(origin, str) or not _below(origin, modules):
-        raise FactoryError(
-            f"model.factory {name!r} comes from storage, and what it names was imported from {origin or 'elsewhere'!r}: name "
-            f"it where it is defined, and allow that module in {ALLOWED_MODULES} if it is your code"
-        )
-
-
-def _below(module: str, prefixes: Sequence[str]) -> bool:
-    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def _imported(name: str) -> Callable[..., object]:
-    module_name, _, attribute = name.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise FactoryError(
-            f"model.factory {name!r}: no module named {error.name!r}: install its package, or start from its folder"
-        ) from error
-    except Exception as error:  # importing runs the user's code
-        raise FactoryError(f"model.factory {name!r}: importing it raised {type(error).__name__}: {error}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise FactoryError(f"model.factory {name!r}: {module_name!r} has no attribute {attribute!r}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise FactoryError(f"model.factory {name!r} is a {type(found).__name__}: name a class or function")
-    return found  # type: ignore[no-any-return]  # callable() leaves Any as it was
 
 
 def _parameters(factory: Callable[..., object], name: str) -> Sequence[str]:

@@ -12,6 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, f
 
 Task = Literal["regression", "binary", "multiclass"]
 Loss = Literal["mse", "l1", "huber", "bce", "cross_entropy"]
+ScheduleName = Literal[
+    "constant", "linear", "step", "multistep", "exponential", "cosine", "cosine_restarts", "polynomial"
+]
 OptimizerName = Literal["sgd", "adam", "adamw", "adagrad", "rmsprop", "adadelta", "adamax", "nadam", "radam"]
 
 BUILT_IN_MODELS: Final = ("linear", "mlp")
@@ -22,6 +25,13 @@ LOSSES: Final[dict[Task, tuple[Loss, ...]]] = {  # the first of each is the defa
 }
 
 
+def is_import_path(name: str) -> bool:
+    """Whether `name` has the form `package.module:attribute`."""
+    module, colon, attribute = name.partition(":")
+    names = [*module.split("."), *attribute.split(".")]
+    return bool(colon) and all(part.isidentifier() and not keyword.iskeyword(part) for part in names)
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -30,15 +40,22 @@ class Column(_Settings):
     """One input column. A plain string stands for `Column(name=that string)`."""
 
     name: str = Field(min_length=1, description="Name of the column in the Parquet files.")
-    kind: Literal["auto", "number", "category"] = Field(
+    kind: Literal["auto", "number", "category", "sequence"] = Field(
         default="auto",
-        description="How to read it: auto takes text as a category and everything else as a number.",
+        description="How to read it: auto takes text as a category, lists of any length as a sequence of categories, and "
+        "everything else as a number.",
     )
     buckets: int = Field(
         default=1000,
         ge=1,
         le=2**31 - 2,
-        description="Categories only: values are hashed into this many embedding rows (nulls have one more).",
+        description="Categories and sequences only: values are hashed into this many embedding rows (nulls have one more).",
+    )
+    length: int = Field(
+        default=32,
+        ge=1,
+        le=65_536,
+        description="Sequences only: the last so many items of a list are used; shorter lists are padded at the end.",
     )
 
 
@@ -61,11 +78,7 @@ class Model(_Settings):
     @field_validator("factory")
     @classmethod
     def _importable(cls, factory: str) -> str:
-        module, colon, attribute = factory.partition(":")
-        names = [*module.split("."), *attribute.split(".")]
-        if factory in BUILT_IN_MODELS:
-            return factory
-        if not colon or not all(name.isidentifier() and not keyword.iskeyword(name) for name in names):
+        if factory not in BUILT_IN_MODELS and not is_import_path(factory):
             raise ValueError(f"model.factory {factory!r} is none of linear, mlp, package.module:attribute")
         return factory
 
@@ -88,6 +101,33 @@ class Optimizer(_Settings):
         return arguments
 
 
+class Schedule(_Settings):
+    """How the learning rate moves, step by step."""
+
+    name: ScheduleName = Field(default="constant", description="Name of the torch scheduler, in lower case.")
+    arguments: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Its keyword arguments, in gradient steps, such as T_max of cosine or gamma of exponential.",
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Gradient steps in which the rate first rises linearly to its full value."
+    )
+
+
+class ReplayMemory(_Settings):
+    """A bounded memory of old rows, mixed into each step of online training."""
+
+    rows: int = Field(default=10_000, ge=1, description="The most rows that are remembered.")
+    bytes: int = Field(
+        default=64 * 2**20, ge=1, description="The most bytes that they take; each version stores all of them."
+    )
+    ratio: float = Field(default=1.0, gt=0, description="Old rows for each new row of a step.")
+    policy: Literal["reservoir", "balanced"] = Field(
+        default="reservoir",
+        description="reservoir: a uniform sample of all rows seen. balanced: the same for each class, in equal shares.",
+    )
+
+
 class Spec(_Settings):
     """A whole training task: columns in, model, loss, optimizer, and how rows become batches."""
 
@@ -95,20 +135,53 @@ class Spec(_Settings):
         min_length=1,
         description="Input columns, in the order in which the model receives them.",
     )
-    target: str = Field(min_length=1, description="Column to predict. Rows where it is null are not trained on.")
+    target: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    ) = Field(
+        description="Column to predict, or several (regression and binary). Rows where one is null are not trained on."
+    )
     task: Task = Field(
         default="regression",
         description="regression (a number), binary (0 or 1), or multiclass (0 to classes - 1).",
     )
     classes: int | None = Field(default=None, ge=2, description="Number of classes; for multiclass only.")
     model: Model = Field(default_factory=Model, description="Which network to build.")
-    loss: Loss | None = Field(
+    loss: str | None = Field(
         default=None,
         description="mse, l1 or huber for regression, bce for binary, cross_entropy for multiclass; "
-        "left out: the first of these for the task.",
+        "left out: the first of these for the task; or package.module:attribute of a function of (output, target) that "
+        "returns one loss for each row.",
+    )
+    metrics: tuple[str, ...] = Field(
+        default=(),
+        description="Scores beside those of the task: package.module:attribute of torchmetrics classes.",
+    )
+    class_weights: Literal["balanced"] | tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        default=None,
+        description="Weight of each class in the loss; balanced: rows / (classes * rows of the class) in the dataset.",
+    )
+    sample_weight: str | None = Field(
+        default=None, min_length=1, description="Column with the weight of each row in the loss."
     )
     optimizer: Optimizer = Field(default_factory=Optimizer, description="Which torch optimizer to use.")
     learning_rate: float = Field(default=0.01, gt=0, description="Step size of the optimizer.")
+    schedule: Schedule | None = Field(default=None, description="How the learning rate moves; left out: not at all.")
+    clip_norm: float | None = Field(
+        default=None, gt=0, description="Scale a step's gradient down to this norm, over all weights, if it is larger."
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Score and serve an exponential moving average of the weights, with this decay for each step.",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: mixed precision (torch.autocast); weights stay float32."
+    )
+    replay: ReplayMemory | None = Field(
+        default=None, description="Memory of old rows for online training; left out: only new rows are trained on."
+    )
     batch_size: int = Field(default=64, ge=1, description="Rows in one gradient step.")
     epochs: int = Field(default=10, ge=1, description="Passes over the dataset in batch training.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the initial weights, shuffling and dropout.")
@@ -133,14 +206,25 @@ class Spec(_Settings):
         names = [column.name for column in self.features]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"features holds {twice} more than once: name each column once")
-        if self.target in names:
-            raise ValueError(f"target {self.target!r} is also among the features: remove it from one of them")
+        if twice := sorted({name for name in self.targets if self.targets.count(name) > 1}):
+            raise ValueError(f"target holds {twice} more than once: name each column once")
+        if both := sorted(set(names) & set(self.targets)):
+            raise ValueError(f"target {both[0]!r} is also among the features: remove it from one of them")
+        if self.task == "multiclass" and len(self.targets) > 1:
+            raise ValueError("task 'multiclass' has one target: name one column, or train one model for each")
         if self.task == "multiclass" and self.classes is None:
             raise ValueError("task 'multiclass' needs classes: set it to the number of classes")
         if self.task != "multiclass" and self.classes is not None:
             raise ValueError(f"classes is for task 'multiclass', not {self.task!r}: remove it or change task")
-        if self.loss is not None and self.loss not in LOSSES[self.task]:
-            raise ValueError(f"loss {self.loss!r} does not fit task {self.task!r}: use one of {LOSSES[self.task]}")
+        if self.loss is not None and self.loss not in LOSSES[self.task] and not is_import_path(self.loss):
+            raise ValueError(
+                f"loss {self.loss!r} does not fit task {self.task!r}: use one of {LOSSES[self.task]}, or "
+                "package.module:attribute"
+            )
+        for name in self.metrics:
+            if not is_import_path(name):
+                raise ValueError(f"metrics holds {name!r}: name them as package.module:attribute")
+        self._check_classes()
         if self.standardize_target and self.task != "regression":
             raise ValueError(f"standardize_target is for task 'regression', not {self.task!r}: switch it off")
         try:
@@ -150,12 +234,33 @@ class Spec(_Settings):
             raise ValueError(f"the spec cannot be stored as JSON: {error}") from error
         return self
 
+    def _check_classes(self) -> None:
+        """What is for classes only, and fits their number. Raises ValueError."""
+        labels = {"binary": 2, "multiclass": self.classes}.get(self.task) if len(self.targets) == 1 else None
+        if self.class_weights is not None and labels is None:
+            raise ValueError("class_weights are for one target of task 'binary' or 'multiclass': remove them")
+        if isinstance(self.class_weights, tuple) and len(self.class_weights) != labels:
+            raise ValueError(f"class_weights holds {len(self.class_weights)} weights for {labels} classes")
+        if self.replay is not None and self.replay.policy == "balanced" and labels is None:
+            raise ValueError("replay.policy 'balanced' is for one target of task 'binary' or 'multiclass'")
+
     @property
-    def loss_name(self) -> Loss:
+    def targets(self) -> tuple[str, ...]:
+        """The target columns."""
+        return (self.target,) if isinstance(self.target, str) else self.target
+
+    @property
+    def loss_name(self) -> str:
         """The loss in effect: `loss`, or the task's default."""
         return self.loss or LOSSES[self.task][0]
 
     @property
     def outputs(self) -> int:
-        """Width of the model's output: the number of classes, or 1."""
-        return self.classes or 1
+        """Width of the model's output: the number of classes, or of targets."""
+        return self.classes or len(self.targets)
+
+    @property
+    def import_paths(self) -> tuple[str, ...]:
+        """Everything of the user's own code that the spec names."""
+        named = (self.model.factory, self.loss_name, *self.metrics)
+        return tuple(name for name in named if is_import_path(name))

@@ -6,7 +6,7 @@ import torch
 from tasks.training.errors import FactoryError
 from tasks.training.features import Features
 from tasks.training.loop import train_pass
-from tasks.training.models import Inputs, build, check_allowed, linear, mlp
+from tasks.training.models import Inputs, build, linear, mlp
 from tests.training.rows import Net, begin, cut, numbers_table, plain_spec, same_bits
 
 GROUPS = cut(numbers_table(100))
@@ -74,42 +74,6 @@ def test_a_factory_that_asks_for_the_inputs_gets_them():
 def test_what_is_wrong_with_a_factory_is_named(factory, arguments, message):
     with pytest.raises(FactoryError, match=message):
         built(factory, arguments)
-
-
-@pytest.mark.parametrize(
-    "name", ["linear", "mlp", "tests.training.rows:Net", "tests.training.rows:DropoutNet.train", "torch.nn:Linear"]
-)
-def test_factories_of_allowed_modules_may_come_from_storage(name):
-    check_allowed(name, ["tests.training", "torch"])
-
-
-@pytest.mark.parametrize(
-    ("name", "modules", "message"),
-    [
-        (
-            "tests.training.rows:Net",
-            [],
-            "among .* [(]none[)]: if it is your code, set TIDEMILL_FACTORIES=tests.training.rows",
-        ),
-        (
-            "tests.training.rows:Net",
-            ["other", "tests.train"],
-            "set TIDEMILL_FACTORIES=other,tests.train,tests.training.rows$",
-        ),
-        ("os:system", ["tests"], "module 'os' is not among"),
-        ("tests.training.rows:torch.load", ["tests"], "was imported from 'torch.serialization'"),
-        ("tests.training.rows:pa.__version__", ["tests"], "is a str"),
-        ("tests.training.rows:torch.randperm", ["tests"], "was imported from"),
-    ],
-)
-def test_other_factories_from_storage_are_refused(name, modules, message):
-    with pytest.raises(FactoryError, match=message):
-        check_allowed(name, modules)
-
-
-def test_a_refused_module_is_not_even_imported():
-    with pytest.raises(FactoryError, match="is not among"):
-        check_allowed("tests.training.broken_model:Net", ["tests.training.rows"])  # it would raise ZeroDivisionError
 
 
 @pytest.mark.parametrize("factory", ["linear", "mlp"])

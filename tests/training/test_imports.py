@@ -1,0 +1,61 @@
+"""Which import paths of a spec from storage are followed."""
+
+import pytest
+
+from tasks.training.errors import FactoryError
+from tasks.training.imports import check_allowed
+from tests.training.rows import plain_spec
+
+
+def naming(factory: str):
+    return plain_spec(model={"factory": factory})
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "mlp", "tests.training.rows:Net", "tests.training.rows:DropoutNet.train", "torch.nn:Linear"]
+)
+def test_factories_of_allowed_modules_may_come_from_storage(name):
+    check_allowed(naming(name), ["tests.training", "torch"])
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "message"),
+    [
+        (
+            "tests.training.rows:Net",
+            [],
+            "among .* [(]none[)]: if it is your code, set TIDEMILL_FACTORIES=tests.training.rows",
+        ),
+        (
+            "tests.training.rows:Net",
+            ["other", "tests.train"],
+            "set TIDEMILL_FACTORIES=other,tests.train,tests.training.rows$",
+        ),
+        ("os:system", ["tests"], "module 'os' is not among"),
+        ("tests.training.rows:torch.load", ["tests"], "was imported from 'torch.serialization'"),
+        ("tests.training.rows:pa.__version__", ["tests"], "is a str"),
+        ("tests.training.rows:torch.randperm", ["tests"], "was imported from"),
+    ],
+)
+def test_other_factories_from_storage_are_refused(name, modules, message):
+    with pytest.raises(FactoryError, match=message):
+        check_allowed(naming(name), modules)
+
+
+def test_a_refused_module_is_not_even_imported():
+    with pytest.raises(FactoryError, match="is not among"):
+        check_allowed(
+            naming("tests.training.broken_model:Net"), ["tests.training.rows"]
+        )  # it would raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("setting", [{"loss": "os:system"}, {"metrics": ["os:system"]}])
+def test_losses_and_metrics_from_storage_are_held_to_it_too(setting):
+    with pytest.raises(FactoryError, match="module 'os' is not among"):
+        check_allowed(plain_spec(**setting), ["tests"])
+
+
+def test_metrics_of_torchmetrics_need_no_permission_but_only_as_metrics():
+    check_allowed(plain_spec(metrics=["torchmetrics.regression:R2Score"]), [])
+    with pytest.raises(FactoryError, match="module 'torchmetrics.regression' is not among"):
+        check_allowed(plain_spec(loss="torchmetrics.regression:R2Score"), [])
