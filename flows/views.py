@@ -32,6 +32,11 @@ def followed(report: "OnlineReport") -> View:
     lines = []
     if report.score:
         lines.append(("score", f"{_numbers(report.score)} on these shards, each before it was trained on"))
+    if report.champion:
+        lines.append(("champion", f"{_numbers(report.champion)} on the same shards"))
+    if report.promoted or report.refused:
+        refused = f", {count(report.refused, 'version')} refused as worse" if report.refused else ""
+        lines.append(("gate", f"champion moved {count(report.promoted, 'time')}{refused}"))
     if report.rejected:
         lines.append(("rejected", f"{count(report.rejected, 'shard')}, moved to quarantine (see tidemill requeue)"))
         lines += [

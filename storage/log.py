@@ -12,7 +12,7 @@ import logging
 import re
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 
@@ -54,6 +54,15 @@ class Version:
     @property
     def number(self) -> int:
         return self.manifest.version
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Where an alias stands."""
+
+    version: int
+    moves: int
+    """How often it has been moved: tells an alias that never moved from one that moved away and back."""
 
 
 class VersionLog:
@@ -256,7 +265,11 @@ class VersionLog:
         prefix = f"{self.model}/aliases/"
         keys = (info.key.removeprefix(prefix) for info in self.store.list(prefix))
         names = sorted(key.removesuffix(".json") for key in keys if key.endswith(".json"))
-        return {name: number for name in names if (number := self._alias(name)[0]) is not None}
+        return {name: alias.version for name in names if (alias := self.alias(name)) is not None}
+
+    def alias(self, name: str) -> Alias | None:
+        """Where an alias stands, or None if there is no such alias."""
+        return self._alias(name)[0]
 
     def aliased(self, name: str) -> Version:
         """The version that an alias names.
@@ -264,21 +277,23 @@ class VersionLog:
         Raises:
             UnknownAlias: no such alias, or it names a version that does not exist.
         """
-        number, _ = self._alias(name)
-        if number is None:
+        if (alias := self.alias(name)) is None:
             if not self.exists():
                 raise UnknownModel(self._unknown())
             known = ", ".join(self.aliases()) or "none yet"
             raise UnknownAlias(f"{self.url} has no alias {name!r} (there are: {known}). `tidemill promote` makes one.")
         try:
-            return self.version(number)
+            return self.version(alias.version)
         except UnknownVersion:
             raise UnknownAlias(
-                f"{self.url}: alias {name!r} names version {number}, which does not exist. Set it with `tidemill promote`."
+                f"{self.url}: alias {name!r} names version {alias.version}, which does not exist. Set it with `tidemill promote`."
             ) from None
 
-    def promote(self, alias: str, version: Version) -> None:
+    def promote(self, alias: str, version: Version, only_from: Alias | None = None) -> Alias | None:
         """Let `alias` name `version`, whose blobs must still be there. Compare-and-swap: of two at once, the last one holds.
+
+        With `only_from`, an alias that stands elsewhere stays, and None is returned: whoever moved it decided later.
+        Otherwise returns where the alias stands now.
 
         Raises:
             UnknownVersion: retention has removed the version's blobs.
@@ -294,22 +309,26 @@ class VersionLog:
                 raise UnknownVersion(
                     f"{self.url}: the blobs of version {version.number} were removed by retention; it cannot be served."
                 ) from None
-        key, data = f"{self.model}/aliases/{alias}.json", json.dumps({"version": version.number}).encode()
+        key = f"{self.model}/aliases/{alias}.json"
         while True:
             try:
-                number, etag = self._alias(alias)
-                if number == version.number:
-                    return
+                found, etag = self._alias(alias)
+                if found is not None and found.version == version.number:
+                    return found
+                if only_from is not None and found != only_from:
+                    return None
+                moved = Alias(version.number, 0 if found is None else found.moves + 1)
+                data = json.dumps(asdict(moved)).encode()
                 if etag is None:
                     self.store.create(key, data)
                 else:
                     self.store.replace(key, data, if_match=etag)
             except (AlreadyExists, PreconditionFailed, NotFound):
                 continue  # somebody moved it in between, or our own answer was lost: look again
-            return
+            return moved
 
-    def _alias(self, name: str) -> tuple[int | None, str | None]:
-        """(version, etag of the alias object), or (None, None)."""
+    def _alias(self, name: str) -> tuple[Alias | None, str | None]:
+        """(where the alias stands, etag of its object), or (None, None)."""
         if not _NAME.fullmatch(name):
             return None, None
         key = f"{self.model}/aliases/{name}.json"
@@ -322,10 +341,12 @@ class VersionLog:
             except PreconditionFailed:
                 continue  # replaced between the two calls
             try:
-                number = json.loads(data)["version"]
-                if type(number) is not int or number < 0:
-                    raise TypeError(f"{str(number)[:20]} is no version")
-                return number, info.etag
+                fields = json.loads(data)
+                alias = Alias(fields["version"], fields["moves"])
+                for number in (alias.version, alias.moves):
+                    if type(number) is not int or number < 0:
+                        raise TypeError(f"{str(number)[:20]} is no version or count")
+                return alias, info.etag
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise CorruptObject(
                     f"{self.store.url}/{key} is no alias: {error}. Delete it and promote again."

@@ -63,6 +63,8 @@ class Consumed(Record):
     unlabelled: int
     score: dict[str, float]
     """Prequential: of the model as it was before it trained on this shard."""
+    champion: dict[str, float] = Field(default_factory=dict)
+    """The champion's score on the same rows; empty if there was none to compare with."""
     loss: float | None = None
     """Mean over samples while training on it, last pass. None if it had no row with a label."""
     passes: int = 1
@@ -94,6 +96,35 @@ class Owed(Record):
     reason: str | None = None
 
 
+class Compared(Record):
+    """One score of this version's learner and of the champion on the same rows; lower is better."""
+
+    rows: int
+    learner: float
+    champion: float
+    """On the holdout: the best of the champions since the last batch training."""
+
+
+class Gate(Record):
+    """Whether the champion's alias moves to this version, and why."""
+
+    champion: int
+    """The version that had the alias."""
+    moves: int
+    """How often the alias had moved: it moves to this version only from there."""
+    metric: str
+    decision: Literal["promoted", "refused"]
+    tolerance: float
+    """The share by which the metric may be worse."""
+    window: Compared
+    """On the shards of the window, each before it was trained on."""
+    holdout: Compared | None = None
+    refusals: int
+    """In a row, up to this one."""
+    then: Literal["stop", "rollback", "retrain"] | None = None
+    """What is to be done after so many."""
+
+
 class DatasetRef(Record):
     """What a batch run was trained on."""
 
@@ -112,6 +143,12 @@ class Entry(Record):
     consumed: tuple[Consumed, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     owed: tuple[Owed, ...] = ()
+    fired: tuple[str, ...] = ()
+    """The triggers that began this step, if it waited for one."""
+    gate: Gate | None = None
+    """Whether the champion moves to this version; absent if there was nothing to compare."""
+    new_columns: dict[str, str] = Field(default_factory=dict)
+    """Arrow types of columns that shards have had since the last batch training, and its dataset had not."""
     metrics: dict[str, Any] = Field(default_factory=dict)
     counters: dict[str, int] = Field(default_factory=dict)
     """What the learner has seen in all: epochs, shards, rows, steps."""

@@ -6,11 +6,13 @@ committed version has not happened, and what is committed is not done twice.
 
 import enum
 import logging
-import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
 
 from storage.errors import (
     HeadMoved,
@@ -23,13 +25,15 @@ from storage.errors import (
 )
 from storage.inbox import Inbox, Shard, quarantine_key, settle
 from storage.log import Version, VersionLog
-from storage.manifest import Blobs, Consumed, Entry, Owed, Rejected
+from storage.manifest import Blobs, Consumed, Entry, Gate, Owed, Rejected
 from storage.probe import check_preconditions
 from storage.store import ObjectInfo, Store
 from storage.tombstones import Tombstones
 from storage.urls import open_store
+from tasks.gate import Champion, GateClosed, decide, finite, metric_of
 from tasks.provenance import code_revision
 from tasks.report import OnlineReport
+from tasks.scores import Summary
 from tasks.settings import OnlineSettings
 from tasks.training.environment import differences, environment
 from tasks.training.errors import ColumnError, NonFiniteLoss
@@ -53,6 +57,8 @@ class Outcome(enum.Enum):
     """Nothing in the inbox can be trained on now."""
     LOST = "lost"
     """Another run committed first. The work was discarded; the next step starts from the new head."""
+    RETRAIN = "retrain"
+    """So many versions in a row were refused that the settings ask for a batch training."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,12 @@ class _Loaded:
     tombstones: Tombstones
     owed: tuple[Owed, ...]
     settled_at: float
+    window: deque[Consumed]
+    """The last shards that this learner has scored and trained on."""
+    cumulative: Summary
+    """Of all shards since the last batch training or rollback."""
+    gate: Gate | None
+    """The last decision in the window."""
 
 
 class OnlineRun:
@@ -107,6 +119,7 @@ class OnlineRun:
         except PermissionDenied:  # a consumer need not be allowed to write there: then each delete compares for itself
             self.inbox.store.conditional_delete = False
         self.report = OnlineReport(model=model, head=self.log.head().number)
+        self.champion = Champion(self.log, settings)
         self._loaded: _Loaded | None = None
         self._ahead: deque[ObjectInfo] = deque()
         self._warned: set[str] = set()
@@ -133,7 +146,8 @@ class OnlineRun:
         if (loaded := self._loaded) is None:
             version = self.log.head()
             try:
-                learner, tombstones = load_learner(self.log, version), self.log.tombstones(version)
+                learner = load_learner(self.log, version, self.settings.device)
+                tombstones = self.log.tombstones(version)
             except UnknownVersion as error:
                 if self.log.head().number == version.number:
                     raise
@@ -144,11 +158,26 @@ class OnlineRun:
             if changed := differences(manifest.environment, environment()):
                 self._warn(f"bits may differ from those of the run before: {'; '.join(changed)}")
             owed = settle(self.log, manifest.owed, self.stores)
-            loaded = self._loaded = _Loaded(version, learner, tombstones, owed, time.monotonic())
+            self.champion.follow(version, learner)
+            loaded = self._loaded = _Loaded(
+                version, learner, tombstones, owed, time.monotonic(), *self._past(version, learner)
+            )
         elif loaded.owed and time.monotonic() - loaded.settled_at > SETTLE_AGAIN_SECONDS:
             loaded.owed, loaded.settled_at = settle(self.log, loaded.owed, self.stores), time.monotonic()
         self.report.head, self.report.owed = loaded.version.number, len(loaded.owed)
         return loaded
+
+    def _past(self, head: Version, learner: Learner) -> tuple[deque[Consumed], Summary, Gate | None]:
+        """What was scored lately on the way to this head: the window, the summary of all, the last decision."""
+        window: deque[Consumed] = deque(maxlen=self.settings.window_shards)
+        gate: Gate | None = None
+        for version in self.log.history(head):
+            if version.manifest.kind != "online" or len(window) == window.maxlen:
+                break
+            gate = gate or version.manifest.gate
+            for shard in version.manifest.consumed[::-1][: self.settings.window_shards - len(window)]:
+                window.appendleft(shard)
+        return window, Summary.model_validate(head.manifest.metrics.get("cumulative", {})), gate
 
     def select(self) -> list[ObjectInfo]:
         """The next of the listed shards, in the order of training: at most `max_shards`, and of `max_bytes` together (or one)."""
@@ -253,7 +282,8 @@ class OnlineRun:
                 raise ShardRejected(refused[info.key])
             groups = shard.row_groups()
             learner.features.check(groups[0].schema, info.key)
-            before = score(learner, groups)
+            new_columns = self._new_columns(learner, groups[0].schema, info.key)
+            before = finite(score(learner, groups))
         except NotReady as unready:
             if self.inbox.is_stable(info, self.settings.grace_seconds):
                 work.rejected.append(shard.rejected(str(unready)))
@@ -262,13 +292,27 @@ class OnlineRun:
             work.rejected.append(shard.rejected(str(unusable)))
             return None
         ordinal = learner.counters.shards
+        # The same weights give the same scores.
+        same = not work.consumed and self.champion.is_version(work.loaded.version.number)
+        champion = before if same else self.champion.score(groups)
         try:
             result = train_shard(learner, groups, self.settings.passes)
         except NonFiniteLoss as broken:
             return str(broken)
-        scored = {n: v for n, v in {"loss": before.loss, **before.metrics}.items() if math.isfinite(v)}
-        work.add(shard, ordinal, scored, result, self.settings.passes)
+        work.add(shard, ordinal, before, champion, result, self.settings.passes)
+        work.new_columns |= new_columns
         return None
+
+    def _new_columns(self, learner: Learner, schema: pa.Schema, key: str) -> dict[str, str]:
+        """Columns to record. Raises ShardRejected: the settings refuse them."""
+        if self.settings.new_columns == "ignore" or not (found := learner.features.new_columns(schema)):
+            return {}
+        if self.settings.new_columns == "fail":
+            raise ShardRejected(
+                f"{key} has columns that the dataset of the batch training had not: {', '.join(found)}: drop them, set "
+                "new_columns to add or ignore, or train a new model on a dataset that has them."
+            )
+        return found
 
     # ---- committing --------------------------------------------------------------------------------------------------
     def commit(self, work: "Trained") -> Version:
@@ -285,6 +329,11 @@ class OnlineRun:
         if self.settings.after_commit != "keep":  # what is kept in the inbox must be remembered for as long
             tombstones.prune(keep=((debt.inbox, debt.key, debt.sha256) for debt in owed))
         weights, state = loaded.learner.dump()
+        window = loaded.window.copy()
+        window.extend(work.consumed)
+        cumulative = loaded.cumulative.model_copy(deep=True)
+        cumulative.add(work.consumed)
+        gate, holdout = self._decide(work, window)
         blobs = Blobs(
             weights=self.log.write_blob(number, "safetensors", weights),
             state=self.log.write_blob(number, "state.safetensors", state),
@@ -297,14 +346,20 @@ class OnlineRun:
             consumed=tuple(work.consumed),
             rejected=tuple(work.rejected),
             owed=owed,
-            metrics=work.metrics(),
+            gate=gate,
+            new_columns=loaded.version.manifest.new_columns | work.new_columns,
+            metrics=work.metrics()
+            | {"window": Summary.of(window).model_dump(), "cumulative": cumulative.model_dump()}
+            | ({"holdout": holdout} if holdout else {}),
             counters=asdict(loaded.learner.counters),
             code=code_revision(),
             environment=environment(),
         )
         version = self.log.commit(loaded.version, entry)
-        self._loaded = _Loaded(version, loaded.learner, tombstones, owed, time.monotonic())
-        self.report.add(version.manifest.consumed, version.manifest.rejected, number)
+        self._loaded = _Loaded(
+            *(version, loaded.learner, tombstones, owed, time.monotonic(), window, cumulative, gate or loaded.gate)
+        )
+        self.report.add(version.manifest)
         self.report.head = number
         self.report.waiting = max(0, self.report.waiting - len(work.consumed) - len(work.rejected))
         return version
@@ -329,11 +384,49 @@ class OnlineRun:
             for s in work.rejected
         ]
 
+    def _decide(self, work: "Trained", window: Iterable[Consumed]) -> tuple[Gate | None, dict[str, Any]]:
+        """(whether the champion moves to the new version, the new version's scores on the holdout)."""
+        settings, learner = self.settings, work.loaded.learner
+        scored = self.champion.holdout(learner)
+        on_holdout = {} if scored is None else {"rows": scored[0].rows, **finite(scored[0])}
+        if settings.champion != "move" or self.champion.alias is None or not any(s.rows for s in work.consumed):
+            return None, on_holdout
+        return decide(
+            settings, self.champion.alias, metric_of(learner.spec), window, scored, work.loaded.gate
+        ), on_holdout
+
     def settle(self) -> None:
-        """Dispose of what the version just committed is done with."""
+        """Dispose of what the version just committed is done with; move the alias if it says so."""
         if (loaded := self._loaded) is not None:
             loaded.owed, loaded.settled_at = settle(self.log, loaded.owed, self.stores), time.monotonic()
+            self.champion.settle(loaded.version, loaded.learner)
             self.report.owed = len(loaded.owed)
+
+    # ---- after many refusals -----------------------------------------------------------------------------------------
+    def resolve(self, loaded: _Loaded) -> "Step | None":
+        """What the settings ask for when the head is one of too many versions refused in a row, or None.
+
+        Raises:
+            GateClosed: a person must decide.
+            HeadMoved: another run was faster.
+        """
+        gate, settings, head = loaded.version.manifest.gate, self.settings, loaded.version
+        if gate is None or gate.refusals < settings.refusals or settings.after_refusals == "continue":
+            return None
+        if self.champion.is_version(head.number):  # somebody has promoted it nevertheless
+            return None
+        if settings.after_refusals == "retrain":
+            return Step(Outcome.RETRAIN)
+        if settings.after_refusals == "rollback":
+            version = self.log.rollback(str(gate.champion))
+            logger.warning("version %d: back to version %d, %d refusals", version.number, gate.champion, gate.refusals)
+            self.forget()
+            return Step(Outcome.COMMITTED, version.number)
+        raise GateClosed(
+            f"{self.log.url}: {gate.refusals} versions in a row, up to {head.number}, were worse than champion {gate.champion} "
+            f"({_because(gate)}). Nothing more is trained on. `tidemill promote` accepts version {head.number}, `tidemill "
+            f"rollback {gate.champion}` gives it up, `tidemill train` begins anew; the shards stay in the inbox."
+        )
 
 
 @dataclass
@@ -343,9 +436,18 @@ class Trained:
     loaded: _Loaded
     consumed: list[Consumed] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    new_columns: dict[str, str] = field(default_factory=dict)
     rows: int = 0
 
-    def add(self, shard: Shard, ordinal: int, before: dict[str, float], result: PassResult, passes: int) -> None:
+    def add(
+        self,
+        shard: Shard,
+        ordinal: int,
+        before: dict[str, float],
+        champion: dict[str, float],
+        result: PassResult,
+        passes: int,
+    ) -> None:
         self.rows += result.rows
         self.consumed.append(
             Consumed(
@@ -359,6 +461,7 @@ class Trained:
                 rows=result.rows,
                 unlabelled=result.unlabelled,
                 score=before,
+                champion=champion,
                 loss=result.loss if result.rows else None,
                 passes=passes,
             )
@@ -374,14 +477,11 @@ class Trained:
             parts.append(f"loss before training {loss:.4g}")
         return ", ".join(parts)
 
-    def metrics(self) -> dict[str, float]:
-        """Prequential metrics of this commit's shards, weighted by rows."""
-        names = {name for shard in self.consumed for name in shard.score}
-        return {
-            name: sum(s.score[name] * s.rows for s in scored) / sum(s.rows for s in scored)
-            for name in sorted(names)
-            if (scored := [s for s in self.consumed if name in s.score])
-        }
+    def metrics(self) -> dict[str, Any]:
+        """Prequential metrics of this commit's shards, and the champion's on the same rows."""
+        summary = Summary.of(self.consumed)
+        champion = {"champion": summary.champion.mean} if summary.champion.mean else {}
+        return summary.score.mean | champion
 
 
 def open_run(inbox: str, registry: str, model: str, settings: OnlineSettings) -> OnlineRun:
@@ -389,10 +489,22 @@ def open_run(inbox: str, registry: str, model: str, settings: OnlineSettings) ->
     return OnlineRun(inbox, registry, model, settings)
 
 
+def _because(gate: Gate) -> str:
+    """The numbers behind a decision, in words."""
+    compared = {"window": gate.window, "holdout": gate.holdout}
+    return "; ".join(
+        f"{gate.metric} {c.learner:.4g} against {c.champion:.4g} on {c.rows:,} rows of the {name}"
+        for name, c in compared.items()
+        if c is not None
+    )
+
+
 def step(run: OnlineRun) -> Step:
     """One step of the protocol. Whatever it raises, nothing half done stays in memory: the next call reloads the head."""
     try:
         loaded = run.load()  # 1 head, 2 verified blobs, 3 debts of the head
+        if (resolved := run.resolve(loaded)) is not None:
+            return resolved
         looked = False
         while True:
             if not run.listed:

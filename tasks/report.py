@@ -2,9 +2,10 @@
 
 from datetime import datetime
 
-from pydantic import BaseModel
+from pydantic import BaseModel, PrivateAttr
 
-from storage.manifest import Consumed, Rejected
+from storage.manifest import Manifest
+from tasks.scores import Summary
 
 
 class OnlineReport(BaseModel):
@@ -19,6 +20,12 @@ class OnlineReport(BaseModel):
     unlabelled: int = 0
     score: dict[str, float] = {}
     """Prequential: of each shard before training on it, weighted by rows."""
+    champion: dict[str, float] = {}
+    """Of the champion, on the same shards."""
+    promoted: int = 0
+    """Versions to which the champion's alias has moved."""
+    refused: int = 0
+    """Versions that the gate found worse than the champion."""
     rejected: int = 0
     last_rejected: dict[str, str] = {}
     """Key -> reason of the last few."""
@@ -30,19 +37,21 @@ class OnlineReport(BaseModel):
     waiting: int = 0
     """Shards in the inbox at the last look that were not trained on."""
     oldest_waiting: datetime | None = None
+    _scored: Summary = PrivateAttr(default_factory=Summary)
 
-    def add(self, manifest_consumed: tuple[Consumed, ...], rejected: tuple[Rejected, ...], version: int) -> None:
+    def add(self, version: Manifest) -> None:
         """Count one committed version."""
         self.versions += 1
-        self.first_version = version if self.first_version is None else self.first_version
-        for shard in manifest_consumed:
-            if scored := shard.rows:
-                for name, value in shard.score.items():
-                    mean = self.score.get(name, 0.0)
-                    self.score[name] = mean + (value - mean) * scored / (self.rows + scored)
+        self.first_version = version.version if self.first_version is None else self.first_version
+        self._scored.add(version.consumed)
+        self.score, self.champion = self._scored.score.mean, self._scored.champion.mean
+        for shard in version.consumed:
             self.shards, self.rows = self.shards + 1, self.rows + shard.rows
             self.unlabelled += shard.unlabelled
-        for refused in rejected:
+        if version.gate is not None:
+            self.promoted += version.gate.decision == "promoted"
+            self.refused += version.gate.decision == "refused"
+        for refused in version.rejected:
             self.rejected += 1
             self.last_rejected[refused.key] = refused.reason
             while len(self.last_rejected) > 20:

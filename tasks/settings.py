@@ -13,6 +13,10 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+_DEVICE = "Where tensors are computed; auto takes an accelerator if there is one. Bits differ between devices."
+
+
 class BatchSettings(_Settings):
     """How a batch run evaluates and registers."""
 
@@ -26,11 +30,20 @@ class BatchSettings(_Settings):
         default=None, description="URL of a dataset to score instead of held-out rows; all rows are then trained on."
     )
     alias: str = Field(default="champion", description="The alias that moves to the new version.")
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Score the held-out rows after each epoch, stop when they have not become better for so many, and register "
+        "the best epoch.",
+    )
+    device: Device = Field(default="auto", description=_DEVICE)
 
     @model_validator(mode="after")
     def _one_holdout(self) -> Self:
         if self.holdout_dataset is not None and "holdout" in self.model_fields_set and self.holdout > 0:
             raise ValueError("give either holdout (a share of the rows) or holdout_dataset (a URL), not both")
+        if self.patience is not None and not self.holdout and self.holdout_dataset is None:
+            raise ValueError("patience needs held-out rows: set holdout or holdout_dataset")
         return self
 
     @property
@@ -75,6 +88,45 @@ class OnlineSettings(_Settings):
         ge=0,
         description="What is no whole Parquet file is rejected only after it has not changed for this long.",
     )
+
+    new_columns: Literal["fail", "add", "ignore"] = Field(
+        default="add",
+        description="Columns that the dataset of the batch training did not have. fail: the shard is rejected. add: they are "
+        "recorded, for the next batch training to use. ignore: nothing is said of them.",
+    )
+    device: Device = Field(default="auto", description=_DEVICE)
+    champion: Literal["ignore", "score", "move"] = Field(
+        default="move",
+        description="score: the version that the alias names scores each shard too. move: and the alias moves to each new "
+        "version that is not worse.",
+    )
+    alias: str = Field(default="champion", description="The alias of the champion.")
+    tolerance: float = Field(
+        default=0.05, ge=0, description="Share by which a version may score worse than the champion."
+    )
+    window_shards: int = Field(default=20, ge=1, description="Learner and champion are compared on so many shards.")
+    holdout_dataset: str | None = Field(
+        default=None, description="URL of a dataset on which each new version is compared with the champion too."
+    )
+    refusals: int = Field(
+        default=10, ge=1, description="After so many refused versions in a row, do what after_refusals says."
+    )
+    after_refusals: Literal["continue", "stop", "rollback", "retrain"] = Field(
+        default="continue",
+        description="stop: fail, so that a person decides. rollback: go back to the champion. retrain: from retrain_dataset.",
+    )
+    retrain_dataset: str | None = Field(
+        default=None,
+        description="URL of the dataset for after_refusals=retrain; shards archived below it are part of it.",
+    )
+
+    @model_validator(mode="after")
+    def _refusals(self) -> Self:
+        if (self.after_refusals == "retrain") != (self.retrain_dataset is not None):
+            raise ValueError("after_refusals='retrain' and retrain_dataset=URL go together: give both, or neither")
+        if self.champion != "move" and self.after_refusals != "continue":
+            raise ValueError("after_refusals needs champion='move': nothing else is ever refused")
+        return self
 
     @model_validator(mode="after")
     def _archive(self) -> Self:

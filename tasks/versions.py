@@ -11,8 +11,8 @@ from tasks.training.learner import Learner
 from tasks.training.spec import Spec
 
 
-def load_learner(log: VersionLog, version: Version) -> Learner:
-    """The learner exactly as it was committed; its blobs are verified before they are parsed.
+def load_learner(log: VersionLog, version: Version, device: str = "cpu") -> Learner:
+    """The learner exactly as it was committed, on a device as in `Learner.create`; blobs are verified before they are parsed.
 
     Raises:
         UnknownVersion: retention has removed the blobs.
@@ -24,7 +24,7 @@ def load_learner(log: VersionLog, version: Version) -> Learner:
     spec = _spec(log, version)
     check_allowed(spec, [name for part in os.environ.get(ALLOWED_MODULES, "").split(",") if (name := part.strip())])
     weights, state = log.read_blob(manifest.blobs.weights), log.read_blob(manifest.blobs.state)
-    return Learner.load(spec, weights, state)
+    return Learner.load(spec, weights, state, device)
 
 
 def _spec(log: VersionLog, version: Version) -> Spec:

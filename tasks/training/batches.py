@@ -1,9 +1,9 @@
 """Row groups to batches: streamed, split, shuffled inside a window, with memory that does not grow with the data.
 
-Shape legend: N rows of a row group, slice or window, B rows of a batch, F numbers and C categories of one row.
+Shape legend: N rows of a row group, slice or window, B rows of a batch, F numbers and C ids of one row, T targets.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from typing import NamedTuple, TypeVar
@@ -25,8 +25,9 @@ class Batch(NamedTuple):
     """Rows for one gradient step. They are views: read only."""
 
     x_BF: Tensor  # float32
-    ids_BC: Tensor | None  # int64; None: there are no category columns
-    y_B: Tensor  # float32, or int64 class numbers for multiclass
+    ids_BC: Tensor | None  # int64, laid out as `Features.ids` says; None: no categories and no sequences
+    y_B: Tensor  # float32 ([B, T] of several targets), or int64 class numbers for multiclass
+    w_B: Tensor | None = None  # float32, sample weights; None: the spec has none
 
 
 class _Slice(NamedTuple):
@@ -68,40 +69,55 @@ class Stream:
         self._window_rows = max(1, window_bytes // features.row_bytes)
         self._seed = shuffle_seed
         self._split = split
-        self.unlabelled = 0  # rows of the split left out because their target is null; final after the last batch
+        self.rows = 0  # of the split, with a target; final after the last batch, like the next
+        self.unlabelled = 0  # rows of the split left out because their target is null
 
     def __iter__(self) -> Iterator[Batch]:
-        self.unlabelled = 0
+        self.rows = self.unlabelled = 0
         blocks = map(self._encoded, self._slices()) if self._seed is None else self._windows(self._seed)
         return _rebatched(ahead(blocks), self._batch_size)
 
     def _windows(self, seed: tuple[str | int, ...]) -> Iterator[Batch]:
         capacity = min(self._window_rows, sum(group.num_rows for group in self._groups))
         x_NF = torch.empty(capacity, self._features.numbers)
-        rest: list[Batch] = []  # what the window holds beside x
+        ids_NC = torch.empty(capacity, self._features.ids, dtype=torch.int64) if self._features.ids else None
+        ys: list[Tensor] = []  # what the window holds beside x and ids
+        ws: list[Tensor] = []
         filled = position = 0
+
+        def permuted() -> Batch:
+            order = generator(*seed, "window", position)
+            order_N = torch.randperm(filled, generator=order, dtype=torch.int32)  # half the memory traffic of int64
+            kept_NC = None if ids_NC is None else ids_NC[:filled]
+            return _taken(Batch(x_NF[:filled], kept_NC, torch.cat(ys), torch.cat(ws) if ws else None), order_N)
+
         for piece in self._slices():
             if filled + piece.table.num_rows > capacity:
-                yield _permuted(x_NF[:filled], rest, generator(*seed, "window", position))
-                rest, filled, position = [], 0, position + 1
+                yield permuted()
+                ys, ws, filled, position = [], [], 0, position + 1
             room_NF = x_NF[filled : filled + piece.table.num_rows]
-            block = self._encoded(piece, room_NF)
+            room_NC = None if ids_NC is None else ids_NC[filled : filled + piece.table.num_rows]
+            block = self._encoded(piece, room_NF, room_NC)
             kept = len(block.y_B)
             if block.x_BF is not room_NF:  # rows were left out
                 room_NF[:kept] = block.x_BF
-            rest.append(block)
+                if room_NC is not None and block.ids_BC is not None:
+                    room_NC[:kept] = block.ids_BC
+            ys.append(block.y_B)
+            if block.w_B is not None:
+                ws.append(block.w_B)
             filled += kept
         if filled:
-            yield _permuted(x_NF[:filled], rest, generator(*seed, "window", position))
+            yield permuted()
 
     def _slices(self) -> Iterator[_Slice]:
         """Row groups, in order or permuted, read and cut to at most a window each."""
-        names = self._features.names(labelled=True)
-        nulls, labels, rows = [0] * (len(names) - 1), 0, 0
+        columns = [column.name for column in self._features.columns]
+        nulls, labels, rows = [0] * len(columns), 0, 0
         order = self._order("groups", len(self._groups))
-        for group, table in ahead(self._tables([self._groups[i] for i in order], names)):
-            nulls = [n + table.column(name).null_count for n, name in zip(nulls, names, strict=False)]
-            labels += table.num_rows - table.column(names[-1]).null_count
+        for group, table in ahead(self._tables([self._groups[i] for i in order])):
+            nulls = [n + table.column(name).null_count for n, name in zip(nulls, columns, strict=True)]
+            labels += self._features.labelled(table)
             rows += table.num_rows
             wanted_N = None if self._split is None else self._split.rows(group)
             count = -(-group.num_rows // self._window_rows)
@@ -110,13 +126,15 @@ class Stream:
                 part_N = None if wanted_N is None else wanted_N[i * size : (i + 1) * size]
                 yield _Slice(table.slice(i * size, size), group.name, part_N)
         if rows and not labels:
-            raise ColumnError(f"target {names[-1]!r} is null in all {rows} rows: write labels to it")
+            targets = " or ".join(map(repr, self._features.targets))
+            raise ColumnError(f"target {targets} is null in all {rows} rows: write labels to it")
         if column := self._features.improbably_null(nulls, rows):
             raise ColumnError(
                 f"column {column!r} is null in all {rows} rows: was it renamed, or does its producer fail?"
             )
 
-    def _tables(self, groups: Iterable[RowGroup], names: list[str]) -> Iterator[tuple[RowGroup, pa.Table]]:
+    def _tables(self, groups: Iterable[RowGroup]) -> Iterator[tuple[RowGroup, pa.Table]]:
+        names = self._features.names(labelled=True)
         for group in groups:
             if group.num_rows:
                 self._features.check(group.schema, group.name)
@@ -129,17 +147,20 @@ class Stream:
             return range(count)
         return torch.randperm(count, generator=generator(*self._seed, what)).tolist()
 
-    def _encoded(self, piece: _Slice, out_NF: Tensor | None = None) -> Batch:
-        """The rows of a slice that are wanted and labelled. x_BF is `out_NF` itself if that is all of them."""
-        x_NF, ids_NC, y_N, labelled_N = self._features.encode(piece.table, piece.where, out_NF=out_NF)
-        assert y_N is not None, "encoded with labels"
-        wanted_N = piece.wanted_N
+    def _encoded(self, piece: _Slice, out_NF: Tensor | None = None, out_NC: Tensor | None = None) -> Batch:
+        """The rows of a slice that are wanted and labelled. x_BF and ids_BC are the `out` ones if that is all of them."""
+        encoded = self._features.encode(piece.table, piece.where, out_NF=out_NF, out_NC=out_NC)
+        assert encoded.y_N is not None, "encoded with labels"
+        wanted_N, labelled_N = piece.wanted_N, encoded.labelled_N
         if labelled_N is not None:
             missing_N = ~labelled_N if wanted_N is None else wanted_N & ~labelled_N
             self.unlabelled += int(missing_N.sum())
             wanted_N = labelled_N if wanted_N is None else wanted_N & labelled_N
-        block = Batch(x_NF, ids_NC, y_N)
-        return block if wanted_N is None else _taken(block, wanted_N.nonzero().squeeze(1))
+        block = Batch(encoded.x_NF, encoded.ids_NC, encoded.y_N, encoded.w_N)
+        if wanted_N is not None:
+            block = _taken(block, wanted_N.nonzero().squeeze(1))
+        self.rows += len(block.y_B)
+        return block
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -152,17 +173,13 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]  # only `end` is no T
 
 
-def _permuted(x_NF: Tensor, rest: list[Batch], random: torch.Generator) -> Batch:
-    order_N = torch.randperm(len(x_NF), generator=random, dtype=torch.int32)  # half the memory traffic of int64
-    ids = [block.ids_BC for block in rest if block.ids_BC is not None]
-    return _taken(Batch(x_NF, torch.cat(ids) if ids else None, torch.cat([block.y_B for block in rest])), order_N)
+def _each(block: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    return Batch._make(None if tensor is None else change(tensor) for tensor in block)
 
 
 def _taken(block: Batch, rows_N: Tensor) -> Batch:
     # index_select: the same gather as block.x_BF[rows_N], measured twice as fast.
-    x_BF, ids_BC, y_B = block
-    ids_BC = None if ids_BC is None else ids_BC.index_select(0, rows_N)
-    return Batch(x_BF.index_select(0, rows_N), ids_BC, y_B.index_select(0, rows_N))
+    return _each(block, lambda tensor: tensor.index_select(0, rows_N))
 
 
 def _rebatched(blocks: Iterator[Batch], size: int) -> Iterator[Batch]:
@@ -181,9 +198,8 @@ def _rebatched(blocks: Iterator[Batch], size: int) -> Iterator[Batch]:
             carried = []
         stop = rows - (rows - start) % size
         if start < stop:
-            xs, ys = torch.split(block.x_BF[start:stop], size), torch.split(block.y_B[start:stop], size)
-            ids = repeat(None) if block.ids_BC is None else torch.split(block.ids_BC[start:stop], size)
-            yield from map(Batch, xs, ids, ys)
+            parts = [repeat(None) if tensor is None else torch.split(tensor[start:stop], size) for tensor in block]
+            yield from map(Batch, *parts)
         if stop < rows:
             carried, missing = [_copied(block, stop, rows)], size - (rows - stop)
     if carried:
@@ -192,13 +208,10 @@ def _rebatched(blocks: Iterator[Batch], size: int) -> Iterator[Batch]:
 
 def _copied(block: Batch, start: int, stop: int) -> Batch:
     """Rows of a block as a copy, so that a few rows do not keep the whole block in memory."""
-    x_BF, ids_BC, y_B = block
-    ids_BC = None if ids_BC is None else ids_BC[start:stop].clone()
-    return Batch(x_BF[start:stop].clone(), ids_BC, y_B[start:stop].clone())
+    return _each(block, lambda tensor: tensor[start:stop].clone())
 
 
 def _joined(parts: list[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
-    ids = [part.ids_BC for part in parts if part.ids_BC is not None]
-    return Batch(torch.cat([p.x_BF for p in parts]), torch.cat(ids) if ids else None, torch.cat([p.y_B for p in parts]))
+    return Batch._make(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -1,6 +1,7 @@
 """Arrow columns as numbers, bucket ids and seconds: no statistics, no state.
 
-Shape legend: N rows, K items of a vector column (1 for a plain column), V distinct values.
+Shape legend: N rows, K numbers of a vector column (1 for a plain column), V distinct values, I items of all lists of a
+column, L length of a padded sequence, B rows of a block.
 """
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
@@ -16,25 +17,39 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-Family = Literal["number", "time", "duration", "text"]
+Family = Literal["number", "time", "duration", "text", "list of integers", "list of text"]
 
 EXACT_IN_FLOAT32: Final = (pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32())
 TICKS_PER_SECOND: Final = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 SECONDS_PER_DAY: Final = 86_400.0
+BLOCK_IDS: Final = 65_536  # ids padded at a time: their positions fit the cache and need no memory to speak of
 
 
 def family_of(kind: pa.DataType) -> tuple[Family, int | None] | None:
     """What a column of this Arrow type holds, and its width if it is a vector. None: not usable as an input.
 
-    Columns of one family are interchangeable between files (int32 and float64 are both numbers); a change of family
-    would change what the numbers mean.
+    The rule of types that change between files: types of one family and width are interchangeable, others are refused,
+    since they would change what the numbers mean. So bool, int32, int64, float16, float64 and decimals are all numbers;
+    string, large_string, binary and dictionaries of them are all text; a list may become a large_list, and its items
+    follow the same rule. From a number to text, from a date to a number or from 3 numbers to 4 there is no way but a
+    new model. A category that the dataset did not have is no change of type: it is hashed like any other.
+
+    A vector is a fixed-size list of numbers. Fixed-size lists inside each other, such as [channels][height][width], are
+    one vector of all their numbers in row-major order.
     """
     types = pa.types
     if types.is_dictionary(kind):
-        return family_of(kind.value_type)
+        return None if types.is_nested(kind.value_type) else family_of(kind.value_type)
     if types.is_fixed_size_list(kind):
         item = family_of(kind.value_type)
-        return ("number", kind.list_size) if item == ("number", None) and kind.list_size > 0 else None
+        if item is None or item[0] != "number" or not kind.list_size:
+            return None
+        return "number", kind.list_size * (item[1] or 1)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_list_view(kind) or types.is_large_list_view(kind):
+        item_kind = kind.value_type.value_type if types.is_dictionary(kind.value_type) else kind.value_type
+        if types.is_integer(item_kind):
+            return "list of integers", None
+        return ("list of text", None) if family_of(item_kind) == ("text", None) else None
     if types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
         return "number", None
     if types.is_date(kind) or types.is_timestamp(kind):
@@ -84,20 +99,25 @@ def as_tensor(array: pa.Array[Any], width: int | None) -> tuple[Tensor, Tensor |
     """A number, time, duration or vector column as (values_NK, present_NK).
 
     values_NK is float32 or float64 as `numbers` says, with 0 for nulls. It may be a read-only view of Arrow's memory:
-    never write to it. present_NK is bool, or None when nothing is null; all items of a null vector are null.
+    never write to it. present_NK is bool, or None when nothing is null; all numbers of a null vector are null.
     """
-    n = len(array)
-    if width is None:
-        flat, k = array, 1
-    else:
-        fixed = cast("pa.FixedSizeListArray[Any, Any]", array)
-        flat, k = fixed.values.slice(fixed.offset * width, n * width), width
+    n, k = len(array), width or 1
+    flat = array
+    holed: list[pa.Array[Any]] = []  # lists with nulls, the outermost first
+    while pa.types.is_fixed_size_list(flat.type):
+        if flat.null_count:
+            holed.append(flat)
+        lists = cast("pa.FixedSizeListArray[Any, Any]", flat)
+        size = lists.type.list_size
+        flat = lists.values.slice(lists.offset * size, len(lists) * size)
     flat = numbers(flat)
     values_NK = from_arrow(flat.fill_null(0.0) if flat.null_count else flat).view(n, k)
-    if not flat.null_count and not array.null_count:
+    if not flat.null_count and not holed:
         return values_NK, None
     present_NK = _present(flat).view(n, k)
-    return values_NK, present_NK & _present(array).unsqueeze(1) if width is not None else present_NK
+    for level in holed:
+        present_NK.view(len(level), -1).logical_and_(_present(level).unsqueeze(1))
+    return values_NK, present_NK
 
 
 def _present(array: pa.Array[Any]) -> Tensor:
@@ -135,6 +155,34 @@ def bucket_ids(array: pa.Array[Any], buckets: int) -> Tensor:
     # Not `fill_null`: making its Arrow scalar imports pandas where that is installed.
     stored = pa.Array.from_buffers(pa.int64(), len(indices), [None, indices.buffers()[1]], offset=indices.offset)
     return ids_V.index_select(0, torch.where(_present(indices), from_arrow(stored), -1) + 1)
+
+
+def fill_sequences(array: pa.Array[Any], buckets: int, ids_NL: Tensor) -> None:
+    """Fills ids_NL (int64) with the `bucket_ids` of the last L items of each list of a list column.
+
+    Shorter lists are followed by 0, and a null list is 0 throughout.
+    """
+    n, length = ids_NL.shape
+    if not n:
+        return
+    lists = cast("pa.ListArray[Any]", array)
+    offsets = from_arrow(lists.offsets).long()
+    starts_N = offsets[:n]
+    views = pa.types.is_list_view(array.type) or pa.types.is_large_list_view(array.type)
+    stops_N = starts_N + from_arrow(cast(Any, array).sizes) if views else offsets[1:]
+    if array.null_count:  # a null list may have items in memory
+        stops_N = torch.where(_present(array), stops_N, starts_N)
+    first = int(starts_N.min())
+    values = lists.values.slice(first, int(stops_N.max()) - first)
+    ids_I = torch.cat([torch.zeros(1, dtype=torch.int64), bucket_ids(values, buckets)])  # item 0 is the padding
+    used_N = (stops_N - starts_N).clamp(max=length)
+    start_N = stops_N - used_N - (first - 1)
+    steps_L = torch.arange(length)
+    block = max(1, BLOCK_IDS // length)
+    for at in range(0, n, block):
+        items_BL = start_N[at : at + block].unsqueeze(1) + steps_L
+        items_BL.masked_fill_(steps_L >= used_N[at : at + block].unsqueeze(1), 0)
+        ids_NL[at : at + block] = ids_I.index_select(0, items_BL.view(-1)).view_as(items_BL)
 
 
 def _bucket_of_each(values: Sequence[Any], buckets: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Which columns become the model's inputs, and the statistics that scale them: the preprocessing state.
 
-Shape legend: N rows, F numbers of one row (a vector column counts for several), C category columns.
+Shape legend: N rows, F numbers of one row (a vector column counts for several), C ids of one row (a category has one, a
+sequence several), T targets.
 """
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
@@ -8,14 +9,14 @@ from __future__ import annotations  # pa.Array[Any] takes its type parameter in 
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Final, NamedTuple, Self, cast
+from typing import Any, Final, Literal, NamedTuple, Self, cast
 
 import pyarrow as pa
 import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from tasks.training.columns import Family, as_tensor, bucket_ids, family_of, one_array
+from tasks.training.columns import Family, as_tensor, bucket_ids, family_of, fill_sequences, one_array
 from tasks.training.errors import ColumnError
 from tasks.training.groups import RowGroup, Split
 from tasks.training.moments import Moments
@@ -32,7 +33,8 @@ class Input:
     name: str
     family: Family
     width: int | None = None  # numbers in a vector; None: a plain column
-    buckets: int = 0  # more than 0: a category
+    buckets: int = 0  # more than 0: a category, or a sequence of them
+    length: int = 0  # more than 0: a sequence, padded or cut to so many items
 
     @property
     def numbers(self) -> int:
@@ -40,30 +42,42 @@ class Input:
         return 0 if self.buckets else self.width or 1
 
 
+class SequenceInput(NamedTuple):
+    """One input column of lists, as ids."""
+
+    length: int  # ids of one row; lists that are shorter are followed by 0
+    buckets: int  # ids run from 0 (no item, or a null) to this number, inclusive
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What `Features.fit` learned. Standard deviations are of the population; a constant column's is 1."""
+    """What `Features.fit` learned. Standard deviations are of the population; a constant column's is 1.
+
+    Each row counts once, whatever its sample weight.
+    """
 
     rows: int
     nulls: tuple[int, ...]  # of each input column
     mean_F: Tensor  # float64, over the values that are not null
     std_F: Tensor  # float64
-    target_mean: float
-    target_std: float
+    target_mean: Tensor  # float64 [T], over the values that are not null
+    target_std: Tensor  # float64 [T]
+    class_counts: Tensor | None  # int64 [classes]: labelled rows of each; None: class weights are not learned
 
 
 class Encoded(NamedTuple):
     """Rows as tensors. Read only: they may be views of Arrow's memory."""
 
     x_NF: Tensor  # float32, row-major
-    ids_NC: Tensor | None  # int64, row-major; None: there are no category columns
-    y_N: Tensor | None  # float32, or int64 class numbers for multiclass; None: encoded without the target
-    labelled_N: Tensor | None  # bool; None: every row has a target
+    ids_NC: Tensor | None  # int64, row-major, laid out as `Features.ids` says; None: no categories and no sequences
+    y_N: Tensor | None  # float32 ([N, T] of several targets), int64 class numbers for multiclass; None: no target read
+    labelled_N: Tensor | None  # bool; None: every row has all targets
+    w_N: Tensor | None  # float32, sample weights; None: the spec has none, or encoded without the target
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Features:
-    """The resolved input columns and target, and the statistics of the dataset that the model was begun with.
+    """The resolved input columns and targets, and the statistics of the dataset that the model was begun with.
 
     The statistics are learned once and never move afterwards: shifting the inputs under trained weights would change
     the function that the model computes without any gradient step, and the optimizer's moments would be about inputs
@@ -71,26 +85,34 @@ class Features:
     """
 
     columns: tuple[Input, ...]
-    target: str
-    target_family: Family
+    targets: tuple[str, ...]
+    target_families: tuple[Family, ...]
+    sample_weight: str | None
     task: Task
     classes: int | None
+    class_weighting: Literal["balanced"] | tuple[float, ...] | None
     standardize_features: bool
     standardize_target: bool
+    dataset_columns: tuple[str, ...]  # of the schema that was resolved, used or not
     statistics: Statistics | None = None
 
     # ---- resolving ---------------------------------------------------------------------------------------------------
     @classmethod
     def resolve(cls, spec: Spec, schema: pa.Schema) -> Self:
         """Decides from Arrow's types how each column is read. Raises ColumnError."""
+        if spec.sample_weight is not None:
+            _check_weight(spec.sample_weight, schema, "the dataset")
         return cls(
             columns=tuple(_resolve(column, schema) for column in spec.features),
-            target=spec.target,
-            target_family=_target_family(spec.target, schema, "the dataset"),
+            targets=spec.targets,
+            target_families=tuple(_target_family(name, schema, "the dataset") for name in spec.targets),
+            sample_weight=spec.sample_weight,
             task=spec.task,
             classes=spec.classes,
+            class_weighting=spec.class_weights,
             standardize_features=spec.standardize_features,
             standardize_target=spec.standardize_target,
+            dataset_columns=tuple(schema.names),
         )
 
     @property
@@ -100,28 +122,71 @@ class Features:
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Hash buckets of each of the C category columns; ids run from 0 (null) to this number, inclusive."""
-        return tuple(column.buckets for column in self.columns if column.buckets)
+        """Hash buckets of each category column; ids run from 0 (null) to this number, inclusive."""
+        return tuple(column.buckets for column in self.columns if column.buckets and not column.length)
+
+    @property
+    def sequences(self) -> tuple[SequenceInput, ...]:
+        """Length and hash buckets of each sequence column."""
+        return tuple(SequenceInput(column.length, column.buckets) for column in self.columns if column.length)
+
+    @property
+    def ids(self) -> int:
+        """C, the width of ids_NC: first one id of each category, then `length` ids of each sequence, in spec order."""
+        return len(self.buckets) + sum(sequence.length for sequence in self.sequences)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one encoded row, target included."""
-        return 4 * self.numbers + 8 * len(self.buckets) + (8 if self.task == "multiclass" else 4)
+        """Bytes of one encoded row, targets and weight included."""
+        target = 8 if self.task == "multiclass" else 4 * len(self.targets)
+        return 4 * self.numbers + 8 * self.ids + target + (0 if self.sample_weight is None else 4)
 
     @property
     def fitted(self) -> bool:
-        """Whether rows can be encoded: `fit` has run, or nothing is standardised."""
-        return self.statistics is not None or not (self.standardize_features or self.standardize_target)
+        """Whether rows can be encoded: `fit` has run, or nothing is learned from the dataset."""
+        learned = self.standardize_features or self.standardize_target or self.class_weighting == "balanced"
+        return self.statistics is not None or not learned
+
+    @property
+    def class_weights(self) -> Tensor | None:
+        """float32 [classes], 2 for binary: weight of each class in the loss. None: all the same.
+
+        Balanced weights are rows / (classes * rows of the class), so that a row weighs 1 on average (King and Zeng 2001,
+        https://doi.org/10.1093/oxfordjournals.pan.a004868, with equal shares for the population's).
+        """
+        if self.class_weighting is None:
+            return None
+        if self.class_weighting != "balanced":
+            return torch.tensor(self.class_weighting)
+        assert self.statistics is not None, "fit() comes before class_weights"
+        counts = self.statistics.class_counts
+        assert counts is not None, "fit() counts the classes"
+        return (counts.sum() / (len(counts) * counts.double())).float()
 
     def names(self, *, labelled: bool) -> list[str]:
-        """Columns to read, the target last if `labelled`."""
-        return [column.name for column in self.columns] + ([self.target] if labelled else [])
+        """Columns to read, each once: the features, then if `labelled` the targets and the sample weight."""
+        names = [column.name for column in self.columns]
+        if labelled:
+            names += self.targets
+            if self.sample_weight is not None and self.sample_weight not in names:  # it may be a feature too
+                names.append(self.sample_weight)
+        return names
+
+    def new_columns(self, schema: pa.Schema) -> dict[str, str]:
+        """Columns that the first dataset did not have, used or not: their names and Arrow types."""
+        known = set(self.dataset_columns)
+        return {field.name: str(field.type) for field in schema if field.name not in known}
 
     def check(self, schema: pa.Schema, where: str, *, labelled: bool = True) -> None:
-        """Raises ColumnError if a column is missing from `schema`, or means something else than at the start."""
+        """Raises ColumnError if a column is missing from `schema`, or means something else than at the start.
+
+        `family_of` has the rule of types that may take each other's place.
+        """
         expected = [(column.name, column.family, column.width) for column in self.columns]
         if labelled:
-            expected.append((self.target, self.target_family, None))
+            expected += [(name, family, None) for name, family in zip(self.targets, self.target_families, strict=True)]
+            if self.sample_weight is not None:
+                _check_weight(self.sample_weight, schema, where)
         for name, family, width in expected:
             found = _field(schema, name, where).type
             if family_of(found) != (family, width):
@@ -131,14 +196,20 @@ class Features:
                     f"write the old type, or begin a new model"
                 )
 
+    def labelled(self, table: pa.Table) -> int:
+        """How many rows of a table have all targets."""
+        return table.select(list(self.targets)).drop_null().num_rows
+
     # ---- learning the statistics -------------------------------------------------------------------------------------
     def fit(self, groups: Iterable[RowGroup], split: Split | None = None) -> Self:
         """A copy with the statistics of the rows of `split` (None: all rows), from one streaming pass.
 
-        Raises ColumnError: a bad schema, NaN or infinity, or a column with no value at all.
+        Raises ColumnError: a bad schema, NaN or infinity, a bad sample weight, a column with no value at all, or a class
+        without rows where class weights are balanced.
         """
         inputs = [Moments.zero(column.numbers) for column in self.columns]
-        target = Moments.zero(1)
+        targets = [Moments.zero(1) for _ in self.targets]
+        class_counts = torch.zeros(self.classes or 2, dtype=torch.int64) if self.class_weighting == "balanced" else None
         nulls = [0] * len(self.columns)
         rows = 0
         for group in groups:
@@ -152,16 +223,24 @@ class Features:
                 if not column.buckets:
                     inputs[i] = inputs[i].merged(array, column.width, rows_N)
                     _refuse_non_finite(inputs[i].mean_K, column.name, group.name)
-            target = target.merged(one_array(table.column(self.target)), None, rows_N)
-            _refuse_non_finite(target.mean_K, self.target, group.name)
+            for i, name in enumerate(self.targets):
+                targets[i] = targets[i].merged(one_array(table.column(name)), None, rows_N)
+                _refuse_non_finite(targets[i].mean_K, name, group.name)
+            self._weights(table, group.name)  # only to refuse bad ones before training begins
+            if class_counts is not None:
+                class_counts += self._class_counts(table, group.name, rows_N)
         for column, moments, null in zip(self.columns, inputs, nulls, strict=True):
             if null == rows or not bool(moments.count_K.all()):
                 raise ColumnError(
                     f"column {column.name!r} is null in all {rows} rows of the dataset: remove it from features"
                 )
-        if not target.count_K.all():
+        for name, moments in zip(self.targets, targets, strict=True):
+            if not moments.count_K.all():
+                raise ColumnError(f"target {name!r} is null in all {rows} rows of the dataset: nothing can be learned")
+        if class_counts is not None and not class_counts.all():
             raise ColumnError(
-                f"target {self.target!r} is null in all {rows} rows of the dataset: nothing can be learned"
+                f"target {self.targets[0]!r} is {int(class_counts.argmin())} in no labelled row of the dataset, so "
+                f"class_weights 'balanced' has no weight for that class: add rows of it, or name the weights"
             )
         return replace(
             self,
@@ -170,8 +249,9 @@ class Features:
                 nulls=tuple(nulls),
                 mean_F=torch.cat([moments.mean_K for moments in inputs]),
                 std_F=torch.cat([moments.std_K for moments in inputs]),
-                target_mean=target.mean_K.item(),
-                target_std=target.std_K.item(),
+                target_mean=torch.cat([moments.mean_K for moments in targets]),
+                target_std=torch.cat([moments.std_K for moments in targets]),
+                class_counts=class_counts,
             ),
         )
 
@@ -190,12 +270,21 @@ class Features:
         return None
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
-    def encode(self, table: pa.Table, where: str, *, labelled: bool = True, out_NF: Tensor | None = None) -> Encoded:
+    def encode(
+        self,
+        table: pa.Table,
+        where: str,
+        *,
+        labelled: bool = True,
+        out_NF: Tensor | None = None,
+        out_NC: Tensor | None = None,
+    ) -> Encoded:
         """Columns of a table as tensors; `where` names the table in messages.
 
-        A null number becomes the mean (0 once standardised; 0 too if not standardising), a null category id 0.
-        `out_NF`, if given, is contiguous float32 and becomes x_NF. Without `labelled` the target is not looked at.
-        Raises ColumnError: NaN, infinity, or a label that the task does not have.
+        A null number becomes the mean (0 once standardised; 0 too if not standardising), a null category id 0, a null
+        list no items. `out_NF`, if given, is contiguous float32 and becomes x_NF, and `out_NC`, int64, becomes ids_NC.
+        Without `labelled` neither targets nor weights are looked at.
+        Raises ColumnError: NaN, infinity, a label that the task does not have, or a bad sample weight.
         """
         assert self.fitted, "fit() comes before encode()"
         x_NF = torch.empty(table.num_rows, self.numbers) if out_NF is None else out_NF
@@ -206,9 +295,13 @@ class Features:
             center_F, scale_F = torch.zeros(self.numbers).double(), torch.ones(self.numbers).double()
         if not pack([(array, c.width) for array, c in columns if not c.buckets], center_F, scale_F, x_NF):
             raise self._non_finite(x_NF, where)
-        ids = [_ids(array, column, where) for array, column in columns if column.buckets]
-        y_N, labelled_N = self._target(one_array(table.column(self.target)), where) if labelled else (None, None)
-        return Encoded(x_NF, torch.stack(ids, 1) if ids else None, y_N, labelled_N)
+        ids_NC = out_NC
+        if ids_NC is None and self.ids:
+            ids_NC = torch.empty(table.num_rows, self.ids, dtype=torch.int64)
+        if ids_NC is not None:
+            _fill_ids([(array, c) for array, c in columns if c.buckets], where, ids_NC)
+        y_N, labelled_N = self._target(table, where) if labelled else (None, None)
+        return Encoded(x_NF, ids_NC, y_N, labelled_N, self._weights(table, where) if labelled else None)
 
     def _non_finite(self, x_NF: Tensor, where: str) -> ColumnError:
         names = [column.name for column in self.columns for _ in range(column.numbers)]
@@ -220,44 +313,77 @@ class Features:
             f"write nulls for missing values"
         )
 
-    def _target(self, array: pa.Array[Any], where: str) -> tuple[Tensor, Tensor | None]:
+    def _target(self, table: pa.Table, where: str) -> tuple[Tensor, Tensor | None]:
         """(y_N, labelled_N) as in Encoded; y is 0 where it is null."""
+        found = [self._one_target(i, one_array(table.column(name)), where) for i, name in enumerate(self.targets)]
+        if len(found) == 1:
+            return found[0]
+        missing = [labelled_N for _, labelled_N in found if labelled_N is not None]
+        return torch.stack([y_N for y_N, _ in found], 1), torch.stack(missing).all(0) if missing else None
+
+    def _one_target(self, i: int, array: pa.Array[Any], where: str) -> tuple[Tensor, Tensor | None]:
         values_NK, present_NK = as_tensor(array, None)
         values_N, labelled_N = values_NK.squeeze(1), None if present_NK is None else present_NK.squeeze(1)
+        name = self.targets[i]
         if self.task == "regression":
             if self.standardize_target and self.statistics is not None:
-                values_N = (values_N.double() - self.statistics.target_mean) / self.statistics.target_std
+                values_N = (values_N.double() - self.statistics.target_mean[i]) / self.statistics.target_std[i]
             values_N = values_N.float()
-            _refuse_non_finite(values_N.sum(), self.target, where, exact=values_N)
+            _refuse_non_finite(values_N.sum(), name, where, exact=values_N)
             return values_N, labelled_N
         last = 1 if self.classes is None else self.classes - 1
         bad_N = ~((values_N >= 0) & (values_N <= last) & (values_N == values_N.floor()))  # ~(...): NaN is bad too
         if bad_N.any():
             found = values_N[bad_N][0].item()
             allowed = "0 or 1" if self.task == "binary" else f"whole numbers from 0 to {last}"
-            raise ColumnError(
-                f"target {self.target!r} of {where} holds {found:g}, but {self.task} labels are {allowed}"
-            )
+            raise ColumnError(f"target {name!r} of {where} holds {found:g}, but {self.task} labels are {allowed}")
         return (values_N.float() if self.task == "binary" else values_N.long()), labelled_N
+
+    def _class_counts(self, table: pa.Table, where: str, rows_N: Tensor | None) -> Tensor:
+        """int64 [classes]: labelled rows of each class in a table, or in its `rows_N`."""
+        y_N, labelled_N = self._target(table, where)
+        classes_N = y_N.long() if labelled_N is None else torch.where(labelled_N, y_N.long(), self.classes or 2)
+        if rows_N is not None:
+            classes_N = classes_N.index_select(0, rows_N)
+        return classes_N.bincount(minlength=(self.classes or 2) + 1)[:-1]  # the last: no label
+
+    def _weights(self, table: pa.Table, where: str) -> Tensor | None:
+        """w_N as in Encoded."""
+        if self.sample_weight is None:
+            return None
+        values_NK, present_NK = as_tensor(one_array(table.column(self.sample_weight)), None)
+        name = f"sample_weight {self.sample_weight!r} of {where}"
+        if present_NK is not None:
+            raise ColumnError(f"{name} is null in {int((~present_NK).sum())} rows: write a weight for every row")
+        w_N = values_NK.squeeze(1).float()
+        bad_N = ~((w_N >= 0) & (w_N < torch.inf))  # ~(...): NaN is bad too
+        if bad_N.any():
+            raise ColumnError(f"{name} holds {w_N[bad_N][0]:g}, but weights are finite and not negative: mend the rows")
+        return w_N
 
     # ---- state -------------------------------------------------------------------------------------------------------
     def state(self) -> tuple[dict[str, Tensor], JsonValue]:
-        """(float64 tensors, JSON) from which `from_state` rebuilds this object exactly."""
+        """(tensors, JSON) from which `from_state` rebuilds this object exactly."""
         config: dict[str, Any] = {
             "columns": [asdict(column) for column in self.columns],
-            "target": self.target,
-            "target_family": self.target_family,
+            "targets": list(self.targets),
+            "target_families": list(self.target_families),
+            "sample_weight": self.sample_weight,
             "task": self.task,
             "classes": self.classes,
+            "class_weighting": self.class_weighting,
             "standardize_features": self.standardize_features,
             "standardize_target": self.standardize_target,
+            "dataset_columns": list(self.dataset_columns),
         }
         if self.statistics is None:
             return {}, config
         seen = self.statistics
         config |= {"rows": seen.rows, "nulls": list(seen.nulls)}
-        target = torch.tensor([seen.target_mean, seen.target_std], dtype=torch.float64)
-        return {"mean": seen.mean_F, "std": seen.std_F, "target": target}, config
+        tensors = {"mean": seen.mean_F, "std": seen.std_F, "target": torch.stack([seen.target_mean, seen.target_std])}
+        if seen.class_counts is not None:
+            tensors["class_counts"] = seen.class_counts
+        return tensors, config
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], config: JsonValue) -> Self:
@@ -265,7 +391,7 @@ class Features:
         known = dict(cast(dict[str, Any], config))
         statistics = None
         if tensors:
-            target_mean, target_std = tensors["target"].tolist()
+            target_mean, target_std = tensors["target"].unbind()
             statistics = Statistics(
                 rows=known.pop("rows"),
                 nulls=tuple(known.pop("nulls")),
@@ -273,9 +399,11 @@ class Features:
                 std_F=tensors["std"],
                 target_mean=target_mean,
                 target_std=target_std,
+                class_counts=tensors.get("class_counts"),
             )
         columns = tuple(Input(**column) for column in known.pop("columns"))
-        return cls(columns=columns, statistics=statistics, **known)
+        lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}  # JSON has no tuples
+        return cls(columns=columns, statistics=statistics, **(known | lists))
 
 
 def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:
@@ -295,15 +423,28 @@ def _resolve(column: Column, schema: pa.Schema) -> Input:
     if usable is None:
         raise ColumnError(
             f"column {column.name!r} has type {kind}, which cannot be an input: write numbers, booleans, dates, times, "
-            f"text, or fixed-size lists of numbers"
+            f"text, fixed-size lists of numbers, or lists of integers or text"
         )
     family, width = usable
-    if column.kind == "number" and family == "text":
-        raise ColumnError(f"column {column.name!r} has type {kind}, not a number: use kind 'category'")
-    if column.kind == "category" and (family not in ("text", "number") or width is not None):
-        raise ColumnError(f"column {column.name!r} has type {kind}, which cannot be a category: use kind 'number'")
-    category = column.kind == "category" or family == "text"
-    return Input(column.name, family, width, column.buckets if category else 0)
+    kinds: tuple[str, ...] = ("number",)
+    if family in ("list of integers", "list of text"):
+        kinds = ("sequence",)
+    elif family == "text":
+        kinds = ("category",)
+    elif usable == ("number", None):
+        kinds = ("number", "category")
+    if column.kind not in ("auto", *kinds):
+        raise ColumnError(
+            f"column {column.name!r} has type {kind}, which cannot be a {column.kind}: use kind {kinds[0]!r}"
+        )
+    read_as = kinds[0] if column.kind == "auto" else column.kind
+    return Input(
+        column.name,
+        family,
+        width,
+        buckets=0 if read_as == "number" else column.buckets,
+        length=column.length if read_as == "sequence" else 0,
+    )
 
 
 def _target_family(name: str, schema: pa.Schema, where: str) -> Family:
@@ -312,6 +453,12 @@ def _target_family(name: str, schema: pa.Schema, where: str) -> Family:
     if usable not in (("number", None), ("duration", None)):
         raise ColumnError(f"target {name!r} of {where} has type {kind}: write a number (classes as 0, 1, 2, ...)")
     return usable[0]
+
+
+def _check_weight(name: str, schema: pa.Schema, where: str) -> None:
+    kind = _field(schema, name, where).type
+    if family_of(kind) != ("number", None):
+        raise ColumnError(f"sample_weight {name!r} of {where} has type {kind}: write a number")
 
 
 def _null_count(array: pa.Array[Any], rows_N: Tensor | None) -> int:
@@ -329,8 +476,15 @@ def _refuse_non_finite(summary: Tensor, name: str, where: str, exact: Tensor | N
         )
 
 
-def _ids(array: pa.Array[Any], column: Input, where: str) -> Tensor:
-    try:
-        return bucket_ids(array, column.buckets)
-    except ValueError as error:
-        raise ColumnError(f"column {column.name!r} of {where}: {error}: write nulls for missing values") from error
+def _fill_ids(columns: Sequence[tuple[pa.Array[Any], Input]], where: str, ids_NC: Tensor) -> None:
+    """Fills ids_NC as `Features.ids` lays it out, from categories and sequences in spec order."""
+    at = 0
+    for array, column in sorted(columns, key=lambda pair: pair[1].length > 0):  # stable: the order of the spec is kept
+        try:
+            if column.length:
+                fill_sequences(array, column.buckets, ids_NC[:, at : at + column.length])
+            else:
+                ids_NC[:, at] = bucket_ids(array, column.buckets)
+        except ValueError as error:
+            raise ColumnError(f"column {column.name!r} of {where}: {error}: write nulls for missing values") from error
+        at += column.length or 1

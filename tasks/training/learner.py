@@ -4,9 +4,12 @@ The weights are a plain safetensors file of `model.state_dict()`, usable without
 of the optimizer and of the feature statistics, everything else as JSON in its metadata. Neither can run code.
 """
 
+import copy
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Final, Self
 
 import torch
@@ -14,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
+from torch.optim import lr_scheduler, swa_utils
 
-from tasks.training.errors import SpecError, StateMismatch, TrainingError
+from tasks.training.errors import FactoryError, SpecError, StateMismatch, TrainingError
 from tasks.training.features import Features
+from tasks.training.memory import Memory
 from tasks.training.models import build
-from tasks.training.spec import BUILT_IN_MODELS, Spec
+from tasks.training.spec import BUILT_IN_MODELS, ScheduleName, Spec
 
 OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
     "sgd": torch.optim.SGD,
@@ -30,6 +35,16 @@ OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
     "adamax": torch.optim.Adamax,
     "nadam": torch.optim.NAdam,
     "radam": torch.optim.RAdam,
+}
+SCHEDULES: Final[dict[ScheduleName, Callable[..., lr_scheduler.LRScheduler]]] = {
+    "constant": partial(lr_scheduler.ConstantLR, factor=1.0),
+    "linear": lr_scheduler.LinearLR,
+    "step": lr_scheduler.StepLR,
+    "multistep": lr_scheduler.MultiStepLR,
+    "exponential": lr_scheduler.ExponentialLR,
+    "cosine": lr_scheduler.CosineAnnealingLR,
+    "cosine_restarts": lr_scheduler.CosineAnnealingWarmRestarts,
+    "polynomial": lr_scheduler.PolynomialLR,
 }
 METADATA_KEY: Final = "tidemill"  # a single key: safetensors does not fix the order of several
 STATE_FORMAT: Final = 1
@@ -45,6 +60,20 @@ class Counters:
     steps: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """A network that is not trained any more, with all that scoring and predicting needs."""
+
+    spec: Spec
+    features: Features
+    served: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.served.parameters()).device
+
+
 @dataclass(eq=False)
 class Learner:
     """A model in training. After any TrainingError from the loop, throw it away and load it again."""
@@ -53,21 +82,51 @@ class Learner:
     features: Features
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    schedule: lr_scheduler.LRScheduler | None = None
+    averaged: swa_utils.AveragedModel | None = None
+    """The moving average of the weights, if the spec asks for it."""
+    memory: Memory | None = None
+    """Old rows for online training, if the spec asks for them."""
     counters: Counters = field(default_factory=Counters)
 
     @classmethod
-    def create(cls, spec: Spec, features: Features) -> Self:
-        """A learner with fresh weights.
+    def create(cls, spec: Spec, features: Features, device: str = "cpu") -> Self:
+        """A learner with fresh weights on a device: `auto` (an accelerator if there is one), `cpu`, `cuda` or `mps`.
 
-        Raises FactoryError, and SpecError: unknown optimizer arguments, or features that were not fitted.
+        Raises FactoryError, and SpecError: unknown arguments of the optimizer or the schedule, features that were not
+        fitted, or a device that this machine does not have.
         """
         if not features.fitted:
-            raise SpecError("the spec standardises columns: pass what features.fit(groups) returned")
-        model = build(spec, features)
-        return cls(spec, features, model, _optimizer(spec, model))
+            raise SpecError("the spec needs statistics of the columns: pass what features.fit(groups) returned")
+        place = device_of(device)
+        model = build(spec, features).to(place)
+        optimizer = _optimizer(spec, model)
+        return cls(
+            spec,
+            features,
+            model,
+            optimizer,
+            schedule=_schedule(spec, optimizer),
+            averaged=_averaged(spec, model),
+            memory=None if spec.replay is None else Memory(spec, features),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def served(self) -> nn.Module:
+        """The network that is scored and predicts: the averaged one if there is one."""
+        return self.model if self.averaged is None else self.averaged.module
+
+    def frozen(self) -> Frozen:
+        """A copy of what is served now, which further training does not change."""
+        return Frozen(self.spec, self.features, copy.deepcopy(self.served))
 
     def dump(self) -> tuple[bytes, bytes]:
-        """(weights, state) as safetensors. Equal learners give equal bytes."""
+        """(weights, state) as safetensors. Equal learners give equal bytes. The weights are those of `served`."""
         tensors, config = self.features.state()
         tensors = {f"features.{name}": tensor for name, tensor in tensors.items()}
         plain: dict[
@@ -85,17 +144,24 @@ class Learner:
             "optimizer": {"name": self.spec.optimizer.name, "values": plain},
             "counters": asdict(self.counters),
         }
-        weights = tensor_bytes(_storable(self.model.state_dict()))
+        if self.schedule is not None:
+            about["schedule"] = _position(self.schedule.state_dict())
+        if self.averaged is not None:
+            tensors["averaged.steps"] = self.averaged.n_averaged
+            tensors |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.memory is not None:
+            tensors |= {f"memory.{name}": tensor for name, tensor in self.memory.state().items()}
+        weights = tensor_bytes(_storable(self.served.state_dict()))
         return weights, tensor_bytes(_storable(tensors), {METADATA_KEY: json.dumps(about, sort_keys=True)})
 
     @classmethod
-    def load(cls, spec: Spec, weights: bytes, state: bytes) -> Self:
-        """The learner that `dump` wrote, bit for bit, for the same spec.
+    def load(cls, spec: Spec, weights: bytes, state: bytes, device: str = "cpu") -> Self:
+        """The learner that `dump` wrote, bit for bit, for the same spec; on a device as in `create`.
 
         Raises StateMismatch if the bytes do not fit the spec's model or optimizer, and FactoryError.
         """
         try:
-            return cls._restored(spec, weights, state)
+            return cls._restored(spec, weights, state, device)
         except TrainingError:
             raise
         except (
@@ -112,24 +178,45 @@ class Learner:
             ) from error
 
     @classmethod
-    def _restored(cls, spec: Spec, weights: bytes, state: bytes) -> Self:
+    def _restored(cls, spec: Spec, weights: bytes, state: bytes, device: str) -> Self:
         about = _about(state)
         tensors = _parsed(state, "training state")
         features = Features.from_state(_under("features.", tensors), about["features"])
-        wanted = ([column.name for column in spec.features], spec.target, spec.task)
-        stored = ([column.name for column in features.columns], features.target, features.task)
+        wanted = ([column.name for column in spec.features], spec.targets, spec.task)
+        stored = ([column.name for column in features.columns], features.targets, features.task)
         if wanted != stored:
             raise StateMismatch(f"the stored state is for (features, target, task) {stored}, the spec has {wanted}")
         stored_weights = _parsed(weights, "weights")
         if spec.model.factory in BUILT_IN_MODELS:
             with torch.device("meta"):  # before memory is taken for whatever sizes the spec asks for
                 _check_weights(build(spec, features), stored_weights)
-        learner = cls.create(spec, features)
+        learner = cls.create(spec, features, device)
         _check_weights(learner.model, stored_weights)
-        learner.model.load_state_dict(stored_weights)
+        learner.served.load_state_dict(stored_weights)
+        if learner.averaged is not None:
+            trained_weights = _under("model.", tensors)
+            _check_weights(learner.model, trained_weights)
+            learner.model.load_state_dict(trained_weights)
+            learner.averaged.n_averaged.copy_(tensors["averaged.steps"])
         _restore_optimizer(learner.optimizer, spec, about["optimizer"], _under("optimizer.", tensors))
+        if learner.schedule is not None:
+            learner.schedule.load_state_dict(about["schedule"])
+            for group, rate in zip(learner.optimizer.param_groups, learner.schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+        if learner.memory is not None:
+            learner.memory = Memory.load(spec, features, _under("memory.", tensors))
         learner.counters = Counters(**about["counters"])
         return learner
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `mps` stands for here. Raises SpecError: this machine has none."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return torch.device("cpu") if found is None else found
+    if name != "cpu" and (found is None or found.type != name):
+        raise SpecError(f"device {name!r} is not available here ({found or 'only cpu'} is): choose auto or cpu")
+    return torch.device(name)
 
 
 def _optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
@@ -144,6 +231,39 @@ def _optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         return make(model.parameters(), lr=spec.learning_rate, **arguments)  # type: ignore[call-arg]  # not in the base
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise SpecError(f"optimizer.arguments: {settings.name} refuses {settings.arguments}: {error}") from error
+
+
+def _schedule(spec: Spec, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler | None:
+    if (settings := spec.schedule) is None:
+        return None
+    make = SCHEDULES[settings.name]
+    try:
+        main = make(optimizer, **settings.arguments)
+        if not settings.warmup_steps:
+            return main
+        rise = lr_scheduler.LinearLR(optimizer, 1 / (settings.warmup_steps + 1), total_iters=settings.warmup_steps)
+        return lr_scheduler.SequentialLR(optimizer, [rise, main], [settings.warmup_steps])
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SpecError(f"schedule.arguments: {settings.name} refuses {settings.arguments}: {error}") from error
+
+
+def _position(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a schedule's state moves; the rest, such as its milestones, is the spec's to say."""
+    moving = {"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"}
+    found = {name: value for name, value in state.items() if name in moving}
+    if "_schedulers" in state:
+        found["_schedulers"] = [_position(inner) for inner in state["_schedulers"]]
+    return found
+
+
+def _averaged(spec: Spec, model: nn.Module) -> swa_utils.AveragedModel | None:
+    if spec.ema_decay is None:
+        return None
+    average = swa_utils.get_ema_multi_avg_fn(spec.ema_decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    try:
+        return swa_utils.AveragedModel(model, multi_avg_fn=average)
+    except (TypeError, RuntimeError) as error:
+        raise FactoryError(f"ema_decay: the model of {spec.model.factory!r} cannot be copied: {error}") from error
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

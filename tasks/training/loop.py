@@ -12,24 +12,18 @@ from itertools import repeat
 from typing import Final
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
-from tasks.training.batches import RowGroup, Split, Stream, ahead
+from tasks.training.batches import Batch, RowGroup, Split, Stream, ahead
 from tasks.training.errors import NonFiniteLoss, OutputShapeError
 from tasks.training.features import Encoded
-from tasks.training.groups import stable_seed
-from tasks.training.learner import Learner
+from tasks.training.groups import generator, stable_seed
+from tasks.training.learner import Frozen, Learner
+from tasks.training.losses import loss_of
+from tasks.training.memory import Memory, mixed
 from tasks.training.metrics import metrics_of
-from tasks.training.spec import Loss, Spec
+from tasks.training.spec import Spec
 
-LOSS_FUNCTIONS: Final[dict[Loss, Callable[[Tensor, Tensor], Tensor]]] = {
-    "mse": functional.mse_loss,
-    "l1": functional.l1_loss,
-    "huber": functional.huber_loss,
-    "bce": functional.binary_cross_entropy_with_logits,
-    "cross_entropy": functional.cross_entropy,
-}
 EVALUATION_ROWS: Final = 8192  # rows of a forward pass without gradients
 
 log = logging.getLogger("tidemill.training")
@@ -55,7 +49,13 @@ class Score:
 
 
 def train_pass(
-    learner: Learner, groups: Sequence[RowGroup], *, key: tuple[str | int, ...], split: Split | None = None
+    learner: Learner,
+    groups: Sequence[RowGroup],
+    *,
+    key: tuple[str | int, ...],
+    split: Split | None = None,
+    replay: bool = False,
+    remember: bool = False,
 ) -> PassResult:
     """Trains on every labelled row of the groups (of `split`) once, and adds to the learner's rows and steps.
 
@@ -63,9 +63,11 @@ def train_pass(
     same pass from the same learner always gives the same bits. With `shuffle` off and nothing standardised, the weights
     equal those of a plain PyTorch loop over the rows.
 
+    If the learner has a memory, `replay` adds old rows from it to each step, and `remember` shows it the rows of the pass.
+
     Raises ColumnError, OutputShapeError, NonFiniteLoss; the learner is then half trained and must be loaded again.
     """
-    spec, model, optimizer = learner.spec, learner.model, learner.optimizer
+    spec, model, optimizer, device = learner.spec, learner.model, learner.optimizer, learner.device
     stream = Stream(
         groups,
         learner.features,
@@ -74,22 +76,33 @@ def train_pass(
         shuffle_seed=(spec.seed, *key) if spec.shuffle else None,
         split=split,
     )
-    loss_function = LOSS_FUNCTIONS[spec.loss_name]
+    forward, loss_function = _forward(learner, model), loss_of(spec, learner.features)
     parameters = list(model.parameters())
-    total = torch.zeros((), dtype=torch.float64)
+    total = _zero(device)
     rows = steps = 0
-    column = False  # whether the output is [B, 1]
+    column = False  # whether the output is [B, 1] where the targets are [B]
+    batches: Iterator[Batch] = iter(stream)
+    if learner.memory is not None:
+        batches = _with_memory(batches, learner.memory, spec, key, replay=replay, remember=remember)
+    if device.type != "cpu":
+        batches = (_moved(batch, device) for batch in batches)
     model.train()
-    with _seeded(spec.seed, "pass", *key):
-        for x_BF, ids_BC, y_B in stream:
-            output = model(x_BF) if ids_BC is None else model(x_BF, ids_BC)
+    with _seeded(device, spec.seed, "pass", *key):
+        for x_BF, ids_BC, y_B, w_B in batches:
+            output = forward(x_BF, ids_BC)
             if not steps:
                 column = _is_column(spec, output, len(y_B))
-            loss = loss_function(output, y_B.unsqueeze(1) if column else y_B)
+            loss = loss_function(output, y_B.unsqueeze(1) if column else y_B, w_B)
             for parameter in parameters:  # optimizer.zero_grad() without its bookkeeping, 8% of a small step
                 parameter.grad = None
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            if spec.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm)
             optimizer.step()
+            if learner.schedule is not None:
+                learner.schedule.step()
+            if learner.averaged is not None:
+                learner.averaged.update_parameters(model)
             size = len(y_B)
             total.add_(loss.detach(), alpha=size)  # on the device: no step waits for a number
             rows += size
@@ -100,60 +113,74 @@ def train_pass(
             f"training on {_named(groups)} made the loss {mean} or a weight non-finite: lower learning_rate, "
             f"standardise the columns, or look for extreme values there"
         )
-    learner.counters.rows += rows
+    learner.counters.rows += stream.rows
     learner.counters.steps += steps
     if stream.unlabelled:
         log.debug("left out %d rows of %s without a target", stream.unlabelled, _named(groups))
-    return PassResult(rows, steps, mean, stream.unlabelled)
+    return PassResult(stream.rows, steps, mean, stream.unlabelled)
+
+
+def _with_memory(
+    batches: Iterator[Batch], memory: Memory, spec: Spec, key: tuple[str | int, ...], *, replay: bool, remember: bool
+) -> Iterator[Batch]:
+    """The batches, each with old rows added (`replay`), while the memory learns of the new ones (`remember`)."""
+    chance = generator(spec.seed, "remember", *key)
+    count = round(memory.ratio * spec.batch_size)
+    draws = memory.draws(count, generator(spec.seed, "replay", *key)) if replay and count else iter(())
+    for batch in batches:
+        old = next(draws, None)
+        if remember:
+            memory.offer(batch, chance)
+        yield batch if old is None else mixed(batch, old, round(memory.ratio * len(batch.y_B)))
+    memory.settle(chance)
 
 
 def train_shard(learner: Learner, groups: Sequence[RowGroup], passes: int) -> PassResult:
     """Trains on the next shard of the stream `passes` times, and counts it. Returns what the last pass trained on.
 
-    The shard's place in the stream seeds its random numbers. Raises what `train_pass` raises.
+    The shard's place in the stream seeds its random numbers. With a memory, old rows are mixed into every pass, and the
+    shard's rows are shown to it once. Raises what `train_pass` raises.
     """
     ordinal = learner.counters.shards
     for number in range(passes):
-        result = train_pass(learner, groups, key=("shard", ordinal, number))
+        result = train_pass(learner, groups, key=("shard", ordinal, number), replay=True, remember=number == 0)
     learner.counters.shards += 1
     return result
 
 
 @torch.inference_mode()
-def score(learner: Learner, groups: Sequence[RowGroup], split: Split | None = None) -> Score:
-    """Loss and metrics on every labelled row of the groups (of `split`). The learner is not changed.
+def score(learner: Learner | Frozen, groups: Sequence[RowGroup], split: Split | None = None) -> Score:
+    """Loss and metrics of the served network on every labelled row of the groups (of `split`). The learner is not changed.
 
     Metrics: mae and rmse for regression, in units of the target; accuracy and auroc (from binned scores; left out when
-    only one class occurs) for binary; accuracy for multiclass. A non-finite loss is returned, not raised.
-    Raises ColumnError and OutputShapeError.
+    only one class occurs) for binary; accuracy for multiclass; and the spec's own. Class and sample weights count in the
+    loss, not in the metrics. A non-finite loss is returned, not raised. Raises ColumnError and OutputShapeError.
     """
-    spec, model = learner.spec, learner.model
+    spec, device = learner.spec, learner.device
     stream = Stream(groups, learner.features, batch_size=EVALUATION_ROWS, window_bytes=spec.window_bytes, split=split)
-    loss_function = LOSS_FUNCTIONS[spec.loss_name]
-    metrics = metrics_of(spec)
-    total = torch.zeros((), dtype=torch.float64)
-    rows = 0
-    model.eval()
-    for x_BF, ids_BC, y_B in stream:
+    loss_function, metrics = loss_of(spec, learner.features), metrics_of(spec)
+    total = _zero(device)
+    learner.served.eval()
+    for batch in stream:
+        x_BF, ids_BC, y_B, w_B = batch if device.type == "cpu" else _moved(batch, device)
         output = _outputs(learner, x_BF, ids_BC)
-        total.add_(loss_function(output, y_B), alpha=len(y_B))
-        predicted, actual = _in_target_units(learner, output), y_B
+        total.add_(loss_function(output, y_B, w_B), alpha=len(y_B))
+        predicted, actual = _in_target_units(learner, output).cpu(), batch.y_B
         if spec.task == "regression":
-            actual = _unscaled(learner, y_B)
+            actual = _unscaled(learner, actual)
         elif spec.task == "binary":
-            actual = y_B.long()
+            actual = actual.long()
         for metric in metrics.values():
             metric.update(predicted, actual)
-        rows += len(y_B)
-    if not rows:
+    if not stream.rows:
         return Score(0, float("nan"))
     found = {name: metric.compute().item() for name, metric in metrics.items()}
     if math.isnan(found.get("auroc", 0.0)):  # the area under the curve needs both classes
         del found["auroc"]
-    return Score(rows, total.item() / rows, found)
+    return Score(stream.rows, total.item() / stream.rows, found)
 
 
-def predict(learner: Learner, groups: Sequence[RowGroup]) -> Iterator[Tensor]:
+def predict(learner: Learner | Frozen, groups: Sequence[RowGroup]) -> Iterator[Tensor]:
     """One tensor for each row group, rows in file order: nothing is left out, and no target is needed.
 
     Regression: float32 [N] in units of the target. Binary: probability of class 1, float32 [N]. Multiclass:
@@ -161,52 +188,95 @@ def predict(learner: Learner, groups: Sequence[RowGroup]) -> Iterator[Tensor]:
     """
     features = learner.features
     names = features.names(labelled=False)
+    piece = max(
+        1, learner.spec.window_bytes // features.row_bytes
+    )  # encoded sequences may be far larger than the table
 
-    def encoded() -> Iterator[Encoded]:
+    def encoded() -> Iterator[tuple[Encoded, bool]]:
         for group in groups:
             features.check(group.schema, group.name, labelled=False)
-            yield features.encode(group.read(names), group.name, labelled=False)
+            table = group.read(names)
+            for at in range(0, max(table.num_rows, 1), piece):
+                part = features.encode(table.slice(at, piece), group.name, labelled=False)
+                yield part, at + piece >= table.num_rows
 
-    learner.model.eval()
-    for rows in ahead(encoded()):
-        yield _predicted(learner, rows)
+    learner.served.eval()
+    done: list[Tensor] = []
+    for rows, last in ahead(encoded()):
+        done.append(_predicted(learner, rows))
+        if last:
+            yield torch.cat(done)
+            done = []
 
 
 @torch.inference_mode()
-def _predicted(learner: Learner, rows: Encoded) -> Tensor:
+def _predicted(learner: Learner | Frozen, rows: Encoded) -> Tensor:
     xs = torch.split(rows.x_NF, EVALUATION_ROWS)
     ids = repeat(None) if rows.ids_NC is None else torch.split(rows.ids_NC, EVALUATION_ROWS)
-    outputs = [_outputs(learner, x_BF, ids_BC) for x_BF, ids_BC in zip(xs, ids, strict=False)]
-    return _in_target_units(learner, torch.cat(outputs)).float()
+    device = learner.device
+    outputs = [
+        _outputs(learner, x_BF.to(device), None if ids_BC is None else ids_BC.to(device))
+        for x_BF, ids_BC in zip(xs, ids, strict=False)
+    ]
+    return _in_target_units(learner, torch.cat(outputs)).float().cpu()
 
 
-def _outputs(learner: Learner, x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
-    """The model's outputs, [B] for one output, else [B, O]."""
-    output: Tensor = learner.model(x_BF) if ids_BC is None else learner.model(x_BF, ids_BC)
+def _forward(learner: Learner | Frozen, model: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The model as a function of (x_BF, ids_BC), in the spec's precision; its outputs are float32."""
+
+    def plain(x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
+        output: Tensor = model(x_BF) if ids_BC is None else model(x_BF, ids_BC)
+        return output
+
+    if learner.spec.precision == "float32":
+        return plain
+    device, dtype = learner.device.type, torch.bfloat16
+
+    def mixed_precision(x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
+        with torch.autocast(device, dtype=dtype):
+            output = plain(x_BF, ids_BC)
+        return output.float() if isinstance(output, Tensor) else output
+
+    return mixed_precision
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(None if tensor is None else tensor.to(device) for tensor in batch))  # type: ignore[arg-type]
+
+
+def _zero(device: torch.device) -> Tensor:
+    """Where losses add up: on the device, so that no step waits for a number."""
+    return torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
+def _outputs(learner: Learner | Frozen, x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
+    """The served network's outputs, [B] for one output, else [B, O]."""
+    output = _forward(learner, learner.served)(x_BF, ids_BC)
     return output.squeeze(1) if _is_column(learner.spec, output, len(x_BF)) else output
 
 
-def _in_target_units(learner: Learner, output: Tensor) -> Tensor:
+def _in_target_units(learner: Learner | Frozen, output: Tensor) -> Tensor:
     """Outputs as values (regression, float64) or probabilities (float32)."""
     if learner.spec.task == "regression":
         return _unscaled(learner, output)
     return output.sigmoid() if learner.spec.task == "binary" else output.softmax(1)
 
 
-def _unscaled(learner: Learner, values_B: Tensor) -> Tensor:
-    features, values_B = learner.features, values_B.double()
+def _unscaled(learner: Learner | Frozen, values_B: Tensor) -> Tensor:
+    features, values_B = learner.features, values_B.cpu().double()
     if not features.standardize_target or features.statistics is None:
         return values_B
     return values_B * features.statistics.target_std + features.statistics.target_mean
 
 
 def _is_column(spec: Spec, output: object, rows: int) -> bool:
-    """Whether the output is [B, 1]; False for the other allowed shape. Raises OutputShapeError."""
+    """Whether the output is [B, 1] for a single target; False for the other allowed shapes. Raises OutputShapeError."""
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if spec.task == "multiclass":
+    if spec.outputs > 1:
         if shape != (rows, spec.outputs):
+            what = "targets" if spec.classes is None else "classes"
             raise OutputShapeError(
-                f"the model returned {shape} for {rows} rows of {spec.outputs} classes: return [{rows}, {spec.outputs}]"
+                f"the model returned {shape} for {rows} rows of {spec.outputs} {what}: return [{rows}, {spec.outputs}]"
             )
         return False
     if shape not in ((rows, 1), (rows,)):
@@ -215,10 +285,15 @@ def _is_column(spec: Spec, output: object, rows: int) -> bool:
 
 
 @contextmanager
-def _seeded(*key: str | int) -> Iterator[None]:
-    """Seeds torch's global generator (dropout uses it) for a while, and puts it back as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stable_seed(*key))
+def _seeded(device: torch.device, *key: str | int) -> Iterator[None]:
+    """Seeds torch's global generators (dropout uses them) for a while, and puts them back as they were."""
+    seed = stable_seed(*key)
+    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace each time: 0.2 ms
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
         yield
 
 

@@ -11,6 +11,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
+from tasks.training.errors import FactoryError
+from tasks.training.imports import imported
 from tasks.training.spec import Spec
 
 # Even in logits, so that probabilities near 0 and 1, where rare classes live, get their share of the bins.
@@ -35,10 +37,10 @@ class BinnedAUROC(Metric):
         self.add_state("counts", torch.zeros(2, len(AUROC_EDGES) + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, probability_B: Tensor, label_B: Tensor) -> None:
-        """float probabilities of class 1, int64 labels."""
-        bin_B = torch.bucketize(probability_B.logit(), AUROC_EDGES)
+        """float probabilities of class 1, int64 labels; of several targets, those of all count alike."""
+        bin_B = torch.bucketize(probability_B.flatten().logit(), AUROC_EDGES)
         bins = self.counts.shape[1]
-        self.counts += torch.bincount(label_B * bins + bin_B, minlength=2 * bins).view(2, bins)
+        self.counts += torch.bincount(label_B.flatten() * bins + bin_B, minlength=2 * bins).view(2, bins)
 
     def compute(self) -> Tensor:
         """The area, float64; NaN while only one class has occurred."""
@@ -49,10 +51,15 @@ class BinnedAUROC(Metric):
 
 
 def metrics_of(spec: Spec) -> dict[str, Metric]:
-    """Fresh metrics of the spec's task, by name.
+    """Fresh metrics of the spec's task and of its own choice, by name (of a class: its name in lower case).
 
     They are updated with (values, targets) in units of the target for regression, else (probabilities, int64 labels).
+    Raises FactoryError: one of the spec's own is no torchmetrics class that needs no arguments.
     """
+    return _of_the_task(spec) | dict(_users(name) for name in spec.metrics)
+
+
+def _of_the_task(spec: Spec) -> dict[str, Metric]:
     if spec.task == "regression":
         found: dict[str, Metric] = {"mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False)}
         return {name: metric.set_dtype(torch.float64) for name, metric in found.items()}
@@ -60,3 +67,16 @@ def metrics_of(spec: Spec) -> dict[str, Metric]:
         return {"accuracy": BinaryAccuracy(), "auroc": BinnedAUROC()}
     assert spec.classes is not None, "the spec's validator asks for it"
     return {"accuracy": MulticlassAccuracy(spec.classes, average="micro")}
+
+
+def _users(name: str) -> tuple[str, Metric]:
+    make = imported(name, "metrics")
+    try:
+        metric = make()
+    except Exception as error:  # the user's code may raise anything
+        raise FactoryError(
+            f"metrics {name!r} raised {type(error).__name__}: {error}: it is called without arguments"
+        ) from error
+    if not isinstance(metric, Metric):
+        raise FactoryError(f"metrics {name!r} returned {type(metric).__name__}: name a class of torchmetrics.Metric")
+    return name.rpartition(":")[2].rpartition(".")[2].lower(), metric

@@ -1,21 +1,27 @@
 """Networks: the built-in ones, and those of the user's own factory.
 
-Every model is called `model(x_BF)`, or `model(x_BF, ids_BC)` when there are category columns, and returns [B, outputs]
-(for one output [B] will do): numbers for regression, logits for binary and multiclass.
+Every model is called `model(x_BF)`, or `model(x_BF, ids_BC)` when there are categories or sequences, and returns
+[B, outputs] (for one output [B] will do): numbers for regression, logits for binary and multiclass.
 
-Shape legend: B rows of a batch, F numbers and C categories of one row, E size of an embedding.
+x_BF holds the number columns in spec order; a vector column, such as an image, is its numbers in row-major order. ids_BC
+holds first one id of each category, then `length` ids of each sequence, both in spec order. Id 0 is a null, and the
+padding behind the last item of a sequence.
+
+Shape legend: B rows of a batch, F numbers and C ids of one row, L length of a sequence, I items in all sequences of a
+batch, E size of an embedding.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tasks.training.errors import FactoryError
-from tasks.training.features import Features
+from tasks.training.features import Features, SequenceInput
 from tasks.training.imports import imported
 from tasks.training.spec import Spec
 
@@ -25,60 +31,100 @@ class Inputs:
     """What a model is fed and must return; given to a factory that has a parameter `inputs`."""
 
     numbers: int  # F, the width of x_BF
-    buckets: tuple[int, ...]  # for each of the C categories: ids run from 0 to this number, inclusive
-    outputs: int  # width of the output: number of classes, or 1
+    buckets: tuple[int, ...]  # for each category: ids run from 0 to this number, inclusive
+    outputs: int  # width of the output: number of classes, or of targets
+    sequences: tuple[SequenceInput, ...] = ()  # (length, buckets) of each sequence
+
+    def split(self, ids_BC: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Views of ids_BC: ids_B of each category, and ids_BL of each sequence."""
+        if not self.sequences:
+            return ids_BC.unbind(1), ()
+        lengths = [sequence.length for sequence in self.sequences]
+        categories_BC, *sequences = torch.split(ids_BC, [len(self.buckets), *lengths], 1)
+        return categories_BC.unbind(1), sequences
 
 
-class _WithCategories(nn.Module):
-    """A network on x_BF and the embeddings of ids_BC, side by side."""
+class _Items(nn.Embedding):
+    """[B, E]: mean or sum of the embeddings of the items of each row's sequence; 0 without items."""
 
-    def __init__(self, buckets: Sequence[int], embedding: int, network: nn.Module) -> None:
+    def __init__(self, buckets: int, size: int, mode: Literal["mean", "sum"]) -> None:
+        super().__init__(buckets + 1, size, padding_idx=0)
+        self.mode = mode
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        # Without the padding: less work, and no [B, L, E] in memory.
+        item_BL = ids_BL != 0
+        count_B = item_BL.sum(1)
+        ids_I = ids_BL[item_BL]
+        return functional.embedding_bag(ids_I, self.weight, count_B.cumsum(0) - count_B, mode=self.mode)
+
+
+class _WithIds(nn.Module):
+    """A network on x_BF, the embeddings of categories and the mean embeddings of sequences, side by side."""
+
+    def __init__(self, inputs: Inputs, embedding: int, network: nn.Module) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleList(nn.Embedding(count + 1, embedding) for count in buckets)
+        self.inputs = inputs
+        self.embeddings = nn.ModuleList(nn.Embedding(count + 1, embedding) for count in inputs.buckets)
+        self.items = nn.ModuleList(_Items(sequence.buckets, embedding, "mean") for sequence in inputs.sequences)
         self.network = network
 
     def forward(self, x_BF: Tensor, ids_BC: Tensor) -> Tensor:
-        embedded = [embed(ids_B) for embed, ids_B in zip(self.embeddings, ids_BC.unbind(1), strict=True)]
+        categories, sequences = self.inputs.split(ids_BC)
+        embedded = [embed(ids_B) for embed, ids_B in zip(self.embeddings, categories, strict=True)]
+        embedded += [embed(ids_BL) for embed, ids_BL in zip(self.items, sequences, strict=True)]
         output: Tensor = self.network(torch.cat([x_BF, *embedded], 1))
         return output
 
 
-class _LinearWithCategories(nn.Module):
-    """A linear model on x_BF and one-hot ids_BC: an embedding row is the weights of one category value."""
+class _LinearWithIds(nn.Module):
+    """A linear model on x_BF, one-hot categories and the item counts of sequences (bags of words).
+
+    An embedding row is the weights of one value.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.embeddings = nn.ModuleList(_zero_embedding(count + 1, inputs.outputs) for count in inputs.buckets)
+        self.inputs = inputs
+        self.embeddings = nn.ModuleList(_zeroed(nn.Embedding(count + 1, inputs.outputs)) for count in inputs.buckets)
+        self.items = nn.ModuleList(_zeroed(_Items(s.buckets, inputs.outputs, "sum")) for s in inputs.sequences)
         self.bias = nn.Parameter(torch.zeros(inputs.outputs))
         self.numbers = nn.Linear(inputs.numbers, inputs.outputs, bias=False) if inputs.numbers else None
 
     def forward(self, x_BF: Tensor, ids_BC: Tensor) -> Tensor:
         output = self.bias if self.numbers is None else self.numbers(x_BF) + self.bias
-        for embed, ids_B in zip(self.embeddings, ids_BC.unbind(1), strict=True):
+        categories, sequences = self.inputs.split(ids_BC)
+        for embed, ids_B in zip(self.embeddings, categories, strict=True):
             output = output + embed(ids_B)
+        for embed, ids_BL in zip(self.items, sequences, strict=True):
+            output = output + embed(ids_BL)
         return output
 
 
-def _zero_embedding(rows: int, size: int) -> nn.Embedding:
-    embedding = nn.Embedding(rows, size)
+def _zeroed(embedding: nn.Embedding) -> nn.Embedding:
     nn.init.zeros_(embedding.weight)  # a value that was never seen must not move the output
     return embedding
 
 
 def linear(inputs: Inputs) -> nn.Module:
-    """Linear, logistic or softmax regression. Categories count as one-hot columns."""
-    return _LinearWithCategories(inputs) if inputs.buckets else nn.Linear(inputs.numbers, inputs.outputs)
+    """Linear, logistic or softmax regression. Categories count as one-hot columns, sequences as counts of their items."""
+    if inputs.buckets or inputs.sequences:
+        return _LinearWithIds(inputs)
+    return nn.Linear(inputs.numbers, inputs.outputs)
 
 
 def mlp(inputs: Inputs, hidden: Sequence[int] = (64, 32), embedding: int = 8, dropout: float = 0.0) -> nn.Module:
-    """Fully connected layers with ReLU and dropout between them; each category becomes `embedding` numbers."""
+    """Fully connected layers with ReLU and dropout between them.
+
+    Each category becomes `embedding` numbers, and so does each sequence: the mean over its items.
+    """
     layers: list[nn.Module] = []
-    width = inputs.numbers + embedding * len(inputs.buckets)
+    width = inputs.numbers + embedding * (len(inputs.buckets) + len(inputs.sequences))
     for size in hidden:
         layers += [nn.Linear(width, size), nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
         width = size
     network = nn.Sequential(*layers, nn.Linear(width, inputs.outputs))
-    return _WithCategories(inputs.buckets, embedding, network) if inputs.buckets else network
+    return _WithIds(inputs, embedding, network) if inputs.buckets or inputs.sequences else network
 
 
 def build(spec: Spec, features: Features) -> nn.Module:
@@ -90,7 +136,7 @@ def build(spec: Spec, features: Features) -> nn.Module:
     factory = {"linear": linear, "mlp": mlp}.get(name) or imported(name, "model.factory")
     arguments: dict[str, Any] = dict(spec.model.arguments)
     if "inputs" in _parameters(factory, name):
-        arguments["inputs"] = Inputs(features.numbers, features.buckets, spec.outputs)
+        arguments["inputs"] = Inputs(features.numbers, features.buckets, spec.outputs, features.sequences)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         try:

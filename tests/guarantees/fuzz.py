@@ -430,7 +430,7 @@ def encoded(features: Features, groups: list[RowGroup]) -> int:
     """Decode and encode every row, as training does. What comes out must be what tensors of this shape may hold."""
     features.check(groups[0].schema, "a.parquet")
     for group in groups:
-        x_NF, ids_NC, y_N, _ = features.encode(group.read(features.names(labelled=True)), group.name)
+        x_NF, ids_NC, y_N, *_ = features.encode(group.read(features.names(labelled=True)), group.name)
         assert y_N is not None
         assert ids_NC is not None
         assert x_NF.shape == (group.num_rows, features.numbers)

@@ -721,7 +721,7 @@ def test_an_alias_is_never_read_torn(memory: MemoryStore) -> None:
 
 def test_an_alias_to_nowhere_is_named(log: VersionLog) -> None:
     grow(log, 1)
-    log.store.write("taxi/aliases/champion.json", b'{"version": 7}')
+    log.store.write("taxi/aliases/champion.json", b'{"version": 7, "moves": 0}')
     with pytest.raises(UnknownAlias, match="'champion' names version 7, which does not exist"):
         log.resolve("champion")
 
@@ -844,7 +844,7 @@ def test_retention_refuses_to_judge_by_damaged_records(memory: MemoryStore) -> N
 def test_an_alias_to_nowhere_does_not_stop_retention(memory: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
     log = VersionLog(memory, "taxi")
     grow(log, 3)
-    memory.write("taxi/aliases/stale.json", b'{"version": 99}')
+    memory.write("taxi/aliases/stale.json", b'{"version": 99, "moves": 0}')
     assert len(collect_garbage(log, keep=1)) == 6
     assert "'stale' names version 99" in caplog.text
 

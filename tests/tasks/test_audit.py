@@ -162,7 +162,7 @@ DAMAGE: dict[str, tuple[Callable[[VersionLog], None], str]] = {
         "version 6, alias 'champion': .*is missing",
     ),
     "an alias to nowhere": (
-        lambda log: log.store.write("model/aliases/lost.json", b'{"version": 77}'),
+        lambda log: log.store.write("model/aliases/lost.json", b'{"version": 77, "moves": 0}'),
         "alias 'lost' names version 77",
     ),
     "an alias that is none": (lambda log: log.store.write("model/aliases/lost.json", b"7"), "is no alias"),

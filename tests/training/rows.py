@@ -81,7 +81,7 @@ def encode(spec: Spec, table: pa.Table, where: str = WHERE) -> Any:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+    return a.dtype == b.dtype and a.shape == b.shape and a.detach().numpy().tobytes() == b.detach().numpy().tobytes()
 
 
 class Net(nn.Module):

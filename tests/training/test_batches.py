@@ -12,7 +12,7 @@ from tasks.training.batches import Split, Stream, ahead
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.groups import stable_seed
-from tests.training.rows import TableGroup, cut, plain_spec
+from tests.training.rows import TableGroup, cut, plain_spec, same_bits
 
 ROW_BYTES = 8  # one float32 feature and the target
 
@@ -112,6 +112,57 @@ def test_categories_travel_with_their_rows():
         assert torch.equal(ids, expected[rows])
 
 
+def test_sequences_weights_and_targets_travel_with_their_rows():
+    lists = [None if i % 7 == 0 else [f"item {j}" for j in range(i % 5)] for i in range(100)]
+    holes = pa.array([None if i % 10 == 3 else i for i in range(100)])
+    table = counted(100, s=lists, c=pa.array([f"{i}" for i in range(100)]), z=holes, w=pa.array(range(100)))
+    features_ = ["x0", {"name": "s", "length": 3}, {"name": "c", "buckets": 10**9}]
+    spec = plain_spec(1, features=features_, target=["y", "z"], sample_weight="w")
+    features = Features.resolve(spec, table.schema)
+    whole = features.encode(table, "all")
+    kept = [i for i in range(100) if i % 10 != 3]
+    for seed in (None, (0,)):
+        for sizes in ((), (33, 33), (1, 60)):  # how the file is cut decides nothing but the order
+            found = Stream(cut(table, *sizes), features, batch_size=7, window_bytes=1400, shuffle_seed=seed)
+            x, ids, y, w = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+            rows = y[:, 0].long()
+            assert sorted(rows.tolist()) == kept
+            assert seed is not None or rows.tolist() == kept
+            assert same_bits(x, whole.x_NF[rows])
+            assert same_bits(ids, whole.ids_NC[rows])
+            assert same_bits(y, whole.y_N[rows])
+            assert same_bits(w, whole.w_N[rows])
+            assert (found.rows, found.unlabelled) == (90, 10)
+
+
+def test_long_sequences_count_in_the_window():
+    table = counted(1000, s=pa.array([[i] for i in range(1000)]))
+    spec = plain_spec(1, features=[{"name": "s", "length": 100}])
+    features = Features.resolve(spec, table.schema)
+    found = Stream(cut(table), features, batch_size=50, window_bytes=100 * 804, shuffle_seed=(0,))
+    rows = rows_of(found)
+    assert [len({row // 100 for row in rows[at : at + 100]}) for at in range(0, 1000, 100)] == [1] * 10
+
+
+def test_rows_without_any_of_the_targets_are_no_pass():
+    table = pa.table({"x0": [1.0, 2], "y": [1.0, None], "z": [None, 1.0]})
+    features = Features.resolve(plain_spec(1, target=["y", "z"]), table.schema)
+    with pytest.raises(ColumnError, match="target 'y' or 'z' is null in all 2 rows"):
+        list(Stream(cut(table), features, batch_size=1, window_bytes=99))
+
+
+def test_a_renamed_weight_or_list_is_found():
+    table = counted(200, s=pa.array([[1]] * 200), w=pa.array([1.0] * 200))
+    spec = plain_spec(1, features=["x0", {"name": "s", "length": 2}], sample_weight="w", standardize_features=True)
+    features = Features.resolve(spec, table.schema).fit(cut(table))
+    null_lists = table.set_column(2, "s", pa.nulls(200, pa.list_(pa.int64())))
+    with pytest.raises(ColumnError, match="'s' is null in all 200 rows: was it renamed"):
+        list(Stream(cut(null_lists), features, batch_size=50, window_bytes=2**20))
+    null_weights = table.set_column(3, "w", pa.nulls(200, pa.float64()))
+    with pytest.raises(ColumnError, match=r"sample_weight 'w' of part-0.parquet row group 0 is null in 200 rows"):
+        list(Stream(cut(null_weights), features, batch_size=50, window_bytes=2**20))
+
+
 def test_unshuffled_targets_are_views_of_the_table():
     table = counted(100)
     batches = list(stream(cut(table), batch_size=10))
@@ -131,7 +182,7 @@ def test_unlabelled_rows_of_the_split_are_counted():
     kept = torch.cat([split.rows(group) for group in groups])
     for shuffle_seed in (None, (0,)):
         found = stream(groups, split=split, shuffle_seed=shuffle_seed)
-        assert len(rows_of(found)) == int(kept[1::2].sum())
+        assert len(rows_of(found)) == found.rows == int(kept[1::2].sum())
         assert found.unlabelled == int(kept[0::2].sum())
 
 

@@ -9,13 +9,15 @@ from decimal import Decimal
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tasks.training import columns
 from tasks.training.columns import bucket_ids, hash_bucket
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.spec import Column
-from tests.training.rows import VECTORS, encode, spec_of, table_of
+from tests.training.rows import VECTORS, encode, same_bits, spec_of, table_of
 
 NUMBERS = [
     *((pa.array([3, None, 1], kind), [3, 0, 1]) for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64())),
@@ -126,6 +128,12 @@ def test_nulls_of_a_vector_become_its_means(item):
     "kind",
     [
         pa.list_(pa.float32()),
+        pa.list_(pa.bool_()),
+        pa.list_(pa.list_(pa.int8())),
+        pa.list_(pa.int8(), 0),
+        pa.list_(pa.list_(pa.int8()), 2),
+        pa.list_(pa.list_(pa.timestamp("s"), 2), 2),
+        pa.dictionary(pa.int8(), pa.list_(pa.int8())),
         pa.struct([("a", pa.int8())]),
         pa.map_(pa.string(), pa.int8()),
         pa.null(),
@@ -141,11 +149,127 @@ def test_other_types_are_refused(kind):
 @pytest.mark.parametrize(
     ("kind", "type_", "message"),
     [
-        ("number", pa.string(), "not a number: use kind 'category'"),
+        ("number", pa.string(), "cannot be a number: use kind 'category'"),
+        ("number", pa.list_(pa.int8()), "cannot be a number: use kind 'sequence'"),
         ("category", pa.timestamp("s"), "cannot be a category: use kind 'number'"),
-        ("category", pa.list_(pa.float32(), 2), "cannot be a category"),
+        ("category", pa.list_(pa.float32(), 2), "cannot be a category: use kind 'number'"),
+        ("category", pa.large_list(pa.string()), "cannot be a category: use kind 'sequence'"),
+        ("sequence", pa.string(), "cannot be a sequence: use kind 'category'"),
+        ("sequence", pa.list_(pa.int8(), 2), "cannot be a sequence: use kind 'number'"),
     ],
 )
 def test_a_kind_that_the_type_does_not_allow(kind, type_, message):
     with pytest.raises(ColumnError, match=message):
         Features.resolve(spec_of(Column(name="a", kind=kind)), pa.schema([("a", type_), ("y", pa.float32())]))
+
+
+# ---- sequences -------------------------------------------------------------------------------------------------------
+LISTS = [["green"], ["red", "blue"], None, [], ["red", None], ["blue", "blue", "red", "blue"]]
+PADDED = [
+    [RED, BLUE, 0],
+    [0, 0, 0],
+    [0, 0, 0],
+    [RED, 0, 0],
+    [BLUE, RED, BLUE],
+]  # the last 3 items, without the first row
+TEXT_ITEMS = [pa.string(), pa.large_string(), pa.binary(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+
+
+def sequence(**settings):
+    return Column(name="a", kind="sequence", **settings)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pa.list_(item) for item in TEXT_ITEMS),
+        pa.large_list(pa.string()),
+        pa.large_list(pa.dictionary(pa.int32(), pa.large_string())),
+        pa.list_view(pa.string()),
+        pa.large_list_view(pa.string()),
+    ],
+    ids=str,
+)
+def test_a_list_is_its_last_items_whatever_its_type(kind):
+    table = table_of(pa.array(LISTS, kind).slice(1))
+    encoded = encode(spec_of(sequence(length=3)), table)
+    assert encoded.x_NF.shape == (5, 0)
+    assert encoded.ids_NC.dtype == torch.int64
+    assert encoded.ids_NC.tolist() == PADDED
+    assert same_bits(encode(spec_of(sequence(length=3)), table.slice(3)).ids_NC, encoded.ids_NC[3:])
+    assert encode(spec_of(Column(name="a", length=1)), table).ids_NC.tolist() == [[BLUE], [0], [0], [0], [BLUE]]
+
+
+def test_the_items_of_a_null_list_are_ignored():
+    items = pa.array(["red", "blue", "green"])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3]), items, mask=pa.array([False, True, False]))
+    assert lists.values.to_pylist()[1] == "blue"
+    views = pa.ListViewArray.from_arrays(  # out of order, overlapping
+        pa.array([2, 0, 0]), pa.array([1, 2, 1]), items, mask=pa.array([False, True, False])
+    )
+    green = 1 + hash_bucket(b"green", 1000)
+    assert encode(spec_of(sequence(length=2)), table_of(lists)).ids_NC.tolist() == [[RED, 0], [0, 0], [green, 0]]
+    assert encode(spec_of(sequence(length=2)), table_of(views)).ids_NC.tolist() == [[green, 0], [0, 0], [RED, 0]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lists=st.lists(st.none() | st.lists(st.none() | st.integers(-3, 3), max_size=9), max_size=12),
+    length=st.integers(1, 8),
+    item=st.sampled_from([pa.int8(), pa.int64()]),
+    block=st.sampled_from([1, 20, 65_536]),
+    data=st.data(),
+)
+def test_sequences_are_those_of_a_plain_loop(lists, length, item, block, data):
+    first = data.draw(st.integers(0, len(lists)))
+    array = pa.array(lists, pa.list_(item))[first : first + data.draw(st.integers(0, len(lists)))]
+    ids_NL = torch.full((len(array), length + 1), -1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "BLOCK_IDS", block)
+        columns.fill_sequences(array, 50, ids_NL[:, :length])
+    expected = [
+        [0 if item is None else 1 + hash_bucket(b"%d" % item, 50) for item in (row or [])[-length:]]
+        for row in array.to_pylist()
+    ]
+    assert ids_NL.tolist() == [[*ids, *[0] * (length - len(ids)), -1] for ids in expected]
+
+
+def test_only_the_items_of_a_slice_are_hashed_and_each_distinct_one_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(columns, "hash_bucket", lambda data, buckets: calls.append(data) or len(data))
+    array = pa.array([[i % 100, -(i % 7)] for i in range(10_000)])
+    columns.fill_sequences(array.slice(200, 10), 1000, torch.empty(10, 4, dtype=torch.int64))
+    assert sorted(calls) == sorted({b"%d" % item for pair in array.slice(200, 10).to_pylist() for item in pair})
+
+
+def test_sequences_follow_the_categories_in_the_order_of_the_spec():
+    table = pa.table({"s": [["red"]], "c": ["blue"], "t": [[3, 3]], "d": ["red"], "y": [0.0]})
+    spec = spec_of(Column(name="s", length=2), "c", Column(name="t", length=3, buckets=500), "d")
+    features = Features.resolve(spec, table.schema)
+    three = 1 + hash_bucket(b"3", 500)
+    assert features.encode(table, "t").ids_NC.tolist() == [[BLUE, RED, RED, 0, three, three, 0]]
+    assert (features.buckets, features.sequences, features.ids) == ((1000, 1000), ((2, 1000), (3, 500)), 7)
+    assert (features.numbers, features.row_bytes) == (0, 7 * 8 + 4)
+
+
+# ---- lists of fixed size in each other -------------------------------------------------------------------------------
+def test_an_image_is_its_numbers_in_row_major_order():
+    pixels = torch.arange(4 * 2 * 3 * 5).view(4, 2, 3, 5)
+    for item in (pa.uint8(), pa.float32(), pa.float64()):
+        kind = pa.list_(pa.list_(pa.list_(item, 5), 3), 2)
+        table = table_of(pa.array(pixels.tolist(), kind)).slice(1)
+        assert torch.equal(encode(spec_of("a"), table).x_NF, pixels[1:].view(3, 30).float())
+
+
+def test_nulls_inside_an_image_become_its_means():
+    rows = [[[9, 9], [9, 9]], [[1, 2], [3, 4]], None, [None, [5, 6]], [[3, None], [7, 8]]]
+    for item in (pa.int16(), pa.float64()):
+        table = table_of(pa.array(rows, pa.list_(pa.list_(item, 2), 2)).slice(1))
+        assert encode(spec_of("a"), table).x_NF.tolist() == [[1, 2, 3, 4], [0] * 4, [0, 0, 5, 6], [3, 0, 7, 8]]
+        scaled = encode(spec_of("a", standardize_features=True), table).x_NF
+        assert (scaled == 0).tolist() == [
+            [False, True, False, False],
+            [True, True, True, True],
+            [True, True, True, True],  # 5 and 6 are the means of their places
+            [False, True, False, False],
+        ]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.training.batches import Split
+from tasks.training.columns import hash_bucket
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.spec import Column
@@ -77,7 +78,8 @@ def test_statistics_do_not_depend_on_the_row_groups(values, offset, data):
     mean, std = statistics.fmean(present), statistics.pstdev(present)
     assert seen.mean_F.item() == pytest.approx(mean, rel=1e-12, abs=1e-9)
     assert seen.std_F.item() == pytest.approx(std or 1.0, rel=1e-6, abs=1e-6)
-    assert (seen.target_mean, seen.target_std) == (seen.mean_F.item(), seen.std_F.item())
+    assert same_bits(seen.target_mean, seen.mean_F)
+    assert same_bits(seen.target_std, seen.std_F)
     assert (seen.rows, seen.nulls) == (len(values), (len(values) - len(present),))
 
 
@@ -177,9 +179,15 @@ def test_a_row_group_that_is_null_in_a_column_is_fine():
 
 
 SCHEMA = pa.schema(
-    [("alpha", pa.int32()), ("text", pa.string()), ("v", pa.list_(pa.float32(), 3)), ("y", pa.float32())]
+    [
+        ("alpha", pa.int32()),
+        ("text", pa.string()),
+        ("v", pa.list_(pa.float32(), 3)),
+        ("items", pa.list_(pa.int32())),
+        ("y", pa.float32()),
+    ]
 )
-ALL = spec_of("alpha", "text", "v")
+ALL = spec_of("alpha", "text", "v", Column(name="items", length=2))
 
 
 def changed(name, kind):
@@ -190,7 +198,10 @@ def changed(name, kind):
     ("schema", "message"),
     [
         (changed("alpha", pa.float64()), None),
+        (changed("alpha", pa.int64()), None),
+        (changed("alpha", pa.float16()), None),
         (changed("alpha", pa.bool_()), None),
+        (changed("text", pa.large_string()), None),
         (changed("text", pa.dictionary(pa.int8(), pa.large_string())), None),
         (changed("y", pa.decimal128(9, 2)), None),
         (SCHEMA.append(pa.field("more", pa.string())), None),
@@ -199,9 +210,16 @@ def changed(name, kind):
         (changed("alpha", pa.timestamp("s")), "has type timestamp"),
         (changed("alpha", pa.null()), "has type null"),
         (changed("text", pa.int8()), "with a text"),
+        (changed("v", pa.list_(pa.float64(), 3)), None),
         (changed("v", pa.list_(pa.float32(), 4)), "with a number vector of 3"),
+        (changed("v", pa.list_(pa.float32())), "has type list.*with a number vector of 3"),
+        (changed("items", pa.large_list(pa.int64())), None),
+        (changed("items", pa.list_(pa.dictionary(pa.int8(), pa.int16()))), None),
+        (changed("items", pa.list_(pa.string())), "has type list<item: string>, but .* with a list of integers"),
+        (changed("items", pa.list_(pa.float64())), "with a list of integers"),
+        (changed("items", pa.int32()), "with a list of integers"),
         (changed("y", pa.string()), "'y' of s.parquet has type string"),
-        (SCHEMA.remove(0), "'alpha' is missing from s.parquet: it has 'text', 'v', 'y'"),
+        (SCHEMA.remove(0), "'alpha' is missing from s.parquet: it has 'text', 'v', 'items', 'y'"),
         (pa.schema([pa.field("Alpha", pa.int32()), *list(SCHEMA)[1:]]), "did you mean 'Alpha'"),
         (SCHEMA.append(pa.field("alpha", pa.int32())), "'alpha' occurs 2 times"),
     ],
@@ -217,9 +235,45 @@ def test_a_changed_schema(schema, message):
 
 def test_without_the_target_a_schema_does_for_prediction():
     features = Features.resolve(ALL, SCHEMA)
-    features.check(SCHEMA.remove(3), "s.parquet", labelled=False)
+    features.check(SCHEMA.remove(4), "s.parquet", labelled=False)
     with pytest.raises(ColumnError, match="'y' is missing"):
-        features.check(SCHEMA.remove(3), "s.parquet")
+        features.check(SCHEMA.remove(4), "s.parquet")
+
+
+@pytest.mark.parametrize(
+    ("column", "kinds", "values"),
+    [
+        ("n", [pa.int32(), pa.int64(), pa.float64(), pa.float16(), pa.decimal128(9, 1)], [3, None, -1]),
+        (Column(name="n", kind="category"), [pa.int32(), pa.int64(), pa.float64(), pa.float16()], [3, None, -1]),
+        ("n", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string()), pa.binary()], ["a", None, "b"]),
+        ("n", [pa.list_(pa.int32()), pa.large_list(pa.int64())], [[3, 4], None, []]),
+    ],
+)
+def test_types_that_may_take_each_others_place_give_the_same_bits(column, kinds, values):
+    tables = [pa.table({"n": pa.array(values, kind), "y": [0.0, 0, 0]}) for kind in kinds]
+    features = Features.resolve(spec_of(column, standardize_features=True), tables[0].schema).fit(cut(tables[0]))
+    first = features.encode(tables[0], WHERE)
+    for table in tables:
+        features.check(table.schema, WHERE)
+        encoded = features.encode(table, WHERE)
+        assert same_bits(encoded.x_NF, first.x_NF)
+        assert first.ids_NC is None or same_bits(encoded.ids_NC, first.ids_NC)
+
+
+def test_a_category_that_the_dataset_did_not_have_is_hashed_like_any_other():
+    table = pa.table({"s": ["a", "b"], "l": [["a"], ["b"]], "y": [0.0, 1.0]})
+    features = Features.resolve(spec_of("s", Column(name="l", length=2)), table.schema).fit(cut(table))
+    later = pa.table({"s": ["new", "a"], "l": [["new", "a"], ["new"]], "y": [0.0, 1.0]})
+    new, a = (1 + hash_bucket(value, 1000) for value in (b"new", b"a"))
+    assert features.encode(later, WHERE).ids_NC.tolist() == [[new, new, a], [a, new, 0]]
+
+
+def test_columns_that_the_dataset_did_not_have_are_told():
+    features = Features.resolve(spec_of("alpha"), SCHEMA)  # text, v and items were there, though they are not used
+    assert features.new_columns(SCHEMA) == {}
+    later = SCHEMA.remove(1).append(pa.field("more", pa.list_(pa.int8()))).append(pa.field("alpha2", pa.string()))
+    again = Features.from_state({}, json.loads(json.dumps(features.state()[1])))
+    assert again.new_columns(later) == {"more": "list<item: int8>", "alpha2": "string"}
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.timestamp("s"), pa.list_(pa.float32(), 2)])
@@ -264,17 +318,177 @@ def test_other_labels_are_refused(task, bad, message):
         Features.resolve(spec, table.schema).encode(table, WHERE)
 
 
+# ---- several targets -------------------------------------------------------------------------------------------------
+HOLED = {"a": [1.0, 2, 3, 4], "y": [1.0, None, 3.0, 5.0], "z": pa.array([10, 20, None, 40], pa.int32())}
+
+
+def test_a_row_is_labelled_if_it_has_all_targets():
+    table = pa.table(HOLED)
+    encoded = encode(spec_of("a", target=["z", "y"]), table)
+    assert encoded.y_N.dtype == torch.float32
+    assert encoded.y_N.tolist() == [[10, 1], [20, 0], [0, 3], [40, 5]]
+    assert encoded.labelled_N.tolist() == [True, False, False, True]
+    assert encode(spec_of("a", target=["z", "y"]), table.slice(0, 1)).labelled_N is None
+    features = Features.resolve(spec_of("a", target=["z", "y"]), table.schema)
+    assert (features.labelled(table), features.row_bytes) == (2, 12)
+
+
+def test_each_target_is_scaled_by_its_own_statistics():
+    table = pa.table(HOLED)
+    spec = spec_of("a", target=["y", "z"], standardize_target=True)
+    features = Features.resolve(spec, table.schema).fit(cut(table, 1))
+    y_NT = features.encode(table, WHERE).y_N
+    for i, name in enumerate(spec.targets):
+        alone = Features.resolve(spec_of("a", target=name, standardize_target=True), table.schema).fit(cut(table, 1))
+        assert same_bits(y_NT[:, i].contiguous(), alone.encode(table, WHERE).y_N)
+        assert same_bits(features.statistics.target_mean[i : i + 1], alone.statistics.target_mean)
+        assert same_bits(features.statistics.target_std[i : i + 1], alone.statistics.target_std)
+
+
+def test_one_target_in_a_list_is_one_target():
+    table = pa.table(HOLED)
+    listed, plain = (encode(spec_of("a", target=y, standardize_target=True), table) for y in (["y"], "y"))
+    assert same_bits(listed.y_N, plain.y_N)
+    assert listed.y_N.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("z", "message"),
+    [
+        (pa.array([0, 2], pa.int8()), "target 'z' of .* holds 2, but binary labels are 0 or 1"),
+        (pa.nulls(2, pa.int8()), "target 'z' is null in all 2 rows of the dataset"),
+        (pa.array(["a", "b"]), "target 'z' of the dataset has type string"),
+    ],
+)
+def test_every_target_is_checked(z, message):
+    with pytest.raises(ColumnError, match=message):
+        encode(spec_of("a", target=["y", "z"], task="binary"), pa.table({"a": [1.0, 2], "y": [0, 1], "z": z}))
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+def weighted(weights, *features):
+    return spec_of(*(features or ("a",)), sample_weight="w"), pa.table({"a": [1, 2, 3], "w": weights, "y": [0.0, 1, 2]})
+
+
+@pytest.mark.parametrize("kind", [pa.bool_(), pa.int64(), pa.float16(), pa.float32(), pa.float64()])
+def test_weights_of_any_number_type(kind):
+    spec, table = weighted(pa.array([0, 1, 1]).cast(kind))
+    encoded = encode(spec, table)
+    assert encoded.w_N.dtype == torch.float32
+    assert encoded.w_N.tolist() == [0, 1, 1]
+    features = Features.resolve(spec, table.schema)
+    assert features.row_bytes == 12
+    assert features.encode(table.drop_columns(["w", "y"]), WHERE, labelled=False).w_N is None
+
+
+def test_a_weight_may_be_a_feature_too_and_is_read_once():
+    spec, table = weighted([0.5, 0.25, 2.0], "w", "a")
+    features = Features.resolve(spec, table.schema)
+    assert features.names(labelled=True) == ["w", "a", "y"]
+    assert features.names(labelled=False) == ["w", "a"]
+    encoded = features.encode(table, WHERE)
+    assert encoded.w_N.tolist() == encoded.x_NF[:, 0].tolist() == [0.5, 0.25, 2.0]
+    alone = Features.resolve(spec_of("a", sample_weight="w"), table.schema)
+    assert (alone.names(labelled=True), alone.names(labelled=False)) == (["a", "y", "w"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, None, 1.0], "is null in 1 rows: write a weight for every row"),
+        ([1.0, float("nan"), 1.0], "holds nan, but weights are finite and not negative"),
+        ([1.0, float("inf"), 1.0], "holds inf"),
+        ([1.0, 1e300, 1.0], "holds inf"),
+        ([1, -2, 1], "holds -2"),
+    ],
+)
+def test_bad_weights_are_refused(weights, message):
+    spec, table = weighted(weights)
+    features = Features.resolve(spec, table.schema)
+    for refusing in (lambda: features.encode(table, WHERE), lambda: features.fit(cut(table))):
+        with pytest.raises(ColumnError, match=f"sample_weight 'w' of {WHERE} {message}"):
+            refusing()
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.timestamp("s"), pa.list_(pa.float32(), 2)])
+def test_a_weight_must_be_a_number(kind):
+    good = pa.schema([("a", pa.int8()), ("w", pa.int8()), ("y", pa.int8())])
+    bad = good.set(1, pa.field("w", kind))
+    spec = spec_of("a", sample_weight="w")
+    with pytest.raises(ColumnError, match=r"sample_weight 'w' of the dataset has type .*: write a number"):
+        Features.resolve(spec, bad)
+    features = Features.resolve(spec, good)
+    features.check(bad, "s.parquet", labelled=False)
+    with pytest.raises(ColumnError, match=r"sample_weight 'w' of s.parquet has type"):
+        features.check(bad, "s.parquet")
+    with pytest.raises(ColumnError, match=r"'w' is missing from s.parquet"):
+        features.check(good.remove(1), "s.parquet")
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "expected"),
+    [
+        ("binary", [0, 0, 0, 1, None], [2 / 3, 2]),
+        ("multiclass", [2.0, 0, 1, 2, None, 2, 2], [2, 2, 0.5]),
+    ],
+)
+def test_balanced_class_weights_are_inverse_to_the_labelled_rows(task, labels, expected):
+    table = pa.table({"a": pa.array([1.0] * len(labels)), "y": labels})
+    spec = spec_of("a", task=task, classes=3 if task == "multiclass" else None, class_weights="balanced")
+    unfitted = Features.resolve(spec, table.schema)
+    assert not unfitted.fitted
+    features = unfitted.fit(cut(table, 2, 0))
+    assert features.fitted
+    torch.testing.assert_close(features.class_weights, torch.tensor(expected))
+    tensors, config = features.state()
+    again = Features.from_state(tensors, json.loads(json.dumps(config)))
+    assert same_bits(again.class_weights, features.class_weights)
+
+
+def test_classes_are_counted_on_one_side_of_the_split():
+    labels = torch.randint(0, 2, (400,), generator=torch.Generator().manual_seed(0))
+    table = pa.table({"a": pa.array([1.0] * 400), "y": labels.numpy()})
+    split, groups = Split(0.3, held_out=False), cut(table, 150)
+    kept = torch.cat([split.rows(group) for group in groups])
+    features = Features.resolve(spec_of("a", task="binary", class_weights="balanced"), table.schema).fit(groups, split)
+    assert features.statistics.class_counts.tolist() == labels[kept].bincount().tolist()
+
+
+def test_a_class_without_rows_has_no_balanced_weight():
+    spec = spec_of("a", task="multiclass", classes=4, class_weights="balanced")
+    table = pa.table({"a": [1.0] * 4, "y": [0, 1, 3, None]})
+    with pytest.raises(ColumnError, match=r"target 'y' is 2 in no labelled row of the dataset.*'balanced'"):
+        encode(spec, table)
+
+
+def test_given_class_weights_need_no_dataset():
+    spec = spec_of("a", task="binary", class_weights=(0.1, 3))
+    features = Features.resolve(spec, SCHEMA.append(pa.field("a", pa.int8())))
+    assert features.fitted
+    assert same_bits(features.class_weights, torch.tensor([0.1, 3.0]))
+    again = Features.from_state({}, json.loads(json.dumps(features.state()[1])))
+    assert same_bits(again.class_weights, features.class_weights)
+    assert Features.resolve(spec_of("alpha", task="binary"), SCHEMA).class_weights is None
+
+
 # ---- state -----------------------------------------------------------------------------------------------------------
+SETTINGS = ("targets", "target_families", "sample_weight", "task", "classes", "class_weighting", "dataset_columns")
+
+
 @pytest.mark.parametrize("standardize", [True, False])
 def test_the_state_brings_back_the_same_features(standardize):
-    table = pa.table({"alpha": [1, 5, 7], "text": ["a", None, "b"], "v": [[1.0, 2, 3]] * 3, "y": [0.1, 0.2, 0.4]})
-    table = table.cast(SCHEMA)
+    table = pa.table(
+        {"alpha": [1, 5, 7], "text": ["a", None, "b"], "v": [[1.0, 2, 3]] * 3, "items": [[1], [], [2, 3, 4]]}
+    )
+    table = table.append_column("y", [[0.1, 0.2, 0.4]]).cast(SCHEMA)
     spec = ALL.model_copy(update={"standardize_features": standardize, "standardize_target": standardize})
     features = Features.resolve(spec, SCHEMA).fit(cut(table))
     tensors, config = features.state()
     again = Features.from_state(tensors, json.loads(json.dumps(config)))
     for before, after in zip(features.encode(table, WHERE)[:3], again.encode(table, WHERE)[:3], strict=True):
         assert same_bits(before, after)
-    assert (again.columns, again.numbers, again.buckets, again.row_bytes) == (features.columns, 4, (1000,), 28)
+    assert (again.columns, again.numbers, again.buckets, again.row_bytes) == (features.columns, 4, (1000,), 44)
+    assert again.sequences == ((2, 1000),)
+    assert {name: getattr(again, name) for name in SETTINGS} == {name: getattr(features, name) for name in SETTINGS}
     unfitted = Features.resolve(spec, SCHEMA)
     assert Features.from_state(*unfitted.state()).fitted is not standardize

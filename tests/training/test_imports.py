@@ -57,5 +57,5 @@ def test_losses_and_metrics_from_storage_are_held_to_it_too(setting):
 
 def test_metrics_of_torchmetrics_need_no_permission_but_only_as_metrics():
     check_allowed(plain_spec(metrics=["torchmetrics.regression:R2Score"]), [])
-    with pytest.raises(FactoryError, match="module 'torchmetrics.regression' is not among"):
+    with pytest.raises(FactoryError, match=r"module 'torchmetrics.regression' is not among"):
         check_allowed(plain_spec(loss="torchmetrics.regression:R2Score"), [])

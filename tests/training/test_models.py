@@ -1,10 +1,11 @@
 """Built-in models, and what can be wrong with a factory."""
 
+import pyarrow as pa
 import pytest
 import torch
 
 from tasks.training.errors import FactoryError
-from tasks.training.features import Features
+from tasks.training.features import Features, SequenceInput
 from tasks.training.loop import train_pass
 from tasks.training.models import Inputs, build, linear, mlp
 from tests.training.rows import Net, begin, cut, numbers_table, plain_spec, same_bits
@@ -25,6 +26,64 @@ def test_built_in_models_have_the_right_shapes(make, inputs):
     assert model(torch.randn(2, inputs.numbers), *ids).shape == (2, inputs.outputs)
 
 
+ITEMS = Inputs(2, (5,), 3, (SequenceInput(4, 9), SequenceInput(2, 7)))
+IDS_BC = torch.tensor(
+    [[5, 1, 9, 1, 0, 7, 0], [0, 0, 0, 0, 0, 0, 3], [1, 0, 4, 0, 4, 0, 0]]
+)  # 0 may stand between items
+
+
+def test_ids_are_split_into_categories_and_sequences():
+    categories, sequences = ITEMS.split(IDS_BC)
+    assert [ids_B.tolist() for ids_B in categories] == [[5, 0, 1]]
+    assert [ids_BL.tolist() for ids_BL in sequences] == [
+        [[1, 9, 1, 0], [0, 0, 0, 0], [0, 4, 0, 4]],
+        [[7, 0], [0, 3], [0, 0]],
+    ]
+
+
+def test_a_sequence_is_the_mean_of_its_items_embeddings():
+    seen = []
+    model = mlp(ITEMS, hidden=[6], embedding=4)
+    model.network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    x_BF = torch.randn(3, 2)
+    assert model(x_BF, IDS_BC).shape == (3, 3)
+    one, two = (items.weight for items in model.items)
+    zero = torch.zeros(4)
+    expected = [
+        torch.cat([(one[1] + one[9] + one[1]) / 3, two[7]]),
+        torch.cat([zero, two[3]]),
+        torch.cat([one[4], zero]),
+    ]
+    torch.testing.assert_close(seen[0][:, :2], x_BF)
+    torch.testing.assert_close(seen[0][:, 6:], torch.stack(expected))
+
+
+def test_a_linear_model_counts_items():
+    model = linear(ITEMS)
+    x_BF = torch.randn(3, 2)
+    before = model(x_BF, IDS_BC)
+    assert torch.equal(before, model(x_BF, torch.zeros_like(IDS_BC)))  # an item never seen does not move the output
+    with torch.no_grad():
+        for items in model.items:
+            items.weight.copy_(torch.arange(items.weight.numel()).view_as(items.weight))
+    one, two = (items.weight for items in model.items)
+    expected = [2 * one[1] + one[9] + two[7], two[3], 2 * one[4]]
+    torch.testing.assert_close(model(x_BF, IDS_BC) - before, torch.stack(expected))
+
+
+@pytest.mark.parametrize("make", [linear, mlp])
+def test_padding_is_not_trained(make):
+    model = make(ITEMS)
+    start = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("items")}
+    assert len(start) == 2
+    for ids_BC in (IDS_BC, torch.zeros_like(IDS_BC)):  # the second: a batch without any item
+        model(torch.randn(3, 2), ids_BC).square().sum().backward()
+    for name, items in zip(start, model.items, strict=True):
+        assert not start[name][0].any()
+        assert not items.weight.grad[0].any()
+        assert items.weight.grad[1:].any()
+
+
 def test_a_linear_model_without_categories_is_torchs():
     assert type(linear(Inputs(3, (), 1))) is torch.nn.Linear
 
@@ -41,6 +100,17 @@ def test_arguments_reach_the_mlp():
         "embeddings.0.weight": [8, 4], "network.0.weight": [5, 7], "network.0.bias": [5],
         "network.3.weight": [2, 5], "network.3.bias": [2],
     }  # fmt: skip
+
+
+def test_without_sequences_the_mlp_has_the_weights_it_always_had():
+    torch.manual_seed(0)
+    model = mlp(Inputs(3, (7,), 1), hidden=[5])
+    torch.manual_seed(0)
+    parts = torch.nn.Linear(11, 5), torch.nn.Linear(5, 1), torch.nn.Embedding(8, 8)
+    names = ("network.0.weight", "network.0.bias", "network.2.weight", "network.2.bias", "embeddings.0.weight")
+    weights = dict(zip(names, (value.data for part in parts for value in part.parameters()), strict=True))
+    assert model.state_dict().keys() == weights.keys()
+    assert all(same_bits(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_initial_weights_are_those_of_a_seeded_script_and_disturb_nobody():
@@ -88,3 +158,23 @@ def test_built_in_models_learn_numbers_and_categories(factory):
     learner = begin(spec, groups)
     losses = [train_pass(learner, groups, key=("epoch", epoch)).loss for epoch in range(15)]
     assert losses[-1] < 0.1 < 1 < losses[0]
+
+
+@pytest.mark.parametrize("factory", ["linear", "mlp"])
+def test_built_in_models_learn_from_sequences(factory):
+    worth = {"a": 2.0, "b": -1.0, "c": 0.0}
+    baskets = [None, [], ["a"], ["b"], ["c"], ["a", "b"], ["a", "c"], ["b", "c"]] * 100
+    y = [sum(worth[item] for item in basket or []) for basket in baskets]
+    table = pa.table({"basket": baskets, "y": pa.array(y, pa.float32())})
+    spec = plain_spec(
+        0,
+        features=[{"name": "basket", "length": 4, "buckets": 50}],
+        model={"factory": factory},
+        optimizer={"name": "adam"},
+        shuffle=True,
+        learning_rate=0.05,
+    )
+    groups = cut(table, 300)
+    learner = begin(spec, groups)
+    losses = [train_pass(learner, groups, key=("epoch", epoch)).loss for epoch in range(10)]
+    assert losses[-1] < 0.05 < 0.2 < losses[0]

@@ -1,0 +1,178 @@
+"""May a new version serve? The champion, its scores beside the learner's, and the decision that a manifest records.
+
+Nothing here influences what the learner is trained on, except a rollback or a retraining after many refusals, which the log
+itself calls for.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Iterable, Sequence
+
+from storage.dataset import snapshot
+from storage.errors import CorruptObject, UnknownVersion
+from storage.log import Alias, Version, VersionLog
+from storage.manifest import Compared, Consumed, Gate
+from storage.parquet import RowGroup
+from tasks.scores import Means
+from tasks.settings import OnlineSettings
+from tasks.training.errors import TrainingError
+from tasks.training.learner import Frozen, Learner
+from tasks.training.loop import Score, score
+from tasks.training.spec import Spec
+from tasks.versions import load_learner
+
+logger = logging.getLogger("tidemill.gate")
+
+
+class GateClosed(Exception):
+    """Versions were refused again and again, and the settings say that a person must decide."""
+
+
+class Champion:
+    """The version that an alias names, in memory: it scores what the learner scores, and makes way for better ones."""
+
+    def __init__(self, log: VersionLog, settings: OnlineSettings) -> None:
+        self.log, self.settings = log, settings
+        self.alias: Alias | None = None
+        self._network: Frozen | None = None
+        self._number: int | None = None
+        self._holdout: Sequence[RowGroup] | None = None
+        self._holdout_score: Score | None = None
+
+    def follow(self, head: Version, learner: Learner) -> None:
+        """Finish what the head decided, if its run was killed before; then find out who the champion is.
+
+        A champion that cannot be loaded is warned of, and nothing is compared.
+        """
+        if self.settings.champion == "ignore":
+            return
+        self._promote(head)
+        self.alias = self.log.alias(self.settings.alias)
+        if self.alias is None:
+            logger.warning("%s has no alias %r: nothing to compare with", self.log.url, self.settings.alias)
+        elif self.alias.version != self._number:
+            self._number, self._network, self._holdout_score = self.alias.version, None, None
+            try:
+                if self.alias.version == head.number:
+                    self._network = learner.frozen()
+                else:
+                    champion = self.log.version(self.alias.version)
+                    self._network = load_learner(self.log, champion, self.settings.device).frozen()
+            except (UnknownVersion, CorruptObject, TrainingError) as error:
+                logger.warning("champion, version %d, cannot be compared with: %s", self.alias.version, error)
+
+    def score(self, groups: Sequence[RowGroup]) -> dict[str, float]:
+        """The champion's scores on these rows; none if it cannot read them."""
+        if self._network is None:
+            return {}
+        try:
+            return finite(score(self._network, groups))
+        except TrainingError as error:  # its spec may name columns that the head's does not
+            logger.warning("champion cannot score %s: %s", groups[0].file, error)
+            return {}
+
+    def is_version(self, number: int) -> bool:
+        """Whether the champion is this version."""
+        return self._number == number
+
+    # ---- the holdout -------------------------------------------------------------------------------------------------
+    def holdout(self, learner: Learner) -> tuple[Score, Score | None] | None:
+        """Scores of the learner and of the champion on the fixed holdout, or None if there is no holdout."""
+        if self.settings.holdout_dataset is None:
+            return None
+        if self._holdout is None:
+            self._holdout = snapshot(self.settings.holdout_dataset).row_groups
+        if self._holdout_score is None and self._network is not None:
+            self._holdout_score = score(self._network, self._holdout)
+        return score(learner, self._holdout), self._holdout_score
+
+    # ---- moving the alias --------------------------------------------------------------------------------------------
+    def settle(self, version: Version, learner: Learner) -> None:
+        """Move the alias, if the version just committed says so."""
+        if version.manifest.gate is None or version.manifest.gate.decision == "refused":
+            return
+        if (moved := self._promote(version)) is None:  # somebody else has moved it
+            self.follow(version, learner)
+        else:
+            self.alias, self._number = moved, version.number
+            self._network, self._holdout_score = learner.frozen(), None
+
+    def _promote(self, version: Version) -> Alias | None:
+        gate = version.manifest.gate
+        if gate is None or gate.decision == "refused":
+            return None
+        return self.log.promote(self.settings.alias, version, only_from=Alias(gate.champion, gate.moves))
+
+
+# ---- deciding --------------------------------------------------------------------------------------------------------
+def metric_of(spec: Spec) -> str:
+    """The score that the gate compares, lower is better: in the target's own unit for regression, else the loss."""
+    if spec.task != "regression":
+        return "loss"
+    return "mae" if spec.loss_name == "l1" else "rmse"
+
+
+def decide(
+    settings: OnlineSettings,
+    alias: Alias,
+    metric: str,
+    window: Iterable[Consumed],
+    holdout: tuple[Score, Score | None] | None,
+    before: Gate | None,
+) -> Gate | None:
+    """The decision on a version whose shards are the last of `window`; None if nothing can be compared.
+
+    It is promoted if, with the tolerance, it is not worse than the champion: before training, on the rows of the window; and
+    after it, on the holdout, than the best champion since the last batch training. (Than the present one would let the
+    champion get worse by the tolerance again and again.) `before` is the decision before this one, if there was one.
+    """
+    recent = _compared(window, metric)
+    fixed = None if holdout is None else _on_holdout(*holdout, metric, before)
+    if recent is None or (holdout is not None and fixed is None):
+        return None
+    worse = [c for c in (recent, fixed) if c is not None and not _holds(c, settings.tolerance)]
+    refusals = (0 if before is None or before.decision == "promoted" else before.refusals) + 1 if worse else 0
+    enough = refusals >= settings.refusals and settings.after_refusals != "continue"
+    return Gate(
+        champion=alias.version,
+        moves=alias.moves,
+        metric=metric,
+        decision="refused" if worse else "promoted",
+        tolerance=settings.tolerance,
+        window=recent,
+        holdout=fixed,
+        refusals=refusals,
+        then=settings.after_refusals if enough and settings.after_refusals != "continue" else None,
+    )
+
+
+def _holds(compared: Compared, tolerance: float) -> bool:
+    return compared.learner <= compared.champion + tolerance * abs(compared.champion)
+
+
+def _compared(shards: Iterable[Consumed], metric: str) -> Compared | None:
+    learner, champion = Means(), Means()
+    for shard in shards:
+        if metric in shard.score and metric in shard.champion:
+            learner.add({metric: shard.score[metric]}, shard.rows)
+            champion.add({metric: shard.champion[metric]}, shard.rows)
+    if metric not in learner.mean:
+        return None
+    return Compared(rows=learner.rows[metric], learner=learner.mean[metric], champion=champion.mean[metric])
+
+
+def _on_holdout(learner: Score, champion: Score | None, metric: str, before: Gate | None) -> Compared | None:
+    found, best = finite(learner), {} if champion is None else finite(champion)
+    if metric not in best:
+        return None
+    reference = best[metric]
+    if before is not None and before.holdout is not None:
+        reference = min(reference, before.holdout.champion)
+    # A score that is not finite is as bad as can be; JSON has no infinity.
+    return Compared(rows=learner.rows, learner=found.get(metric, sys.float_info.max), champion=reference)
+
+
+def finite(scored: Score) -> dict[str, float]:
+    """Loss and metrics that are numbers: JSON knows no others."""
+    return {name: v for name, v in {"loss": scored.loss, **scored.metrics}.items() if math.isfinite(v)}

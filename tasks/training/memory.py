@@ -1,0 +1,158 @@
+"""The replay memory: a bounded sample of the rows seen so far, from which old rows are mixed into the steps of new ones.
+
+Rows are kept as the model receives them (scaled numbers, hashed ids): statistics never change, so they never have to be
+encoded again. A reservoir is a uniform sample of a stream without knowing its length (Vitter 1985, "Random sampling with a
+reservoir", algorithm R, https://doi.org/10.1145/3147.3165).
+
+Shape legend: M slots, P parts of the memory, B rows of a batch, S rows staged, F numbers and C categories of one row.
+"""
+
+from collections.abc import Iterator
+from typing import Final, Self
+
+import torch
+from torch import Tensor
+
+from tasks.training.batches import Batch
+from tasks.training.errors import SpecError, StateMismatch
+from tasks.training.features import Features
+from tasks.training.spec import Spec
+
+STAGED_ROWS: Final = 4096  # rows that are decided on together: tensor operations cost the same for few rows
+DRAWN_STEPS: Final = 64  # steps whose old rows are gathered together, for the same reason
+
+
+class Memory:
+    """A reservoir, or with policy `balanced` one of equal size for each class."""
+
+    def __init__(self, spec: Spec, features: Features) -> None:
+        """An empty memory of at most `replay.rows` rows and `replay.bytes` bytes. Raises SpecError: not even one row fits."""
+        settings = spec.replay
+        assert settings is not None, "the spec asks for a memory"
+        parts = 1 if settings.policy == "reservoir" else spec.classes or 2
+        self.slots = min(settings.rows, settings.bytes // features.row_bytes) // parts
+        """Of each part."""
+        if self.slots < 1:
+            raise SpecError(
+                f"replay of {settings.rows} rows and {settings.bytes:,} bytes holds no row for each of {parts} parts: a row "
+                f"takes {features.row_bytes} bytes; raise replay.rows or replay.bytes"
+            )
+        self.ratio = settings.ratio
+        self.seen_P = torch.zeros(parts, dtype=torch.int64)
+        self._kept: dict[str, Tensor] = {}  # field of a Batch -> [M, ...]; empty before the first rows
+        self._staged: dict[str, Tensor] = {}  # [S, ...]
+        self._waiting = 0  # rows staged
+
+    @property
+    def rows(self) -> int:
+        """How many rows are kept."""
+        return int(self.seen_P.clamp(max=self.slots).sum())
+
+    # ---- remembering -------------------------------------------------------------------------------------------------
+    def offer(self, batch: Batch, random: torch.Generator) -> None:
+        """Show new rows to the memory. They are copied; `random` decides, at the latest at `settle`, which it keeps."""
+        tensors = {name: tensor for name, tensor in batch._asdict().items() if tensor is not None}
+        if not self._staged:
+            self._staged = _empty(tensors, STAGED_ROWS)
+        size, at = len(batch.y_B), 0
+        while at < size:
+            count = min(size - at, STAGED_ROWS - self._waiting)
+            for name, tensor in tensors.items():
+                self._staged[name][self._waiting : self._waiting + count] = tensor[at : at + count]
+            self._waiting += count
+            at += count
+            if self._waiting == STAGED_ROWS:
+                self.settle(random)
+
+    def settle(self, random: torch.Generator) -> None:
+        """Decide on all rows that were offered. What is kept depends on their order and on `random` alone."""
+        if not self._waiting:
+            return
+        staged = {name: tensor[: self._waiting] for name, tensor in self._staged.items()}
+        if not self._kept:
+            self._kept = _empty(staged, len(self.seen_P) * self.slots)
+        for part in range(len(self.seen_P)):
+            rows = staged
+            if len(self.seen_P) > 1:
+                of_part = (staged["y_B"] == part).nonzero().squeeze(1)
+                rows = {name: tensor[of_part] for name, tensor in staged.items()}
+            self._settle_part(part, rows, random)
+        self._waiting = 0
+
+    def _settle_part(self, part: int, rows: dict[str, Tensor], random: torch.Generator) -> None:
+        count, seen = len(rows["y_B"]), int(self.seen_P[part])
+        before_S = torch.arange(seen, seen + count, dtype=torch.float64)  # rows seen before each
+        # Row t goes to a random one of t + 1 places, and only the first places exist.
+        place_S = (torch.rand(count, dtype=torch.float64, generator=random) * (before_S + 1)).long()
+        first = max(0, min(self.slots - seen, count))  # these fill the memory, in order
+        place_S[:first] = torch.arange(seen, seen + first)
+        taken = (place_S < self.slots).nonzero().squeeze(1)
+        # Of several rows for one place the last stays, as if they had come one by one.
+        last_M = torch.full((self.slots,), -1).scatter_reduce_(0, place_S[taken], taken, "amax")
+        places = (last_M >= 0).nonzero().squeeze(1)
+        for name, tensor in rows.items():
+            self._kept[name][part * self.slots + places] = tensor[last_M[places]]
+        self.seen_P[part] += count
+
+    # ---- drawing -----------------------------------------------------------------------------------------------------
+    def draws(self, size: int, random: torch.Generator) -> Iterator[Batch]:
+        """Endlessly, batches of `size` old rows, each row drawn uniformly from what is kept, with replacement.
+
+        Nothing comes while the memory is empty. Rows settled since may be missing from the next `DRAWN_STEPS` batches.
+        """
+        while rows := self.rows:
+            drawn = self._slot(torch.randint(rows, (size * DRAWN_STEPS,), generator=random))
+            parts = {name: torch.split(tensor.index_select(0, drawn), size) for name, tensor in self._kept.items()}
+            for i in range(DRAWN_STEPS):
+                yield _batch({name: tensors[i] for name, tensors in parts.items()})
+
+    def _slot(self, index: Tensor) -> Tensor:
+        """Slot of the i-th kept row: parts may be filled to different degrees."""
+        if len(self.seen_P) == 1:
+            return index
+        filled_P = self.seen_P.clamp(max=self.slots)
+        end_P = filled_P.cumsum(0)
+        part = torch.searchsorted(end_P, index, right=True)
+        return part * self.slots + index - (end_P - filled_P)[part]
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+    def state(self) -> dict[str, Tensor]:
+        """Tensors from which `load` restores the memory exactly: the kept rows, and how many each part has seen."""
+        assert not self._waiting, "settle() comes before state()"
+        slots = self._slot(torch.arange(self.rows))
+        return {"seen": self.seen_P} | {name: tensor[slots] for name, tensor in self._kept.items()}
+
+    @classmethod
+    def load(cls, spec: Spec, features: Features, tensors: dict[str, Tensor]) -> Self:
+        """The memory that `state` described, for the same spec. Raises StateMismatch."""
+        memory, kept = cls(spec, features), dict(tensors)
+        seen_P = kept.pop("seen")
+        if seen_P.shape != memory.seen_P.shape or seen_P.dtype != torch.int64 or bool((seen_P < 0).any()):
+            raise StateMismatch(
+                f"the stored replay memory has parts of {seen_P.tolist()} rows, the spec asks for other parts"
+            )
+        memory.seen_P = seen_P
+        if {len(tensor) for tensor in kept.values()} - {memory.rows} or bool(kept) != bool(memory.rows):
+            raise StateMismatch(f"the stored replay memory does not hold the {memory.rows} rows that it counts")
+        if kept:
+            memory._kept = _empty(kept, len(seen_P) * memory.slots)
+            slots = memory._slot(torch.arange(memory.rows))
+            for name, tensor in kept.items():
+                memory._kept[name][slots] = tensor
+        return memory
+
+
+def mixed(new: Batch, old: Batch, count: int) -> Batch:
+    """The rows of `new`, then the first `count` of `old`."""
+    return _batch(
+        {name: torch.cat([t, getattr(old, name)[:count]]) for name, t in new._asdict().items() if t is not None}
+    )
+
+
+def _batch(tensors: dict[str, Tensor]) -> Batch:
+    return Batch(**(dict.fromkeys(Batch._fields) | tensors))  # type: ignore[arg-type]  # None where a field is not used
+
+
+def _empty(tensors: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Room for so many rows like these; untouched, it takes no memory."""
+    return {name: tensor.new_empty((rows, *tensor.shape[1:])) for name, tensor in tensors.items()}
