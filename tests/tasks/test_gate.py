@@ -1,0 +1,312 @@
+"""The champion: its scores beside the learner's, the decision on each version, and what many refusals lead to."""
+
+import datetime
+import uuid
+from collections.abc import Callable
+
+import pyarrow as pa
+import pytest
+
+from storage.errors import Unavailable
+from storage.log import Alias, VersionLog, open_log
+from storage.manifest import Compared, Consumed, Gate
+from storage.store import Store
+from storage.urls import open_store
+from tasks import batch
+from tasks.gate import GateClosed, decide, metric_of
+from tasks.online import OnlineRun, Outcome, step
+from tasks.report import OnlineReport
+from tasks.settings import BatchSettings, OnlineSettings
+from tasks.training.loop import Score, score
+from tasks.versions import load_learner
+from tests.storage.faults import Call, FaultStore
+from tests.tasks.rows import SPEC, keys, put, rows
+
+GOOD = {f"{i:02}.parquet": rows(60, 100 + i) for i in range(4)}
+POISON = {f"{i:02}.parquet": rows(60, 100 + i, slope=-2.0) for i in range(4, 8)}
+RECOVERY = {f"{i:02}.parquet": rows(60, 100 + i) for i in range(8, 10)}
+
+
+class World:
+    """A registry with version 0, an inbox, a holdout and an archive, all in memory."""
+
+    def __init__(self) -> None:
+        self.root = f"memory://{uuid.uuid4().hex}"
+        put(self.url("dataset"), {"part-0.parquet": rows(200, 0)})
+        put(self.url("holdout"), {"part-0.parquet": rows(100, 1)})
+        self.train("dataset")
+
+    def url(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    @property
+    def log(self) -> VersionLog:
+        return open_log(self.url("registry"), "model")
+
+    def train(self, dataset: str) -> None:
+        run = batch.open_run(
+            batch.take_snapshot(self.url(dataset)), self.url("registry"), "model", SPEC, BatchSettings()
+        )
+        for epoch in run.epochs_left:
+            batch.train_epoch(run, epoch)
+        batch.finish(run, batch.register(run, batch.evaluate(run)))
+
+    def run(self, stores: Callable[[str], Store] = open_store, **settings: object) -> OnlineRun:
+        defaults = {"grace_seconds": 0, "max_shards": 1, "window_shards": 3}
+        return OnlineRun(
+            self.url("inbox"),
+            self.url("registry"),
+            "model",
+            OnlineSettings.model_validate(defaults | settings),
+            stores,
+        )
+
+    def drain(self, shards: dict[str, pa.Table], **settings: object) -> OnlineReport:
+        put(self.url("inbox"), shards)
+        run = self.run(**settings)
+        while step(run).outcome is Outcome.COMMITTED:
+            pass
+        return run.report
+
+    def gate(self, number: int) -> Gate:
+        gate = self.log.version(number).manifest.gate
+        assert gate is not None
+        return gate
+
+    @property
+    def champion(self) -> int:
+        return self.log.aliases()["champion"]
+
+    def error(self, number: int) -> float:
+        """Of a version, on the holdout."""
+        learner = load_learner(self.log, self.log.version(number))
+        return score(learner, batch.take_snapshot(self.url("holdout")).row_groups).metrics["rmse"]
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+# ---- the decision ----------------------------------------------------------------------------------------------------
+def shard(learner: float, champion: float, rows: int = 10) -> Consumed:
+    now = datetime.datetime.now(datetime.UTC)
+    return Consumed(
+        inbox="i", key="k", sha256="s", etag="e", size=1, last_modified=now, ordinal=0, rows=rows, unlabelled=0,
+        score={"rmse": learner}, champion={"rmse": champion},
+    )  # fmt: skip
+
+
+def scored(value: float) -> Score:
+    return Score(7, value**2, {"rmse": value})
+
+
+def decided(window: list[Consumed], holdout: tuple[Score, Score] | None = None, before: Gate | None = None) -> Gate:
+    settings = OnlineSettings(tolerance=0.1, refusals=3, after_refusals="stop")
+    gate = decide(settings, Alias(4, 2), "rmse", window, holdout, before)
+    assert gate is not None
+    return gate
+
+
+@pytest.mark.parametrize(
+    ("learner", "champion", "decision"),
+    [(1.0, 1.0, "promoted"), (1.1, 1.0, "promoted"), (1.11, 1.0, "refused"), (0.1, 1.0, "promoted")],
+)
+def test_a_version_may_be_worse_by_the_tolerance_only(learner: float, champion: float, decision: str) -> None:
+    assert decided([shard(learner, champion)]).decision == decision
+    gate = decided([shard(1.0, 1.0)], (scored(learner), scored(champion)))
+    assert gate.decision == decision
+    assert gate.holdout == Compared(rows=7, learner=learner, champion=champion)
+
+
+def test_the_window_is_weighted_by_rows() -> None:
+    gate = decided([shard(1.0, 2.0, rows=30), shard(5.0, 2.0, rows=10)])
+    assert gate.window == Compared(rows=40, learner=2.0, champion=2.0)
+
+
+def test_shards_that_one_of_the_two_could_not_score_do_not_count() -> None:
+    unscored = shard(9.0, 1.0).model_copy(update={"champion": {}})
+    assert decided([unscored, shard(1.0, 1.0)]).window.rows == 10
+    assert decide(OnlineSettings(), Alias(0, 0), "rmse", [unscored], None, None) is None
+
+
+def test_champions_may_not_get_worse_step_by_step() -> None:
+    """Each is within the tolerance of the one before it; the second is not within that of the first."""
+    first = decided([shard(1.0, 1.0)], (scored(1.08), scored(1.0)))
+    second = decided([shard(1.0, 1.0)], (scored(1.16), scored(1.08)), before=first)
+    assert (first.decision, second.decision) == ("promoted", "refused")
+    assert second.holdout == Compared(rows=7, learner=1.16, champion=1.0)
+
+
+def test_a_score_that_is_not_finite_is_refused() -> None:
+    assert decided([shard(1.0, 1.0)], (scored(float("nan")), scored(1.0))).decision == "refused"
+
+
+def test_refusals_are_counted_in_a_row() -> None:
+    gates: list[Gate] = []
+    for value in (2.0, 2.0, 1.0, 2.0, 2.0, 2.0, 2.0):
+        gates.append(decided([shard(value, 1.0)], before=gates[-1] if gates else None))
+    assert [gate.refusals for gate in gates] == [1, 2, 0, 1, 2, 3, 4]
+    assert [gate.then for gate in gates] == [None, None, None, None, None, "stop", "stop"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "metric"),
+    [({}, "rmse"), ({"loss": "l1"}, "mae"), ({"task": "binary"}, "loss")],
+)
+def test_the_metric_is_in_the_targets_unit_where_it_has_one(settings: dict[str, str], metric: str) -> None:
+    assert metric_of(SPEC.model_validate(SPEC.model_dump() | {"loss": None} | settings)) == metric
+
+
+# ---- in a run --------------------------------------------------------------------------------------------------------
+def test_the_champion_scores_the_same_shards_and_moves_to_versions_that_are_not_worse(world: World) -> None:
+    report = world.drain(GOOD)
+    assert (world.champion, world.log.head().number, report.promoted, report.refused) == (4, 4, 4, 0)
+    frozen = load_learner(world.log, world.log.version(1))  # champion when 2 was trained
+    manifest = world.log.version(2).manifest
+    put(world.url("again"), {"01.parquet": GOOD["01.parquet"]})
+    expected = score(frozen, batch.take_snapshot(world.url("again")).row_groups)
+    assert manifest.consumed[0].champion == {"loss": expected.loss, **expected.metrics}
+    assert manifest.gate == Gate(
+        champion=1,
+        moves=1,
+        metric="rmse",
+        decision="promoted",
+        tolerance=0.05,
+        window=manifest.gate.window if manifest.gate else None,
+        refusals=0,
+    )
+
+
+def test_a_frozen_champion_is_scored_and_stays(world: World) -> None:
+    report = world.drain(GOOD, champion="score")
+    assert world.champion == 0
+    assert set(report.champion) == {"loss", "mae", "rmse"}
+    frozen = load_learner(world.log, world.log.version(0))
+    put(world.url("again"), GOOD)
+    expected = score(frozen, batch.take_snapshot(world.url("again")).row_groups)
+    assert report.champion["mae"] == pytest.approx(expected.metrics["mae"])
+    assert world.log.head().manifest.gate is None
+
+
+def test_nothing_is_compared_when_the_champion_is_to_be_ignored_or_missing(world: World) -> None:
+    for settings in ({"champion": "ignore"}, {"alias": "nobody"}):
+        report = world.drain(GOOD, **settings)
+        assert (report.champion, report.promoted, world.champion) == ({}, 0, 0)
+
+
+def test_poison_does_not_reach_the_champion(world: World) -> None:
+    """Labels flip for four shards. With the gate the champion's error on the holdout stays; the learner's explodes."""
+    world.drain(GOOD | POISON, holdout_dataset=world.url("holdout"))
+    decisions = [world.gate(number).decision for number in range(1, 9)]
+    assert decisions == ["promoted"] * 4 + ["refused"] * 4
+    assert world.champion == 4
+    assert world.error(4) <= 1.05 * min(world.error(number) for number in range(5))
+    assert world.error(8) > 10 * world.error(4)
+    holdout = world.log.version(8).manifest.metrics["holdout"]
+    assert (holdout["rows"], holdout["rmse"]) == (100, pytest.approx(world.error(8)))
+
+
+def test_many_refusals_stop_the_run_until_a_person_decides(world: World) -> None:
+    settings = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": "stop"}
+    with pytest.raises(GateClosed, match=r"2 versions in a row, up to 6, were worse than champion 4 .*rmse .* holdout"):
+        world.drain(GOOD | POISON, **settings)
+    assert world.gate(6).then == "stop"
+    assert keys(world.url("inbox")) == ["06.parquet", "07.parquet"], "nothing more was trained on"
+    with pytest.raises(GateClosed):
+        step(world.run(**settings))
+    world.log.promote("champion", world.log.head())
+    assert step(world.run(**settings)).version == 7
+
+
+def test_many_refusals_may_roll_back_to_the_champion(world: World) -> None:
+    settings = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": "rollback"}
+    world.drain(GOOD | POISON | RECOVERY, **settings)
+    history = [version.manifest for version in world.log.history(world.log.head())][::-1]
+    # 5, 6 refused; 7 goes back; 8, 9 refused; 10 goes back; then two good shards
+    assert [m.rolled_back_to for m in history] == [None] * 7 + [4, None, None, 4, None, None]
+    assert world.champion == world.log.head().number == 12
+    assert world.error(12) < 2 * world.error(4)
+    assert sum(len(manifest.consumed) for manifest in history) == 10
+
+
+def test_many_refusals_may_ask_for_a_batch_training(world: World) -> None:
+    settings = {
+        "holdout_dataset": world.url("holdout"),
+        "refusals": 2,
+        "after_refusals": "retrain",
+        "retrain_dataset": world.url("dataset"),
+        "after_commit": "archive",
+        "archive_to": world.url("dataset/archive"),
+    }
+    put(world.url("inbox"), GOOD | POISON)
+    run = world.run(**settings)
+    outcomes = [step(run).outcome for _ in range(7)]
+    assert outcomes == [Outcome.COMMITTED] * 6 + [Outcome.RETRAIN]
+    world.train("dataset")
+    assert world.log.head().manifest.dataset is not None
+    assert world.log.head().manifest.dataset.files == 1 + 6, "the dataset, and what was archived"
+    run.forget()
+    outcomes = [step(run).outcome for _ in range(3)]
+    assert outcomes == [Outcome.COMMITTED, Outcome.COMMITTED, Outcome.RETRAIN], "the rest is poison too"
+    assert run.report.head == 9
+
+
+# ---- crashes and restarts --------------------------------------------------------------------------------------------
+def test_an_alias_that_a_killed_run_left_behind_is_moved_by_the_next(world: World) -> None:
+    put(world.url("inbox"), GOOD)
+
+    def dies(call: Call) -> None:
+        if call.verb in ("replace", "create") and "aliases" in call.key and call.phase == "before":
+            raise Unavailable("killed")
+
+    with pytest.raises(Unavailable):
+        step(world.run(lambda url: FaultStore(open_store(url), dies)))
+    assert (world.log.head().number, world.champion) == (1, 0)
+    world.run().load()
+    assert world.champion == 1
+
+
+def test_an_alias_that_a_person_moved_back_stays(world: World) -> None:
+    world.drain(GOOD)
+    assert world.champion == 4
+    world.log.promote("champion", world.log.version(3))
+    world.run().load()  # the head says: from 3, after three moves, to 4
+    assert world.gate(4).champion == 3
+    assert world.champion == 3
+
+
+def test_runs_of_one_step_each_decide_as_one_run_does() -> None:
+    straight, restarted = World(), World()
+    for world in (straight, restarted):
+        put(world.url("inbox"), GOOD | POISON)
+    run = straight.run(holdout_dataset=straight.url("holdout"))
+    for _ in range(8):
+        step(run)
+        step(restarted.run(holdout_dataset=restarted.url("holdout")))
+    for number in range(1, 9):
+        ours, theirs = (world.log.version(number).manifest for world in (straight, restarted))
+        assert ours.gate == theirs.gate
+        assert ours.metrics == theirs.metrics
+
+
+def test_windowed_and_cumulative_scores_are_those_of_the_shards(world: World) -> None:
+    world.drain(GOOD, max_shards=3)
+    consumed = [shard for number in (1, 2) for shard in world.log.version(number).manifest.consumed]
+    metrics = world.log.head().manifest.metrics
+    for name, shards in (("window", consumed[-3:]), ("cumulative", consumed)):
+        assert metrics[name]["shards"] == len(shards)
+        for who, scores in (("score", [s.score for s in shards]), ("champion", [s.champion for s in shards])):
+            mean = sum(s["mae"] * 60 for s in scores) / (60 * len(scores))
+            assert metrics[name][who]["mean"]["mae"] == pytest.approx(mean)
+
+
+# ---- columns over time -----------------------------------------------------------------------------------------------
+def test_new_columns_are_recorded_rejected_or_ignored(world: World) -> None:
+    more = rows(40, 5).append_column("c", [[1] * 40])
+    world.drain({"10.parquet": more}, new_columns="ignore")
+    assert world.log.head().manifest.new_columns == {}
+    world.drain({"11.parquet": more} | GOOD, new_columns="add")
+    assert world.log.head().manifest.new_columns == {"c": "int64"}
+    report = world.drain({"12.parquet": more}, new_columns="fail")
+    assert "12.parquet has columns that the dataset of the batch training had not: c" in str(report.last_rejected)
