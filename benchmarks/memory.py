@@ -60,7 +60,7 @@ def epoch(folder: str, window_bytes: int) -> dict[str, float]:
     )
     settings = BatchSettings(holdout=0)
     run = batch.open_run(batch.take_snapshot(folder), "memory://benchmark/registry", "net", spec, settings)
-    assert run.epochs_left
+    batch.prepare(run)
     before = high_water_mb()
     batch.train_epoch(run, 0)
     return {"rows": run.learner.counters.rows, "before_mb": before, "peak_mb": high_water_mb()}

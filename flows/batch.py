@@ -24,6 +24,7 @@ def batch_training(
     """
     run = wrappers.open_batch(wrappers.take_snapshot(dataset), registry, model, spec, settings)
     if run.registered is None:
+        wrappers.prepare(run)
         for epoch in run.epochs_left:
             wrappers.train_epoch(run, epoch)
         version = wrappers.register(run, wrappers.evaluate(run))

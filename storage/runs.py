@@ -14,6 +14,9 @@ from storage.errors import AlreadyExists, CorruptObject, NotFound, StoreNotFound
 from storage.log import Version, VersionLog
 from storage.manifest import BlobRef, Record, checked, sha256, verified
 
+_BROKEN = (NotFound, UnknownVersion, CorruptObject, AttributeError, RecursionError, TypeError, ValueError)
+"""What reading a damaged checkpoint raises."""
+
 
 class Checkpoint(Record):
     """The learner after so many epochs."""
@@ -21,6 +24,8 @@ class Checkpoint(Record):
     epochs: int
     losses: tuple[float, ...]
     """Mean loss over samples of each epoch so far."""
+    held_out: tuple[float, ...] = ()
+    """Loss on the held-out rows after each epoch so far, where a run chooses its best epoch by it."""
     weights: BlobRef
     state: BlobRef
 
@@ -58,38 +63,64 @@ class BatchProgress:
                 return version, False
         return None
 
-    def save(self, epochs: int, losses: tuple[float, ...], weights: bytes, state: bytes) -> None:
-        """Store a checkpoint, then drop all but it and the one before, which an overlapping attempt may be reading."""
-        refs = []
+    def save(
+        self,
+        losses: tuple[float, ...],
+        weights: bytes,
+        state: bytes,
+        held_out: tuple[float, ...] = (),
+        best: int | None = None,
+    ) -> None:
+        """Store a checkpoint after as many epochs as there are losses.
+
+        Then drop all but it, the one before, which an overlapping attempt may be reading, and that after `best` epochs.
+        """
+        refs, epochs = [], len(losses)
         for suffix, data in (("safetensors", weights), ("state.safetensors", state)):
             key = f"{self._prefix}/{epochs:08d}-{uuid.uuid4().hex}.{suffix}"
             self.log.store.write(key, data)
             refs.append(BlobRef(key=key, size=len(data), sha256=sha256(data)))
-        checkpoint = Checkpoint(epochs=epochs, losses=losses, weights=refs[0], state=refs[1])
+        checkpoint = Checkpoint(epochs=epochs, losses=losses, held_out=held_out, weights=refs[0], state=refs[1])
         self.log.store.write(f"{self._prefix}/{epochs:08d}.json", checked(checkpoint.model_dump(mode="json")))
-        self._drop(before=epochs - 1)
+        self._drop(before=epochs - 1, best=best)
 
     def latest(self) -> tuple[Checkpoint, bytes, bytes] | None:
         """The newest checkpoint that is whole, with its verified weights and state."""
         keys = [info.key for info in self.log.store.list(f"{self._prefix}/0") if info.key.endswith(".json")]
         for key in sorted(keys, reverse=True):
             try:
-                checkpoint = Checkpoint.model_validate(verified(self.log.store.read(key)))
-                blobs = self.log.read_blob(checkpoint.weights), self.log.read_blob(checkpoint.state)
-            except (NotFound, UnknownVersion, CorruptObject, AttributeError, RecursionError, TypeError, ValueError):
+                return self._checkpoint(key)
+            except _BROKEN:
                 continue  # an older one, or the start, leads to the same bits
-            return checkpoint, *blobs
         return None
+
+    def after(self, epochs: int) -> tuple[Checkpoint, bytes, bytes]:
+        """The checkpoint after so many epochs.
+
+        Raises:
+            CorruptObject: it is damaged or gone.
+        """
+        key = f"{self._prefix}/{epochs:08d}.json"
+        try:
+            return self._checkpoint(key)
+        except _BROKEN as error:
+            raise CorruptObject(
+                f"{self.log.store.url}/{key}, the best epoch, is damaged or gone: {error}. Delete {self._prefix} and train again."
+            ) from error
+
+    def _checkpoint(self, key: str) -> tuple[Checkpoint, bytes, bytes]:
+        checkpoint = Checkpoint.model_validate(verified(self.log.store.read(key)))
+        return checkpoint, self.log.read_blob(checkpoint.weights), self.log.read_blob(checkpoint.state)
 
     def finish(self, version: Version) -> None:
         """Record that nothing is left to do, and drop the checkpoints."""
         self.log.store.write(f"{self._prefix}/done.json", checked({"version": version.number}))
         self._drop(before=None)
 
-    def _drop(self, before: int | None) -> None:
+    def _drop(self, before: int | None, best: int | None = None) -> None:
         for info in list(self.log.store.list(f"{self._prefix}/0")):
             epoch = re.match(r"\d{8}", info.key.removeprefix(f"{self._prefix}/"))
-            if epoch is not None and (before is None or int(epoch[0]) < before):
+            if epoch is not None and int(epoch[0]) != best and (before is None or int(epoch[0]) < before):
                 try:
                     self.log.store.delete(info.key)
                 except NotFound:

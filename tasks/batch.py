@@ -9,7 +9,8 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class BatchRun:
         self.dataset, self.log, self.spec, self.settings = dataset, log, spec, settings
         self.progress = BatchProgress(log, run_key(dataset, spec, settings))
         self.losses: tuple[float, ...] = ()
+        self.held_out: tuple[float, ...] = ()
         self._learner: Learner | None = None
         self.split = Split(settings.held_out, held_out=False) if settings.held_out else None
         self.progress.begin()
@@ -63,9 +65,23 @@ class BatchRun:
         """(version, True if nothing is left to do) if an earlier attempt had committed it."""
 
     @property
-    def epochs_left(self) -> range:
-        """The epochs still to train, from 0."""
-        return range(self.learner.counters.epochs, self.spec.epochs)
+    def epochs_left(self) -> Iterator[int]:
+        """The epochs still to train, from 0; each is to be trained before the next is asked for."""
+        for epoch in range(self.learner.counters.epochs, self.spec.epochs):
+            if self._given_up:
+                return
+            yield epoch
+
+    @property
+    def best_epoch(self) -> int:
+        """How many epochs the registered model has been trained for: all, or with `patience` those up to the best one."""
+        if self.settings.patience is None or not self.held_out:
+            return len(self.losses)
+        return 1 + min(range(len(self.held_out)), key=self.held_out.__getitem__)
+
+    @property
+    def _given_up(self) -> bool:
+        return self.settings.patience is not None and len(self.losses) - self.best_epoch >= self.settings.patience
 
     @property
     def learner(self) -> Learner:
@@ -78,20 +94,27 @@ class BatchRun:
         """Drop a learner that may be half trained: the next use reloads the checkpoint."""
         self._learner = None
 
+    def choose_best(self) -> None:
+        """Let the learner be that of the best epoch."""
+        if self.learner.counters.epochs != self.best_epoch:
+            _, weights, state = self.progress.after(self.best_epoch)
+            self._learner = Learner.load(self.spec, weights, state, self.settings.device)
+            logger.info("the best of %d epochs was %d", len(self.losses), self.best_epoch)
+
     def _restored(self) -> Learner | None:
         if (found := self.progress.latest()) is None:
             return None
         checkpoint, weights, state = found
         logger.info("going on from the checkpoint after epoch %d of %d", checkpoint.epochs, self.spec.epochs)
-        self.losses = checkpoint.losses
-        return Learner.load(self.spec, weights, state)
+        self.losses, self.held_out = checkpoint.losses, checkpoint.held_out
+        return Learner.load(self.spec, weights, state, self.settings.device)
 
     def _fresh(self) -> Learner:
-        self.losses = ()
+        self.losses, self.held_out = (), ()
         features = Features.resolve(self.spec, self.dataset.row_groups[0].schema)
         for name, schema in self.dataset.schemas:
             features.check(schema, f"{self.dataset.ref.url}/{name}")
-        return Learner.create(self.spec, features.fit(self.dataset.row_groups, self.split))
+        return Learner.create(self.spec, features.fit(self.dataset.row_groups, self.split), self.settings.device)
 
 
 def take_snapshot(dataset: str) -> Snapshot:
@@ -106,10 +129,16 @@ def open_run(dataset: Snapshot, registry: str, model: str, spec: Spec, settings:
     return BatchRun(dataset, open_log(registry, model), spec, settings)
 
 
+def prepare(run: BatchRun) -> None:
+    """Load the last checkpoint, or learn the statistics of the features: one pass over the dataset."""
+    _ = run.learner
+
+
 def train_epoch(run: BatchRun, epoch: int) -> float:
     """Train one epoch, then store a checkpoint. Returns the mean loss over samples.
 
-    Called again after an error, it finds out whether its checkpoint was stored: no epoch is trained twice.
+    Called again after an error, it finds out whether its checkpoint was stored: no epoch is trained twice. The first epoch
+    fills the replay memory, if the spec has one.
 
     Raises:
         NonFiniteLoss: training diverged; the checkpoint before it stands.
@@ -117,10 +146,15 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
     try:
         if run.learner.counters.epochs > epoch:
             return run.losses[epoch]
-        result = train_pass(run.learner, run.dataset.row_groups, key=("epoch", epoch), split=run.split)
+        key = ("epoch", epoch)
+        result = train_pass(run.learner, run.dataset.row_groups, key=key, split=run.split, remember=epoch == 0)
         run.learner.counters.epochs = epoch + 1
+        if run.settings.patience is not None:
+            held_out = _held_out(run).loss
+            run.held_out = (*run.held_out, held_out if math.isfinite(held_out) else sys.float_info.max)
+            logger.info("epoch %d of %d: loss %.6g on the held-out rows", epoch + 1, run.spec.epochs, held_out)
         run.losses = (*run.losses, result.loss)
-        run.progress.save(epoch + 1, run.losses, *run.learner.dump())
+        run.progress.save(run.losses, *run.learner.dump(), run.held_out, run.best_epoch)
     except BaseException:
         run.forget()
         raise
@@ -129,16 +163,19 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
 
 
 def evaluate(run: BatchRun) -> Score:
-    """Score the learner on the held-out rows, or on the separate dataset. No rows held out: a score over 0 rows."""
-    groups: Sequence[RowGroup] = run.dataset.row_groups
-    if run.settings.holdout_dataset is not None:
-        other = take_snapshot(run.settings.holdout_dataset)
-        for name, schema in other.schemas:
-            run.learner.features.check(schema, f"{other.ref.url}/{name}")
-        return score(run.learner, other.row_groups)
-    if not run.settings.held_out:
-        return score(run.learner, [])
-    return score(run.learner, groups, Split(run.settings.held_out, held_out=True))
+    """Score the learner, of the best epoch, on the held-out rows or the separate dataset. None held out: a score of 0 rows."""
+    run.choose_best()
+    return _held_out(run)
+
+
+def _held_out(run: BatchRun) -> Score:
+    if run.settings.holdout_dataset is None:
+        groups: Sequence[RowGroup] = run.dataset.row_groups if run.settings.held_out else []
+        return score(run.learner, groups, Split(run.settings.held_out, held_out=True) if groups else None)
+    other = take_snapshot(run.settings.holdout_dataset)
+    for name, schema in other.schemas:
+        run.learner.features.check(schema, f"{other.ref.url}/{name}")
+    return score(run.learner, other.row_groups)
 
 
 def register(run: BatchRun, result: Score) -> Version:
@@ -164,6 +201,7 @@ def register(run: BatchRun, result: Score) -> Version:
             owed=() if parent is None else parent.manifest.owed,
             metrics={
                 "epoch_loss": list(run.losses),
+                **({"epoch_held_out": list(run.held_out), "best_epoch": run.best_epoch} if run.held_out else {}),
                 "holdout_rows": result.rows,
                 "holdout": {n: v for n, v in {"loss": result.loss, **result.metrics}.items() if math.isfinite(v)}
                 if result.rows

@@ -47,6 +47,7 @@ def _task(function: Callable[P, R], name: str, run_name: str | None = None) -> T
 
 take_snapshot = _task(batch.take_snapshot, "snapshot")
 open_batch = _task(batch.open_run, "open-dataset")
+prepare = _task(batch.prepare, "fit")
 train_epoch = _task(batch.train_epoch, "epoch", "epoch-{epoch}")
 evaluate = _task(batch.evaluate, "evaluate")
 register = _task(batch.register, "register")

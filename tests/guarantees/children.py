@@ -44,33 +44,43 @@ Stores = Callable[[str], Store]
 MakeUrl = Callable[[str], str]
 
 # ---- what the runs work on -------------------------------------------------------------------------------------------
-SPEC = Spec(
-    features=("a", "b", {"name": "c", "kind": "category", "buckets": 8}),  # type: ignore[arg-type]  # pydantic converts
-    target="y",
-    model={"factory": "mlp", "arguments": {"hidden": [8], "dropout": 0.1}},  # type: ignore[arg-type]  # pydantic converts
-    optimizer={"name": "adam", "arguments": {"amsgrad": True}},  # type: ignore[arg-type]  # pydantic converts
-    batch_size=8,
-    epochs=3,
-    seed=5,
+# With all that makes a learner more than its weights.
+SPEC = Spec.model_validate(
+    {
+        "features": ["a", "b", {"name": "c", "kind": "category", "buckets": 8}, {"name": "d", "buckets": 8, "length": 3}],
+        "target": ["y", "z"],
+        "sample_weight": "w",
+        "model": {"factory": "mlp", "arguments": {"hidden": [8], "dropout": 0.1}},
+        "optimizer": {"name": "adam", "arguments": {"amsgrad": True}},
+        "schedule": {"name": "cosine", "arguments": {"T_max": 50}, "warmup_steps": 20},
+        "clip_norm": 1.0,
+        "ema_decay": 0.9,
+        "replay": {"rows": 30, "ratio": 0.5},
+        "batch_size": 8,
+        "epochs": 3,
+        "seed": 5,
+    }
 )
 BATCH = BatchSettings(holdout=0.2)
 ONLINE = OnlineSettings(max_shards=2, passes=2, grace_seconds=0)
 
 
-def table(rows: int, seed: int) -> bytes:
-    """A small Parquet file of learnable rows, in row groups of 12."""
+def table(rows: int, seed: int, sign: int = 1) -> bytes:
+    """A small Parquet file of learnable rows, in row groups of 12; with `sign` -1 their targets are the opposite."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 2, generator=generator)
     colours = [["red", "green", None][i] for i in torch.randint(3, (rows,), generator=generator).tolist()]
     sink = pa.BufferOutputStream()
-    y = x[:, 0] * 2 - x[:, 1]
-    columns = {"a": x[:, 0].tolist(), "b": x[:, 1].tolist(), "c": colours, "y": y.tolist()}
-    pq.write_table(pa.table(columns), sink, row_group_size=12)
+    a, b = x.T
+    tags = [[row, row % 3, None][: row % 4] for row in range(rows)]
+    columns = {"a": a, "b": b, "c": colours, "d": tags, "y": sign * (a * 2 - b), "z": sign * (a + b), "w": 1 + a.abs()}
+    plain = {name: list(column) if isinstance(column, list) else column.tolist() for name, column in columns.items()}
+    pq.write_table(pa.table(plain), sink, row_group_size=12)
     return bytes(sink.getvalue())
 
 
 DATASET = {f"part-{i}.parquet": table(40, i) for i in range(2)}
-SHARDS = {f"{i:02}.parquet": table(20 + i, 10 + i) for i in range(6)}
+SHARDS = {f"{i:02}.parquet": table(20 + i, 10 + i, sign=-1 if i == 1 else 1) for i in range(6)}
 REJECTED = {"03b.parquet": b"PAR1" + b"not a parquet file" * 10 + b"PAR1"}
 
 
@@ -138,7 +148,8 @@ def train(
     taken = call(lambda: snapshot(dataset, stores))
     run = call(open_run)
     if run.registered is None:
-        for epoch in call(lambda: run.epochs_left):
+        call(lambda: batch.prepare(run))
+        for epoch in run.epochs_left:
             call(lambda epoch=epoch: batch.train_epoch(run, epoch))
         score = call(lambda: batch.evaluate(run))
         version = call(lambda: batch.register(run, score))

@@ -674,7 +674,7 @@ def runs_target(folder: Path) -> Check:
     log.store.delete(f"{runs}/done.json")
     checkpoints: dict[int, Checkpoint] = {}
     for epochs in (1, 2):
-        progress.save(epochs, (0.5,) * epochs, b"weights %d" % epochs, b"state %d" % epochs)
+        progress.save((0.5,) * epochs, b"weights %d" % epochs, b"state %d" % epochs)
         saved = progress.latest()
         assert saved is not None
         checkpoints[epochs] = saved[0]

@@ -34,6 +34,10 @@ from tests.guarantees.children import (
     waiting,
 )
 
+GATED = ONLINE.model_copy(
+    update={"tolerance": 0.0, "window_shards": 2, "refusals": 1, "after_refusals": "rollback"}
+)
+"""One version that is no better than the champion, and the run goes back to the champion."""
 MOMENTS = {"local": 20, "s3": 8}
 """How many moments of a sweep CI takes, spread over the run; of an online run on local, all."""
 SAMPLE, FULL = {"local": 6, "s3": 2}, {"local": 1000, "s3": 100}
@@ -88,7 +92,7 @@ def base(make_url: MakeUrl, tmp_path: Path) -> str:
 
 
 def test_online_run(sweep: Sweep, backend: str, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
-    """6 good shards and a bad one, 2 to a commit."""
+    """6 good shards and a bad one, 2 to a commit; the first version is refused, and rolled back."""
     shards = SHARDS | REJECTED
     reference: list[tuple[str, str]] = []
 
@@ -96,11 +100,13 @@ def test_online_run(sweep: Sweep, backend: str, base: str, make_url: MakeUrl, tm
         inbox, registry = make_url(f"{name}/inbox"), make_url(f"{name}/registry")
         fill(inbox, shards)
         copy(base, registry)
-        moments = in_child(drain, inbox, registry, ONLINE, kill=kill, tmp_path=tmp_path)
+        moments = in_child(drain, inbox, registry, GATED, kill=kill, tmp_path=tmp_path)
         if kill is not None:
-            in_child(drain, inbox, registry, ONLINE, kill=None, tmp_path=tmp_path)
+            in_child(drain, inbox, registry, GATED, kill=None, tmp_path=tmp_path)
         log = VersionLog(open_store(registry), "model")
-        audit(log, shards.items())
+        history = audit(log, shards.items())
+        assert [version.manifest.rolled_back_to for version in history] == [None, None, 0, None, None, None]
+        assert log.aliases() == {"champion": 5}
         reference.append(bits(log))
         assert reference[-1] == reference[0]
         assert waiting(inbox) == []
@@ -131,10 +137,11 @@ def test_killed_again_and_again(
         log = VersionLog(open_store(registry), "model")
         audit(log, shards.items())
         assert waiting(inbox) == []
+        assert log.aliases() == {"champion": 5}
         return bits(log)
 
     clean = begin("clean")
-    moments = in_child(drain, *clean, ONLINE, kill=None, tmp_path=tmp_path)
+    moments = in_child(drain, *clean, GATED, kill=None, tmp_path=tmp_path)
     assert moments is not None
     reference = check(*clean)
 
@@ -142,7 +149,7 @@ def test_killed_again_and_again(
         draw, kills, place = random.Random(number), 0, begin(str(number))
         while True:
             kill = Kill(draw.randrange(moments), draw.choice([0.0, draw.uniform(0, 0.005)]))
-            if in_child(drain, *place, ONLINE, kill=kill, tmp_path=tmp_path) is not None:
+            if in_child(drain, *place, GATED, kill=kill, tmp_path=tmp_path) is not None:
                 break
             kills += 1
         assert check(*place) == reference

@@ -41,7 +41,7 @@ def commit(log: VersionLog, run: str | None = None) -> Version:
 
 def save(progress: BatchProgress, epochs: int) -> None:
     losses = tuple(1 / (e + 1) for e in range(epochs))
-    progress.save(epochs, losses, f"weights {epochs}".encode(), f"state {epochs}".encode())
+    progress.save(losses, f"weights {epochs}".encode(), f"state {epochs}".encode())
 
 
 def kept(progress: BatchProgress) -> list[str]:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
+import torch
 
-from storage.errors import DatasetChanged, DatasetError, StoreNotFound
+from storage.errors import CorruptObject, DatasetChanged, DatasetError, StoreNotFound
 from storage.log import VersionLog, open_log
 from storage.manifest import Entry
 from storage.retention import collect_garbage
@@ -75,7 +76,7 @@ def test_an_interrupted_run_goes_on_after_its_last_checkpoint(dataset: str, make
     batch.train_epoch(interrupted, 0)
 
     again = open_run(dataset, make_url("registry"))
-    assert again.epochs_left == range(1, 3)
+    assert list(again.epochs_left) == [1, 2]
     log = train(dataset, make_url("registry"))
     assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
     assert log.head().manifest.metrics == reference.head().manifest.metrics
@@ -90,7 +91,7 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_nothing_else(dataset: str, make
     newest = max(i.key for i in store.list("model/runs/") if "/00000002-" in i.key and "state" not in i.key)
     store.write(newest, b"damaged")
 
-    assert open_run(dataset, make_url("registry")).epochs_left == range(1, 3)
+    assert list(open_run(dataset, make_url("registry")).epochs_left) == [1, 2]
     log = train(dataset, make_url("registry"))
     assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
 
@@ -254,3 +255,74 @@ def test_the_snapshot_pins_what_was_listed(dataset: str) -> None:
     with pytest.raises(DatasetChanged, match="part-0"):
         taken.row_groups[0].read(["a"])
     assert keys(dataset) == ["part-1.parquet"]
+
+
+# ---- early stopping --------------------------------------------------------------------------------------------------
+OVERFITS = Spec.model_validate(
+    {
+        "features": [f"x{i}" for i in range(20)],
+        "target": "y",
+        "model": {"factory": "mlp", "arguments": {"hidden": [64]}},
+        "optimizer": {"name": "adam"},
+        "batch_size": 8,
+        "epochs": 60,
+        "replay": {"rows": 20},
+    }
+)
+PATIENT = BatchSettings(holdout=0.3, patience=3)
+
+
+@pytest.fixture
+def noise(memory_url: MakeUrl) -> str:
+    """80 rows of which only the first column means something: a network soon learns the rest by heart."""
+    values = torch.randn(21, 80, generator=torch.Generator().manual_seed(3)).tolist()
+    columns = {f"x{i}": column for i, column in enumerate(values[:20])}
+    table = pa.table(columns | {"y": [x + e for x, e in zip(values[0], values[20], strict=True)]})
+    put(memory_url("noise"), {"part-0.parquet": table})
+    return memory_url("noise")
+
+
+def stopped_early(noise: str, registry: str, epochs: int = 60) -> VersionLog:
+    """A run that trains at most so many epochs, and registers only if it came to its end."""
+    run = batch.open_run(batch.take_snapshot(noise), registry, "model", OVERFITS, PATIENT)
+    for epoch in run.epochs_left:
+        if epoch == epochs:
+            return run.log
+        batch.train_epoch(run, epoch)
+    batch.finish(run, batch.register(run, batch.evaluate(run)))
+    return run.log
+
+
+def test_it_stops_when_held_out_rows_get_worse_and_registers_the_best_epoch(noise: str, memory_url: MakeUrl) -> None:
+    manifest = stopped_early(noise, memory_url("registry")).head().manifest
+    held_out, best = manifest.metrics["epoch_held_out"], manifest.metrics["best_epoch"]
+    assert len(held_out) == len(manifest.metrics["epoch_loss"]) == best + 3 < 60
+    assert held_out[best - 1] == min(held_out) == manifest.metrics["holdout"]["loss"]
+    assert manifest.counters["epochs"] == best
+
+
+@pytest.mark.parametrize("killed_after", [1, "best", "best + 1", "all"])
+def test_killed_it_goes_on_to_the_same_best_epoch(noise: str, memory_url: MakeUrl, killed_after: int | str) -> None:
+    reference = stopped_early(noise, memory_url("reference")).head().manifest
+    best = reference.metrics["best_epoch"]
+    epochs = {"best": best, "best + 1": best + 1, "all": best + 2}.get(str(killed_after), killed_after)
+    assert isinstance(epochs, int)
+    assert not stopped_early(noise, memory_url("registry"), epochs).exists()
+    manifest = stopped_early(noise, memory_url("registry")).head().manifest
+    assert manifest.metrics == reference.metrics
+    assert manifest.blobs.weights.sha256 == reference.blobs.weights.sha256
+    assert manifest.blobs.state.sha256 == reference.blobs.state.sha256
+
+
+def test_a_best_epoch_that_is_lost_is_not_replaced_by_another(noise: str, memory_url: MakeUrl) -> None:
+    run = batch.open_run(batch.take_snapshot(noise), memory_url("registry"), "model", OVERFITS, PATIENT)
+    for epoch in run.epochs_left:
+        batch.train_epoch(run, epoch)
+    run.log.store.write(f"model/runs/{run.progress.key}/{run.best_epoch:08d}.json", b"damaged")
+    with pytest.raises(CorruptObject, match="the best epoch, is damaged or gone"):
+        batch.evaluate(run)
+
+
+def test_patience_needs_rows_that_are_held_out() -> None:
+    with pytest.raises(ValueError, match="patience needs held-out rows"):
+        BatchSettings(holdout=0, patience=3)
