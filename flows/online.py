@@ -5,9 +5,10 @@ from typing import cast
 from prefect import flow
 from prefect.states import Completed
 
+from flows.batch import batch_training
 from flows.stopping import stop_on_signals
 from tasks import wrappers
-from tasks.online import Outcome
+from tasks.online import Outcome, retrained, retraining
 from tasks.report import OnlineReport
 from tasks.settings import OnlineSettings
 
@@ -23,17 +24,20 @@ def online_training(inbox: str, registry: str, model: str, settings: OnlineSetti
         inbox: URL where producers drop Parquet shards: a local path, `file://` or `s3://bucket/prefix`.
         registry: URL below which models live.
         model: Name of a model that `batch_training` has registered.
-        settings: Drain or follow, limits of one commit, what becomes of consumed shards.
+        settings: Drain or follow, limits of one commit, what becomes of consumed shards, when the champion moves.
     """
     run = wrappers.open_online(inbox, registry, model, settings)
     with stop_on_signals(settings.stop_after_seconds) as stop:
         while not stop:
-            if wrappers.step(run).outcome is Outcome.IDLE:
-                if settings.mode == "drain":
-                    break
-                stop.wait(settings.poll_seconds)
-                while not stop and not wrappers.look(run):
+            match wrappers.step(run).outcome:
+                case Outcome.RETRAIN:
+                    retrained(run, batch_training(*retraining(run)))
+                case Outcome.IDLE:
+                    if settings.mode == "drain":
+                        break
                     stop.wait(settings.poll_seconds)
+                    while not stop and not wrappers.look(run):
+                        stop.wait(settings.poll_seconds)
     if run.report.versions == 0:
         # Prefect shows the state's name, and hands its data to the caller.
         return cast(OnlineReport, Completed(name="Skipped", message="no shard to train on", data=run.report))

@@ -30,16 +30,18 @@ from storage.probe import check_preconditions
 from storage.store import ObjectInfo, Store
 from storage.tombstones import Tombstones
 from storage.urls import open_store
+from tasks.batch import VersionInfo
 from tasks.gate import Champion, GateClosed, decide, finite, metric_of
 from tasks.provenance import code_revision
 from tasks.report import OnlineReport
 from tasks.scores import Summary
-from tasks.settings import OnlineSettings
+from tasks.settings import BatchSettings, OnlineSettings
 from tasks.training.environment import differences, environment
 from tasks.training.errors import ColumnError, NonFiniteLoss
 from tasks.training.learner import Learner
 from tasks.training.loop import PassResult, score, train_shard
-from tasks.versions import load_learner
+from tasks.training.spec import Spec
+from tasks.versions import load_learner, spec_of
 
 logger = logging.getLogger("tidemill.online")
 
@@ -497,6 +499,29 @@ def _because(gate: Gate) -> str:
         for name, c in compared.items()
         if c is not None
     )
+
+
+def retraining(run: OnlineRun) -> tuple[str, str, str, Spec, BatchSettings]:
+    """Arguments of the batch training that `Outcome.RETRAIN` asks for: the head's spec, on the dataset of the settings."""
+    settings, log = run.settings, run.log
+    assert settings.retrain_dataset is not None, "the settings ask for a dataset"
+    batch_settings = BatchSettings(alias=settings.alias, device=settings.device)
+    return settings.retrain_dataset, log.store.url, log.model, spec_of(log, log.head()), batch_settings
+
+
+def retrained(run: OnlineRun, made: VersionInfo) -> None:
+    """Go on from the batch training that `retraining` asked for.
+
+    Raises:
+        GateClosed: the dataset had not changed since it was trained on before, so that no new version was made.
+    """
+    run.forget()
+    if made.version < run.log.head().number and not made.trained:
+        raise GateClosed(
+            f"{run.log.url}: {run.settings.retrain_dataset} was trained on before, as version {made.version}, with this spec: "
+            "retraining changes nothing. Archive consumed shards below it (after_commit=archive), or decide by hand: "
+            "`tidemill promote`, `tidemill rollback`, or `tidemill train` with another spec."
+        )
 
 
 def step(run: OnlineRun) -> Step:

@@ -21,13 +21,14 @@ def load_learner(log: VersionLog, version: Version, device: str = "cpu") -> Lear
         StateMismatch: the model's code no longer fits its weights.
     """
     manifest = version.manifest
-    spec = _spec(log, version)
+    spec = spec_of(log, version)
     check_allowed(spec, [name for part in os.environ.get(ALLOWED_MODULES, "").split(",") if (name := part.strip())])
     weights, state = log.read_blob(manifest.blobs.weights), log.read_blob(manifest.blobs.state)
     return Learner.load(spec, weights, state, device)
 
 
-def _spec(log: VersionLog, version: Version) -> Spec:
+def spec_of(log: VersionLog, version: Version) -> Spec:
+    """The spec in a version's manifest. Raises CorruptObject."""
     try:
         return Spec.model_validate(version.manifest.spec)
     except ValidationError as error:

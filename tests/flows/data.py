@@ -22,11 +22,11 @@ def build(inputs):
 """A module with a factory, for the folder that a command is started from."""
 
 
-def parquet(rows: int, *, seed: str) -> bytes:
-    """A file with the columns a, b and y; the seed decides its rows."""
+def parquet(rows: int, *, seed: str, sign: int = 1) -> bytes:
+    """A file with the columns a, b and y; the seed decides its rows. With `sign` -1, y is the opposite of what it should be."""
     generator = torch.Generator().manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:12], 16))
     x = torch.randn(rows, 2, generator=generator)
     sink = pa.BufferOutputStream()
-    columns = {"a": x[:, 0].tolist(), "b": x[:, 1].tolist(), "y": (2 * x[:, 0] - x[:, 1]).tolist()}
+    columns = {"a": x[:, 0].tolist(), "b": x[:, 1].tolist(), "y": (sign * (2 * x[:, 0] - x[:, 1])).tolist()}
     pq.write_table(pa.table(columns), sink)
     return bytes(sink.getvalue())

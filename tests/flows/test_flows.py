@@ -25,12 +25,14 @@ from flows.online import online_training
 from flows.stopping import stop_on_signals
 from storage.errors import StoreNotFound, Unavailable, UnknownModel
 from storage.log import VersionLog, open_log
+from storage.urls import open_store
 from tasks import wrappers
 from tasks.batch import VersionInfo
+from tasks.gate import GateClosed
 from tasks.report import OnlineReport
 from tasks.settings import BatchSettings, OnlineSettings
 from tests.flows.conftest import Place
-from tests.flows.data import SPEC_FIELDS
+from tests.flows.data import SPEC_FIELDS, parquet
 from tests.guarantees.audit import audit
 from tests.s3_server import wait_until
 
@@ -65,7 +67,7 @@ def test_batch_then_online(place: Place) -> None:
     assert place.inbox_keys() == []
     log = open_log(place.registry, "model")
     audit(log, shards.items())
-    assert log.aliases() == {"champion": 0}
+    assert log.aliases() == {"champion": 2}
 
 
 @memory
@@ -92,6 +94,47 @@ def test_shards_are_archived_for_the_next_batch_run(place: Place) -> None:
     assert (dataset.files, dataset.rows) == (4, 500)
     audit_counts = [shard.key for version in log.history(log.head()) for shard in version.manifest.consumed]
     assert sorted(audit_counts) == sorted(shards)
+
+
+@memory
+def test_versions_that_are_refused_lead_to_a_batch_training(place: Place) -> None:
+    """Opposite labels: two versions are refused, the model is trained anew, and the run goes on from there."""
+    log = train(place)
+    open_store(f"{place.archive}/holdout").write("part.parquet", parquet(100, seed="holdout"))
+    for name in ("a", "b", "c"):
+        open_store(place.inbox).write(f"{name}.parquet", parquet(50, seed=name, sign=-1))
+    settings = OnlineSettings(
+        max_shards=1,
+        holdout_dataset=f"{place.archive}/holdout",
+        refusals=2,
+        after_refusals="retrain",
+        retrain_dataset=place.dataset,
+        after_commit="archive",
+        archive_to=f"{place.dataset}/archive",
+    )
+    online_training(place.inbox, place.registry, "model", settings)
+    history = [version.manifest for version in log.history(log.head())][::-1]
+    assert [manifest.kind for manifest in history] == ["batch", "online", "online", "batch", "online"]
+    assert history[3].dataset is not None
+    assert history[3].dataset.files == 4
+    assert log.aliases()["champion"] in (3, 4)
+    assert place.inbox_keys() == []
+
+
+@memory
+def test_retraining_on_the_same_data_is_no_way_out(place: Place) -> None:
+    log = train(place)
+    open_store(f"{place.archive}/holdout").write("part.parquet", parquet(100, seed="holdout"))
+    open_store(place.inbox).write("a.parquet", parquet(50, seed="a", sign=-1))
+    settings = OnlineSettings(
+        holdout_dataset=f"{place.archive}/holdout",
+        refusals=1,
+        after_refusals="retrain",
+        retrain_dataset=place.dataset,
+    )
+    with pytest.raises(GateClosed, match="was trained on before, as version 0, with this spec"):
+        online_training(place.inbox, place.registry, "model", settings)
+    assert log.head().number == 1
 
 
 @memory
