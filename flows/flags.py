@@ -13,7 +13,7 @@ from cyclopts.help import format_usage
 from pydantic import BeforeValidator, Field, ValidationError
 
 from tasks.settings import OnlineSettings
-from tasks.training.spec import Model, Optimizer, Spec
+from tasks.training.spec import Model, Optimizer, Schedule, Spec
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -48,11 +48,19 @@ class _OptimizerFlags(Optimizer):
     )
 
 
+class _ScheduleFlags(Schedule):
+    arguments: _Json = Field(
+        default_factory=dict,
+        description="""Its keyword arguments, in gradient steps, as JSON: '{"T_max": 1000}'.""",
+    )
+
+
 class SpecFlags(Spec):
     """The spec, with what is hard to say in flags as JSON."""
 
     model: _ModelFlags = Field(default_factory=_ModelFlags)
     optimizer: _OptimizerFlags = Field(default_factory=_OptimizerFlags)
+    schedule: _ScheduleFlags | None = Field(default=None)
 
     def spec(self) -> Spec:
         return Spec.model_validate(self.model_dump())
@@ -78,7 +86,7 @@ def spec_file(tokens: Sequence[str]) -> list[Callable[..., Any]]:
     if not tokens or tokens[0] != "train":
         return []
     for token in tokens:
-        if token.startswith(("--model.arguments.", "--optimizer.arguments.")):
+        if token.startswith(("--model.arguments.", "--optimizer.arguments.", "--schedule.arguments.")):
             flag, _, name = token.partition("=")[0].rpartition(".")
             raise UsageError(f"""{token}: give all arguments as one JSON object: {flag} '{{"{name}": ...}}'""")
     path = next((value for flag, value in itertools.pairwise(tokens) if flag == "--spec"), None)
@@ -94,7 +102,7 @@ def spec_file(tokens: Sequence[str]) -> list[Callable[..., Any]]:
     if not isinstance(fields, dict):
         raise UsageError(f"--spec {path} must hold one mapping of settings: features: [...], target: ..., and so on")
     fields = {name: value for name, value in fields.items() if value is not None}
-    for part in ("model", "optimizer"):
+    for part in ("model", "optimizer", "schedule"):
         if isinstance(inner := fields.get(part), dict) and "arguments" in inner:
             try:
                 # cyclopts would make flags out of a mapping
@@ -130,7 +138,7 @@ def _unknown(file: str, keys: str) -> str:
     """A setting that the spec does not have; keys such as `[model][factry]`."""
     name = keys.strip("[]").replace("][", ".")
     nearest = difflib.get_close_matches(
-        name, [*Spec.model_fields, "model.factory", "model.arguments", "optimizer.name"]
+        name, [*Spec.model_fields, "model.factory", "model.arguments", "optimizer.name", "schedule.name"]
     )
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"{file} holds {name!r}, which is no setting{hint}"
@@ -146,6 +154,8 @@ def _problem(details: "ErrorDetails") -> str:
         return _missing(flag)
     if details["type"] == "value_error":
         return f"{flag}: {message}"
-    if flag in (parts := {"--model": "--model.factory", "--optimizer": "--optimizer.name"}):
+    if flag in (
+        parts := {"--model": "--model.factory", "--optimizer": "--optimizer.name", "--schedule": "--schedule.name"}
+    ):
         return f"{flag} is set by its parts, such as {parts[flag]}"
     return f"{flag}: {message[:1].lower()}{message[1:]}, not {details['input']!r}"

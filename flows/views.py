@@ -92,6 +92,8 @@ def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
         "aliases": aliases,
         "counters": manifest.counters,
         "metrics": manifest.metrics,
+        "gate": None if manifest.gate is None else manifest.gate.model_dump(mode="json"),
+        "new_columns": manifest.new_columns,
         "owed": len(manifest.owed),
         "quarantined": quarantined,
     }
@@ -101,6 +103,12 @@ def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
         ("aliases", _aliases(aliases) or "none"),
         ("trained on", ", ".join(f"{number:,} {name}" for name, number in manifest.counters.items())),
     ]
+    if (gate := manifest.gate) is not None:
+        row = f" ({gate.refusals} in a row)" if gate.refusals > 1 else ""
+        lines.append(("gate", f"{gate.decision}{row}: {gate.numbers} (champion {gate.champion})"))
+    if manifest.new_columns:
+        names = ", ".join(f"{name} ({kind})" for name, kind in manifest.new_columns.items())
+        lines.append(("new columns", f"{names}: in shards since the last batch training, not used by the model"))
     if quarantined:
         lines.append(("quarantine", f"{count(quarantined, 'shard')} (see tidemill requeue)"))
     if inbox is not None:

@@ -124,6 +124,16 @@ class Gate(Record):
     then: Literal["stop", "rollback", "retrain"] | None = None
     """What is to be done after so many."""
 
+    @property
+    def numbers(self) -> str:
+        """What the decision rests on, in words."""
+        compared = (("window", self.window), ("holdout", self.holdout))
+        return "; ".join(
+            f"{self.metric} {c.learner:.4g} against {c.champion:.4g} on {c.rows:,} rows of the {name}"
+            for name, c in compared
+            if c is not None
+        )
+
 
 class DatasetRef(Record):
     """What a batch run was trained on."""

@@ -130,7 +130,7 @@ class ParquetFile:
                 raise ValueError(f"the footer claims {footer} bytes in a file of {size}")
             self._metadata = pq.read_metadata(_stream(self._file(size - len(tail), tail)))
             # Dictionaries keep a repeated string once; expanded it would cost its length for every row.
-            self._strings = [f.name for f in self._metadata.schema.to_arrow_schema() if _is_string(f.type)]
+            self._strings = _string_leaves(self._metadata.schema)
             self.schema: pa.Schema = self._parquet(self._file(), self._strings).schema_arrow
             self._stored = frozenset(self.schema.names)
             for column, value in self._partitions.items():
@@ -155,13 +155,15 @@ class ParquetFile:
                 width = _WIDTH.get(leaf.physical_type) or int(leaf.length or 0)
                 decoded += max(chunk.num_values * width, group.num_rows * width, chunk.total_uncompressed_size)
                 if leaf.path in self._strings and _DELTA.intersection(chunk.encodings):
+                    if leaf.path not in wanted:
+                        raise ValueError(f"{leaf.path} holds delta-encoded text in lists; write it with dictionaries")
                     delta[leaf.path] = chunk.total_uncompressed_size
             _refuse_beyond_bound(decoded)
             file = self._file()
             file.load(ranges)
             decoded += sum(self._hidden(file, group.column(i)) for i in leaves)
             _refuse_beyond_bound(decoded)
-            parquet = self._parquet(file, [c for c in self._strings if c in wanted and c not in delta])
+            parquet = self._parquet(file, [c for c in self._strings if _is_below(c, wanted) and c not in delta])
             table = parquet.read_row_group(index, columns=sorted(wanted.difference(delta)))
             if table.num_rows != group.num_rows:
                 raise ValueError(f"{table.num_rows} rows where the footer says {group.num_rows}")
@@ -258,6 +260,18 @@ def _is_below(path: str, columns: Collection[str]) -> bool:
     """True if a leaf of the schema belongs to one of the columns, whose names may have dots of their own."""
     parts = path.split(".")
     return any(".".join(parts[:i]) in columns for i in range(1, len(parts) + 1))
+
+
+def _string_leaves(schema: pq.ParquetSchema) -> list[str]:
+    """Paths of the columns of text and bytes, those inside of lists included."""
+    plain = {field.name for field in schema.to_arrow_schema() if _is_string(field.type)}
+    leaves = [schema.column(i) for i in range(len(schema))]
+    return [
+        leaf.path
+        for leaf in leaves
+        if leaf.path in plain
+        or (leaf.max_repetition_level and leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL")
+    ]
 
 
 def _is_string(kind: pa.DataType) -> bool:

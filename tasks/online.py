@@ -426,7 +426,7 @@ class OnlineRun:
             return Step(Outcome.COMMITTED, version.number)
         raise GateClosed(
             f"{self.log.url}: {gate.refusals} versions in a row, up to {head.number}, were worse than champion {gate.champion} "
-            f"({_because(gate)}). Nothing more is trained on. `tidemill promote` accepts version {head.number}, `tidemill "
+            f"({gate.numbers}). Nothing more is trained on. `tidemill promote` accepts version {head.number}, `tidemill "
             f"rollback {gate.champion}` gives it up, `tidemill train` begins anew; the shards stay in the inbox."
         )
 
@@ -489,16 +489,6 @@ class Trained:
 def open_run(inbox: str, registry: str, model: str, settings: OnlineSettings) -> OnlineRun:
     """Open the registry and the inbox; see `OnlineRun`."""
     return OnlineRun(inbox, registry, model, settings)
-
-
-def _because(gate: Gate) -> str:
-    """The numbers behind a decision, in words."""
-    compared = {"window": gate.window, "holdout": gate.holdout}
-    return "; ".join(
-        f"{gate.metric} {c.learner:.4g} against {c.champion:.4g} on {c.rows:,} rows of the {name}"
-        for name, c in compared.items()
-        if c is not None
-    )
 
 
 def retraining(run: OnlineRun) -> tuple[str, str, str, Spec, BatchSettings]:

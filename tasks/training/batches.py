@@ -3,8 +3,9 @@
 Shape legend: N rows of a row group, slice or window, B rows of a batch, F numbers and C ids of one row, T targets.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import repeat
 from typing import NamedTuple, TypeVar
 
@@ -72,12 +73,16 @@ class Stream:
         self.rows = 0  # of the split, with a target; final after the last batch, like the next
         self.unlabelled = 0  # rows of the split left out because their target is null
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         self.rows = self.unlabelled = 0
-        blocks = map(self._encoded, self._slices()) if self._seed is None else self._windows(self._seed)
+        blocks = self._in_order() if self._seed is None else self._windows(self._seed)
         return _rebatched(ahead(blocks), self._batch_size)
 
-    def _windows(self, seed: tuple[str | int, ...]) -> Iterator[Batch]:
+    def _in_order(self) -> Generator[Batch]:
+        for piece in self._slices():
+            yield self._encoded(piece)
+
+    def _windows(self, seed: tuple[str | int, ...]) -> Generator[Batch]:
         capacity = min(self._window_rows, sum(group.num_rows for group in self._groups))
         x_NF = torch.empty(capacity, self._features.numbers)
         ids_NC = torch.empty(capacity, self._features.ids, dtype=torch.int64) if self._features.ids else None
@@ -133,7 +138,7 @@ class Stream:
                 f"column {column!r} is null in all {rows} rows: was it renamed, or does its producer fail?"
             )
 
-    def _tables(self, groups: Iterable[RowGroup]) -> Iterator[tuple[RowGroup, pa.Table]]:
+    def _tables(self, groups: Iterable[RowGroup]) -> Generator[tuple[RowGroup, pa.Table]]:
         names = self._features.names(labelled=True)
         for group in groups:
             if group.num_rows:
@@ -163,10 +168,14 @@ class Stream:
         return block
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is used."""
+def ahead(items: Generator[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is used. In the end `items` is closed.
+
+    It is closed even if an error's traceback still refers to it: otherwise the garbage collector would close it, at a time
+    and in a thread of its choice. Joining a thread while another one starts is a deadlock in CPython 3.11.
+    """
     end = object()
-    with ThreadPoolExecutor(1, thread_name_prefix="tidemill-ahead") as executor:
+    with closing(items), ThreadPoolExecutor(1, thread_name_prefix="tidemill-ahead") as executor:
         coming = executor.submit(next, items, end)
         while (item := coming.result()) is not end:
             coming = executor.submit(next, items, end)
@@ -182,7 +191,7 @@ def _taken(block: Batch, rows_N: Tensor) -> Batch:
     return _each(block, lambda tensor: tensor.index_select(0, rows_N))
 
 
-def _rebatched(blocks: Iterator[Batch], size: int) -> Iterator[Batch]:
+def _rebatched(blocks: Iterator[Batch], size: int) -> Generator[Batch]:
     """Blocks of any length as batches of `size` rows: views, except where a batch straddles two blocks."""
     carried: list[Batch] = []
     missing = 0  # rows until the carried ones are a batch

@@ -5,8 +5,8 @@ Shape legend: N rows of a row group, B rows of a batch, F numbers and C categori
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Final
@@ -81,13 +81,14 @@ def train_pass(
     total = _zero(device)
     rows = steps = 0
     column = False  # whether the output is [B, 1] where the targets are [B]
-    batches: Iterator[Batch] = iter(stream)
-    if learner.memory is not None:
-        batches = _with_memory(batches, learner.memory, spec, key, replay=replay, remember=remember)
-    if device.type != "cpu":
-        batches = (_moved(batch, device) for batch in batches)
     model.train()
-    with _seeded(device, spec.seed, "pass", *key):
+    # Closed whatever happens: the traceback of an error would keep its threads alive.
+    with closing(iter(stream)) as new, _seeded(device, spec.seed, "pass", *key):
+        batches: Iterator[Batch] = new
+        if learner.memory is not None:
+            batches = _with_memory(batches, learner.memory, spec, key, replay=replay, remember=remember)
+        if device.type != "cpu":
+            batches = (_moved(batch, device) for batch in batches)
         for x_BF, ids_BC, y_B, w_B in batches:
             output = forward(x_BF, ids_BC)
             if not steps:
@@ -161,17 +162,18 @@ def score(learner: Learner | Frozen, groups: Sequence[RowGroup], split: Split | 
     loss_function, metrics = loss_of(spec, learner.features), metrics_of(spec)
     total = _zero(device)
     learner.served.eval()
-    for batch in stream:
-        x_BF, ids_BC, y_B, w_B = batch if device.type == "cpu" else _moved(batch, device)
-        output = _outputs(learner, x_BF, ids_BC)
-        total.add_(loss_function(output, y_B, w_B), alpha=len(y_B))
-        predicted, actual = _in_target_units(learner, output).cpu(), batch.y_B
-        if spec.task == "regression":
-            actual = _unscaled(learner, actual)
-        elif spec.task == "binary":
-            actual = actual.long()
-        for metric in metrics.values():
-            metric.update(predicted, actual)
+    with closing(iter(stream)) as batches:
+        for batch in batches:
+            x_BF, ids_BC, y_B, w_B = batch if device.type == "cpu" else _moved(batch, device)
+            output = _outputs(learner, x_BF, ids_BC)
+            total.add_(loss_function(output, y_B, w_B), alpha=len(y_B))
+            predicted, actual = _in_target_units(learner, output).cpu(), batch.y_B
+            if spec.task == "regression":
+                actual = _unscaled(learner, actual)
+            elif spec.task == "binary":
+                actual = actual.long()
+            for metric in metrics.values():
+                metric.update(predicted, actual)
     if not stream.rows:
         return Score(0, float("nan"))
     found = {name: metric.compute().item() for name, metric in metrics.items()}
@@ -192,7 +194,7 @@ def predict(learner: Learner | Frozen, groups: Sequence[RowGroup]) -> Iterator[T
         1, learner.spec.window_bytes // features.row_bytes
     )  # encoded sequences may be far larger than the table
 
-    def encoded() -> Iterator[tuple[Encoded, bool]]:
+    def encoded() -> Generator[tuple[Encoded, bool]]:
         for group in groups:
             features.check(group.schema, group.name, labelled=False)
             table = group.read(names)

@@ -78,7 +78,7 @@ def model(place: Place) -> Place:
     train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
     place.drop("a.parquet", "b.parquet")
     open_store(place.inbox).write("c.parquet", NOT_PARQUET)
-    drain(open_store, place.inbox, place.registry, OnlineSettings(max_shards=2, grace_seconds=0))
+    drain(open_store, place.inbox, place.registry, OnlineSettings(max_shards=2, grace_seconds=0, champion="score"))
     return place
 
 
@@ -609,9 +609,11 @@ def test_training_in_processes_of_their_own(place: Place, tmp_path: Path) -> Non
     assert "if it is your code, set TIDEMILL_FACTORIES=mymodel" in result.err.splitlines()[-1]
     result = in_process(*follow, cwd=tmp_path, environment=os.environ | {"TIDEMILL_FACTORIES": "mymodel"})
     assert result.code == 0, result.err
-    first, second = result.out.splitlines()
+    first, score, champion, gate = result.out.splitlines()
     assert first == "head of model is version 1: 1 new version from 1 shard, 50 rows"
-    assert second.startswith("  score        loss 0.")
+    assert score.startswith("  score        loss 0.")
+    assert champion.startswith("  champion     loss 0.")
+    assert gate == "  gate         champion moved 1 time"
     assert [line.count("version 1: shards 1, rows 50") for line in result.err.splitlines()] == [0, 1]
 
 

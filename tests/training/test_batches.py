@@ -210,6 +210,18 @@ def test_leaving_early_ends_the_threads():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tidemill-ahead")]
 
 
+@pytest.mark.parametrize("shuffle_seed", [None, (0,)])
+def test_an_error_ends_the_threads_while_its_traceback_lives(shuffle_seed):
+    """Left to the garbage collector, they could be joined inside the start of another thread: CPython deadlocks there."""
+    groups = cut(counted(1000), *[10] * 99)
+    for group in groups[5:]:
+        group.table = group.table.set_column(0, "x0", pa.array([float("nan")] * group.num_rows, pa.float32()))
+    with pytest.raises(ColumnError) as caught:
+        list(stream(groups, shuffle_seed=shuffle_seed, window_bytes=100))
+    assert caught.value.__traceback__ is not None
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tidemill-ahead")]
+
+
 def test_ahead_makes_one_item_at_a_time_and_keeps_their_order():
     made = []
 

@@ -273,3 +273,13 @@ def test_nulls_inside_an_image_become_its_means():
             [True, True, True, True],  # 5 and 6 are the means of their places
             [False, True, False, False],
         ]
+
+
+def test_what_lies_in_memory_below_a_null_of_an_image_does_not_count():
+    pixels = pa.array([1.0, 2, 3, 4, 5, 6, 7, 8])
+    rows = pa.FixedSizeListArray.from_arrays(pixels, 2, mask=pa.array([False, True, False, False]))
+    images = pa.FixedSizeListArray.from_arrays(rows, 2, mask=pa.array([False, True]))
+    values_NK, present_NK = columns.as_tensor(images, 4)
+    assert present_NK.tolist() == [[True, True, False, False], [False] * 4]
+    assert values_NK[0].tolist() == [1, 2, 3, 4]
+    assert columns.as_tensor(images[:1], 4)[1].tolist() == [[True, True, False, False]]

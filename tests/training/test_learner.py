@@ -96,7 +96,7 @@ def test_the_state_is_json_and_tensors():
             {"model": {"factory": "tests.training.rows:WideNet"}},
             r"weight is float32\[1, 10\], the model has float32\[2, 10\]",
         ),
-        ({"features": ["x0"]}, r"stored state is for .*'x9'\], 'y', 'regression'\), the spec has \(\['x0'\]"),
+        ({"features": ["x0"]}, r"stored state is for .*'x9'\], \('y',\), 'regression'\), the spec has \(\['x0'\]"),
         ({"optimizer": {"name": "adam"}}, "of sgd, the spec's optimizer is adam"),
     ],
 )
