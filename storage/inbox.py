@@ -143,6 +143,20 @@ class Inbox:
             raise Unavailable(f"{self.url}/{info.key}: {len(data)} bytes came of {info.size}; try again.")
         return Shard(self.url, info, data, sha256(data))
 
+    def count_rows(self, info: ObjectInfo) -> int:
+        """How many rows a shard has, by its footer alone.
+
+        Raises:
+            NotFound, PreconditionFailed: it went or changed since it was listed.
+            NotReady: no Parquet magic at both ends.
+            ShardRejected: a footer that does not parse.
+        """
+
+        def fetch(start: int, length: int) -> bytes:
+            return self.store.read(info.key, if_match=info.etag, start=start, length=length)
+
+        return sum(ParquetFile(info.key, info.size, fetch, ShardRejected).group_rows)
+
     def is_stable(self, info: ObjectInfo, grace_seconds: float) -> bool:
         """True if the object has not been written to for the grace period, so that its writer must have given up."""
         return (datetime.now(UTC) - info.last_modified).total_seconds() >= grace_seconds

@@ -154,7 +154,7 @@ class Entry(Record):
     rejected: tuple[Rejected, ...] = ()
     owed: tuple[Owed, ...] = ()
     fired: tuple[str, ...] = ()
-    """The triggers that began this step, if it waited for one."""
+    """Why its shards were trained on when they were: names of triggers. Absent if there was nothing to wait for."""
     gate: Gate | None = None
     """Whether the champion moves to this version; absent if there was nothing to compare."""
     new_columns: dict[str, str] = Field(default_factory=dict)

@@ -10,14 +10,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from storage.errors import (
     HeadMoved,
+    NotFound,
     NotReady,
     PermissionDenied,
+    PreconditionFailed,
     ShardRejected,
     UnknownVersion,
     UnsupportedStore,
@@ -26,6 +29,7 @@ from storage.errors import (
 from storage.inbox import Inbox, Shard, quarantine_key, settle
 from storage.log import Version, VersionLog
 from storage.manifest import Blobs, Consumed, Entry, Gate, Owed, Rejected
+from storage.parquet import RowGroup
 from storage.probe import check_preconditions
 from storage.store import ObjectInfo, Store
 from storage.tombstones import Tombstones
@@ -41,6 +45,7 @@ from tasks.training.errors import ColumnError, NonFiniteLoss
 from tasks.training.learner import Learner
 from tasks.training.loop import PassResult, score, train_shard
 from tasks.training.spec import Spec
+from tasks.triggers import Reason, Seen, Trigger
 from tasks.versions import load_learner, spec_of
 
 logger = logging.getLogger("tidemill.online")
@@ -49,6 +54,9 @@ LISTED_AHEAD = 10_000
 """How many shards one listing of the inbox hands to the following steps: listing again for each would cost O(inbox) a step."""
 SETTLE_AGAIN_SECONDS = 60.0
 """How often a deletion that was denied is tried again."""
+
+
+T = TypeVar("T")
 
 
 class Outcome(enum.Enum):
@@ -124,6 +132,9 @@ class OnlineRun:
         self.champion = Champion(self.log, settings)
         self._loaded: _Loaded | None = None
         self._ahead: deque[ObjectInfo] = deque()
+        self._fired: list[Reason] = []
+        """Why the shards of the last listing are trained on."""
+        self._trigger: tuple[Version, Trigger] | None = None
         self._warned: set[str] = set()
 
     def stores(self, url: str) -> Store:
@@ -171,13 +182,15 @@ class OnlineRun:
 
     def _past(self, head: Version, learner: Learner) -> tuple[deque[Consumed], Summary, Gate | None]:
         """What was scored lately on the way to this head: the window, the summary of all, the last decision."""
-        window: deque[Consumed] = deque(maxlen=self.settings.window_shards)
+        settings = self.settings
+        size = max(settings.window_shards, settings.train_when.window if settings.train_when.by_score else 0)
+        window: deque[Consumed] = deque(maxlen=size)
         gate: Gate | None = None
         for version in self.log.history(head):
-            if version.manifest.kind != "online" or len(window) == window.maxlen:
+            if version.manifest.kind != "online" or len(window) == size:
                 break
             gate = gate or version.manifest.gate
-            for shard in version.manifest.consumed[::-1][: self.settings.window_shards - len(window)]:
+            for shard in version.manifest.consumed[::-1][: size - len(window)]:
                 window.appendleft(shard)
         return window, Summary.model_validate(head.manifest.metrics.get("cumulative", {})), gate
 
@@ -217,6 +230,45 @@ class OnlineRun:
                 f"{self.settings.max_shard_bytes:,}; it stays in the inbox. Split it, or raise the limit."
             )
         self.report.waiting, self.report.oldest_waiting = listing.waiting, listing.oldest
+        self._fired = self._why(loaded, backlog=listing.waiting > len(listing.shards))
+        if not self._fired:
+            self._ahead.clear()
+
+    def _why(self, loaded: _Loaded, *, backlog: bool) -> list[Reason]:
+        """Why to train on what was listed; empty: the triggers say to wait."""
+        if backlog:  # what is not listed would never count
+            return ["backlog"]
+        if self._trigger is None or self._trigger[0] != loaded.version:
+            past = [Seen(shard.rows, shard.score["loss"]) for shard in loaded.window if "loss" in shard.score]
+            self._trigger = loaded.version, Trigger(self.settings.train_when, past)
+
+        def rows(info: ObjectInfo) -> int | None:
+            return self._unless_gone(info, lambda: self.inbox.count_rows(info))
+
+        def loss(info: ObjectInfo) -> Seen | None:
+            return self._unless_gone(info, lambda: self._waiting_loss(loaded, info))
+
+        return self._trigger[1].fired([*self._ahead], rows, loss, datetime.now(UTC))
+
+    def _unless_gone(self, info: ObjectInfo, ask: Callable[[], T | None]) -> T | None:
+        """The answer, or None about a shard that has gone or is not whole yet. Raises ShardRejected if it never will be."""
+        try:
+            return ask()
+        except (NotFound, PreconditionFailed):
+            return None
+        except NotReady as unready:
+            if self.inbox.is_stable(info, self.settings.grace_seconds):
+                raise ShardRejected(str(unready)) from unready
+            return None
+
+    def _waiting_loss(self, loaded: _Loaded, info: ObjectInfo) -> Seen | None:
+        """How the head does on a shard that waits; None if it would not be trained on."""
+        shard = self.inbox.read(info)
+        if shard is None or loaded.tombstones.has(self.inbox.url, info.key, shard.sha256):
+            return None
+        groups = self._groups(loaded.learner, shard)
+        before = score(loaded.learner, groups)
+        return Seen(before.rows, before.loss)
 
     @property
     def listed(self) -> bool:
@@ -282,8 +334,7 @@ class OnlineRun:
         try:
             if info.key in refused:
                 raise ShardRejected(refused[info.key])
-            groups = shard.row_groups()
-            learner.features.check(groups[0].schema, info.key)
+            groups = self._groups(learner, shard)
             new_columns = self._new_columns(learner, groups[0].schema, info.key)
             before = finite(score(learner, groups))
         except NotReady as unready:
@@ -304,6 +355,12 @@ class OnlineRun:
         work.add(shard, ordinal, before, champion, result, self.settings.passes)
         work.new_columns |= new_columns
         return None
+
+    def _groups(self, learner: Learner, shard: Shard) -> list[RowGroup]:
+        """A shard's row groups, their columns checked. Raises NotReady, ShardRejected, ColumnError."""
+        groups = shard.row_groups()
+        learner.features.check(groups[0].schema, shard.info.key)
+        return groups
 
     def _new_columns(self, learner: Learner, schema: pa.Schema, key: str) -> dict[str, str]:
         """Columns to record. Raises ShardRejected: the settings refuse them."""
@@ -335,7 +392,8 @@ class OnlineRun:
         window.extend(work.consumed)
         cumulative = loaded.cumulative.model_copy(deep=True)
         cumulative.add(work.consumed)
-        gate, holdout = self._decide(work, window)
+        recent = list(window)[-self.settings.window_shards :]
+        gate, holdout = self._decide(work, recent)
         blobs = Blobs(
             weights=self.log.write_blob(number, "safetensors", weights),
             state=self.log.write_blob(number, "state.safetensors", state),
@@ -348,10 +406,11 @@ class OnlineRun:
             consumed=tuple(work.consumed),
             rejected=tuple(work.rejected),
             owed=owed,
+            fired=tuple(self._fired) if self.settings.train_when.given else (),
             gate=gate,
             new_columns=loaded.version.manifest.new_columns | work.new_columns,
             metrics=work.metrics()
-            | {"window": Summary.of(window).model_dump(), "cumulative": cumulative.model_dump()}
+            | {"window": Summary.of(recent).model_dump(), "cumulative": cumulative.model_dump()}
             | ({"holdout": holdout} if holdout else {}),
             counters=asdict(loaded.learner.counters),
             code=code_revision(),

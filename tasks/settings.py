@@ -1,12 +1,14 @@
 """What a run is told beside the spec: its limits and its habits.
 
-Only pydantic here: the command line builds its flags and Prefect its form from these descriptions, and `--help` must not
-wait for torch or Prefect.
+Only pydantic here, and what imports nothing else that is heavy: the command line builds its flags and Prefect its form from
+these descriptions, and `--help` must not wait for torch or Prefect.
 """
 
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tasks.triggers import Triggers
 
 
 class _Settings(BaseModel):
@@ -89,6 +91,9 @@ class OnlineSettings(_Settings):
         description="What is no whole Parquet file is rejected only after it has not changed for this long.",
     )
 
+    train_when: Triggers = Field(
+        default_factory=Triggers, description="Triggers: what must hold before waiting shards are trained on."
+    )
     new_columns: Literal["fail", "add", "ignore"] = Field(
         default="add",
         description="Columns that the dataset of the batch training did not have. fail: the shard is rejected. add: they are "

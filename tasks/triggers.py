@@ -22,10 +22,11 @@ from tasks.training.errors import ColumnError, SpecError
 T = TypeVar("T")
 
 Reason = Literal[
-    "at_once", "min_rows", "min_bytes", "max_wait_seconds", "drift", "score_drop", "no_history", "unreadable"
+    "at_once", "min_rows", "min_bytes", "max_wait_seconds", "drift", "score_drop", "no_history", "unreadable", "backlog"
 ]
 """What fired. `at_once`: no trigger is set. `no_history`: score_drop has nothing to compare with before a first shard was
-trained on. `unreadable`: a shard can never be used, and only a step can reject it. The others are triggers of that name."""
+trained on. `unreadable`: a shard can never be used, and only a step can reject it. `backlog`: more waits than a run looks at
+together. The others are triggers of that name."""
 
 CLIP: Final = 4.0
 """Losses are clipped to this many standard deviations from the usual: one broken shard alone is no drift."""

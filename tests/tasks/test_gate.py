@@ -310,3 +310,47 @@ def test_new_columns_are_recorded_rejected_or_ignored(world: World) -> None:
     assert world.log.head().manifest.new_columns == {"c": "int64"}
     report = world.drain({"12.parquet": more}, new_columns="fail")
     assert "12.parquet has columns that the dataset of the batch training had not: c" in str(report.last_rejected)
+
+
+# ---- triggers --------------------------------------------------------------------------------------------------------
+def test_shards_wait_until_there_are_enough_rows(world: World) -> None:
+    settings = {"train_when": {"min_rows": 150}, "max_shards": 10}
+    report = world.drain({"00.parquet": GOOD["00.parquet"], "01.parquet": GOOD["01.parquet"]}, **settings)
+    assert (report.versions, report.waiting) == (0, 2)
+    report = world.drain({"02.parquet": GOOD["02.parquet"]}, **settings)
+    assert (report.versions, report.shards) == (1, 3)
+    assert world.log.head().manifest.fired == ("min_rows",)
+
+
+def test_all_that_was_listed_is_trained_on_once_a_trigger_fired(world: World) -> None:
+    report = world.drain(GOOD, train_when={"min_rows": 200}, max_shards=1)
+    assert (report.versions, report.shards) == (4, 4)
+    assert {version.manifest.fired for version in world.log.history(world.log.head(), 4)} == {("min_rows",)}
+
+
+def test_a_worse_score_is_a_reason_to_train(world: World) -> None:
+    world.drain(GOOD)
+    settings = {"train_when": {"score_drop": 1.0}}
+    assert world.drain(RECOVERY, **settings).versions == 0, "the model does as well as before"
+    report = world.drain(POISON, **settings)
+    assert report.shards == len(POISON) + len(RECOVERY)
+    assert world.log.head().manifest.fired == ("score_drop",)
+
+
+def test_drift_is_a_reason_to_train_in_a_process_of_its_own_each_time(world: World) -> None:
+    usual = {f"{i:03}.parquet": rows(20, 500 + i) for i in range(30)}
+    world.drain(usual, max_shards=64)
+    settings = {"train_when": {"drift": "page_hinkley"}}
+    assert world.drain({f"1{i:02}.parquet": rows(20, 600 + i) for i in range(5)}, **settings).versions == 0
+    shifted = {f"2{i:02}.parquet": rows(20, 700 + i, slope=6.0) for i in range(20)}
+    for key, table in shifted.items():
+        if world.drain({key: table}, **settings).versions:
+            break
+    assert world.log.head().manifest.fired == ("drift",)
+
+
+def test_what_can_never_be_read_does_not_wait(world: World) -> None:
+    put(world.url("inbox"), {"00.parquet": b"PAR1 this is no Parquet file PAR1"})
+    report = world.drain({}, train_when={"min_rows": 1000})
+    assert report.rejected == 1
+    assert world.log.head().manifest.fired == ("unreadable",)
