@@ -47,7 +47,12 @@ MakeUrl = Callable[[str], str]
 # With all that makes a learner more than its weights.
 SPEC = Spec.model_validate(
     {
-        "features": ["a", "b", {"name": "c", "kind": "category", "buckets": 8}, {"name": "d", "buckets": 8, "length": 3}],
+        "features": [
+            "a",
+            "b",
+            {"name": "c", "kind": "category", "buckets": 8},
+            {"name": "d", "buckets": 8, "length": 3},
+        ],
         "target": ["y", "z"],
         "sample_weight": "w",
         "model": {"factory": "mlp", "arguments": {"hidden": [8], "dropout": 0.1}},

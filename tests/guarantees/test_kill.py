@@ -34,9 +34,7 @@ from tests.guarantees.children import (
     waiting,
 )
 
-GATED = ONLINE.model_copy(
-    update={"tolerance": 0.0, "window_shards": 2, "refusals": 1, "after_refusals": "rollback"}
-)
+GATED = ONLINE.model_copy(update={"tolerance": 0.0, "window_shards": 2, "refusals": 1, "after_refusals": "rollback"})
 """One version that is no better than the champion, and the run goes back to the champion."""
 MOMENTS = {"local": 20, "s3": 8}
 """How many moments of a sweep CI takes, spread over the run; of an online run on local, all."""

@@ -537,7 +537,7 @@ def test_lists_of_delta_encoded_text_are_refused() -> None:
     data = written(
         pa.table({"x": [["a"]]}), use_dictionary=False, column_encoding={"x.list.element": "DELTA_BYTE_ARRAY"}
     )
-    with pytest.raises(ShardRejected, match="x.list.element holds delta-encoded text in lists"):
+    with pytest.raises(ShardRejected, match=r"x.list.element holds delta-encoded text in lists"):
         opened(data).read(0, ["x"])
 
 
