@@ -36,9 +36,9 @@ from tests.guarantees.children import (
 
 GATED = ONLINE.model_copy(update={"tolerance": 0.0, "window_shards": 2, "refusals": 1, "after_refusals": "rollback"})
 """One version that is no better than the champion, and the run goes back to the champion."""
-MOMENTS = {"local": 20, "s3": 8}
-"""How many moments of a sweep CI takes, spread over the run; of an online run on local, all."""
-SAMPLE, FULL = {"local": 6, "s3": 2}, {"local": 1000, "s3": 100}
+MOMENTS = {"local": 16, "s3": 6}
+"""How many moments of a sweep CI takes, spread over the run; of an online run on local, more."""
+SAMPLE, FULL = {"local": 4, "s3": 2}, {"local": 1000, "s3": 100}
 """How many runs are killed again and again."""
 
 
@@ -58,7 +58,7 @@ def make_url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Ma
 
 
 class Sweep(Protocol):
-    def __call__(self, run_and_check: Callable[[Kill | None, str], int | None], every: bool = False) -> None: ...
+    def __call__(self, run_and_check: Callable[[Kill | None, str], int | None], times: int = 1) -> None: ...
 
 
 @pytest.fixture
@@ -66,11 +66,11 @@ def sweep(backend: str, full: bool, record_property: Callable[[str, object], Non
     """Calls with no kill first, to learn where storage is called; then kills at each of these moments, or at a sample."""
     start_server()
 
-    def run_all(run_and_check: Callable[[Kill | None, str], int | None], every: bool = False) -> None:
+    def run_all(run_and_check: Callable[[Kill | None, str], int | None], times: int = 1) -> None:
         moments = run_and_check(None, "clean")
         assert moments is not None
         assert moments > 10
-        chosen = sample(range(moments), None if full or every else MOMENTS[backend])
+        chosen = sample(range(moments), None if full else times * MOMENTS[backend])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for killed in pool.map(run_and_check, map(Kill, chosen), map(str, chosen)):
                 assert killed is None, "the kill did not happen"
@@ -110,7 +110,7 @@ def test_online_run(sweep: Sweep, backend: str, base: str, make_url: MakeUrl, tm
         assert waiting(inbox) == []
         return moments
 
-    sweep(run_and_check, every=backend == "local")
+    sweep(run_and_check, times=2 if backend == "local" else 1)
 
 
 def test_killed_again_and_again(
@@ -186,7 +186,8 @@ def test_batch_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
 def trained(base: str, make_url: MakeUrl, tmp_path: Path) -> str:
     """URL of a registry with versions 0 to 3."""
     fill(make_url("inbox"), SHARDS)
-    in_child(drain, make_url("inbox"), base, ONLINE, kill=None, tmp_path=tmp_path)
+    settings = ONLINE.model_copy(update={"champion": "score"})
+    in_child(drain, make_url("inbox"), base, settings, kill=None, tmp_path=tmp_path)
     return base
 
 

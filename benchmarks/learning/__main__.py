@@ -1,0 +1,104 @@
+"""Prequential error of frozen, online, replaying and retrained models on drifting streams, beside River and scikit-learn.
+
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.learning                 # all streams, 5 seeds
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.learning --quick         # under a minute: two streams, one seed
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.learning --streams sea agrawal --seeds 2
+
+Needs the `bench` extra. Every learner has the same columns, the same shards, and its learning rate and epochs from the same
+grid, chosen on the batch part of the first seed's stream. Writes raw results (JSON lines), a table (Markdown) and a plot for
+each stream: OUT.jsonl, OUT.md, OUT-STREAM.png.
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from benchmarks.learning import protocol, report
+from benchmarks.learning.ours import Tidemill
+from benchmarks.learning.peers import RiverLinear, RiverLinearByRow, RiverTree, SklearnSGD
+from benchmarks.learning.protocol import Make, Settings, choose, summary
+from benchmarks.learning.streams import STREAMS
+from tasks.training.spec import ReplayMemory
+
+ROWS: Final = 10_000  # of a generated stream
+REPLAY: Final = ReplayMemory(rows=4000, ratio=1.0)
+# What is compared, and whose settings it takes: its own, or those chosen for another.
+LEARNERS: Final[dict[str, tuple[Make, str | None]]] = {
+    "frozen": (partial(Tidemill, policy="frozen"), "frozen"),
+    "online": (Tidemill, "online"),
+    "replay": (partial(Tidemill, replay=REPLAY), "replay"),
+    "retrain": (partial(Tidemill, policy="retrain"), "frozen"),
+    "linear frozen": (partial(Tidemill, factory="linear", policy="frozen"), "linear frozen"),
+    "linear online": (partial(Tidemill, factory="linear"), "linear online"),
+    "linear replay": (partial(Tidemill, factory="linear", replay=REPLAY), "linear replay"),
+    "river": (RiverLinear, "river"),
+    "river by row": (RiverLinearByRow, "river"),
+    "sklearn": (SklearnSGD, "sklearn"),
+    "river tree": (RiverTree, None),  # for orientation, first seed only: it takes longer than all others together
+}
+
+
+def run(name: str, seeds: int, rows: int, learners: list[str]) -> list[dict[str, Any]]:
+    """One result for each learner and seed."""
+    results: list[dict[str, Any]] = []
+    chosen: dict[str, Settings] = {}
+    for seed in range(seeds):
+        stream = STREAMS[name](seed, rows)
+        for learner in learners:
+            make, source = LEARNERS[learner]
+            if source is None and seed:
+                continue
+            if source is not None and source not in chosen:
+                chosen[source], _ = choose(LEARNERS[source][0], stream)
+            settings = Settings(0.0, 1) if source is None else chosen[source]
+            began = time.process_time()
+            found = summary(stream, protocol.run(make(stream, settings, seed), stream))
+            about = {
+                "stream": name,
+                "learner": learner,
+                "seed": seed,
+                "seconds": round(time.process_time() - began, 2),
+                "rate": settings.rate,
+                "epochs": settings.epochs,
+            }
+            results.append(about | {"metrics": found})
+            print(
+                f"{name:>14} {learner:>14} seed {seed}:",
+                {metric: round(value, 4) for metric, value in found.items() if metric != "by_shard"},
+                f"rate {settings.rate}, {settings.epochs} epochs, {about['seconds']} s",
+                flush=True,
+            )
+    return results
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(prog="python -m benchmarks.learning", description=__doc__)
+    options.formatter_class = argparse.RawDescriptionHelpFormatter
+    options.add_argument("--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS))
+    options.add_argument("--learners", nargs="+", choices=list(LEARNERS), default=list(LEARNERS))
+    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--rows", type=int, default=ROWS, help="of a generated stream; real ones are thinned alike")
+    options.add_argument("--quick", action="store_true", help="sea and returning, 1 seed, 4000 rows")
+    options.add_argument("--out", type=Path, default=Path(__file__).parent / "results.md")
+    given = options.parse_args()
+    if given.quick:
+        given.streams, given.seeds, given.rows = ["sea", "returning"], 1, 4000
+        given.learners = [name for name in given.learners if name != "river tree"]
+    torch.set_num_threads(1)
+    began = time.process_time()
+    results = [result for name in given.streams for result in run(name, given.seeds, given.rows, given.learners)]
+    with given.out.with_suffix(".jsonl").open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in report.flat(results))
+    given.out.write_text(report.markdown(results, given.seeds))
+    report.plot(results, given.out)
+    print(given.out.read_text())
+    print(f"{time.process_time() - began:.0f} s of CPU; {given.out}")
+
+
+if __name__ == "__main__":
+    main()

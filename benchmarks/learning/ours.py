@@ -1,0 +1,105 @@
+"""Tidemill's learners, in process: the same features, loop and scores as its batch and online runs, without storage."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from benchmarks.learning.protocol import Settings
+from benchmarks.learning.streams import Stream, Y
+from tasks.training.features import Features
+from tasks.training.learner import Learner
+from tasks.training.loop import predict, train_pass, train_shard
+from tasks.training.spec import Column, Model, ReplayMemory, Spec
+
+GROUP_ROWS: Final = 4096
+BUCKETS: Final = 1024
+RETRAININGS: Final = 3  # in a stream
+BATCH_SIZE: Final = {"mlp": 32, "linear": 1}  # River's and scikit-learn's linear learners step row by row too
+CLIP_NORM: Final = 1.0  # a rate chosen on a calm batch part diverges when the inputs leave their range
+
+
+@dataclass(frozen=True)
+class Group:
+    """A row group in memory."""
+
+    name: str
+    table: pa.Table
+
+    @property
+    def num_rows(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.table.schema
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        return self.table.select(list(columns))
+
+
+def groups_of(table: pa.Table) -> list[Group]:
+    starts = range(0, table.num_rows, GROUP_ROWS)
+    return [Group(f"rows {start}", table.slice(start, GROUP_ROWS)) for start in starts]
+
+
+@dataclass
+class Tidemill:
+    """One model and one policy: frozen never learns, online trains on each shard, retrain starts anew now and then."""
+
+    stream: Stream
+    settings: Settings
+    seed: int
+    factory: str = "mlp"
+    policy: Literal["frozen", "online", "retrain"] = "online"
+    replay: ReplayMemory | None = None
+    seen: list[pa.Table] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        arguments: dict[str, Any] = {"hidden": [64, 32]} if self.factory == "mlp" else {}
+        categories = self.stream.categories
+        self.every = math.ceil(len(self.stream.shards) / (RETRAININGS + 1))
+        self.spec = Spec(
+            features=tuple(
+                Column(name=name, kind="category", buckets=BUCKETS) if name in categories else Column(name=name)
+                for name in self.stream.features
+            ),
+            target=Y,
+            task=self.stream.task,
+            model=Model(factory=self.factory, arguments=arguments),
+            loss=self.stream.loss,
+            learning_rate=self.settings.rate,
+            epochs=self.settings.epochs,
+            replay=self.replay,
+            clip_norm=CLIP_NORM,
+            batch_size=BATCH_SIZE[self.factory],
+            seed=self.seed,
+            standardize_target=self.stream.task == "regression",
+        )
+
+    def fit(self, table: pa.Table) -> None:
+        """As `tidemill train`: statistics of all rows, then epochs over them."""
+        self.seen = [table]
+        groups = groups_of(table)
+        features = Features.resolve(self.spec, table.schema).fit(groups)
+        self.learner = Learner.create(self.spec, features)
+        for epoch in range(self.spec.epochs):
+            train_pass(self.learner, groups, key=("epoch", epoch), remember=epoch == 0)
+
+    def predict(self, table: pa.Table) -> np.ndarray:
+        return torch.cat(list(predict(self.learner, groups_of(table)))).double().numpy()
+
+    def learn(self, table: pa.Table) -> None:
+        """As `tidemill follow` with one pass over a shard; or, a few times in a stream, as a new `tidemill train`."""
+        if self.policy == "online":
+            train_shard(self.learner, groups_of(table), 1)
+        elif self.policy == "retrain":
+            self.seen.append(table)
+            if (len(self.seen) - 1) % self.every == 0:  # the batch part is among those seen
+                seen = self.seen
+                self.fit(pa.concat_tables(seen))
+                self.seen = seen

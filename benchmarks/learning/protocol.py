@@ -1,0 +1,132 @@
+"""Test, then train: every learner predicts a whole shard before it learns from it, and its settings are chosen before.
+
+Settings are chosen by the same protocol on the batch part alone: trained on its first 70%, scored on the rest.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.learning.streams import Stream, Y
+from tasks.training.errors import TrainingError
+
+RATES: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+EPOCHS: Final = (2, 10)
+METRICS: Final = {"regression": ("mae", "rmse"), "binary": ("error", "log_loss")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is chosen for each learner, from the same grid for all."""
+
+    rate: float  # learning rate
+    epochs: int  # passes over the batch part
+
+
+GRID: Final = tuple(Settings(rate, epochs) for epochs in EPOCHS for rate in RATES)
+
+
+class Learner(Protocol):
+    """Predictions are values (regression) or probabilities of class 1 (binary), float64 [rows]."""
+
+    def fit(self, table: pa.Table) -> None:
+        """Batch training."""
+        ...
+
+    def predict(self, table: pa.Table) -> np.ndarray: ...
+
+    def learn(self, table: pa.Table) -> None:
+        """One shard of the stream."""
+        ...
+
+
+Make = Callable[[Stream, Settings, int], Learner]  # the int is the seed
+
+
+@dataclass
+class Trace:
+    """Predictions for each shard, made before it was learned; and those of the probe before the first shard and after each."""
+
+    shards: list[np.ndarray] = field(default_factory=list)
+    probe: list[np.ndarray] = field(default_factory=list)
+
+
+def run(learner: Learner, stream: Stream) -> Trace | None:
+    """Batch training, then the stream. None: the learner diverged and stopped with an error."""
+    try:
+        learner.fit(stream.batch)
+        return _prequential(learner, stream)
+    except (TrainingError, ArithmeticError, ValueError):  # non-finite in ours; overflow, or refused by scikit-learn
+        return None
+
+
+def _prequential(learner: Learner, stream: Stream) -> Trace:
+    trace = Trace()
+    if stream.probe is not None:
+        trace.probe.append(learner.predict(stream.probe))
+    for shard in stream.shards:
+        trace.shards.append(learner.predict(shard))
+        learner.learn(shard)
+        if stream.probe is not None:
+            trace.probe.append(learner.predict(stream.probe))
+    return trace
+
+
+def errors(stream: Stream, predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
+    """mae and rmse, or error rate and log loss (natural, probabilities kept 1e-6 away from 0 and 1)."""
+    with np.errstate(all="ignore"):  # a diverged learner has an infinite error
+        if stream.task == "regression":
+            off = predicted - actual
+            found = {"mae": np.abs(off).mean(), "rmse": np.sqrt(np.square(off).mean())}
+        else:
+            p = np.clip(predicted, 1e-6, 1 - 1e-6)
+            found = {
+                "error": ((predicted > 0.5) != (actual > 0.5)).mean() if np.isfinite(predicted).all() else math.inf,
+                "log_loss": -np.where(actual > 0.5, np.log(p), np.log1p(-p)).mean(),
+            }
+    return {name: float(value) if np.isfinite(value) else math.inf for name, value in found.items()}
+
+
+def targets(tables: Iterable[pa.Table]) -> np.ndarray:
+    return np.concatenate([table[Y].to_numpy() for table in tables])
+
+
+def choose(make: Make, stream: Stream) -> tuple[Settings, float]:
+    """The settings of the grid with the lowest training loss on the last 30% of the batch part, and that loss."""
+    head = stream.head()
+    metric = {"mse": "rmse", "l1": "mae", "bce": "log_loss"}[stream.loss]
+    scored: list[tuple[float, Settings]] = []
+    for settings in GRID:
+        trace = run(make(head, settings, 0), head)
+        if trace is None:
+            continue
+        scored.append((errors(head, np.concatenate(trace.shards), targets(head.shards))[metric], settings))
+    best, settings = min(scored, key=lambda pair: pair[0])
+    return settings, best
+
+
+def summary(stream: Stream, trace: Trace | None) -> dict[str, Any]:
+    """Errors over the whole stream, by shard, and, where a concept returns, what was forgotten of it.
+
+    Infinite for a learner that diverged.
+    """
+    if trace is None:
+        return dict.fromkeys(METRICS[stream.task], math.inf)
+    found: dict[str, Any] = dict(errors(stream, np.concatenate(trace.shards), targets(stream.shards)))
+    metric = METRICS[stream.task][stream.loss == "mse"]
+    by_shard = [
+        errors(stream, predicted, targets([shard]))[metric]
+        for predicted, shard in zip(trace.shards, stream.shards, strict=True)
+    ]
+    found["by_shard"] = by_shard
+    if stream.probe is not None:
+        probes = [errors(stream, predicted, targets([stream.probe]))[metric] for predicted in trace.probe]
+        returns = [i for i in range(1, len(by_shard)) if stream.concepts[i - 1 : i + 1] == ("B", "A")]
+        found["probe_before"] = probes[0]
+        found["probe_after"] = float(np.mean([probes[i] for i in returns]))
+        found["at_return"] = float(np.mean([by_shard[i] for i in returns]))
+    return found
