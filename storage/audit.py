@@ -72,7 +72,8 @@ def audit(log: VersionLog) -> Audit:
         if number and before is not None:
             result.findings += [f"version {number}: {what}" for what in _broken_links(log, before, version)]
         for shard in manifest.consumed:
-            shards.consumed(number, (shard.inbox, shard.key, shard.sha256), shard.last_modified.isoformat())
+            for part in (shard,) if shard.labels is None else (shard, shard.labels):
+                shards.consumed(number, (part.inbox, part.key, part.sha256), part.last_modified.isoformat())
         for refused in manifest.rejected:
             shards.rejected(number, (refused.inbox, refused.key, refused.sha256), refused.last_modified.isoformat())
         gone = [ref for ref in manifest.blobs.refs if not _is_whole(log, ref, number, result)]

@@ -103,8 +103,15 @@ class Inbox:
     def url(self) -> str:
         return self.store.url
 
-    def list(self, limit: int, known: Callable[[ObjectInfo], bool]) -> Listing:
+    def list(
+        self,
+        limit: int,
+        known: Callable[[ObjectInfo], bool],
+        complete: Callable[[ObjectInfo], bool] = lambda info: True,
+    ) -> Listing:
         """List the whole inbox, keeping only `limit` candidates in memory. A cursor would miss late, lower keys.
+
+        What is not `complete` waits, and is no candidate.
 
         Raises:
             StoreNotFound: no such folder or bucket.
@@ -123,7 +130,8 @@ class Inbox:
                     continue
                 waiting += 1
                 oldest = info.last_modified if oldest is None else min(oldest, info.last_modified)
-                yield info
+                if complete(info):
+                    yield info
 
         # At least one: for none, `nsmallest` would not even count what is there.
         shards = heapq.nsmallest(max(limit, 1), unknown(), key=lambda info: (info.last_modified, info.key))
@@ -165,6 +173,11 @@ class Inbox:
 def open_inbox(url: str) -> Inbox:
     """The inbox at this URL."""
     return Inbox(open_store(url))
+
+
+def original_key(key: str) -> str:
+    """The key that a shard had before it was ever sent back from quarantine."""
+    return _REQUEUED.sub("", key)
 
 
 def is_shard(key: str) -> bool:
@@ -291,7 +304,7 @@ def requeue(log: VersionLog, name: str, stores: Callable[[str], Store] = open_st
         known = ", ".join(quarantined(log)) or "it is empty"
         raise NotFound(f"{log.url}/quarantine holds no {name!r}; there is: {known}.") from None
     # Without the mark of an earlier time: a name that grew each time would end as one that no store takes.
-    stem, suffix = posixpath.splitext(_REQUEUED.sub("", reason["key"]))
+    stem, suffix = posixpath.splitext(original_key(reason["key"]))
     back = f"{stem}.requeued-{name}{suffix}"
     try:
         data = log.store.read(key)

@@ -47,6 +47,28 @@ class Parent(Record):
     sha256: str
 
 
+class LabelShard(Record):
+    """The shard of labels that a shard of features was joined with, and that was consumed with it."""
+
+    inbox: str
+    key: str
+    sha256: str
+    etag: str
+    size: int
+    last_modified: datetime
+    column: str
+    """The key column by which its rows were joined."""
+    unmatched: int
+    """Its rows that no feature row asked for."""
+
+
+class Predicted(Record):
+    """How the version that served when the features arrived does on them, now that their labels are known."""
+
+    version: int
+    score: dict[str, float]
+
+
 class Consumed(Record):
     """A shard that this version was trained on."""
 
@@ -69,6 +91,9 @@ class Consumed(Record):
     """Mean over samples while training on it, last pass. None if it had no row with a label."""
     passes: int = 1
     """How many times its rows were trained on."""
+    labels: LabelShard | None = None
+    """Where its targets came from, if they arrived later."""
+    predicted: Predicted | None = None
 
 
 class Rejected(Record):

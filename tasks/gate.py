@@ -13,10 +13,10 @@ from storage.dataset import snapshot
 from storage.errors import CorruptObject, UnknownVersion
 from storage.log import Alias, Version, VersionLog
 from storage.manifest import Compared, Consumed, Gate
-from storage.parquet import RowGroup
 from tasks.scores import Means
 from tasks.settings import OnlineSettings
 from tasks.training.errors import TrainingError
+from tasks.training.groups import RowGroup
 from tasks.training.learner import Frozen, Learner
 from tasks.training.loop import Score, score
 from tasks.training.spec import Spec
@@ -69,7 +69,7 @@ class Champion:
         try:
             return finite(score(self._network, groups))
         except TrainingError as error:  # its spec may name columns that the head's does not
-            logger.warning("champion cannot score %s: %s", groups[0].file, error)
+            logger.warning("champion cannot score %s: %s", groups[0].name, error)
             return {}
 
     def is_version(self, number: int) -> bool:
@@ -102,7 +102,10 @@ class Champion:
         gate = version.manifest.gate
         if gate is None or gate.decision == "refused":
             return None
-        return self.log.promote(self.settings.alias, version, only_from=Alias(gate.champion, gate.moves))
+        try:
+            return self.log.promote(self.settings.alias, version, only_from=Alias(gate.champion, gate.moves))
+        except UnknownVersion:  # others have gone on long since, and retention has removed it
+            return None
 
 
 # ---- deciding --------------------------------------------------------------------------------------------------------

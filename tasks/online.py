@@ -28,13 +28,13 @@ from storage.errors import (
 )
 from storage.inbox import Inbox, Shard, quarantine_key, settle
 from storage.log import Version, VersionLog
-from storage.manifest import Blobs, Consumed, Entry, Gate, Owed, Rejected
-from storage.parquet import RowGroup
+from storage.manifest import Blobs, Consumed, Entry, Gate, LabelShard, Owed, Predicted, Rejected
 from storage.probe import check_preconditions
 from storage.store import ObjectInfo, Store
 from storage.tombstones import Tombstones
 from storage.urls import open_store
 from tasks.batch import VersionInfo
+from tasks.delayed import BadLabels, Complete, DelayedLabels
 from tasks.gate import Champion, GateClosed, decide, finite, metric_of
 from tasks.provenance import code_revision
 from tasks.report import OnlineReport
@@ -124,18 +124,30 @@ class OnlineRun:
                     f"archive_to={archive} lies inside the inbox {self.inbox.url}; choose one outside."
                 )
         check_preconditions(self.log.store)
-        try:
-            check_preconditions(self.inbox.store)
-        except PermissionDenied:  # a consumer need not be allowed to write there: then each delete compares for itself
-            self.inbox.store.conditional_delete = False
+        self._certify(self.inbox)
         self.report = OnlineReport(model=model, head=self.log.head().number)
         self.champion = Champion(self.log, settings)
+        self.delayed: DelayedLabels | None = None
+        if settings.labels is not None and settings.label_key is not None:
+            labels = Inbox(self.stores(settings.labels))
+            if f"{labels.url}/".startswith(f"{self.inbox.url}/") or f"{self.inbox.url}/".startswith(f"{labels.url}/"):
+                raise UnsupportedStore(
+                    f"labels={labels.url} and the inbox {self.inbox.url} must lie beside each other."
+                )
+            self._certify(labels)
+            self.delayed = DelayedLabels(self.log, labels, settings.label_key, settings.device)
         self._loaded: _Loaded | None = None
         self._ahead: deque[ObjectInfo] = deque()
         self._fired: list[Reason] = []
         """Why the shards of the last listing are trained on."""
         self._trigger: tuple[Version, Trigger] | None = None
         self._warned: set[str] = set()
+
+    def _certify(self, inbox: Inbox) -> None:
+        try:
+            check_preconditions(inbox.store)
+        except PermissionDenied:  # a consumer need not be allowed to write there: then each delete compares for itself
+            inbox.store.conditional_delete = False
 
     def stores(self, url: str) -> Store:
         """The store at this URL, opened once: what was found out about it is kept."""
@@ -207,20 +219,13 @@ class OnlineRun:
 
     def look(self, loaded: _Loaded) -> None:
         """List the inbox for the coming steps; remove what was consumed before and has been sent again."""
-        owed = {(debt.inbox, debt.key, debt.etag) for debt in loaded.owed}
-
-        def consumed_as(info: ObjectInfo) -> str | None:
-            return loaded.tombstones.sha256_of(self.inbox.url, info.key, info.etag)
-
-        def known(info: ObjectInfo) -> bool:
-            return (self.inbox.url, info.key, info.etag) in owed or consumed_as(info) is not None
-
-        listing = self.inbox.list(LISTED_AHEAD, known)
-        if self.settings.after_commit != "keep":
-            for info in listing.known:
-                digest = consumed_as(info)
-                if digest is not None and (self.inbox.url, info.key, info.etag) not in owed:
-                    self._remove_duplicate(loaded, info, digest)
+        if self.delayed is not None:
+            self._remove_duplicates(
+                loaded, self.delayed.inbox, self.delayed.look(self._known(loaded, self.delayed.inbox))
+            )
+        complete = (lambda info: True) if self.delayed is None else self.delayed.have
+        listing = self.inbox.list(LISTED_AHEAD, self._known(loaded, self.inbox), complete)
+        self._remove_duplicates(loaded, self.inbox, listing.known)
         for info in listing.shards:
             if info.size <= self.settings.max_shard_bytes:
                 self._ahead.append(info)
@@ -230,7 +235,7 @@ class OnlineRun:
                 f"{self.settings.max_shard_bytes:,}; it stays in the inbox. Split it, or raise the limit."
             )
         self.report.waiting, self.report.oldest_waiting = listing.waiting, listing.oldest
-        self._fired = self._why(loaded, backlog=listing.waiting > len(listing.shards))
+        self._fired = self._why(loaded, backlog=len(listing.shards) == LISTED_AHEAD)
         if not self._fired:
             self._ahead.clear()
 
@@ -266,8 +271,9 @@ class OnlineRun:
         shard = self.inbox.read(info)
         if shard is None or loaded.tombstones.has(self.inbox.url, info.key, shard.sha256):
             return None
-        groups = self._groups(loaded.learner, shard)
-        before = score(loaded.learner, groups)
+        if (found := self._groups(loaded.learner, shard)) is None:
+            return None
+        before = score(loaded.learner, found.groups)
         return Seen(before.rows, before.loss)
 
     @property
@@ -275,11 +281,31 @@ class OnlineRun:
         """True while shards of the last listing are left."""
         return bool(self._ahead)
 
-    def _remove_duplicate(self, loaded: _Loaded, info: ObjectInfo, digest: str) -> None:
+    def _known(self, loaded: _Loaded, inbox: Inbox) -> Callable[[ObjectInfo], bool]:
+        """Whether an object of an inbox was consumed before."""
+        owed = {(debt.inbox, debt.key, debt.etag) for debt in loaded.owed}
+
+        def known(info: ObjectInfo) -> bool:
+            shard = (inbox.url, info.key, info.etag)
+            return shard in owed or loaded.tombstones.sha256_of(*shard) is not None
+
+        return known
+
+    def _remove_duplicates(self, loaded: _Loaded, inbox: Inbox, known: list[ObjectInfo]) -> None:
+        """Remove what was consumed before and sent again; what is owed is being removed anyway."""
+        if self.settings.after_commit == "keep":
+            return
+        owed = {(debt.inbox, debt.key, debt.etag) for debt in loaded.owed}
+        for info in known:
+            digest = loaded.tombstones.sha256_of(inbox.url, info.key, info.etag)
+            if digest is not None and (inbox.url, info.key, info.etag) not in owed:
+                self._remove_duplicate(loaded, inbox, info, digest)
+
+    def _remove_duplicate(self, loaded: _Loaded, inbox: Inbox, info: ObjectInfo, digest: str) -> None:
         """Remove a shard that was consumed before; if that is denied, it is owed like any other, and so remembered."""
-        debt = Owed(inbox=self.inbox.url, key=info.key, sha256=digest, etag=info.etag, then="delete")
+        debt = Owed(inbox=inbox.url, key=info.key, sha256=digest, etag=info.etag, then="delete")
         logger.info(
-            "%s/%s was consumed before and sent again: removed, not trained on", self.inbox.url, on_one_line(info.key)
+            "%s/%s was consumed before and sent again: removed, not trained on", inbox.url, on_one_line(info.key)
         )
         loaded.owed += settle(self.log, [debt], self.stores)
         self.report.duplicates += 1
@@ -328,15 +354,19 @@ class OnlineRun:
             return None
         if work.loaded.tombstones.has(self.inbox.url, info.key, shard.sha256):
             if self.settings.after_commit != "keep":
-                self._remove_duplicate(work.loaded, info, shard.sha256)
+                self._remove_duplicate(work.loaded, self.inbox, info, shard.sha256)
             return None
         learner = work.loaded.learner
         try:
             if info.key in refused:
                 raise ShardRejected(refused[info.key])
-            groups = self._groups(learner, shard)
-            new_columns = self._new_columns(learner, groups[0].schema, info.key)
-            before = finite(score(learner, groups))
+            if (found := self._groups(learner, shard)) is None:
+                return None
+            new_columns = self._new_columns(learner, found.groups[0].schema, info.key)
+            before = finite(score(learner, found.groups))
+        except BadLabels as bad:
+            work.rejected.append(bad.shard.rejected(str(bad)))  # the features wait for better ones
+            return None
         except NotReady as unready:
             if self.inbox.is_stable(info, self.settings.grace_seconds):
                 work.rejected.append(shard.rejected(str(unready)))
@@ -347,20 +377,33 @@ class OnlineRun:
         ordinal = learner.counters.shards
         # The same weights give the same scores.
         same = not work.consumed and self.champion.is_version(work.loaded.version.number)
-        champion = before if same else self.champion.score(groups)
+        scored = Scored(before, before if same else self.champion.score(found.groups))
+        if self.delayed is not None:
+            scored.predicted = self.delayed.predicted(work.loaded.version, info.last_modified, found.groups)
         try:
-            result = train_shard(learner, groups, self.settings.passes)
+            result = train_shard(learner, found.groups, self.settings.passes)
         except NonFiniteLoss as broken:
             return str(broken)
-        work.add(shard, ordinal, before, champion, result, self.settings.passes)
+        work.add(shard, found.labels, ordinal, scored, result, self.settings.passes)
         work.new_columns |= new_columns
         return None
 
-    def _groups(self, learner: Learner, shard: Shard) -> list[RowGroup]:
-        """A shard's row groups, their columns checked. Raises NotReady, ShardRejected, ColumnError."""
+    def _groups(self, learner: Learner, shard: Shard) -> Complete | None:
+        """A shard's row groups, with their labels, columns checked; None if its labels have gone since they were listed.
+
+        Raises NotReady, BadLabels, ShardRejected, ColumnError.
+        """
         groups = shard.row_groups()
-        learner.features.check(groups[0].schema, shard.info.key)
-        return groups
+        found = Complete(groups, None)
+        if self.delayed is not None:
+            completed = self.delayed.completed(
+                shard, groups, learner.features.targets, self.settings.grace_seconds
+            )
+            if completed is None:
+                return None
+            found = completed
+        learner.features.check(found.groups[0].schema, shard.info.key)
+        return found
 
     def _new_columns(self, learner: Learner, schema: pa.Schema, key: str) -> dict[str, str]:
         """Columns to record. Raises ShardRejected: the settings refuse them."""
@@ -383,7 +426,7 @@ class OnlineRun:
         loaded, number = work.loaded, work.loaded.version.number + 1
         owed = (*loaded.owed, *self._debts(work, number))
         tombstones = loaded.tombstones.copy()
-        for shard in work.consumed:
+        for shard in work.consumed_objects:
             tombstones.add(shard.inbox, shard.key, shard.sha256, shard.etag)
         if self.settings.after_commit != "keep":  # what is kept in the inbox must be remembered for as long
             tombstones.prune(keep=((debt.inbox, debt.key, debt.sha256) for debt in owed))
@@ -429,7 +472,7 @@ class OnlineRun:
         then, to = self.settings.after_commit, self.settings.archive_to
         debts = [
             Owed(inbox=s.inbox, key=s.key, sha256=s.sha256, etag=s.etag, then=then, to=to)
-            for s in work.consumed
+            for s in work.consumed_objects
             if then != "keep"
         ]
         return debts + [
@@ -491,6 +534,15 @@ class OnlineRun:
 
 
 @dataclass
+class Scored:
+    """Scores of one shard before it is trained on."""
+
+    learner: dict[str, float]
+    champion: dict[str, float]
+    predicted: Predicted | None = None
+
+
+@dataclass
 class Trained:
     """Work on top of a loaded version that is not committed yet."""
 
@@ -503,9 +555,9 @@ class Trained:
     def add(
         self,
         shard: Shard,
+        labels: LabelShard | None,
         ordinal: int,
-        before: dict[str, float],
-        champion: dict[str, float],
+        scored: "Scored",
         result: PassResult,
         passes: int,
     ) -> None:
@@ -521,8 +573,10 @@ class Trained:
                 ordinal=ordinal,
                 rows=result.rows,
                 unlabelled=result.unlabelled,
-                score=before,
-                champion=champion,
+                score=scored.learner,
+                champion=scored.champion,
+                predicted=scored.predicted,
+                labels=labels,
                 loss=result.loss if result.rows else None,
                 passes=passes,
             )
@@ -537,6 +591,11 @@ class Trained:
         if (loss := self.metrics().get("loss")) is not None:
             parts.append(f"loss before training {loss:.4g}")
         return ", ".join(parts)
+
+    @property
+    def consumed_objects(self) -> list[Consumed | LabelShard]:
+        """The shards, and those of their labels."""
+        return [part for shard in self.consumed for part in (shard, shard.labels) if part is not None]
 
     def metrics(self) -> dict[str, Any]:
         """Prequential metrics of this commit's shards, and the champion's on the same rows."""

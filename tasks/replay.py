@@ -5,13 +5,15 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from storage.errors import CorruptObject, NotFound, StoreNotFound, UnknownVersion
+from storage.errors import CorruptObject, NotFound, ShardRejected, StoreNotFound, UnknownVersion
 from storage.inbox import Shard, archive_keys
 from storage.log import Version, VersionLog
-from storage.manifest import Consumed, sha256
+from storage.manifest import Consumed, LabelShard, sha256
 from storage.store import ObjectInfo, Store
+from tasks.labels import Labels
 from tasks.training.environment import differences, environment
 from tasks.training.errors import TrainingError
+from tasks.training.groups import RowGroup
 from tasks.training.learner import Learner
 from tasks.training.loop import train_shard
 from tasks.versions import load_learner
@@ -49,9 +51,9 @@ def replay(log: VersionLog, archives: Sequence[Store]) -> Replay:
             continue
         try:
             for consumed in version.manifest.consumed:
-                train_shard(learner, _found(consumed, archives).row_groups(), consumed.passes)
+                train_shard(learner, _groups(consumed, archives, learner.features.targets), consumed.passes)
                 result.shards += 1
-        except (NotFound, TrainingError) as error:
+        except (NotFound, ShardRejected, TrainingError) as error:
             result.findings.append(f"version {number} cannot be replayed: {error}")
             learner = _stored(log, version)
             continue
@@ -81,7 +83,15 @@ def _same(learner: Learner, version: Version) -> bool:
     return (sha256(weights), sha256(state)) == (blobs.weights.sha256, blobs.state.sha256)
 
 
-def _found(consumed: Consumed, archives: Sequence[Store]) -> Shard:
+def _groups(consumed: Consumed, archives: Sequence[Store], targets: tuple[str, ...]) -> Sequence[RowGroup]:
+    """What was trained on, labels joined. Raises NotFound, and ShardRejected: they do not fit together any more."""
+    groups = _found(consumed, archives).row_groups()
+    if (labels := consumed.labels) is None:
+        return groups
+    return Labels(_found(labels, archives).row_groups(), labels.column, targets).join(groups).groups
+
+
+def _found(consumed: Consumed | LabelShard, archives: Sequence[Store]) -> Shard:
     """Raises NotFound: no archive holds exactly these bytes."""
     for archive in archives:
         for key in archive_keys(consumed.key, consumed.sha256):

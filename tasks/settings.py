@@ -91,6 +91,12 @@ class OnlineSettings(_Settings):
         description="What is no whole Parquet file is rejected only after it has not changed for this long.",
     )
 
+    labels: str | None = Field(
+        default=None,
+        description="URL of an inbox of labels that arrive later than their features: a shard under the same key, its rows "
+        "joined by label_key.",
+    )
+    label_key: str | None = Field(default=None, description="Column by which features and delayed labels are joined.")
     train_when: Triggers = Field(
         default_factory=Triggers, description="Triggers: what must hold before waiting shards are trained on."
     )
@@ -124,6 +130,12 @@ class OnlineSettings(_Settings):
         default=None,
         description="URL of the dataset for after_refusals=retrain; shards archived below it are part of it.",
     )
+
+    @model_validator(mode="after")
+    def _delayed(self) -> Self:
+        if (self.labels is None) != (self.label_key is None):
+            raise ValueError("labels=URL and label_key=COLUMN go together: give both, or neither")
+        return self
 
     @model_validator(mode="after")
     def _refusals(self) -> Self:

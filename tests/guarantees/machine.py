@@ -84,11 +84,11 @@ KEYS = ["m.parquet", "00-low.parquet", "a/b/1.parquet", "ünï code?versionId=1.
 HIDDEN = [".hidden.parquet", "m.parquet.tmp"]
 
 SETTINGS = [
-    OnlineSettings(max_shards=2, grace_seconds=3600),
-    OnlineSettings(max_rows=12, passes=2, grace_seconds=0),
-    OnlineSettings(max_shards=1, grace_seconds=3600, after_commit="keep"),
+    OnlineSettings(max_shards=2, grace_seconds=3600, champion="score"),
+    OnlineSettings(max_rows=12, passes=2, grace_seconds=0, champion="score"),
+    OnlineSettings(max_shards=1, grace_seconds=3600, after_commit="keep", champion="score"),
 ]
-"""One online run each. `World` adds a fourth, which archives."""
+"""One online run each. `World` adds a fourth, which archives. Only rules move aliases, so that the model knows where they are."""
 
 
 # ---- what happens to an operation ------------------------------------------------------------------------------------
@@ -225,7 +225,10 @@ class World:
         for store in (self.registry, self.inbox):
             check_preconditions(store)  # once for this URL, so that it costs no trainer any calls
 
-        self.settings = [*SETTINGS, OnlineSettings(after_commit="archive", archive_to=self.archive.url)]
+        self.settings = [
+            *SETTINGS,
+            OnlineSettings(after_commit="archive", archive_to=self.archive.url, champion="score"),
+        ]
         self.trainers = [Process(self) for _ in self.settings]
 
         self.bytes: dict[str, bytes] = {}
@@ -341,7 +344,9 @@ class World:
 
     def drain(self) -> None:
         """A new online run without faults, until it finds nothing more."""
-        run = self._open(lambda url: self.protocol.wrap(open_store(url)), OnlineSettings(grace_seconds=0))
+        run = self._open(
+            lambda url: self.protocol.wrap(open_store(url)), OnlineSettings(grace_seconds=0, champion="score")
+        )
         try:
             while (outcome := online.step(run).outcome) is not Outcome.IDLE:
                 assert outcome is Outcome.COMMITTED, "lost a race against nobody"
@@ -498,7 +503,7 @@ class World:
         """Drain, then what must hold in the end. Every world ends here."""
         self.drain()
         self.check()
-        run = self._open(open_store, OnlineSettings())
+        run = self._open(open_store, OnlineSettings(champion="score"))
         assert run.load().owed == (), "something is still owed"
         assert list(self._shards()) == [], "the inbox still holds shards"
         in_log = self.consumed() + self.rejected()

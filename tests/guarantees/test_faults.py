@@ -46,6 +46,7 @@ from tests.storage.faults import MEETS_ITSELF, Call, Deny, Hook, act_at, fail_at
 
 ALL = SHARDS | REJECTED
 ONE_PASS = ONLINE.model_copy(update={"passes": 1})
+MOVING = ONE_PASS.model_copy(update={"champion": "move", "tolerance": 10.0})
 SAMPLE = {"memory": 3, "local": 1, "s3": 1}
 """How many moments of each sweep CI takes, spread over the run. With --full it takes all."""
 
@@ -217,12 +218,14 @@ def test_online_run(fault: Fault, moments: Moments, clean: Clean) -> None:
         copy(clean.base, m.registry)
 
         def run(stores: Stores, call: Caller, m: Moment = m) -> None:
-            drain(stores, m.inbox, m.registry, ONE_PASS, call)
+            drain(stores, m.inbox, m.registry, MOVING, call)
 
         fault.recover(run, m.stores(fault.hook, OnlyConsumed(m.inbox, m.registry)))
         audit(log_of(m.registry), ALL.items())
         assert bits(log_of(m.registry)) == bits(log_of(clean.drained))
         assert waiting(m.inbox) == []
+        log = log_of(m.registry)
+        assert log.aliases() == {"champion": log.head().number}
 
 
 @any_fault

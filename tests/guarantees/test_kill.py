@@ -34,7 +34,9 @@ from tests.guarantees.children import (
     waiting,
 )
 
-GATED = ONLINE.model_copy(update={"tolerance": 0.0, "window_shards": 2, "refusals": 1, "after_refusals": "rollback"})
+GATED = ONLINE.model_copy(
+    update={"champion": "move", "tolerance": 0.0, "window_shards": 2, "refusals": 1, "after_refusals": "rollback"}
+)
 """One version that is no better than the champion, and the run goes back to the champion."""
 MOMENTS = {"local": 16, "s3": 6}
 """How many moments of a sweep CI takes, spread over the run; of an online run on local, more."""
@@ -186,8 +188,7 @@ def test_batch_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
 def trained(base: str, make_url: MakeUrl, tmp_path: Path) -> str:
     """URL of a registry with versions 0 to 3."""
     fill(make_url("inbox"), SHARDS)
-    settings = ONLINE.model_copy(update={"champion": "score"})
-    in_child(drain, make_url("inbox"), base, settings, kill=None, tmp_path=tmp_path)
+    in_child(drain, make_url("inbox"), base, ONLINE, kill=None, tmp_path=tmp_path)
     return base
 
 

@@ -1,0 +1,135 @@
+"""Labels that arrive later than their features: which shards are complete, and who would have predicted them.
+
+A shard of labels has the key of its shard of features, in an inbox of its own. Both are consumed by the same version.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from storage.errors import CorruptObject, NotReady, ShardRejected, UnknownVersion
+from storage.inbox import Inbox, Shard, original_key
+from storage.log import Version, VersionLog
+from storage.manifest import LabelShard, Predicted
+from storage.parquet import RowGroup
+from storage.store import ObjectInfo
+from tasks.gate import finite
+from tasks.labels import Labels
+from tasks.training.errors import TrainingError
+from tasks.training.groups import RowGroup as AnyRowGroup
+from tasks.training.learner import Frozen
+from tasks.training.loop import score
+from tasks.versions import load_learner
+
+logger = logging.getLogger("tidemill.online")
+
+LISTED: Final = 10_000
+"""How many label shards, the oldest, are matched with features at a time."""
+
+
+class BadLabels(Exception):
+    """A shard of labels that can never be used; its features wait for another."""
+
+    def __init__(self, shard: Shard, reason: str) -> None:
+        super().__init__(reason)
+        self.shard = shard
+
+
+@dataclass(frozen=True)
+class Complete:
+    """Row groups that have their targets, and where those came from if not from the same shard."""
+
+    groups: Sequence[AnyRowGroup]
+    labels: LabelShard | None
+
+
+class DelayedLabels:
+    """The inbox of labels, and the versions that served when the features arrived."""
+
+    def __init__(self, log: VersionLog, inbox: Inbox, column: str, device: str) -> None:
+        self.log, self.inbox, self.column, self._device = log, inbox, column, device
+        self._waiting: dict[str, ObjectInfo] = {}
+        self._then: tuple[int, Frozen | None] | None = None
+
+    # ---- matching ----------------------------------------------------------------------------------------------------
+    def look(self, known: Callable[[ObjectInfo], bool]) -> list[ObjectInfo]:
+        """List the labels that wait. Returns those that were consumed before."""
+        listing = self.inbox.list(LISTED, known)
+        self._waiting = {}
+        for info in listing.shards:
+            self._waiting.setdefault(original_key(info.key), info)
+        return listing.known
+
+    def have(self, features: ObjectInfo) -> bool:
+        """Whether the labels of a shard of features have arrived."""
+        return original_key(features.key) in self._waiting
+
+    def completed(
+        self, features: Shard, groups: Sequence[RowGroup], targets: tuple[str, ...], grace_seconds: float
+    ) -> "Complete | None":
+        """A shard of features with its labels; None if these went since they were listed, or are not whole yet.
+
+        Raises:
+            BadLabels: the labels can never be used.
+            ShardRejected: the features cannot be joined with them.
+        """
+        info = self._waiting.get(original_key(features.info.key))
+        if info is None or (shard := self.inbox.read(info)) is None:
+            return None
+        try:
+            labels = Labels(shard.row_groups(), self.column, targets)
+        except NotReady as unready:
+            if self.inbox.is_stable(info, grace_seconds):
+                raise BadLabels(shard, str(unready)) from unready
+            return None
+        except ShardRejected as bad:
+            raise BadLabels(shard, str(bad)) from bad
+        joined = labels.join(groups)
+        return Complete(
+            joined.groups,
+            LabelShard(
+                inbox=shard.inbox,
+                key=info.key,
+                sha256=shard.sha256,
+                etag=info.etag,
+                size=info.size,
+                last_modified=info.last_modified,
+                column=self.column,
+                unmatched=joined.unmatched,
+            ),
+        )
+
+    # ---- who would have predicted ------------------------------------------------------------------------------------
+    def predicted(self, head: Version, arrived: datetime, groups: Sequence[AnyRowGroup]) -> Predicted | None:
+        """The score, on these rows, of the version that served when they arrived; None if retention has removed it."""
+        version = served_at(self.log, head, arrived)
+        if self._then is None or self._then[0] != version.number:
+            try:
+                network = load_learner(self.log, version, self._device).frozen()
+            except (UnknownVersion, CorruptObject, TrainingError) as error:
+                logger.warning("version %d cannot be scored any more: %s", version.number, error)
+                network = None
+            self._then = version.number, network
+        if (network := self._then[1]) is None:
+            return None
+        try:
+            return Predicted(version=version.number, score=finite(score(network, groups)))
+        except TrainingError:  # it was made for other columns
+            return None
+
+
+def served_at(log: VersionLog, head: Version, moment: datetime) -> Version:
+    """The version that served at a moment: the newest one before it that the gate had not refused; at least version 0.
+
+    Found by bisection: the log is ordered by time as far as the clocks of its writers agree.
+    """
+    low, high = 0, head.number
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if log.version(middle).manifest.created <= moment else (low, middle - 1)
+    version = log.version(low)
+    while version.number and version.manifest.gate is not None and version.manifest.gate.decision == "refused":
+        version = log.version(version.manifest.gate.champion)
+    return version

@@ -1,0 +1,233 @@
+"""Labels that arrive later: both shards in one version, whoever kills the run, scored by the version that had served."""
+
+import datetime
+import uuid
+from collections.abc import Callable
+
+import pyarrow as pa
+import pytest
+
+from storage.audit import audit
+from storage.errors import Unavailable, UnsupportedStore
+from storage.inbox import quarantined, requeue
+from storage.log import VersionLog, open_log
+from storage.store import Store
+from storage.urls import open_store
+from tasks import batch
+from tasks.delayed import served_at
+from tasks.online import OnlineRun, Outcome, step
+from tasks.replay import replay
+from tasks.report import OnlineReport
+from tasks.settings import BatchSettings, OnlineSettings
+from tasks.training.loop import score
+from tasks.versions import load_learner
+from tests.storage.faults import Call, FaultStore
+from tests.tasks.rows import SPEC, keys, put, rows
+
+
+def features(count: int, seed: int) -> pa.Table:
+    table = rows(count, seed)
+    return table.drop_columns("y").append_column("id", [list(range(count))])
+
+
+def labels(count: int, seed: int) -> pa.Table:
+    """In another order than the features, and without the last one."""
+    table = rows(count, seed).select(["y"]).append_column("id", [list(range(count))])
+    return table.take(list(range(count - 1))[::-1])
+
+
+class World:
+    """A registry with version 0, and two inboxes, in memory."""
+
+    def __init__(self) -> None:
+        self.root = f"memory://{uuid.uuid4().hex}"
+        put(self.url("dataset"), {"part-0.parquet": rows(200, 0)})
+        for name in ("inbox", "labels"):
+            put(self.url(name), {})
+        run = batch.open_run(
+            batch.take_snapshot(self.url("dataset")), self.url("registry"), "model", SPEC, BatchSettings()
+        )
+        for epoch in run.epochs_left:
+            batch.train_epoch(run, epoch)
+        batch.finish(run, batch.register(run, batch.evaluate(run)))
+
+    def url(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    @property
+    def log(self) -> VersionLog:
+        return open_log(self.url("registry"), "model")
+
+    def run(self, stores: Callable[[str], Store] = open_store, **settings: object) -> OnlineRun:
+        defaults = {"labels": self.url("labels"), "label_key": "id", "grace_seconds": 0, "max_shards": 2}
+        settings = {**defaults, **settings}
+        return OnlineRun(
+            self.url("inbox"), self.url("registry"), "model", OnlineSettings.model_validate(settings), stores
+        )
+
+    def drain(self, **settings: object) -> OnlineReport:
+        run = self.run(**settings)
+        while step(run).outcome is not Outcome.IDLE:
+            pass
+        return run.report
+
+    @property
+    def left(self) -> tuple[list[str], list[str]]:
+        return keys(self.url("inbox")), keys(self.url("labels"))
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_features_wait_for_their_labels_and_both_are_consumed_together(world: World) -> None:
+    put(world.url("inbox"), {f"{i}.parquet": features(50, i) for i in range(3)})
+    assert world.drain().versions == 0
+    put(world.url("labels"), {"1.parquet": labels(50, 1), "9.parquet": labels(50, 9)})
+    report = world.drain()
+    assert (report.shards, report.rows, report.unlabelled, report.waiting) == (1, 49, 1, 2)
+    assert world.left == (["0.parquet", "2.parquet"], ["9.parquet"])
+    consumed = world.log.head().manifest.consumed[0]
+    assert consumed.labels is not None
+    assert (consumed.key, consumed.labels.key, consumed.labels.column) == ("1.parquet", "1.parquet", "id")
+    assert consumed.labels.unmatched == 0
+
+
+def test_it_is_the_same_as_if_the_labels_had_come_with_the_features(world: World) -> None:
+    other = World()
+    put(world.url("inbox"), {"0.parquet": features(50, 1)})
+    put(world.url("labels"), {"0.parquet": labels(50, 1)})
+    y = rows(50, 1).column("y").to_pylist()
+    put(other.url("inbox"), {"0.parquet": features(50, 1).append_column("y", [[*y[:-1], None]])})
+    world.drain()
+    other.drain(labels=None, label_key=None)
+    ours, theirs = world.log.head().manifest, other.log.head().manifest
+    assert ours.blobs.weights.sha256 == theirs.blobs.weights.sha256
+    assert ours.consumed[0].score == theirs.consumed[0].score
+
+
+def test_the_version_that_served_when_the_features_arrived_is_scored(world: World) -> None:
+    put(world.url("inbox"), {"0.parquet": features(50, 1)})
+    arrived = open_store(world.url("inbox")).stat("0.parquet").last_modified
+    put(world.url("inbox"), {"1.parquet": features(50, 2)})
+    put(world.url("labels"), {"1.parquet": labels(50, 2)})
+    world.drain()  # version 1 comes after the features of shard 0
+    put(world.url("labels"), {"0.parquet": labels(50, 1)})
+    world.drain()
+    head = world.log.head()
+    assert (head.number, served_at(world.log, head, arrived).number) == (2, 0)
+    predicted = head.manifest.consumed[0].predicted
+    assert predicted is not None
+    assert predicted.version == 0
+    put(world.url("again"), {"0.parquet": rows(50, 1).slice(0, 49)})
+    expected = score(load_learner(world.log, world.log.version(0)), batch.take_snapshot(world.url("again")).row_groups)
+    assert predicted.score["mae"] == pytest.approx(expected.metrics["mae"])
+    assert head.manifest.consumed[0].score["mae"] != predicted.score["mae"]
+
+
+def test_who_served_when(world: World) -> None:
+    put(world.url("inbox"), {f"{i}.parquet": features(50, i) for i in range(5)})
+    put(world.url("labels"), {f"{i}.parquet": labels(50, i) for i in range(5)})
+    world.drain(max_shards=1)
+    head, log = world.log.head(), world.log
+    for number in range(1, head.number + 1):
+        created = log.version(number).manifest.created
+        assert served_at(log, head, created).number == number
+        assert served_at(log, head, created - datetime.timedelta(microseconds=1)).number == number - 1
+    assert served_at(log, head, datetime.datetime.min.replace(tzinfo=datetime.UTC)).number == 0
+
+
+def test_bad_labels_go_to_quarantine_and_their_features_wait_for_better_ones(world: World) -> None:
+    put(world.url("inbox"), {"0.parquet": features(50, 1)})
+    contradicting = pa.table({"id": [1, 1], "y": [0.5, 0.7]})
+    put(world.url("labels"), {"0.parquet": contradicting})
+    report = world.drain()
+    assert (report.shards, report.rejected) == (0, 1)
+    assert world.left == (["0.parquet"], [])
+    (reason,) = quarantined(world.log).values()
+    assert reason["inbox"] == world.url("labels")
+    put(world.url("labels"), {"0.parquet": labels(50, 1)})
+    assert world.drain().shards == 1
+    assert world.left == ([], [])
+
+
+def test_features_that_cannot_be_joined_are_rejected_and_find_their_labels_when_they_are_sent_back(
+    world: World,
+) -> None:
+    put(world.url("inbox"), {"0.parquet": features(50, 1).drop_columns("id")})
+    put(world.url("labels"), {"0.parquet": labels(50, 1)})
+    assert world.drain().rejected == 1
+    assert world.left == ([], ["0.parquet"])
+    (name,) = quarantined(world.log)
+    back = requeue(world.log, name)
+    assert back != "0.parquet"
+    assert world.drain().rejected == 1, "it is matched with its labels under its new name, and rejected again"
+
+
+def test_nothing_is_trained_twice_when_either_is_sent_again(world: World) -> None:
+    for _ in range(3):
+        put(world.url("inbox"), {"0.parquet": features(50, 1)})
+        put(world.url("labels"), {"0.parquet": labels(50, 1)})
+        world.drain()
+    assert world.log.head().number == 1
+    assert world.left == ([], [])
+
+
+def test_archived_shards_give_the_same_bits_again(world: World) -> None:
+    put(world.url("inbox"), {f"{i}.parquet": features(50, i) for i in range(3)})
+    put(world.url("labels"), {f"{i}.parquet": labels(50, i) for i in range(3)})
+    world.drain(after_commit="archive", archive_to=world.url("archive"))
+    assert len(keys(world.url("archive"))) == 6
+    assert audit(world.log).findings == []
+    again = replay(world.log, [open_store(world.url("archive"))])
+    assert (again.replayed, again.findings) == (2, [])
+
+
+def test_an_error_at_any_call_loses_nothing_and_trains_nothing_twice() -> None:
+    """The run fails at each storage call in turn, and another one comes after it."""
+
+    def fill(world: World) -> None:
+        put(world.url("inbox"), {f"{i}.parquet": features(30, i) for i in range(3)})
+        put(world.url("labels"), {f"{i}.parquet": labels(30, i) for i in range(3)})
+
+    def fails_at(wanted: int) -> Callable[[str], Store]:
+        made = iter(range(10**9))
+
+        def hook(call: Call) -> None:
+            if call.phase == "before" and next(made) == wanted:
+                raise Unavailable("for a moment")
+
+        return lambda url: FaultStore(open_store(url), hook)
+
+    clean = World()
+    fill(clean)
+    clean.drain()
+    failures = 0
+    for wanted in range(10**9):
+        world = World()
+        fill(world)
+        try:
+            world.drain(stores=fails_at(wanted))
+            failed = False
+        except Unavailable:
+            failed = True
+        world.drain()
+        assert audit(world.log).findings == []
+        assert world.left == ([], [])
+        blobs, reference = world.log.head().manifest.blobs, clean.log.head().manifest.blobs
+        assert (blobs.weights.sha256, blobs.state.sha256) == (reference.weights.sha256, reference.state.sha256)
+        failures += failed
+        if wanted > 10 and not failed and wanted > failures + 20:  # no such call any more
+            break
+    assert failures > 50
+
+
+def test_inboxes_within_each_other_are_refused(world: World) -> None:
+    with pytest.raises(UnsupportedStore, match="must lie beside each other"):
+        world.run(labels=world.url("inbox/labels"))
+
+
+def test_labels_and_their_key_go_together() -> None:
+    with pytest.raises(ValueError, match="go together"):
+        OnlineSettings(labels="s3://bucket/labels")
