@@ -268,11 +268,11 @@ class ListsFromCursor(OnlineRun):
         self._ahead = deque(info for info in self._ahead if info.key > last)
 
 
-class NewestByListing(VersionLog):
-    """Takes the highest number for the head, without a look at its parent."""
+class NoParentCheck(VersionLog):
+    """Believes that the version stored before another is the one that it was made from."""
 
-    def head(self) -> Version:
-        return self.version(max(int(info.key[-13:-5]) for info in self.store.list(f"{self.model}/log/")))
+    def _parent(self, child: Version) -> Version | None:
+        return self.version(child.number - 1) if child.number else None
 
 
 class NoTombstones(VersionLog):
@@ -394,7 +394,7 @@ CONTROLS = {
     "debts dropped": Control(Protocol(run=DropsDebts), "denied", "stands 2 times|nobody owes"),
     "delete before copy": Control(Protocol(run=DeletesThenCopies), "overtaken", "not in (the archive|quarantine)"),
     "listing from a cursor": Control(Protocol(run=ListsFromCursor), "failed", "inbox still holds"),
-    "no parent check": Control(with_log(NewestByListing), "altered", "went on from altered history"),
+    "no parent check": Control(with_log(NoParentCheck), "altered", "went on from altered history"),
     "no tombstones": Control(with_log(NoTombstones), "sent_again", "was consumed twice"),
     "batch forgets": Control(with_log(BatchForgets), "sent_again", "was consumed twice"),
     "rollback forgets": Control(with_log(RollbackForgets), "sent_again", "a rollback dropped"),
