@@ -396,9 +396,7 @@ class OnlineRun:
         groups = shard.row_groups()
         found = Complete(groups, None)
         if self.delayed is not None:
-            completed = self.delayed.completed(
-                shard, groups, learner.features.targets, self.settings.grace_seconds
-            )
+            completed = self.delayed.completed(shard, groups, learner.features.targets, self.settings.grace_seconds)
             if completed is None:
                 return None
             found = completed
