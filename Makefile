@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test prove chaos lint clean
+.PHONY: demo test prove chaos bench-learning lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/flights/demo.py
@@ -18,6 +18,12 @@ prove: $(VENV)/installed
 # Real workers on a real S3 server, both killed at random for half an hour; then the audit. ARGS="--minutes 5 --seed 7"
 chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.guarantees.chaos $(ARGS)
+
+# Error beside River and scikit-learn, and the gate against poison (docs/learning.md): about an hour. ARGS="--quick": a minute.
+bench-learning: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[bench]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning.poisoned $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -121,8 +121,11 @@ def main() -> None:
     )
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--rows", type=int, default=10_000)
+    options.add_argument("--quick", action="store_true", help="sea, 1 seed, 4000 rows")
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "poisoned.md")
     given = options.parse_args()
+    if given.quick:
+        given.streams, given.seeds, given.rows = ["sea"], 1, 4000
     torch.set_num_threads(1)
     lines = [
         "| stream | poison | batch model | worst champion, with the gate | worst head, without it |",
