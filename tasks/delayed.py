@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from storage.errors import CorruptObject, NotReady, ShardRejected, UnknownVersion
+from storage.errors import CorruptObject, NotReady, ShardRejected, UnknownVersion, on_one_line
 from storage.inbox import Inbox, Shard, original_key
 from storage.log import Version, VersionLog
 from storage.manifest import LabelShard, Predicted
@@ -17,6 +17,7 @@ from storage.parquet import RowGroup
 from storage.store import ObjectInfo
 from tasks.gate import finite
 from tasks.labels import Labels
+from tasks.settings import OnlineSettings
 from tasks.training.errors import TrainingError
 from tasks.training.groups import RowGroup as AnyRowGroup
 from tasks.training.learner import Frozen
@@ -48,8 +49,8 @@ class Complete:
 class DelayedLabels:
     """The inbox of labels, and the versions that served when the features arrived."""
 
-    def __init__(self, log: VersionLog, inbox: Inbox, column: str, device: str) -> None:
-        self.log, self.inbox, self.column, self._device = log, inbox, column, device
+    def __init__(self, log: VersionLog, inbox: Inbox, column: str, settings: OnlineSettings) -> None:
+        self.log, self.inbox, self.column, self._settings = log, inbox, column, settings
         self._waiting: dict[str, ObjectInfo] = {}
         self._then: tuple[int, Frozen | None] | None = None
 
@@ -59,16 +60,20 @@ class DelayedLabels:
         listing = self.inbox.list(LISTED, known)
         self._waiting = {}
         for info in listing.shards:
-            self._waiting.setdefault(original_key(info.key), info)
+            if info.size <= self._settings.max_shard_bytes:
+                self._waiting.setdefault(original_key(info.key), info)
+            else:
+                logger.warning(
+                    "%s/%s has %d bytes, more than max_shard_bytes; it and its features stay. Split both, or raise the limit.",
+                    *(self.inbox.url, on_one_line(info.key), info.size),
+                )
         return listing.known
 
     def have(self, features: ObjectInfo) -> bool:
         """Whether the labels of a shard of features have arrived."""
         return original_key(features.key) in self._waiting
 
-    def completed(
-        self, features: Shard, groups: Sequence[RowGroup], targets: tuple[str, ...], grace_seconds: float
-    ) -> "Complete | None":
+    def completed(self, features: Shard, groups: Sequence[RowGroup], targets: tuple[str, ...]) -> Complete | None:
         """A shard of features with its labels; None if these went since they were listed, or are not whole yet.
 
         Raises:
@@ -81,7 +86,7 @@ class DelayedLabels:
         try:
             labels = Labels(shard.row_groups(), self.column, targets)
         except NotReady as unready:
-            if self.inbox.is_stable(info, grace_seconds):
+            if self.inbox.is_stable(info, self._settings.grace_seconds):
                 raise BadLabels(shard, str(unready)) from unready
             return None
         except ShardRejected as bad:
@@ -107,7 +112,7 @@ class DelayedLabels:
         version = served_at(self.log, head, arrived)
         if self._then is None or self._then[0] != version.number:
             try:
-                network = load_learner(self.log, version, self._device).frozen()
+                network = load_learner(self.log, version, self._settings.device).frozen()
             except (UnknownVersion, CorruptObject, TrainingError) as error:
                 logger.warning("version %d cannot be scored any more: %s", version.number, error)
                 network = None

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -28,10 +28,9 @@ from storage.errors import (
 )
 from storage.inbox import Inbox, Shard, quarantine_key, settle
 from storage.log import Version, VersionLog
-from storage.manifest import Blobs, Consumed, Entry, Gate, LabelShard, Owed, Predicted, Rejected
+from storage.manifest import Blobs, Consumed, Entry, Gate, Owed
 from storage.probe import check_preconditions
 from storage.store import ObjectInfo, Store
-from storage.tombstones import Tombstones
 from storage.urls import open_store
 from tasks.batch import VersionInfo
 from tasks.delayed import BadLabels, Complete, DelayedLabels
@@ -43,10 +42,11 @@ from tasks.settings import BatchSettings, OnlineSettings
 from tasks.training.environment import differences, environment
 from tasks.training.errors import ColumnError, NonFiniteLoss
 from tasks.training.learner import Learner
-from tasks.training.loop import PassResult, score, train_shard
+from tasks.training.loop import score, train_shard
 from tasks.training.spec import Spec
 from tasks.triggers import Reason, Seen, Trigger
 from tasks.versions import load_learner, spec_of
+from tasks.work import Loaded, Scored, Trained
 
 logger = logging.getLogger("tidemill.online")
 
@@ -80,23 +80,6 @@ class Step:
     """The version that was committed."""
 
 
-@dataclass
-class _Loaded:
-    """A committed version in memory. Dropped whenever a step does not end in the commit of exactly this memory."""
-
-    version: Version
-    learner: Learner
-    tombstones: Tombstones
-    owed: tuple[Owed, ...]
-    settled_at: float
-    window: deque[Consumed]
-    """The last shards that this learner has scored and trained on."""
-    cumulative: Summary
-    """Of all shards since the last batch training or rollback."""
-    gate: Gate | None
-    """The last decision in the window."""
-
-
 class OnlineRun:
     """An open registry and inbox, and what the steps keep in memory between them."""
 
@@ -117,14 +100,9 @@ class OnlineRun:
         self._opened: dict[str, Store] = {}
         self.log = VersionLog(self.stores(registry), model)
         self.inbox = Inbox(self.stores(inbox))
-        if settings.archive_to is not None:
-            archive = self.stores(settings.archive_to).url
-            if f"{archive}/".startswith(f"{self.inbox.url}/"):
-                raise UnsupportedStore(
-                    f"archive_to={archive} lies inside the inbox {self.inbox.url}; choose one outside."
-                )
         check_preconditions(self.log.store)
         self._certify(self.inbox)
+        self._check_archive(self.inbox)
         self.report = OnlineReport(model=model, head=self.log.head().number)
         self.champion = Champion(self.log, settings)
         self.delayed: DelayedLabels | None = None
@@ -135,8 +113,9 @@ class OnlineRun:
                     f"labels={labels.url} and the inbox {self.inbox.url} must lie beside each other."
                 )
             self._certify(labels)
-            self.delayed = DelayedLabels(self.log, labels, settings.label_key, settings.device)
-        self._loaded: _Loaded | None = None
+            self._check_archive(labels)
+            self.delayed = DelayedLabels(self.log, labels, settings.label_key, settings)
+        self._loaded: Loaded | None = None
         self._ahead: deque[ObjectInfo] = deque()
         self._fired: list[Reason] = []
         """Why the shards of the last listing are trained on."""
@@ -148,6 +127,13 @@ class OnlineRun:
             check_preconditions(inbox.store)
         except PermissionDenied:  # a consumer need not be allowed to write there: then each delete compares for itself
             inbox.store.conditional_delete = False
+
+    def _check_archive(self, inbox: Inbox) -> None:
+        if self.settings.archive_to is None:
+            return
+        archive = self.stores(self.settings.archive_to).url
+        if f"{archive}/".startswith(f"{inbox.url}/"):
+            raise UnsupportedStore(f"archive_to={archive} lies inside the inbox {inbox.url}; choose one outside.")
 
     def stores(self, url: str) -> Store:
         """The store at this URL, opened once: what was found out about it is kept."""
@@ -162,7 +148,7 @@ class OnlineRun:
         self._ahead.clear()
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------
-    def load(self) -> _Loaded:
+    def load(self) -> Loaded:
         """The head, verified, and the learner as it was committed; its debts settled, now that it has been read back.
 
         Raises:
@@ -184,15 +170,13 @@ class OnlineRun:
                 self._warn(f"bits may differ from those of the run before: {'; '.join(changed)}")
             owed = settle(self.log, manifest.owed, self.stores)
             self.champion.follow(version, learner)
-            loaded = self._loaded = _Loaded(
-                version, learner, tombstones, owed, time.monotonic(), *self._past(version, learner)
-            )
+            loaded = self._loaded = Loaded(version, learner, tombstones, owed, time.monotonic(), *self._past(version))
         elif loaded.owed and time.monotonic() - loaded.settled_at > SETTLE_AGAIN_SECONDS:
             loaded.owed, loaded.settled_at = settle(self.log, loaded.owed, self.stores), time.monotonic()
         self.report.head, self.report.owed = loaded.version.number, len(loaded.owed)
         return loaded
 
-    def _past(self, head: Version, learner: Learner) -> tuple[deque[Consumed], Summary, Gate | None]:
+    def _past(self, head: Version) -> tuple[deque[Consumed], Summary, Gate | None]:
         """What was scored lately on the way to this head: the window, the summary of all, the last decision."""
         settings = self.settings
         size = max(settings.window_shards, settings.train_when.window if settings.train_when.by_score else 0)
@@ -217,7 +201,7 @@ class OnlineRun:
             chosen.append(self._ahead.popleft())
         return chosen
 
-    def look(self, loaded: _Loaded) -> None:
+    def look(self, loaded: Loaded) -> None:
         """List the inbox for the coming steps; remove what was consumed before and has been sent again."""
         if self.delayed is not None:
             self._remove_duplicates(
@@ -239,7 +223,7 @@ class OnlineRun:
         if not self._fired:
             self._ahead.clear()
 
-    def _why(self, loaded: _Loaded, *, backlog: bool) -> list[Reason]:
+    def _why(self, loaded: Loaded, *, backlog: bool) -> list[Reason]:
         """Why to train on what was listed; empty: the triggers say to wait."""
         if backlog:  # what is not listed would never count
             return ["backlog"]
@@ -265,8 +249,10 @@ class OnlineRun:
             if self.inbox.is_stable(info, self.settings.grace_seconds):
                 raise ShardRejected(str(unready)) from unready
             return None
+        except BadLabels as bad:
+            raise ShardRejected(str(bad)) from bad
 
-    def _waiting_loss(self, loaded: _Loaded, info: ObjectInfo) -> Seen | None:
+    def _waiting_loss(self, loaded: Loaded, info: ObjectInfo) -> Seen | None:
         """How the head does on a shard that waits; None if it would not be trained on."""
         shard = self.inbox.read(info)
         if shard is None or loaded.tombstones.has(self.inbox.url, info.key, shard.sha256):
@@ -281,7 +267,7 @@ class OnlineRun:
         """True while shards of the last listing are left."""
         return bool(self._ahead)
 
-    def _known(self, loaded: _Loaded, inbox: Inbox) -> Callable[[ObjectInfo], bool]:
+    def _known(self, loaded: Loaded, inbox: Inbox) -> Callable[[ObjectInfo], bool]:
         """Whether an object of an inbox was consumed before."""
         owed = {(debt.inbox, debt.key, debt.etag) for debt in loaded.owed}
 
@@ -291,7 +277,7 @@ class OnlineRun:
 
         return known
 
-    def _remove_duplicates(self, loaded: _Loaded, inbox: Inbox, known: list[ObjectInfo]) -> None:
+    def _remove_duplicates(self, loaded: Loaded, inbox: Inbox, known: list[ObjectInfo]) -> None:
         """Remove what was consumed before and sent again; what is owed is being removed anyway."""
         if self.settings.after_commit == "keep":
             return
@@ -301,7 +287,7 @@ class OnlineRun:
             if digest is not None and (inbox.url, info.key, info.etag) not in owed:
                 self._remove_duplicate(loaded, inbox, info, digest)
 
-    def _remove_duplicate(self, loaded: _Loaded, inbox: Inbox, info: ObjectInfo, digest: str) -> None:
+    def _remove_duplicate(self, loaded: Loaded, inbox: Inbox, info: ObjectInfo, digest: str) -> None:
         """Remove a shard that was consumed before; if that is denied, it is owed like any other, and so remembered."""
         debt = Owed(inbox=inbox.url, key=info.key, sha256=digest, etag=info.etag, then="delete")
         logger.info(
@@ -316,7 +302,7 @@ class OnlineRun:
             logger.warning(on_one_line(message))
 
     # ---- reading, scoring, training ----------------------------------------------------------------------------------
-    def train(self, loaded: _Loaded, candidates: list[ObjectInfo]) -> "Trained":
+    def train(self, loaded: Loaded, candidates: list[ObjectInfo]) -> Trained:
         """Read, validate, score and train on the candidates, shard by shard, in order. Changes `loaded.learner`.
 
         A shard that cannot be used is rejected before the model is touched. One whose training gives a loss that is not
@@ -335,7 +321,7 @@ class OnlineRun:
                 )
         return work
 
-    def _train_all(self, loaded: _Loaded, candidates: list[ObjectInfo], refused: dict[str, str]) -> "Trained | None":
+    def _train_all(self, loaded: Loaded, candidates: list[ObjectInfo], refused: dict[str, str]) -> Trained | None:
         """The work, or None if a shard broke the learner; that one is then among the refused."""
         work = Trained(loaded)
         for i, info in enumerate(candidates):
@@ -347,7 +333,7 @@ class OnlineRun:
                 return None
         return work
 
-    def _train_one(self, work: "Trained", info: ObjectInfo, refused: dict[str, str]) -> str | None:
+    def _train_one(self, work: Trained, info: ObjectInfo, refused: dict[str, str]) -> str | None:
         """Add one shard to the work; the reason if training on it broke the learner."""
         shard = self.inbox.read(info)
         if shard is None:
@@ -396,7 +382,7 @@ class OnlineRun:
         groups = shard.row_groups()
         found = Complete(groups, None)
         if self.delayed is not None:
-            completed = self.delayed.completed(shard, groups, learner.features.targets, self.settings.grace_seconds)
+            completed = self.delayed.completed(shard, groups, learner.features.targets)
             if completed is None:
                 return None
             found = completed
@@ -415,7 +401,7 @@ class OnlineRun:
         return found
 
     # ---- committing --------------------------------------------------------------------------------------------------
-    def commit(self, work: "Trained") -> Version:
+    def commit(self, work: Trained) -> Version:
         """Write the blobs, then create the manifest.
 
         Raises:
@@ -458,7 +444,7 @@ class OnlineRun:
             environment=environment(),
         )
         version = self.log.commit(loaded.version, entry)
-        self._loaded = _Loaded(
+        self._loaded = Loaded(
             *(version, loaded.learner, tombstones, owed, time.monotonic(), window, cumulative, gate or loaded.gate)
         )
         self.report.add(version.manifest)
@@ -466,7 +452,7 @@ class OnlineRun:
         self.report.waiting = max(0, self.report.waiting - len(work.consumed) - len(work.rejected))
         return version
 
-    def _debts(self, work: "Trained", number: int) -> list[Owed]:
+    def _debts(self, work: Trained, number: int) -> list[Owed]:
         then, to = self.settings.after_commit, self.settings.archive_to
         debts = [
             Owed(inbox=s.inbox, key=s.key, sha256=s.sha256, etag=s.etag, then=then, to=to)
@@ -486,7 +472,7 @@ class OnlineRun:
             for s in work.rejected
         ]
 
-    def _decide(self, work: "Trained", window: Iterable[Consumed]) -> tuple[Gate | None, dict[str, Any]]:
+    def _decide(self, work: Trained, window: Iterable[Consumed]) -> tuple[Gate | None, dict[str, Any]]:
         """(whether the champion moves to the new version, the new version's scores on the holdout)."""
         settings, learner = self.settings, work.loaded.learner
         scored = self.champion.holdout(learner)
@@ -505,7 +491,7 @@ class OnlineRun:
             self.report.owed = len(loaded.owed)
 
     # ---- after many refusals -----------------------------------------------------------------------------------------
-    def resolve(self, loaded: _Loaded) -> "Step | None":
+    def resolve(self, loaded: Loaded) -> "Step | None":
         """What the settings ask for when the head is one of too many versions refused in a row, or None.
 
         Raises:
@@ -529,77 +515,6 @@ class OnlineRun:
             f"({gate.numbers}). Nothing more is trained on. `tidemill promote` accepts version {head.number}, `tidemill "
             f"rollback {gate.champion}` gives it up, `tidemill train` begins anew; the shards stay in the inbox."
         )
-
-
-@dataclass
-class Scored:
-    """Scores of one shard before it is trained on."""
-
-    learner: dict[str, float]
-    champion: dict[str, float]
-    predicted: Predicted | None = None
-
-
-@dataclass
-class Trained:
-    """Work on top of a loaded version that is not committed yet."""
-
-    loaded: _Loaded
-    consumed: list[Consumed] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    new_columns: dict[str, str] = field(default_factory=dict)
-    rows: int = 0
-
-    def add(
-        self,
-        shard: Shard,
-        labels: LabelShard | None,
-        ordinal: int,
-        scored: "Scored",
-        result: PassResult,
-        passes: int,
-    ) -> None:
-        self.rows += result.rows
-        self.consumed.append(
-            Consumed(
-                inbox=shard.inbox,
-                key=shard.info.key,
-                sha256=shard.sha256,
-                etag=shard.info.etag,
-                size=shard.info.size,
-                last_modified=shard.info.last_modified,
-                ordinal=ordinal,
-                rows=result.rows,
-                unlabelled=result.unlabelled,
-                score=scored.learner,
-                champion=scored.champion,
-                predicted=scored.predicted,
-                labels=labels,
-                loss=result.loss if result.rows else None,
-                passes=passes,
-            )
-        )
-
-    def __str__(self) -> str:
-        parts = [f"shards {len(self.consumed)}", f"rows {self.rows:,}"]
-        if unlabelled := sum(shard.unlabelled for shard in self.consumed):
-            parts.append(f"rows without a label {unlabelled:,}")
-        if self.rejected:
-            parts.append(f"rejected {len(self.rejected)}")
-        if (loss := self.metrics().get("loss")) is not None:
-            parts.append(f"loss before training {loss:.4g}")
-        return ", ".join(parts)
-
-    @property
-    def consumed_objects(self) -> list[Consumed | LabelShard]:
-        """The shards, and those of their labels."""
-        return [part for shard in self.consumed for part in (shard, shard.labels) if part is not None]
-
-    def metrics(self) -> dict[str, Any]:
-        """Prequential metrics of this commit's shards, and the champion's on the same rows."""
-        summary = Summary.of(self.consumed)
-        champion = {"champion": summary.champion.mean} if summary.champion.mean else {}
-        return summary.score.mean | champion
 
 
 def open_run(inbox: str, registry: str, model: str, settings: OnlineSettings) -> OnlineRun:

@@ -1,7 +1,7 @@
 """Means of scores over shards, weighted by rows."""
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -47,7 +47,3 @@ class Summary(BaseModel):
             self.shards, self.rows = self.shards + 1, self.rows + shard.rows
             self.score.add(shard.score, shard.rows)
             self.champion.add(shard.champion, shard.rows)
-
-    def plain(self) -> dict[str, Any]:
-        """As it stands in a manifest; `load` reads it back."""
-        return self.model_dump(mode="json")

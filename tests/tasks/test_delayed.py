@@ -219,3 +219,17 @@ def test_inboxes_within_each_other_are_refused(world: World) -> None:
 def test_labels_and_their_key_go_together() -> None:
     with pytest.raises(ValueError, match="go together"):
         OnlineSettings(labels="s3://bucket/labels")
+
+
+def test_bad_labels_do_not_wait_for_a_trigger(world: World) -> None:
+    put(world.url("inbox"), {"0.parquet": features(50, 1)})
+    put(world.url("labels"), {"0.parquet": pa.table({"id": [1, 1], "y": [0.5, 0.7]})})
+    assert world.drain(train_when={"score_drop": 100.0}).rejected == 1
+    assert world.log.head().manifest.fired == ("unreadable",)
+
+
+def test_labels_that_are_too_large_stay(world: World) -> None:
+    put(world.url("inbox"), {"0.parquet": features(50, 1)})
+    put(world.url("labels"), {"0.parquet": labels(50, 1)})
+    assert world.drain(max_shard_bytes=100).versions == 0
+    assert world.left == (["0.parquet"], ["0.parquet"])
