@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from storage.errors import (
     AlreadyExists,
@@ -28,9 +29,11 @@ from storage.errors import (
 )
 from storage.log import VersionLog
 from storage.manifest import Owed, Rejected, checked, sha256, verified
-from storage.parquet import ParquetFile, RowGroup, row_groups
 from storage.store import ObjectInfo, Store
 from storage.urls import open_store
+
+if TYPE_CHECKING:
+    from storage.parquet import RowGroup
 
 logger = logging.getLogger("tidemill.storage")
 
@@ -63,13 +66,14 @@ class Shard:
     data: bytes
     sha256: str
 
-    def row_groups(self) -> list[RowGroup]:
+    def row_groups(self) -> "list[RowGroup]":
         """Its row groups, which decode from memory.
 
         Raises:
             NotReady: no Parquet magic at both ends.
             ShardRejected: a footer that does not parse, or no rows.
         """
+        from storage.parquet import ParquetFile, row_groups  # here, because listing an inbox needs no pyarrow
 
         def fetch(start: int, length: int) -> bytes:
             if start < 0 or start + length > len(self.data):
@@ -159,6 +163,7 @@ class Inbox:
             NotReady: no Parquet magic at both ends.
             ShardRejected: a footer that does not parse.
         """
+        from storage.parquet import ParquetFile
 
         def fetch(start: int, length: int) -> bytes:
             return self.store.read(info.key, if_match=info.etag, start=start, length=length)
