@@ -4,11 +4,13 @@ Imports of torch, Prefect and the stores stand inside the commands: `tidemill --
 progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
+import atexit
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterable
+from gc import freeze
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -394,6 +396,9 @@ def _for_terminal(record: logging.LogRecord) -> bool:
 
 def main(tokens: Iterable[str] | None = None) -> None:
     """Entry point of `tidemill` and of `python -m flows`."""
+    # Else the interpreter, when it ends, searches all that torch and Prefect have made for cycles: more than a second.
+    # Registered before Prefect registers what it sends at exit, this runs after it
+    atexit.register(freeze)
     arguments = list(sys.argv[1:] if tokens is None else tokens)
     terminal = logging.StreamHandler(sys.stderr)
     terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

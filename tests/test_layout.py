@@ -10,7 +10,8 @@ import pytest
     ("module", "unwanted"),
     [
         ("storage", ["prefect", "torch"]),
-        ("storage.log, storage.inbox, storage.dataset, storage.s3", ["prefect", "torch"]),
+        ("storage.log, storage.inbox, storage.audit, storage.retention", ["prefect", "torch", "pyarrow", "s3fs"]),
+        ("storage.dataset, storage.s3", ["prefect", "torch"]),
         ("tasks.training", ["prefect", "storage"]),
         ("tasks.training.loop, tasks.training.learner", ["prefect", "storage", "s3fs"]),
         ("tasks.training.spec, tasks.settings", ["prefect", "torch", "pyarrow"]),
