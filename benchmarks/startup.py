@@ -1,0 +1,295 @@
+"""What a command costs before it does its work: the light commands, and a batch and an online run line by line.
+
+    .venv/bin/python benchmarks/startup.py                                  # the tables of docs/performance.md
+    .venv/bin/python benchmarks/startup.py --only help status --repeat 3
+
+Every measurement is a process of its own, on a dataset of 400 rows, an empty inbox and a registry in a local folder; kinds take
+turns. A whole command is the real one, `python -m flows ...`, from its spawning to its end. The lines come from other
+processes, which do the same in the same order and look at the clock in between: they add up to about the whole. Prefect's
+database exists already. `DO_NOT_TRACK=1`, `OMP_NUM_THREADS=1`.
+
+Prints one JSON line for each measurement, then the medians of each kind. `cpu` counts the children that the process waited for,
+the temporary server among them; that of a line counts the process alone. On a busy machine it is the steadier of the two.
+"""
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+HEAVY = ("torch", "prefect", "pyarrow", "numpy", "pandas", "s3fs", "cyclopts", "pydantic", "torchmetrics", "scipy")
+SPEC = {"features": ["a", "b"], "target": "y", "epochs": 1}
+LIGHT = {
+    "interpreter": ["-c", "pass"],
+    "help": ["-m", "flows", "--help"],
+    "train help": ["-m", "flows", "train", "--help"],
+    "status": ["-m", "flows", "status", "registry", "model", "--inbox", "inbox"],
+    "log": ["-m", "flows", "log", "registry", "model"],
+    "show": ["-m", "flows", "show", "registry", "model"],
+    "promote": ["-m", "flows", "promote", "registry", "model", "0"],
+    "requeue": ["-m", "flows", "requeue", "registry", "model"],
+    "gc": ["-m", "flows", "gc", "registry", "model"],
+    "audit": ["-m", "flows", "audit", "registry", "model"],
+    "rollback": ["-m", "flows", "rollback", "registry", "model", "0"],
+}
+TRAIN_FLAGS = ["--features", "a", "b", "--target", "y", "--epochs", "1"]
+FOLLOW = ["-m", "flows", "follow", "inbox", "registry", "model", "--mode", "drain"]
+
+
+class Lines:
+    """What the time went into, from the start of the process on."""
+
+    def __init__(self) -> None:
+        self._last = (float(os.environ["STARTUP_BEGAN"]), 0.0)
+        self._seconds: dict[str, tuple[float, float]] = {}
+
+    def end(self, line: str) -> None:
+        """What passed since the end of the line before was this: wall and CPU seconds."""
+        now = (time.time(), time.process_time())
+        self._seconds[line] = (now[0] - self._last[0], now[1] - self._last[1])
+        self._last = now
+
+    def print(self) -> None:
+        print(json.dumps({"lines": self._seconds, "last": self._last}), flush=True)
+
+
+# ---- in a process of its own -----------------------------------------------------------------------------------------
+def run_lines(kind: str) -> None:
+    """One flow run, `train` or `follow`."""
+    lines = Lines()
+    lines.end("interpreter")
+    _import(lines)
+    from prefect import get_client
+
+    from flows.batch import batch_training
+    from flows.online import online_training
+    from tasks.settings import OnlineSettings
+    from tasks.training.spec import Spec
+
+    lines.end("import of the flows")
+    get_client(sync_client=True)
+    lines.end("temporary server" if "PREFECT_API_URL" not in os.environ else "import of Prefect's client")
+
+    def running(flow: object, flow_run: object, state: object) -> None:
+        lines.end("flow engine: begin")
+
+    def completed(flow: object, flow_run: object, state: object) -> None:
+        lines.end("body of the flow")
+
+    hooks: dict[str, Any] = {"on_running": [running], "on_completion": [completed]}
+    if kind == "train":
+        flow = batch_training.with_options(**hooks)
+        flow("data", f"new-{os.getpid()}", "model", Spec.model_validate(SPEC))
+    else:
+        online = online_training.with_options(**hooks)
+        online("inbox", "registry", "model", OnlineSettings(mode="drain"))
+    lines.end("flow engine: end")
+    lines.print()
+
+
+def bare_lines(kind: str) -> None:
+    """The work of the same run, by plain functions: what stays without Prefect."""
+    lines = Lines()
+    lines.end("interpreter")
+    _import(lines, prefect=False)
+    from storage.probe import check_preconditions
+    from storage.urls import open_store
+    from tasks import batch, online
+    from tasks.settings import BatchSettings, OnlineSettings
+    from tasks.training.spec import Spec
+
+    registry = f"new-{os.getpid()}" if kind == "train" else "registry"
+    Path(registry).mkdir(exist_ok=True)
+    check_preconditions(open_store(registry))
+    lines.end("work: probe of the registry")
+    if kind == "train":
+        taken = batch.take_snapshot("data")
+        lines.end("work: snapshot")
+        run = batch.open_run(taken, registry, "model", Spec.model_validate(SPEC), BatchSettings())
+        lines.end("work: open")
+        batch.prepare(run)
+        lines.end("work: fit")
+        for epoch in run.epochs_left:
+            batch.train_epoch(run, epoch)
+        lines.end("work: epoch")
+        score = batch.evaluate(run)
+        lines.end("work: evaluate")
+        version = batch.register(run, score)
+        batch.finish(run, version)
+        lines.end("work: register")
+    else:
+        following = online.open_run("inbox", registry, "model", OnlineSettings(mode="drain"))
+        lines.end("work: open")
+        online.step(following)
+        lines.end("work: step")
+    lines.print()
+
+
+def _import(lines: Lines, *, prefect: bool = True) -> None:
+    for line, modules in (
+        ("the command line", ["flows.cli"]),
+        ("torch", ["torch"]),
+        ("torchmetrics", ["torchmetrics"]),
+        ("our tasks, pyarrow", ["tasks.online"]),
+        ("Prefect", ["prefect.flows", "prefect.flow_engine", "prefect.task_engine"] if prefect else []),
+    ):
+        for module in modules:
+            importlib.import_module(module)
+        lines.end(f"import of {line}")
+
+
+def names(arguments: list[str]) -> None:
+    """Which of the heavy packages `tidemill ARGUMENTS` imports."""
+    from flows.cli import main
+
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None):
+        main(arguments)
+    print(json.dumps([name for name in HEAVY if name in sys.modules]))
+
+
+# ---- around it -------------------------------------------------------------------------------------------------------
+def spawned(arguments: list[str], environment: dict[str, str], folder: Path) -> dict[str, Any]:
+    """Wall and CPU seconds of one process and of the children that it waited for, and what it printed as `lines`."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        began = time.time()
+        child = subprocess.Popen(
+            [sys.executable, *arguments],
+            env=environment | {"STARTUP_BEGAN": repr(began)},
+            cwd=folder,
+            stdout=output,
+            stderr=errors,
+        )
+        _, status, used = os.wait4(child.pid, 0)
+        ended = time.time()
+        child.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        errors.seek(0)
+        assert child.returncode == 0, errors.read()
+        result: dict[str, Any] = {"wall": ended - began, "cpu": used.ru_utime + used.ru_stime}
+        if "--lines" in arguments or "--bare" in arguments:
+            printed = json.loads(output.read().splitlines()[-1])
+            wall, cpu = printed["last"]
+            result["lines"] = printed["lines"] | {"exit": (ended - wall, result["cpu"] - cpu)}
+        return result
+
+
+def train(registry: str, model: str) -> list[str]:
+    return ["-m", "flows", "train", "data", registry, model, *TRAIN_FLAGS]
+
+
+def prepare(folder: Path, environment: dict[str, str]) -> None:
+    """A dataset, an empty inbox, and a registry with a model."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("data", "inbox"):
+        (folder / name).mkdir()
+    columns = {"a": [1.0, 2.0, 3.0, 4.0] * 100, "b": [1.0, 2.0, 0.0, 1.0] * 100, "y": [1.0, 2.0, 6.0, 7.0] * 100}
+    pq.write_table(pa.table(columns), folder / "data" / "rows.parquet")
+    spawned([__file__, "--bare", "train"], environment, folder)
+    next(folder.glob("new-*")).rename(folder / "registry")
+
+
+def kinds(folder: Path, offline: dict[str, str], online: dict[str, str]) -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is measured: name -> how, once."""
+    this, numbers = str(Path(__file__).resolve()), itertools.count()
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for name, arguments in LIGHT.items():
+        found[name] = partial(spawned, arguments, offline, folder)
+    for server, environment in (("temporary server", offline), ("running server", online)):
+        # Each time a registry of its own: a run that is repeated finds its version and trains nothing
+        found[f"train, {server}"] = lambda e=environment: spawned(
+            train(f"registry-{next(numbers)}", "model"), e, folder
+        )
+        found[f"follow, {server}"] = partial(spawned, FOLLOW, environment, folder)
+        for kind in ("train", "follow"):
+            found[f"{kind}, {server}, lines"] = partial(spawned, [this, "--lines", kind], environment, folder)
+    for kind in ("train", "follow"):
+        found[f"{kind}, no Prefect, lines"] = partial(spawned, [this, "--bare", kind], offline, folder)
+    return found
+
+
+def loaded(name: str, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Which heavy packages a light command imports."""
+    if name not in LIGHT or name == "interpreter":
+        return {}
+    command = [sys.executable, __file__, "--names", *LIGHT[name][2:]]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
+    return {"imports": json.loads(done.stdout)}
+
+
+def medians(results: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: round(statistics.median(result[name] for result in results), 3) for name in ("wall", "cpu")
+    }
+    if "lines" in results[0]:
+        found["lines"] = {
+            line: [round(statistics.median(result["lines"][line][i] for result in results), 3) for i in range(2)]
+            for line in results[0]["lines"]
+        }
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("--only", nargs="+", help="Kinds whose names contain one of these.")
+    options.add_argument("--repeat", type=int, default=5)
+    options.add_argument("--lines", help=argparse.SUPPRESS)
+    options.add_argument("--bare", help=argparse.SUPPRESS)
+    options.add_argument("--names", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    chosen = options.parse_args()
+    if chosen.lines:
+        return run_lines(chosen.lines)
+    if chosen.bare:
+        return bare_lines(chosen.bare)
+    if chosen.names:
+        return names(chosen.names)
+
+    from tests.flows.prefect_server import running_prefect_server
+
+    with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
+        folder = Path(made)
+        offline = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")} | {
+            "PYTHONPATH": str(ROOT),
+            "PREFECT_HOME": made,
+            "DO_NOT_TRACK": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        prepare(folder, offline)
+        online = dict(offline)
+        todo = {
+            name: measure
+            for name, measure in kinds(folder, offline, online).items()
+            if not chosen.only or any(part in name for part in chosen.only)
+        }
+        if any("temporary server" in name for name in todo):  # makes the database
+            spawned(FOLLOW, offline, folder)
+        if any("running server" in name for name in todo):
+            (folder / "server").mkdir()
+            url = stack.enter_context(running_prefect_server(folder / "server"))
+            online |= {"PREFECT_HOME": str(folder / "server"), "PREFECT_API_URL": url}
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in todo}
+        for name in list(todo) * chosen.repeat:
+            result = todo[name]()
+            results[name].append(result)
+            print(json.dumps({"kind": name} | result), flush=True)
+        for name, found in results.items():
+            print(json.dumps({"median of": name} | medians(found) | loaded(name, folder, offline)), flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()
