@@ -147,7 +147,8 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
         if run.learner.counters.epochs > epoch:
             return run.losses[epoch]
         key = ("epoch", epoch)
-        result = train_pass(run.learner, run.dataset.row_groups, key=key, split=run.split, remember=epoch == 0)
+        groups, epochs = run.dataset.row_groups, run.spec.epochs
+        result = train_pass(run.learner, groups, key=key, split=run.split, remember=epoch == 0, repeats=epochs)
         run.learner.counters.epochs = epoch + 1
         if run.settings.patience is not None:
             held_out = _held_out(run).loss

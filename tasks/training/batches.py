@@ -76,7 +76,12 @@ class Stream:
     def __iter__(self) -> Generator[Batch]:
         self.rows = self.unlabelled = 0
         blocks = self._in_order() if self._seed is None else self._windows(self._seed)
-        return _rebatched(ahead(blocks), self._batch_size)
+        return _rebatched(blocks if self._is_one_block else ahead(blocks), self._batch_size)
+
+    @property
+    def _is_one_block(self) -> bool:
+        """Whether there is nothing to prepare ahead: starting threads takes longer than reading a small shard."""
+        return len(self._groups) == 1 and self._groups[0].num_rows <= self._window_rows
 
     def _in_order(self) -> Generator[Batch]:
         for piece in self._slices():
@@ -120,7 +125,8 @@ class Stream:
         columns = [column.name for column in self._features.columns]
         nulls, labels, rows = [0] * len(columns), 0, 0
         order = self._order("groups", len(self._groups))
-        for group, table in ahead(self._tables([self._groups[i] for i in order])):
+        tables = self._tables([self._groups[i] for i in order])
+        for group, table in tables if len(self._groups) == 1 else ahead(tables):
             nulls = [n + table.column(name).null_count for n, name in zip(nulls, columns, strict=True)]
             labels += self._features.labelled(table)
             rows += table.num_rows

@@ -9,8 +9,8 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Any, Final, Self
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +18,17 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
+from torchmetrics import Metric
 
 from tasks.training.errors import FactoryError, SpecError, StateMismatch, TrainingError
 from tasks.training.features import Features
 from tasks.training.memory import Memory
+from tasks.training.metrics import metrics_of
 from tasks.training.models import build
 from tasks.training.spec import BUILT_IN_MODELS, ScheduleName, Spec
+
+if TYPE_CHECKING:
+    from tasks.training.compiled import CompiledSteps
 
 OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
     "sgd": torch.optim.SGD,
@@ -58,6 +63,8 @@ class Counters:
     shards: int = 0
     rows: int = 0
     steps: int = 0
+    compiled_steps: int = 0
+    """Those of the steps that ran compiled."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +79,11 @@ class Frozen:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.served.parameters()).device
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of the spec, to be reset before use: making them takes longer than scoring a small shard."""
+        return metrics_of(self.spec)
 
 
 @dataclass(eq=False)
@@ -88,6 +100,8 @@ class Learner:
     memory: Memory | None = None
     """Old rows for online training, if the spec asks for them."""
     counters: Counters = field(default_factory=Counters)
+    compiled: "CompiledSteps | None" = None
+    """The compiled steps, once the loop has asked for them."""
 
     @classmethod
     def create(cls, spec: Spec, features: Features, device: str = "cpu") -> Self:
@@ -115,6 +129,11 @@ class Learner:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        """As in `Frozen`."""
+        return metrics_of(self.spec)
 
     @property
     def served(self) -> nn.Module:

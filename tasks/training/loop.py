@@ -8,20 +8,20 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tasks.training.batches import Batch, RowGroup, Split, Stream, ahead
-from tasks.training.errors import NonFiniteLoss, OutputShapeError
+from tasks.training.compiled import CompiledSteps, Forward, wanted
+from tasks.training.errors import NonFiniteLoss
 from tasks.training.features import Encoded
 from tasks.training.groups import generator, stable_seed
 from tasks.training.learner import Frozen, Learner
-from tasks.training.losses import loss_of
+from tasks.training.losses import is_column, loss_of
 from tasks.training.memory import Memory, mixed
-from tasks.training.metrics import metrics_of
 from tasks.training.spec import Spec
 
 EVALUATION_ROWS: Final = 8192  # rows of a forward pass without gradients
@@ -56,12 +56,16 @@ def train_pass(
     split: Split | None = None,
     replay: bool = False,
     remember: bool = False,
+    repeats: int = 1,
 ) -> PassResult:
     """Trains on every labelled row of the groups (of `split`) once, and adds to the learner's rows and steps.
 
     All random numbers derive from the spec's seed and `key` (the epoch or the shard), none from what ran before, so the
     same pass from the same learner always gives the same bits. With `shuffle` off and nothing standardised, the weights
     equal those of a plain PyTorch loop over the rows.
+
+    The steps are compiled if the spec says so; with `compile: auto` `repeats`, how many passes of this length the run
+    makes, decides with the number of rows.
 
     If the learner has a memory, `replay` adds old rows from it to each step, and `remember` shows it the rows of the pass.
 
@@ -76,11 +80,34 @@ def train_pass(
         shuffle_seed=(spec.seed, *key) if spec.shuffle else None,
         split=split,
     )
-    forward, loss_function = _forward(learner, model), loss_of(spec, learner.features)
+    forward, loss_function = _forward(learner), loss_of(spec, learner.features)
     parameters = list(model.parameters())
     total = _zero(device)
     rows = steps = 0
-    column = False  # whether the output is [B, 1] where the targets are [B]
+    column: bool | None = None  # whether the output is [B, 1] where the targets are [B]; None: not seen yet
+
+    def step(batch: Batch) -> Tensor:
+        """The loss of one eager step."""
+        nonlocal column
+        x_BF, ids_BC, y_B, w_B = batch
+        output = forward(model, x_BF, ids_BC)
+        if column is None:
+            column = is_column(spec, output, len(y_B))
+        loss = loss_function(output, y_B.unsqueeze(1) if column else y_B, w_B)
+        for parameter in parameters:  # optimizer.zero_grad() without its bookkeeping, 8% of a small step
+            parameter.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if spec.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm)
+        optimizer.step()
+        if learner.schedule is not None:
+            learner.schedule.step()
+        if learner.averaged is not None:
+            learner.averaged.update_parameters(model)
+        return loss.detach()
+
+    compiled, full = _compiled(learner, groups, repeats), spec.batch_size + _old_rows(learner, replay)
+    at_once = 1 if compiled is None else compiled.steps
     model.train()
     # Closed whatever happens: the traceback of an error would keep its threads alive.
     with closing(iter(stream)) as new, _seeded(device, spec.seed, "pass", *key):
@@ -89,25 +116,19 @@ def train_pass(
             batches = _with_memory(batches, learner.memory, spec, key, replay=replay, remember=remember)
         if device.type != "cpu":
             batches = (_moved(batch, device) for batch in batches)
-        for x_BF, ids_BC, y_B, w_B in batches:
-            output = forward(x_BF, ids_BC)
-            if not steps:
-                column = _is_column(spec, output, len(y_B))
-            loss = loss_function(output, y_B.unsqueeze(1) if column else y_B, w_B)
-            for parameter in parameters:  # optimizer.zero_grad() without its bookkeeping, 8% of a small step
-                parameter.grad = None
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            if spec.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm)
-            optimizer.step()
-            if learner.schedule is not None:
-                learner.schedule.step()
-            if learner.averaged is not None:
-                learner.averaged.update_parameters(model)
-            size = len(y_B)
-            total.add_(loss.detach(), alpha=size)  # on the device: no step waits for a number
-            rows += size
-            steps += 1
+        while some := list(islice(batches, at_once)):
+            done = None
+            # Which steps are compiled depends on the learner and the pass alone, so that a resumed run has the same bits.
+            if compiled is not None and learner.counters.steps + steps and _alike(some, at_once, full):
+                done = compiled.run(some)
+            if done is not None:
+                total.add_(done)
+                rows, steps = rows + full * at_once, steps + at_once
+                continue
+            for batch in some:
+                size = len(batch.y_B)
+                total.add_(step(batch), alpha=size)  # on the device: no step waits for a number
+                rows, steps = rows + size, steps + 1
     mean = total.item() / rows if rows else float("nan")
     if rows and not (torch.isfinite(total) and all(bool(torch.isfinite(p).all()) for p in parameters)):
         raise NonFiniteLoss(
@@ -119,6 +140,26 @@ def train_pass(
     if stream.unlabelled:
         log.debug("left out %d rows of %s without a target", stream.unlabelled, _named(groups))
     return PassResult(stream.rows, steps, mean, stream.unlabelled)
+
+
+def _compiled(learner: Learner, groups: Sequence[RowGroup], repeats: int) -> CompiledSteps | None:
+    """The learner's compiled steps, made when first asked for; None if this pass is not to be compiled."""
+    rows = sum(group.num_rows for group in groups)
+    if not wanted(learner.spec.compile, rows * repeats // learner.spec.batch_size):
+        return None
+    if learner.compiled is None:
+        learner.compiled = CompiledSteps(learner, _forward(learner), loss_of(learner.spec, learner.features))
+    return learner.compiled
+
+
+def _alike(batches: Sequence[Batch], count: int, size: int) -> bool:
+    """Whether these are as many batches, and of as many rows, as one call of the compiled steps takes."""
+    return len(batches) == count and all(len(batch.y_B) == size for batch in batches)
+
+
+def _old_rows(learner: Learner, replay: bool) -> int:
+    """How many rows of the memory a full batch is given."""
+    return round(learner.memory.ratio * learner.spec.batch_size) if replay and learner.memory is not None else 0
 
 
 def _with_memory(
@@ -159,7 +200,9 @@ def score(learner: Learner | Frozen, groups: Sequence[RowGroup], split: Split | 
     """
     spec, device = learner.spec, learner.device
     stream = Stream(groups, learner.features, batch_size=EVALUATION_ROWS, window_bytes=spec.window_bytes, split=split)
-    loss_function, metrics = loss_of(spec, learner.features), metrics_of(spec)
+    loss_function, metrics = loss_of(spec, learner.features), learner.metrics
+    for metric in metrics.values():
+        metric.reset()
     total = _zero(device)
     learner.served.eval()
     with closing(iter(stream)) as batches:
@@ -223,20 +266,19 @@ def _predicted(learner: Learner | Frozen, rows: Encoded) -> Tensor:
     return _in_target_units(learner, torch.cat(outputs)).float().cpu()
 
 
-def _forward(learner: Learner | Frozen, model: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The model as a function of (x_BF, ids_BC), in the spec's precision; its outputs are float32."""
+def _forward(learner: Learner | Frozen) -> Forward:
+    """How a network is called, in the spec's precision."""
 
-    def plain(x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
-        output: Tensor = model(x_BF) if ids_BC is None else model(x_BF, ids_BC)
-        return output
+    def plain(network: Callable[..., Tensor], x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
+        return network(x_BF) if ids_BC is None else network(x_BF, ids_BC)
 
     if learner.spec.precision == "float32":
         return plain
     device, dtype = learner.device.type, torch.bfloat16
 
-    def mixed_precision(x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
+    def mixed_precision(network: Callable[..., Tensor], x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
         with torch.autocast(device, dtype=dtype):
-            output = plain(x_BF, ids_BC)
+            output = plain(network, x_BF, ids_BC)
         return output.float() if isinstance(output, Tensor) else output
 
     return mixed_precision
@@ -253,8 +295,8 @@ def _zero(device: torch.device) -> Tensor:
 
 def _outputs(learner: Learner | Frozen, x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
     """The served network's outputs, [B] for one output, else [B, O]."""
-    output = _forward(learner, learner.served)(x_BF, ids_BC)
-    return output.squeeze(1) if _is_column(learner.spec, output, len(x_BF)) else output
+    output = _forward(learner)(learner.served, x_BF, ids_BC)
+    return output.squeeze(1) if is_column(learner.spec, output, len(x_BF)) else output
 
 
 def _in_target_units(learner: Learner | Frozen, output: Tensor) -> Tensor:
@@ -269,21 +311,6 @@ def _unscaled(learner: Learner | Frozen, values_B: Tensor) -> Tensor:
     if not features.standardize_target or features.statistics is None:
         return values_B
     return values_B * features.statistics.target_std + features.statistics.target_mean
-
-
-def _is_column(spec: Spec, output: object, rows: int) -> bool:
-    """Whether the output is [B, 1] for a single target; False for the other allowed shapes. Raises OutputShapeError."""
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if spec.outputs > 1:
-        if shape != (rows, spec.outputs):
-            what = "targets" if spec.classes is None else "classes"
-            raise OutputShapeError(
-                f"the model returned {shape} for {rows} rows of {spec.outputs} {what}: return [{rows}, {spec.outputs}]"
-            )
-        return False
-    if shape not in ((rows, 1), (rows,)):
-        raise OutputShapeError(f"the model returned {shape} for {rows} rows of a {spec.task} task: return [{rows}, 1]")
-    return shape == (rows, 1)
 
 
 @contextmanager

@@ -71,3 +71,18 @@ def _user_loss(spec: Spec) -> Callable[[Tensor, Tensor], Tensor]:
         return loss
 
     return row_loss
+
+
+def is_column(spec: Spec, output: object, rows: int) -> bool:
+    """Whether the output is [B, 1] for a single target; False for the other allowed shapes. Raises OutputShapeError."""
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if spec.outputs > 1:
+        if shape != (rows, spec.outputs):
+            what = "targets" if spec.classes is None else "classes"
+            raise OutputShapeError(
+                f"the model returned {shape} for {rows} rows of {spec.outputs} {what}: return [{rows}, {spec.outputs}]"
+            )
+        return False
+    if shape not in ((rows, 1), (rows,)):
+        raise OutputShapeError(f"the model returned {shape} for {rows} rows of a {spec.task} task: return [{rows}, 1]")
+    return shape == (rows, 1)

@@ -179,6 +179,11 @@ class Spec(_Settings):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="bfloat16: mixed precision (torch.autocast); weights stay float32."
     )
+    compile: Literal["off", "auto", "on"] = Field(
+        default="off",
+        description="Compile whole gradient steps with torch.compile: on; off; auto: if the batch training has so many steps "
+        "that it wins back the time of compilation. Bits differ from those of uncompiled steps.",
+    )
     replay: ReplayMemory | None = Field(
         default=None, description="Memory of old rows for online training; left out: only new rows are trained on."
     )

@@ -84,7 +84,7 @@ def test_the_state_is_json_and_tensors():
     header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
     assert {"features.mean", "features.std", "optimizer.0.exp_avg", "optimizer.1.step"} < header.keys()
     assert json.loads(header["__metadata__"]["tidemill"])["counters"] == {
-        "epochs": 0, "shards": 0, "rows": 700, "steps": 11,
+        "epochs": 0, "shards": 0, "rows": 700, "steps": 11, "compiled_steps": 0,
     }  # fmt: skip
 
 

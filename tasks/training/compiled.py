@@ -1,0 +1,182 @@
+"""Whole gradient steps, compiled: forward, loss, backward, clipping, optimizer and average, many steps a call.
+
+Shape legend: K steps of a call, B rows of a batch, F numbers and C ids of one row, T targets.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.utils import get_total_norm
+from torch.optim import adadelta, adagrad, adam, adamax, nadam, radam, rmsprop, sgd
+
+from tasks.training.batches import Batch
+from tasks.training.learner import Learner
+from tasks.training.losses import LossFunction, is_column
+
+Forward = Callable[[Callable[..., Tensor], Tensor, Tensor | None], Tensor]
+"""(network, x_BF, ids_BC or None) to the network's outputs in float32."""
+
+STEPS: Final = 16  # of a call; twice as many gain little and double the time of compilation
+AUTO_STEPS: Final = 100_000
+"""Steps of a run from which `compile: auto` compiles. Compilation takes 10 to 30 s and saves about 0.4 ms of a small net's
+step; a larger net gains less, but so many of its steps take so long that half a minute does not matter."""
+
+log = logging.getLogger("tidemill.training")
+
+# torch's functional optimizers, and the state that each takes for every parameter, in the order of its arguments.
+_FUNCTIONAL: Final[dict[str, tuple[Callable[..., None], tuple[str, ...]]]] = {
+    "sgd": (sgd.sgd, ("momentum_buffer",)),
+    "adam": (adam.adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")),
+    "adamw": (adam.adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")),
+    "adagrad": (adagrad.adagrad, ("sum", "step")),
+    "rmsprop": (rmsprop.rmsprop, ("square_avg", "grad_avg", "momentum_buffer", "step")),
+    "adadelta": (adadelta.adadelta, ("square_avg", "acc_delta", "step")),
+    "adamax": (adamax.adamax, ("exp_avg", "exp_inf", "step")),
+    "nadam": (nadam.nadam, ("exp_avg", "exp_avg_sq", "mu_product", "step")),
+    "radam": (radam.radam, ("exp_avg", "exp_avg_sq", "step")),
+}
+_INDUCTOR: Final = {
+    "fallback_random": True,  # dropout draws what it would draw in eager mode
+    # Its fusion of `add(weight, mm, alpha)` into `addmm` drops alpha in torch 2.13.0: weights went up instead of down.
+    "pattern_matcher": False,
+}
+
+
+def wanted(mode: str, steps: int) -> bool:
+    """Whether a run of so many gradient steps is compiled in this mode of the spec."""
+    return mode == "on" or (mode == "auto" and steps >= AUTO_STEPS)
+
+
+class CompiledSteps:
+    """Several gradient steps of a learner as one compiled function.
+
+    The semantics are those of the eager loop; sums are made in another order, so the bits are not the same. The learner
+    must have made an eager step before, which makes the optimizer's state. What does not compile is said once, and is
+    trained by the eager loop from then on.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        forward: Forward,
+        loss_function: LossFunction,
+        *,
+        steps: int = STEPS,
+        backend: str = "inductor",
+    ) -> None:
+        """`steps` of a call; `backend` is torch.compile's."""
+        self.steps = steps
+        self._learner = learner
+        self._parts = forward, loss_function
+        self._backend = backend
+        self._call: Callable[..., Tensor] | None = None
+        self._compiles: bool | None = None  # None: not tried yet
+
+    def run(self, batches: Sequence[Batch]) -> Tensor | None:
+        """Trains on `steps` batches of one shape. Sum of loss * rows, float64; None: nothing was done, it does not compile."""
+        if self._compiles is False:
+            return None
+        learner = self._learner
+        if self._call is None:  # not earlier: only now the optimizer has its state
+            options: dict[str, Any] | None = None
+            if self._backend == "inductor":
+                options = _INDUCTOR | {"cpp_wrapper": learner.device.type == "cpu"}
+            function = _steps(learner, *self._parts, self.steps)
+            self._call = torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend, options=options)
+        x_KBF, ids_KBC, y_KB, w_KB = (
+            None if parts[0] is None else torch.stack(cast(Any, parts)) for parts in zip(*batches, strict=True)
+        )
+        position = None if learner.schedule is None else learner.schedule.state_dict()
+        rate_K = _rates(learner, self.steps)
+        try:
+            # Backward is inside of the graph, which torch does not trace by default.
+            with torch.no_grad(), torch._dynamo.config.patch(trace_autograd_ops=True):
+                total: Tensor = self._call(x_KBF, ids_KBC, y_KB, w_KB, rate_K)
+        except Exception as error:
+            if self._compiles:
+                raise
+            self._compiles = False
+            if learner.schedule is not None and position is not None:
+                learner.schedule.load_state_dict(position)
+                for group, rate in zip(learner.optimizer.param_groups, learner.schedule.get_last_lr(), strict=True):
+                    group["lr"] = rate
+            reason = " ".join(str(error).split("\n", 2)[:2])  # the second line has the cause of a backend's failure
+            log.warning("compile: trained without compilation, which failed: %s: %s", type(error).__name__, reason)
+            return None
+        self._compiles = True
+        if learner.averaged is not None:
+            learner.averaged.n_averaged += len(batches)
+        learner.counters.compiled_steps += len(batches)
+        return total
+
+
+def _rates(learner: Learner, steps: int) -> Tensor:
+    """float32 [K]: the learning rate of each step; the schedule moves on. An input, because a constant would be compiled in."""
+    (group,) = learner.optimizer.param_groups
+    rates = []
+    for _ in range(steps):
+        rates.append(group["lr"])
+        if learner.schedule is not None:
+            learner.schedule.step()
+    return torch.tensor(rates, device=learner.device)
+
+
+def _steps(learner: Learner, forward: Forward, loss_function: LossFunction, count: int) -> Callable[..., Tensor]:
+    """The function to compile: (x_KBF, ids_KBC, y_KB, w_KB, rate_K) to the sum of loss * rows. It changes the learner."""
+    model, spec = learner.model, learner.spec
+    clip_norm, decay = spec.clip_norm, spec.ema_decay
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    averages: dict[str, Tensor] = {}
+    if learner.averaged is not None:
+        averages = {name: p for name, p in learner.averaged.module.named_parameters() if name in named}
+    update, state_names = _FUNCTIONAL[spec.optimizer.name]
+    arguments = _arguments(learner.optimizer, update)
+    # Looked up here: a lookup in the graph would add an entry for what has none, and so compile everything again.
+    states = {name: learner.optimizer.state.get(p, {}) for name, p in named.items()}
+
+    def steps(x_KBF: Tensor, ids_KBC: Tensor | None, y_KB: Tensor, w_KB: Tensor | None, rate_K: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=x_KBF.device)
+        for k in range(count):
+            y_B = y_KB[k]
+            with torch.enable_grad():
+                leaves = {name: p.detach().requires_grad_() for name, p in named.items()}
+                output = forward(
+                    lambda *inputs, leaves=leaves: functional_call(model, leaves, inputs),
+                    x_KBF[k],
+                    None if ids_KBC is None else ids_KBC[k],
+                )
+                if is_column(spec, output, len(y_B)):
+                    y_B = y_B.unsqueeze(1)
+                loss = loss_function(output, y_B, None if w_KB is None else w_KB[k])
+                gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            found = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
+            parameters, used = [named[name] for name in found], list(found.values())
+            if clip_norm is not None:  # as torch.nn.utils.clip_grad_norm_ does
+                scale = (clip_norm / (get_total_norm(used) + 1e-6)).clamp(max=1.0)
+                used = [g * scale for g in used]
+            state_lists: list[list[Tensor | None]] = [
+                [states[name][key] for name in found if states[name].get(key) is not None] for key in state_names
+            ]
+            if update is sgd.sgd and not state_lists[0]:
+                state_lists = [[None] * len(parameters)]  # SGD without momentum
+            update(parameters, used, *state_lists, lr=rate_K[k], **arguments)
+            for name, average in averages.items():
+                average.lerp_(named[name], 1 - cast(float, decay))
+            total = total + loss.detach().double() * len(y_B)
+        return total
+
+    return steps
+
+
+def _arguments(optimizer: torch.optim.Optimizer, update: Callable[..., None]) -> dict[str, Any]:
+    """What the functional optimizer takes of the group's settings, beside the learning rate."""
+    (group,) = optimizer.param_groups
+    settings = dict(group) | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
+    ours = {"params", "lr", "capturable", "differentiable", "foreach", "fused"}
+    names = inspect.signature(update).parameters.keys() - ours
+    return {name: settings[name] for name in names if name in settings} | {"foreach": False}

@@ -1,0 +1,121 @@
+"""Compiled steps do what eager steps do, for every optimizer and every part of a step, up to the order of sums."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from tasks.training.compiled import AUTO_STEPS, STEPS, CompiledSteps, wanted
+from tasks.training.learner import OPTIMIZERS, Learner
+from tasks.training.loop import _forward, train_pass
+from tasks.training.losses import loss_of
+from tests.training.rows import begin, cut, numbers_table, plain_spec, same_bits
+
+COUNT = 3
+BATCH = 32
+ROWS = BATCH * (2 * COUNT + 1) + 5  # 2 calls, then a full and a short batch
+HERE = "tests.training.rows"
+
+
+def trained(mode: str, epochs: int = 2, old_rows: bool = False, backend: str = "aot_eager", **spec: Any) -> Learner:
+    """`aot_eager` traces and differentiates as the real backend does, and runs the result without a C++ compiler."""
+    groups = cut(numbers_table(ROWS))
+    learner = begin(plain_spec(compile=mode, batch_size=BATCH, **spec), groups)
+    if mode == "on":
+        function, loss = _forward(learner), loss_of(learner.spec, learner.features)
+        learner.compiled = CompiledSteps(learner, function, loss, steps=COUNT, backend=backend)
+    for epoch in range(epochs):
+        train_pass(learner, groups, key=("epoch", epoch), replay=old_rows and epoch > 0, remember=True)
+    return learner
+
+
+def furthest(one: Learner, other: Learner) -> float:
+    """Largest difference between two weights, and between two numbers of the optimizers' states."""
+    pairs = list(zip(one.served.state_dict().values(), other.served.state_dict().values(), strict=True))
+    mine, theirs = one.optimizer.state_dict()["state"], other.optimizer.state_dict()["state"]
+    assert mine.keys() == theirs.keys()
+    for index, values in mine.items():
+        assert {n for n, v in values.items() if v is not None} == {n for n, v in theirs[index].items() if v is not None}
+        pairs += [(value, theirs[index][name]) for name, value in values.items() if isinstance(value, torch.Tensor)]
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+
+
+PARTS = {
+    "momentum": {"optimizer": {"arguments": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}}},
+    "clipping, average": {"clip_norm": 0.1, "ema_decay": 0.9},
+    "schedule": {"schedule": {"name": "cosine", "arguments": {"T_max": 40}, "warmup_steps": 5}},
+    "buffers, dropout": {"model": {"factory": f"{HERE}:DropoutNet"}},
+    "tied weights": {"model": {"factory": f"{HERE}:TiedNet"}},
+    "bfloat16": {"precision": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_of_a_step_is_what_it_is_in_the_eager_loop(part: str) -> None:
+    eager, compiled = trained("off", **PARTS[part]), trained("on", **PARTS[part])
+    assert eager.counters.compiled_steps == 0
+    assert compiled.counters.compiled_steps == 3 * COUNT  # the first call's steps are eager: they make the state
+    assert compiled.counters.steps == eager.counters.steps
+    assert furthest(eager, compiled) < (1e-3 if part == "bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"sgd", "radam"}))
+def test_every_optimizer_is_torchs(name: str) -> None:
+    eager, compiled = (trained(mode, 1, optimizer={"name": name}) for mode in ("off", "on"))
+    assert compiled.counters.compiled_steps == COUNT
+    assert furthest(eager, compiled) < 1e-5
+
+
+def test_old_rows_from_the_memory_are_part_of_compiled_steps() -> None:
+    settings: dict[str, Any] = {"replay": {"rows": 100, "ratio": 0.5}}
+    eager, compiled = trained("off", old_rows=True, **settings), trained("on", old_rows=True, **settings)
+    assert compiled.counters.compiled_steps == 3 * COUNT
+    assert furthest(eager, compiled) < 1e-5
+
+
+def test_what_does_not_compile_is_said_once_and_trained_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    """RAdam branches on the value of a tensor."""
+    settings: dict[str, Any] = {
+        "optimizer": {"name": "radam"},
+        "schedule": {"name": "exponential", "arguments": {"gamma": 0.9}},
+    }
+    with caplog.at_level(logging.WARNING, logger="tidemill.training"):
+        compiled = trained("on", **settings)
+    eager = trained("off", **settings)
+    assert len([record for record in caplog.records if "without compilation" in record.message]) == 1
+    assert compiled.counters.compiled_steps == 0
+    for name, weights in eager.model.state_dict().items():
+        assert same_bits(compiled.model.state_dict()[name], weights), name
+
+
+def test_the_generated_code_makes_the_same_steps() -> None:
+    """The real backend, C++ compiler included; this found torch 2.13.0 drop `alpha` (see compiled.py)."""
+    eager, compiled = trained("off"), trained("on", backend="inductor")
+    assert compiled.counters.compiled_steps == 3 * COUNT
+    assert furthest(eager, compiled) < 1e-5
+
+
+def test_a_learner_that_was_stored_goes_on_with_the_same_bits() -> None:
+    groups = cut(numbers_table(ROWS))
+    straight = trained("on")
+    stored = trained("on", 1)
+    resumed = Learner.load(stored.spec, *stored.dump())
+    function, loss = _forward(resumed), loss_of(resumed.spec, resumed.features)
+    resumed.compiled = CompiledSteps(resumed, function, loss, steps=COUNT, backend="aot_eager")
+    train_pass(resumed, groups, key=("epoch", 1))
+    assert resumed.dump() == straight.dump()
+
+
+def test_auto_compiles_long_runs_only() -> None:
+    assert [wanted("auto", steps) for steps in (0, AUTO_STEPS - 1, AUTO_STEPS)] == [False, False, True]
+    assert wanted("on", 0)
+    assert not wanted("off", 10 * AUTO_STEPS)
+    learner = begin(plain_spec(compile="auto", batch_size=BATCH), cut(numbers_table(ROWS)))
+    train_pass(learner, cut(numbers_table(ROWS)), key=("epoch", 0), repeats=10)
+    assert learner.compiled is None
+    few = ROWS // BATCH
+    train_pass(learner, cut(numbers_table(BATCH)), key=("epoch", 0), repeats=AUTO_STEPS)
+    assert learner.compiled is not None
+    assert few < STEPS  # so nothing was compiled here either: there was no full call
+    assert learner.counters.compiled_steps == 0
