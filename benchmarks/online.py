@@ -110,8 +110,8 @@ def bare(inbox: str) -> dict[str, float]:
     started, cpu, rows, shards = time.perf_counter(), time.process_time(), 0, 0
     for key in list(keys()):
         table = pq.read_table(pa.BufferReader(sync(fs.loop, get, key)))
-        x = torch.stack([torch.from_dlpack(table[name].combine_chunks().chunk(0)) for name in NAMES], 1)
-        y = torch.from_dlpack(table["y"].combine_chunks().chunk(0)).unsqueeze(1)
+        x = torch.stack([torch.from_dlpack(table[name].combine_chunks()) for name in NAMES], 1)
+        y = torch.from_dlpack(table["y"].combine_chunks()).unsqueeze(1)
         order = torch.randperm(len(y))
         for x_BF, y_B in zip(x[order].split(64), y[order].split(64), strict=True):
             loss = loss_function(net(x_BF), y_B)
