@@ -106,7 +106,8 @@ class _Opener:
                 ) from error
 
         try:
-            return ParquetFile(info.key, info.size, fetch, DatasetError, self._partitions(info.key))
+            partitions, concurrency = self._partitions(info.key), self._store.concurrency
+            return ParquetFile(info.key, info.size, fetch, DatasetError, partitions, concurrency)
         except NotReady as error:
             raise DatasetError(
                 f"{self._store.url}/{info.key} is no Parquet file: {error} Remove or repair it."

@@ -29,6 +29,7 @@ from storage.errors import (
 )
 from storage.log import VersionLog
 from storage.manifest import Owed, Rejected, checked, sha256, verified
+from storage.parallel import at_once
 from storage.store import ObjectInfo, Store
 from storage.urls import open_store
 
@@ -200,22 +201,27 @@ def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store]
     data, which stays. Returns what could not be settled now (not allowed, or its inbox as a whole is gone), to be carried
     by the next version.
     """
-    left = []
-    for debt in owed:
-        inbox = stores(debt.inbox)
+    debts = list(owed)
+    inboxes = {url: stores(url) for url in {debt.inbox: None for debt in debts}}
+
+    def settled(debt: Owed) -> bool:
+        inbox = inboxes[debt.inbox]
         try:
-            if debt.then != "delete" and not _copied(log, inbox, debt, stores):
-                continue
-            inbox.delete(debt.key, if_match=debt.etag)
+            if debt.then == "delete" or _copied(log, inbox, debt, stores):
+                inbox.delete(debt.key, if_match=debt.etag)
         except (NotFound, PreconditionFailed):
-            continue
+            return True
         except (PermissionDenied, InvalidKey, StoreNotFound, CorruptObject) as error:
             logger.warning(
                 "%s/%s stays in the inbox, and is remembered as consumed: %s of it failed: %s",
                 *(debt.inbox, on_one_line(debt.key), debt.then, error),
             )
-            left.append(debt)
-    return tuple(left)
+            return False
+        return True
+
+    workers = max((inbox.concurrency for inbox in inboxes.values()), default=1)
+    done = at_once(settled, debts, workers)
+    return tuple(debt for debt, is_done in zip(debts, done, strict=True) if not is_done)
 
 
 def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], Store]) -> bool:

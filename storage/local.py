@@ -56,6 +56,8 @@ class LocalStore(Store):
     way; StoreFull; UnsupportedStore for file systems without hard links.
     """
 
+    concurrency = 4
+
     def __init__(self, root: str) -> None:
         self._root = os.path.abspath(root)
         self._warned = False

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from storage.errors import NotReady, StorageError
 from storage.pages import decoded_bytes
+from storage.parallel import at_once
 
 MAGIC = b"PAR1"
 MAX_DECODED_BYTES = 2 * 2**30
@@ -24,6 +25,7 @@ MAX_DECODED_BYTES = 2 * 2**30
 
 _FOOTER_GUESS = 64 * 1024
 _COALESCE_GAP = 256 * 1024  # reading this much for nothing is cheaper than another request
+_COALESCED_BYTES = 32 * 2**20  # as Arrow does: then several requests at once are faster than a larger one
 _WIDTH = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
 _DELTA = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
 
@@ -42,10 +44,12 @@ class RangesFile(io.RawIOBase):
         self._starts: list[int] = []
         self._chunks: list[memoryview] = []
 
-    def load(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetch [start, stop) ranges, neighbours in one request."""
-        for start, stop in _coalesced(ranges):
-            self.hold(start, self._fetch(start, stop - start))
+    def load(self, ranges: Sequence[tuple[int, int]], concurrency: int) -> None:
+        """Fetch [start, stop) ranges, small neighbours in one request, with so many requests under way."""
+        requests = list(_coalesced(ranges))
+        chunks = at_once(lambda request: self._fetch(request[0], request[1] - request[0]), requests, concurrency)
+        for (start, _), chunk in zip(requests, chunks, strict=True):
+            self.hold(start, chunk)
 
     def hold(self, start: int, data: bytes) -> None:
         """Keep bytes that lie after all that are held already."""
@@ -92,7 +96,7 @@ class RowGroup:
     _index: int
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        """Exactly these columns, in this order, strings dictionary-encoded; `num_rows` rows.
+        """Exactly these columns, in this order, strings dictionary-encoded; `num_rows` rows. Threads may read at once.
 
         Raises:
             The file's own error (DatasetError or ShardRejected) when its bytes do not decode.
@@ -110,13 +114,16 @@ class ParquetFile:
         fetch: Fetch,
         error: type[StorageError],
         partitions: Mapping[str, "pa.Scalar[Any]"] | None = None,
+        concurrency: int = 1,
     ) -> None:
-        """`error` is what bad bytes raise; `partitions` are constant columns that the file's path adds.
+        """`error` is what bad bytes raise; `partitions` are constant columns that the file's path adds; `concurrency` is how
+        many calls of `fetch` are worth having under way.
 
         Raises:
             NotReady: the magic bytes are missing at either end: not a Parquet file, or not a whole one yet.
         """
         self.name, self._error, self._partitions = name, error, partitions or {}
+        self._concurrency = concurrency
         if size < 12:
             raise NotReady(f"{name} has {size} bytes; no Parquet file is that short.")
         tail = fetch(max(0, size - _FOOTER_GUESS), min(size, _FOOTER_GUESS))
@@ -160,7 +167,7 @@ class ParquetFile:
                     delta[leaf.path] = chunk.total_uncompressed_size
             _refuse_beyond_bound(decoded)
             file = self._file()
-            file.load(ranges)
+            file.load(ranges, self._concurrency)
             decoded += sum(self._hidden(file, group.column(i)) for i in leaves)
             _refuse_beyond_bound(decoded)
             parquet = self._parquet(file, [c for c in self._strings if _is_below(c, wanted) and c not in delta])
@@ -281,10 +288,11 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 def _coalesced(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Sorted ranges, those joined that lie at most `_COALESCE_GAP` apart."""
+    """Sorted ranges. Those are joined that overlap, or lie at most `_COALESCE_GAP` apart and have `_COALESCED_BYTES` together."""
     begin, end = -1, -1
     for start, stop in sorted(ranges):
-        if begin >= 0 and start <= end + _COALESCE_GAP:
+        small = start <= end + _COALESCE_GAP and stop - begin <= _COALESCED_BYTES
+        if begin >= 0 and (start < end or small):  # a footer that lies may have many columns share the same bytes
             end = max(end, stop)
             continue
         if begin >= 0:

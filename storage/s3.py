@@ -64,6 +64,8 @@ class S3Store(Store):
     stall_seconds: float = 30.0
     """How long one attempt may wait for an answer, beyond the time that uploading may take."""
 
+    concurrency = 8
+
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self._bucket = bucket
         self._root = f"{prefix}/" if prefix else ""

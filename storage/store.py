@@ -38,6 +38,9 @@ class Store(ABC):
     """Whether the server compares etags on delete. `storage.probe` clears it where the server ignores them; then `delete`
     compares by itself, and an object put between its two requests is lost."""
 
+    concurrency: int = 1
+    """How many calls are worth having under way at once. 1: a call returns sooner than another thread could take it over."""
+
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield every object whose key starts with `prefix` (plain string prefix, all depths), in no stated order.

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -26,16 +27,18 @@ from storage.errors import (
     UnsupportedStore,
     on_one_line,
 )
-from storage.inbox import Inbox, Shard, quarantine_key, settle
+from storage.inbox import Inbox, quarantine_key, settle
 from storage.log import Version, VersionLog
 from storage.manifest import Blobs, Consumed, Entry, Gate, Owed
+from storage.parallel import at_once
 from storage.probe import check_preconditions
 from storage.store import ObjectInfo, Store
 from storage.urls import open_store
 from tasks.batch import VersionInfo
-from tasks.delayed import BadLabels, Complete, DelayedLabels
+from tasks.delayed import BadLabels, DelayedLabels
 from tasks.gate import Champion, GateClosed, decide, finite, metric_of
 from tasks.provenance import code_revision
+from tasks.reading import Reader, Ready, read_shard
 from tasks.report import OnlineReport
 from tasks.scores import Summary
 from tasks.settings import BatchSettings, OnlineSettings
@@ -116,7 +119,8 @@ class OnlineRun:
             self._check_archive(labels)
             self.delayed = DelayedLabels(self.log, labels, settings.label_key, settings)
         self._loaded: Loaded | None = None
-        self._ahead: deque[ObjectInfo] = deque()
+        self._reader: Reader | None = None
+        """Of the last listing."""
         self._fired: list[Reason] = []
         """Why the shards of the last listing are trained on."""
         self._trigger: tuple[Version, Trigger] | None = None
@@ -145,7 +149,8 @@ class OnlineRun:
     def forget(self) -> None:
         """Drop the memory: the next step starts from what is stored."""
         self._loaded = None
-        self._ahead.clear()
+        if self._reader is not None:
+            self._reader.close()
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------
     def load(self) -> Loaded:
@@ -190,17 +195,6 @@ class OnlineRun:
                 window.appendleft(shard)
         return window, Summary.model_validate(head.manifest.metrics.get("cumulative", {})), gate
 
-    def select(self) -> list[ObjectInfo]:
-        """The next of the listed shards, in the order of training: at most `max_shards`, and of `max_bytes` together (or one)."""
-        chosen: list[ObjectInfo] = []
-        size = 0
-        while self._ahead and len(chosen) < self.settings.max_shards:
-            size += self._ahead[0].size
-            if chosen and size > self.settings.max_bytes:
-                break
-            chosen.append(self._ahead.popleft())
-        return chosen
-
     def look(self, loaded: Loaded) -> None:
         """List the inbox for the coming steps; remove what was consumed before and has been sent again."""
         if self.delayed is not None:
@@ -210,20 +204,21 @@ class OnlineRun:
         complete = (lambda info: True) if self.delayed is None else self.delayed.have
         listing = self.inbox.list(LISTED_AHEAD, self._known(loaded, self.inbox), complete)
         self._remove_duplicates(loaded, self.inbox, listing.known)
+        shards: list[ObjectInfo] = []
         for info in listing.shards:
             if info.size <= self.settings.max_shard_bytes:
-                self._ahead.append(info)
+                shards.append(info)
                 continue
             self._warn(
                 f"{self.inbox.url}/{info.key} has {info.size:,} bytes, more than max_shard_bytes="
                 f"{self.settings.max_shard_bytes:,}; it stays in the inbox. Split it, or raise the limit."
             )
         self.report.waiting, self.report.oldest_waiting = listing.waiting, listing.oldest
-        self._fired = self._why(loaded, backlog=len(listing.shards) == LISTED_AHEAD)
-        if not self._fired:
-            self._ahead.clear()
+        self._fired = self._why(loaded, shards, backlog=len(listing.shards) == LISTED_AHEAD)
+        read = partial(read_shard, self.inbox, self.delayed, loaded.learner.features)
+        self._reader = Reader(shards if self._fired else [], read, self.inbox.store.concurrency)
 
-    def _why(self, loaded: Loaded, *, backlog: bool) -> list[Reason]:
+    def _why(self, loaded: Loaded, shards: list[ObjectInfo], *, backlog: bool) -> list[Reason]:
         """Why to train on what was listed; empty: the triggers say to wait."""
         if backlog:  # what is not listed would never count
             return ["backlog"]
@@ -237,7 +232,7 @@ class OnlineRun:
         def loss(info: ObjectInfo) -> Seen | None:
             return self._unless_gone(info, lambda: self._waiting_loss(loaded, info))
 
-        return self._trigger[1].fired([*self._ahead], rows, loss, datetime.now(UTC))
+        return self._trigger[1].fired(shards, rows, loss, datetime.now(UTC))
 
     def _unless_gone(self, info: ObjectInfo, ask: Callable[[], T | None]) -> T | None:
         """The answer, or None about a shard that has gone or is not whole yet. Raises ShardRejected if it never will be."""
@@ -254,10 +249,10 @@ class OnlineRun:
 
     def _waiting_loss(self, loaded: Loaded, info: ObjectInfo) -> Seen | None:
         """How the head does on a shard that waits; None if it would not be trained on."""
-        shard = self.inbox.read(info)
-        if shard is None or loaded.tombstones.has(self.inbox.url, info.key, shard.sha256):
+        ready = read_shard(self.inbox, self.delayed, loaded.learner.features, info)
+        if ready is None or loaded.tombstones.has(self.inbox.url, info.key, ready.shard.sha256):
             return None
-        if (found := self._groups(loaded.learner, shard)) is None:
+        if (found := ready.complete()) is None:
             return None
         before = score(loaded.learner, found.groups)
         return Seen(before.rows, before.loss)
@@ -265,7 +260,7 @@ class OnlineRun:
     @property
     def listed(self) -> bool:
         """True while shards of the last listing are left."""
-        return bool(self._ahead)
+        return bool(self._reader)
 
     def _known(self, loaded: Loaded, inbox: Inbox) -> Callable[[ObjectInfo], bool]:
         """Whether an object of an inbox was consumed before."""
@@ -282,19 +277,22 @@ class OnlineRun:
         if self.settings.after_commit == "keep":
             return
         owed = {(debt.inbox, debt.key, debt.etag) for debt in loaded.owed}
+        duplicates = []
         for info in known:
             digest = loaded.tombstones.sha256_of(inbox.url, info.key, info.etag)
             if digest is not None and (inbox.url, info.key, info.etag) not in owed:
-                self._remove_duplicate(loaded, inbox, info, digest)
+                duplicates.append((info, digest))
+        self._remove(loaded, inbox, duplicates)
 
-    def _remove_duplicate(self, loaded: Loaded, inbox: Inbox, info: ObjectInfo, digest: str) -> None:
-        """Remove a shard that was consumed before; if that is denied, it is owed like any other, and so remembered."""
-        debt = Owed(inbox=inbox.url, key=info.key, sha256=digest, etag=info.etag, then="delete")
-        logger.info(
-            "%s/%s was consumed before and sent again: removed, not trained on", inbox.url, on_one_line(info.key)
-        )
-        loaded.owed += settle(self.log, [debt], self.stores)
-        self.report.duplicates += 1
+    def _remove(self, loaded: Loaded, inbox: Inbox, duplicates: list[tuple[ObjectInfo, str]]) -> None:
+        """Remove shards (with their sha256) that were consumed before; what is denied is owed like any other, and remembered."""
+        debts = [Owed(inbox=inbox.url, key=i.key, sha256=d, etag=i.etag, then="delete") for i, d in duplicates]
+        for debt in debts:
+            logger.info(
+                "%s/%s was consumed before and sent again: removed, not trained on", inbox.url, on_one_line(debt.key)
+            )
+        loaded.owed += settle(self.log, debts, self.stores)
+        self.report.duplicates += len(debts)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -302,51 +300,54 @@ class OnlineRun:
             logger.warning(on_one_line(message))
 
     # ---- reading, scoring, training ----------------------------------------------------------------------------------
-    def train(self, loaded: Loaded, candidates: list[ObjectInfo]) -> Trained:
-        """Read, validate, score and train on the candidates, shard by shard, in order. Changes `loaded.learner`.
+    def train(self, loaded: Loaded) -> Trained:
+        """Validate, score and train on the next of the listed shards, one by one, in order. Changes `loaded.learner`.
 
-        A shard that cannot be used is rejected before the model is touched. One whose training gives a loss that is not
-        finite is rejected too, and the others are trained again from the head as if it had not been there.
+        At most `max_shards`, of `max_bytes` together (or one), and none after `max_rows`. A shard that cannot be used is rejected
+        before the model is touched. One whose training gives a loss that is not finite is rejected too, and the others are
+        trained again from the head as if it had not been there.
 
         Raises:
             HeadMoved: another run committed before that.
         """
+        assert self._reader is not None, "look() comes first"
         refused: dict[str, str] = {}
-        while (work := self._train_all(loaded, candidates, refused)) is None:
+        while True:
+            work, taken, size = Trained(loaded), list[ObjectInfo](), 0
+            while self._reader and self._takes(len(taken), size + self._reader.upcoming.size, work.rows):
+                info, ready = self._reader.take()
+                taken.append(info)
+                size += info.size
+                reason = None if ready is None else self._train_one(work, ready, refused)
+                if reason is not None:
+                    refused[info.key] = reason
+                    break
+            else:
+                return work
             before, self._loaded = loaded.version, None
             loaded = self.load()
-            if loaded.version != before:  # which may have consumed or rejected the candidates
+            if loaded.version != before:  # which may have consumed or rejected the same shards
                 raise HeadMoved(
                     f"{self.log.url}: another run committed while a shard was refused; this attempt is discarded."
                 )
-        return work
+            self._reader.put_back(taken)
 
-    def _train_all(self, loaded: Loaded, candidates: list[ObjectInfo], refused: dict[str, str]) -> Trained | None:
-        """The work, or None if a shard broke the learner; that one is then among the refused."""
-        work = Trained(loaded)
-        for i, info in enumerate(candidates):
-            if work.rows >= self.settings.max_rows:
-                self._ahead.extendleft(reversed(candidates[i:]))
-                break
-            if (reason := self._train_one(work, info, refused)) is not None:
-                refused[info.key] = reason
-                return None
-        return work
+    def _takes(self, shards: int, size: int, rows: int) -> bool:
+        """Whether a commit that has so many shards and rows takes one more, with which it has so many bytes."""
+        settings = self.settings
+        return shards < settings.max_shards and rows < settings.max_rows and (not shards or size <= settings.max_bytes)
 
-    def _train_one(self, work: Trained, info: ObjectInfo, refused: dict[str, str]) -> str | None:
+    def _train_one(self, work: Trained, ready: Ready, refused: dict[str, str]) -> str | None:
         """Add one shard to the work; the reason if training on it broke the learner."""
-        shard = self.inbox.read(info)
-        if shard is None:
-            return None
+        shard, info, learner = ready.shard, ready.shard.info, work.loaded.learner
         if work.loaded.tombstones.has(self.inbox.url, info.key, shard.sha256):
             if self.settings.after_commit != "keep":
-                self._remove_duplicate(work.loaded, self.inbox, info, shard.sha256)
+                self._remove(work.loaded, self.inbox, [(info, shard.sha256)])
             return None
-        learner = work.loaded.learner
         try:
             if info.key in refused:
                 raise ShardRejected(refused[info.key])
-            if (found := self._groups(learner, shard)) is None:
+            if (found := ready.complete()) is None:
                 return None
             new_columns = self._new_columns(learner, found.groups[0].schema, info.key)
             before = finite(score(learner, found.groups))
@@ -373,21 +374,6 @@ class OnlineRun:
         work.add(shard, found.labels, ordinal, scored, result, self.settings.passes)
         work.new_columns |= new_columns
         return None
-
-    def _groups(self, learner: Learner, shard: Shard) -> Complete | None:
-        """A shard's row groups, with their labels, columns checked; None if its labels have gone since they were listed.
-
-        Raises NotReady, BadLabels, ShardRejected, ColumnError.
-        """
-        groups = shard.row_groups()
-        found = Complete(groups, None)
-        if self.delayed is not None:
-            completed = self.delayed.completed(shard, groups, learner.features.targets)
-            if completed is None:
-                return None
-            found = completed
-        learner.features.check(found.groups[0].schema, shard.info.key)
-        return found
 
     def _new_columns(self, learner: Learner, schema: pa.Schema, key: str) -> dict[str, str]:
         """Columns to record. Raises ShardRejected: the settings refuse them."""
@@ -421,11 +407,9 @@ class OnlineRun:
         cumulative.add(work.consumed)
         recent = list(window)[-self.settings.window_shards :]
         gate, holdout = self._decide(work, recent)
-        blobs = Blobs(
-            weights=self.log.write_blob(number, "safetensors", weights),
-            state=self.log.write_blob(number, "state.safetensors", state),
-            tombstones=self.log.write_blob(number, "tombstones.jsonl", tombstones.encode()),
-        )
+        parts = [("safetensors", weights), ("state.safetensors", state), ("tombstones.jsonl", tombstones.encode())]
+        refs = at_once(lambda part: self.log.write_blob(number, *part), parts, self.log.store.concurrency)
+        blobs = Blobs(weights=refs[0], state=refs[1], tombstones=refs[2])
         entry = Entry(
             kind="online",
             spec=loaded.version.manifest.spec,
@@ -558,7 +542,7 @@ def step(run: OnlineRun) -> Step:
                     return Step(Outcome.IDLE)
                 run.look(loaded)  # 4 the inbox, oldest first
                 looked = True
-            work = run.train(loaded, run.select())  # 5 read and validate, 6 score, then train
+            work = run.train(loaded)  # 5 read and validate, 6 score, then train
             if work.consumed or work.rejected:
                 break
         version = run.commit(work)  # 7 blobs, 8 the manifest

@@ -64,7 +64,7 @@ class OnlineSettings(_Settings):
     stop_after_seconds: float | None = Field(
         default=None, gt=0, description="Stop after this time, once the step in hand is committed."
     )
-    max_shards: int = Field(default=64, ge=1, description="The most shards in one commit.")
+    max_shards: int = Field(default=256, ge=1, description="The most shards in one commit.")
     max_rows: int = Field(
         default=1_000_000, ge=1, description="A commit takes no further shard once it has this many rows."
     )

@@ -185,10 +185,15 @@ class OnlyConsumed:
         self._inbox, self._log = open_store(inbox), VersionLog(open_store(registry), "model")
         self._seen: set[tuple[str, str]] = set()
         self._next = 0
+        self._lock = threading.Lock()  # several deletes are under way
 
     def __call__(self, call: Call) -> None:
         if (call.url, call.verb, call.phase) != (self._inbox.url, "delete", "before") or not is_shard(call.key):
             return
+        with self._lock:
+            self._check(call)
+
+    def _check(self, call: Call) -> None:
         assert call.if_match is not None, f"{call.key} is deleted whatever it is by now"
         try:
             shard = call.key, sha256(self._inbox.read(call.key, if_match=call.if_match))
@@ -247,49 +252,54 @@ def _report(result: Path, *facts: object) -> None:
 # ---- killed ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL at a moment, numbered from 0: one before every storage call, and one after the last.
+    """SIGKILL at a moment: before a storage call, or at `END`, after the last.
 
-    The moment before a call is also the one after the call before: in between nothing happens that outlives the process.
+    The moment before a call is also the one after a call before it: in between nothing happens that outlives the process. Calls
+    that are under way at that moment may or may not be applied.
     """
 
-    moment: int
+    moment: int | str
+    """The number of the call, from 0, or its name: of calls that are under way together, any may come first."""
     delay: float = 0.0
     """Seconds from that moment on, for a kill in the middle of a call."""
 
 
+END = "end"
+
+
 class KillAt:
-    """A hook for all stores of a process: counts the moments of all their calls, and kills at the one that is named."""
+    """A hook for all stores of a process: notes the moments of all their calls, and kills at the one that is named."""
 
     def __init__(self, kill: Kill | None, result: Path) -> None:
         self._kill, self._result = kill, result
-        self._moments, self._lock = 0, threading.Lock()  # footers are read by several threads
+        self._moments, self._lock = list[str](), threading.Lock()  # several threads call stores
 
     def __call__(self, call: Call) -> None:
         if call.phase == "before":
-            self.moment()
+            self.moment(call.name)
 
-    def moment(self) -> None:
+    def moment(self, name: str) -> None:
         with self._lock:
-            if self._kill is not None and self._kill.moment == self._moments:
+            if self._kill is not None and self._kill.moment in (len(self._moments), name):
                 _report(self._result, self._moments, "killed")
                 if not self._kill.delay:
                     os.kill(os.getpid(), signal.SIGKILL)
                 timer = threading.Timer(self._kill.delay, os.kill, (os.getpid(), signal.SIGKILL))
                 timer.daemon = True  # a run that is faster has not been killed
                 timer.start()
-            self._moments += 1
+            self._moments.append(name)
 
     def done(self) -> None:
-        self.moment()
+        self.moment(END)
         _report(self._result, self._moments, "done")
 
 
-def in_child(run: Callable[..., None], *arguments: Any, kill: Kill | None, tmp_path: Path) -> int | None:
-    """Run in a child process. At how many moments it could have been killed, or None if it was; fails on anything else."""
+def in_child(run: Callable[..., None], *arguments: Any, kill: Kill | None, tmp_path: Path) -> list[str] | None:
+    """Run in a child process. The moments at which it could have been killed, or None if it was; fails on anything else."""
     result = tmp_path / uuid.uuid4().hex
     start_child(_to_be_killed, run, arguments, kill, result).join()
     # By files, not by exit codes, of which multiprocessing loses some when several threads wait for children.
-    moments, how = json.loads(result.read_text()) if result.exists() else (0, "crashed")
+    moments, how = json.loads(result.read_text()) if result.exists() else ([], "crashed")
     assert how in ("killed", "done"), "the child failed; its traceback is above"
     return None if how == "killed" else moments
 

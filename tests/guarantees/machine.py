@@ -156,7 +156,8 @@ class Process:
             self.read.clear()
 
     def stores(self, url: str) -> Store:
-        return FaultStore(self._world.protocol.wrap(open_store(url)), partial(self._hook, open_store(url).url))
+        hook = partial(self._hook, open_store(url).url)
+        return FaultStore(self._world.protocol.wrap(open_store(url)), hook, concurrency=1)  # examples must replay
 
     def _hook(self, url: str, call: Call) -> None:
         inbox = url == self._world.inbox.url

@@ -265,7 +265,7 @@ class ListsFromCursor(OnlineRun):
     def look(self, loaded) -> None:
         super().look(loaded)
         last = max((shard.key for shard in loaded.version.manifest.consumed), default="")
-        self._ahead = deque(info for info in self._ahead if info.key > last)
+        self._reader._waiting = deque(info for info in self._reader._waiting if info.key > last)
 
 
 class NoParentCheck(VersionLog):

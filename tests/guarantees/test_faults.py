@@ -110,10 +110,10 @@ class Moment:
     """None for the first run, which is undisturbed and shows which calls there are."""
     seen: list[Call]
 
-    def stores(self, fault: Callable[[Call], Hook], *watchers: Hook) -> Stores:
+    def stores(self, fault: Callable[[Call], Hook], *watchers: Hook, concurrency: int | None = None) -> Stores:
         """Opens stores for the run, with the fault at its call."""
         hooks = [*watchers, self.seen.append]
-        return hooked(together(*hooks, *([] if self.call is None else [fault(self.call)])))
+        return hooked(together(*hooks, *([] if self.call is None else [fault(self.call)])), concurrency)
 
 
 class Moments(Protocol):
@@ -137,7 +137,7 @@ def moments(make_url: MakeUrl, backend: str, full: bool, record_property: Callab
         assert chosen
         for number, call in enumerate(chosen):
             yield (moment := place(str(number), call))
-            assert (call.index, call.phase) in {(c.index, c.phase) for c in moment.seen}, "it did not come to this call"
+            assert (call.name, call.phase) in {(c.name, c.phase) for c in moment.seen}, "it did not come to this call"
         record_property("moments", f"{len(chosen)} of {len(fitting)}")
         print(f"{len(chosen)} of {len(fitting)} moments")
 
@@ -189,14 +189,14 @@ class Fault:
 
 def no_answer(call: Call) -> Hook:
     """An error before the call, or a lost answer after it: the caller cannot tell."""
-    return fail_at(call.index, call.phase, Unavailable("no answer"))
+    return fail_at(call.name, call.phase, Unavailable("no answer"))
 
 
 FAULTS = {
     "retry the task": Fault(no_answer, lambda call: True, retry_the_task),
     "new run": Fault(no_answer, lambda call: True, start_again),
     "retry in the verb": Fault(
-        lambda call: meet_itself_at(call.index), lambda c: c.phase == "after" and c.verb in MEETS_ITSELF, go_on
+        lambda call: meet_itself_at(call.name), lambda c: c.phase == "after" and c.verb in MEETS_ITSELF, go_on
     ),
 }
 
@@ -310,6 +310,8 @@ def test_deletes_are_denied_and_later_allowed(make_url: MakeUrl, clean: Clean) -
 
 
 # ---- somebody else acts at a call ------------------------------------------------------------------------------------
+# In the thread of the run, which meanwhile does nothing else: what is seen before and after a call is then certain, and no two
+# trainings draw from torch's global generator at once.
 def any_call(call: Call) -> bool:
     """The moment before a call is also the one after the call before."""
     return call.phase == "before"
@@ -338,7 +340,7 @@ def test_a_producer_overwrites_a_shard(victim: str, sent: bytes, moments: Moment
             producer.write(victim, sent)
 
         only_consumed = OnlyConsumed(m.inbox, m.registry)
-        stores = m.stores(lambda call: act_at(call.index, call.phase, overwrite), only_consumed)
+        stores = m.stores(lambda call: act_at(call.name, call.phase, overwrite), only_consumed, concurrency=1)
         drain(stores, m.inbox, m.registry, ONE_PASS)
         drain(hooked(only_consumed), m.inbox, m.registry, ONE_PASS)  # what came after the last listing
         put = {*ALL.items()} if m.call is None else {*ALL.items(), (victim, sent)}
@@ -366,7 +368,11 @@ def test_another_run_makes_a_step(steps_before: int, collects: bool, moments: Mo
                 collect_garbage(open_store, m.registry, 1)
 
         run = OnlineRun(
-            m.inbox, m.registry, "model", ONE_PASS, m.stores(lambda call: act_at(call.index, call.phase, act), watch)
+            m.inbox,
+            m.registry,
+            "model",
+            ONE_PASS,
+            m.stores(lambda call: act_at(call.name, call.phase, act), watch, concurrency=1),
         )
         for each in (run, other):
             while (made := step(each)).outcome is not Outcome.IDLE:

@@ -59,8 +59,11 @@ def make_url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Ma
     return lambda name: str(tmp_path / "stores" / name)
 
 
+RunAndCheck = Callable[[Kill | None, str], list[str] | None]
+
+
 class Sweep(Protocol):
-    def __call__(self, run_and_check: Callable[[Kill | None, str], int | None], times: int = 1) -> None: ...
+    def __call__(self, run_and_check: RunAndCheck, times: int = 1) -> None: ...
 
 
 @pytest.fixture
@@ -68,16 +71,18 @@ def sweep(backend: str, full: bool, record_property: Callable[[str, object], Non
     """Calls with no kill first, to learn where storage is called; then kills at each of these moments, or at a sample."""
     start_server()
 
-    def run_all(run_and_check: Callable[[Kill | None, str], int | None], times: int = 1) -> None:
+    def run_all(run_and_check: RunAndCheck, times: int = 1) -> None:
         moments = run_and_check(None, "clean")
         assert moments is not None
-        assert moments > 10
-        chosen = sample(range(moments), None if full else times * MOMENTS[backend])
+        assert len(moments) > 10
+        chosen = sample(moments, None if full else times * MOMENTS[backend])
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for killed in pool.map(run_and_check, map(Kill, chosen), map(str, chosen)):
-                assert killed is None, "the kill did not happen"
-        record_property("killed at", f"{len(chosen)} of {moments} moments")
-        print(f"killed at {len(chosen)} of {moments} moments")
+            for moment, killed in zip(
+                chosen, pool.map(run_and_check, map(Kill, chosen), map(str, range(len(chosen)))), strict=True
+            ):
+                assert killed is None, f"the kill did not happen: {moment}"
+        record_property("killed at", f"{len(chosen)} of {len(moments)} moments")
+        print(f"killed at {len(chosen)} of {len(moments)} moments")
 
     return run_all
 
@@ -96,7 +101,7 @@ def test_online_run(sweep: Sweep, backend: str, base: str, make_url: MakeUrl, tm
     shards = SHARDS | REJECTED
     reference: list[tuple[str, str]] = []
 
-    def run_and_check(kill: Kill | None, name: str) -> int | None:
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
         inbox, registry = make_url(f"{name}/inbox"), make_url(f"{name}/registry")
         fill(inbox, shards)
         copy(base, registry)
@@ -148,7 +153,7 @@ def test_killed_again_and_again(
     def run_and_check(number: int) -> int:
         draw, kills, place = random.Random(number), 0, begin(str(number))
         while True:
-            kill = Kill(draw.randrange(moments), draw.choice([0.0, draw.uniform(0, 0.005)]))
+            kill = Kill(draw.randrange(len(moments)), draw.choice([0.0, draw.uniform(0, 0.005)]))
             if in_child(drain, *place, GATED, kill=kill, tmp_path=tmp_path) is not None:
                 break
             kills += 1
@@ -167,7 +172,7 @@ def test_batch_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
     fill(make_url("dataset"), DATASET)
     reference: list[tuple[str, str]] = []
 
-    def run_and_check(kill: Kill | None, name: str) -> int | None:
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
         registry = make_url(f"{name}/registry")
         arguments = (make_url("dataset"), registry, SPEC, BATCH)
         moments = in_child(train, *arguments, kill=kill, tmp_path=tmp_path)
@@ -196,7 +201,7 @@ def test_rollback(sweep: Sweep, trained: str, make_url: MakeUrl, tmp_path: Path)
     """Killed anywhere and repeated, the head has the weights of the version gone back to."""
     wanted = VersionLog(open_store(trained), "model").version(1).manifest.blobs
 
-    def run_and_check(kill: Kill | None, name: str) -> int | None:
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
         registry = make_url(f"{name}/registry")
         copy(trained, registry)
         moments = in_child(rollback, registry, "1", kill=kill, tmp_path=tmp_path)
@@ -215,7 +220,7 @@ def test_rollback(sweep: Sweep, trained: str, make_url: MakeUrl, tmp_path: Path)
 def test_garbage_collection(sweep: Sweep, trained: str, make_url: MakeUrl, tmp_path: Path) -> None:
     """Killed anywhere, the blobs in retention are whole; repeated, only they are left."""
 
-    def run_and_check(kill: Kill | None, name: str) -> int | None:
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
         registry = make_url(f"{name}/registry")
         copy(trained, registry)
         log = VersionLog(open_store(registry), "model")

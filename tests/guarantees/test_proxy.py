@@ -5,7 +5,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -36,7 +35,7 @@ from tests.guarantees.audit import audit
 from tests.guarantees.children import Stores, bits, copy, drain, fill, sample, table, train, waiting
 from tests.guarantees.proxy import Asked, Fault, FaultProxy, Plan
 from tests.s3_server import S3, running_server
-from tests.storage.faults import Call, FaultStore, Hook, act_at, hooked
+from tests.storage.faults import Call, FaultStore, Hook, Numbering, act_at, hooked
 
 SPEC = Spec(
     features=("a", "b"),
@@ -472,12 +471,12 @@ def test_a_server_that_is_killed_and_restarted_in_the_middle_of_a_run(
 
 def stores_with(hook: Hook, retry_seconds: float) -> Stores:
     """Opens S3 stores with one numbering of their calls, that retry for so long."""
-    numbers = count()
+    numbering = Numbering()
 
     def opened(url: str) -> Store:
         store = open_store(url)
         assert isinstance(store, S3Store)
         store.retry_seconds = retry_seconds
-        return FaultStore(store, hook, numbers)
+        return FaultStore(store, hook, numbering)
 
     return opened

@@ -1,11 +1,14 @@
 """Inject faults by wrapping a store, never by patching.
 
-A hook sees every call before it starts and after it is applied. What it raises, the caller gets; what it does, happens then.
+A hook sees every call before it starts and after it is applied. What it raises, the caller gets; what it does, happens then. It
+is called in the thread of the call; several may be under way.
 """
 
+import re
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal, TypeVar
 
 from storage.errors import AlreadyExists, NotFound, PermissionDenied, PreconditionFailed, StorageError
@@ -18,7 +21,10 @@ Phase = Literal["before", "after"]
 @dataclass(frozen=True, slots=True)
 class Call:
     index: int
-    """0 for the first call of the store, or of all stores that share a numbering."""
+    """0 for the first call of the store, or of all stores that share a numbering. Of calls that are under way together, it
+    differs from run to run which comes first."""
+    name: str
+    """What it is, the same in every run: store, verb, key and how often that came before."""
     verb: str
     key: str
     """For `list`, the prefix."""
@@ -32,15 +38,40 @@ T = TypeVar("T")
 Hook = Callable[[Call], None]
 
 
+class Numbering:
+    """Numbers and names the calls of the stores that share it."""
+
+    def __init__(self) -> None:
+        self._next, self._stores, self._seen = 0, list[str](), Counter[str]()
+        self._lock = threading.Lock()
+
+    def __call__(self, url: str, verb: str, key: str) -> tuple[int, str]:
+        with self._lock:
+            if url not in self._stores:
+                self._stores.append(url)
+            # What only one attempt uses does not count as a name.
+            what = f"{self._stores.index(url)} {verb} {re.sub('[0-9a-f]{32}', '*', key)}"
+            index, self._next = self._next, self._next + 1
+            self._seen[what] += 1
+            return index, f"{what} {self._seen[what]}"
+
+
 class FaultStore(Store):
     """The wrapped store, with `hook` called around every verb; "after" only when the verb returned."""
 
-    def __init__(self, store: Store, hook: Hook, indices: Iterator[int] | None = None) -> None:
-        """Stores that are given the same `indices` number their calls together."""
+    def __init__(
+        self, store: Store, hook: Hook, numbering: Numbering | None = None, concurrency: int | None = None
+    ) -> None:
+        """Stores that are given the same `numbering` number their calls together.
+
+        With `concurrency` 1 the caller makes one call after the other, in its own thread: for hooks that do what may not happen
+        beside a training.
+        """
         self.url = store.url
         self._store = store
         self._hook = hook
-        self._indices = count() if indices is None else indices  # next() of it is atomic: threads may share the store
+        self._numbering = Numbering() if numbering is None else numbering
+        self.concurrency = store.concurrency if concurrency is None else concurrency
 
     @property
     def conditional_delete(self) -> bool:  # type: ignore[override]  # the wrapped store acts on it
@@ -74,17 +105,17 @@ class FaultStore(Store):
         self._around("delete", key, lambda: self._store.delete(key, if_match=if_match), if_match)
 
     def _around(self, verb: str, key: str, run: Callable[[], T], if_match: str | None = None) -> T:
-        index = next(self._indices)
-        self._hook(Call(index, verb, key, "before", self.url, if_match))
+        index, name = self._numbering(self.url, verb, key)
+        self._hook(Call(index, name, verb, key, "before", self.url, if_match))
         result = run()
-        self._hook(Call(index, verb, key, "after", self.url, if_match))
+        self._hook(Call(index, name, verb, key, "after", self.url, if_match))
         return result
 
 
-def hooked(hook: Hook) -> Callable[[str], Store]:
-    """Opens stores as `open_store` does, all with one hook and one numbering of their calls."""
-    indices = count()
-    return lambda url: FaultStore(open_store(url), hook, indices)
+def hooked(hook: Hook, concurrency: int | None = None) -> Callable[[str], Store]:
+    """Opens stores as `open_store` does, all with one hook and one numbering of their calls; see `FaultStore`."""
+    numbering = Numbering()
+    return lambda url: FaultStore(open_store(url), hook, numbering, concurrency)
 
 
 def together(*hooks: Hook) -> Hook:
@@ -97,11 +128,11 @@ def together(*hooks: Hook) -> Hook:
     return hook
 
 
-def act_at(index: int, phase: Phase, act: Callable[[], object]) -> Hook:
-    """Do something at that call: a pause in which others act, or the end."""
+def act_at(which: int | str, phase: Phase, act: Callable[[], object]) -> Hook:
+    """Do something at the call of that index or name: a pause in which others act, or the end."""
 
     def hook(call: Call) -> None:
-        if (call.index, call.phase) == (index, phase):
+        if which in (call.index, call.name) and call.phase == phase:
             act()
 
     return hook
@@ -119,13 +150,13 @@ def act_once(verb: str, key: str, phase: Phase, act: Callable[[], object]) -> Ho
     return hook
 
 
-def fail_at(index: int, phase: Phase, error: Exception) -> Hook:
-    """Raise at that call. "after" is a lost answer: the store did it, the caller does not know."""
+def fail_at(which: int | str, phase: Phase, error: Exception) -> Hook:
+    """Raise at that call (see `act_at`). "after" is a lost answer: the store did it, the caller does not know."""
 
     def fail() -> None:
         raise error
 
-    return act_at(index, phase, fail)
+    return act_at(which, phase, fail)
 
 
 MEETS_ITSELF: dict[str, type[StorageError]] = {
@@ -136,11 +167,11 @@ MEETS_ITSELF: dict[str, type[StorageError]] = {
 """What a verb raises when its answer is lost and it retries by itself: the second request finds what the first one did."""
 
 
-def meet_itself_at(index: int) -> Hook:
+def meet_itself_at(name: str) -> Hook:
     """Lose the answer to that call, one of `MEETS_ITSELF`, and let the verb retry by itself."""
 
     def hook(call: Call) -> None:
-        if (call.index, call.phase) == (index, "after"):
+        if (call.name, call.phase) == (name, "after"):
             raise MEETS_ITSELF[call.verb](f"{call.verb} of {call.key} met its own first request")
 
     return hook

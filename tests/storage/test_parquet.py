@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, time, timedelta
@@ -287,6 +288,29 @@ def test_neighbours_come_in_one_request_but_not_at_the_price_of_what_lies_betwee
     source.calls.clear()
     assert file.read(0, ["c", "b", "a"]).equals(table.select(["c", "b", "a"]))
     assert source.calls == [(4, chunk_range(source.data, 2)[1]), chunk_range(source.data, 4)]
+
+
+def test_distant_columns_are_fetched_at_once(wide: bytes) -> None:
+    together = threading.Barrier(2)
+
+    def fetch(start: int, length: int) -> bytes:
+        if 100_000 < length < 1_000_000:
+            together.wait(60)  # the other one is under way
+        return wide[start : start + length]
+
+    file = ParquetFile("f.parquet", len(wide), fetch, DatasetError, concurrency=2)
+    assert file.read(0, ["a", "e"]).num_rows == 50_000
+
+
+def test_a_large_row_group_comes_in_several_requests(monkeypatch: pytest.MonkeyPatch, wide: bytes) -> None:
+    monkeypatch.setattr(parquet, "_COALESCED_BYTES", 1_000_000)
+    monkeypatch.setattr(parquet, "_COALESCE_GAP", 600_000)
+    source = Source(wide)
+    file = opened(source)
+    source.calls.clear()
+    file.read(0, ["a", "c", "e"])  # 400 kB each, and as much between them
+    a, c, e = (chunk_range(wide, i) for i in (0, 2, 4))
+    assert source.calls == [a, c, e]
 
 
 def test_only_the_asked_row_group_is_fetched() -> None:

@@ -309,7 +309,7 @@ def test_of_overlapping_runs_one_wins_and_the_other_starts_again(registry: str, 
     first, second = (open_run(make_url("inbox"), registry, max_shards=2) for _ in range(2))
     loaded = first.load()
     first.look(loaded)
-    work = first.train(loaded, first.select())
+    work = first.train(loaded)
     assert online.step(second).outcome is Outcome.COMMITTED
     with pytest.raises(online.HeadMoved):
         first.commit(work)

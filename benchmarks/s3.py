@@ -1,0 +1,171 @@
+"""Row groups from S3: what Tidemill reads, beside the limit of the same client.
+
+    .venv/bin/python benchmarks/s3.py                       # 512 MB in files of 32 MB, 11 and 100 columns
+    .venv/bin/python benchmarks/s3.py --megabytes 64 --repeat 1
+
+The limit GETs the bytes of the column chunks of each row group, known beforehand, pinned by etag, with the same s3fs client from
+several threads, and decodes them with pyarrow alone. Ours takes a snapshot's row groups through `RowGroup.read`, which also reads
+footers, bounds what a row group may decode to, and checks page headers. Each is given the number of threads at which it is
+fastest. `projected` reads one column in four. Ours and the limit take turns, in this process, on an S3 server that is started
+here. Prints one JSON line for each measurement, then the medians and their ratio.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+BUCKET = "benchmark"
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def file_of(megabytes: int, columns: int, group_rows: int, seed: int) -> bytes:
+    """Random float32 columns c0, c1, ... as Parquet."""
+    rows = megabytes * 2**20 // (4 * columns)
+    values = np.random.default_rng(seed).standard_normal((columns, rows), dtype=np.float32)
+    sink = pa.BufferOutputStream()
+    table = pa.table({f"c{i}": column for i, column in enumerate(values)})
+    pq.write_table(table, sink, row_group_size=group_rows, use_dictionary=False)
+    return bytes(sink.getvalue())
+
+
+def in_order(function: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
+    """`function` of each item, in order, by so many threads; no more results than threads wait to be used."""
+    with ThreadPoolExecutor(threads) as pool:
+        coming: deque[Future[R]] = deque()
+        for item in items:
+            coming.append(pool.submit(function, item))
+            if len(coming) > threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+
+
+class Limit:
+    """The bytes of each row group by ranged GETs, decoded by pyarrow."""
+
+    def __init__(self, url: str, columns: Sequence[str]) -> None:
+        from storage.urls import open_store
+
+        self.columns, store = list(columns), open_store(url)
+        self.fs = store._fs  # type: ignore[attr-defined]  # the same client
+        self.prefix = url.removeprefix(f"s3://{BUCKET}/")
+        self.groups: list[tuple[str, str, int, pq.FileMetaData, int, list[tuple[int, int]]]] = []
+        for info in sorted(store.list(), key=lambda info: info.key):
+            metadata = pq.read_metadata(pa.BufferReader(store.read(info.key)))
+            for index in range(metadata.num_row_groups):
+                ranges: list[tuple[int, int]] = []
+                group = metadata.row_group(index)
+                for i in range(group.num_columns):
+                    chunk = group.column(i)
+                    if chunk.path_in_schema not in self.columns:
+                        continue
+                    start, size = chunk.data_page_offset, chunk.total_compressed_size
+                    if ranges and start - ranges[-1][1] <= 256 * 1024:
+                        ranges[-1] = (ranges[-1][0], start + size)
+                    else:
+                        ranges.append((start, start + size))
+                self.groups.append((info.key, info.etag, info.size, metadata, index, ranges))
+
+    async def _get(self, key: str, etag: str, start: int, stop: int) -> bytes:
+        answer = await self.fs._call_s3(
+            *("get_object",),
+            **{
+                "Bucket": BUCKET,
+                "Key": f"{self.prefix}/{key}",
+                "IfMatch": f'"{etag}"',
+                "Range": f"bytes={start}-{stop - 1}",
+            },
+        )
+        async with answer["Body"] as body:
+            return await body.read()  # type: ignore[no-any-return]
+
+    def read(self, number: int) -> pa.Table:
+        from fsspec.asyn import sync
+
+        from storage.parquet import RangesFile
+
+        key, etag, size, metadata, index, ranges = self.groups[number]
+        file = RangesFile(size, lambda start, length: b"")
+        for start, stop in ranges:
+            file.hold(start, sync(self.fs.loop, self._get, key, etag, start, stop))
+        return pq.ParquetFile(file, metadata=metadata).read_row_group(index, columns=self.columns)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+def measured(read: Callable[[int], pa.Table], count: int, threads: int) -> dict[str, float]:
+    started, cpu, size = time.perf_counter(), time.process_time(), 0
+    for table in in_order(read, range(count), threads):
+        size += table.nbytes
+    seconds = time.perf_counter() - started
+    return {
+        **{"megabytes": size / 2**20, "seconds": round(seconds, 3), "mb_a_second": round(size / 2**20 / seconds, 1)},
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+    }
+
+
+def say(case: str, **about: Any) -> None:
+    print(json.dumps({"suite": "s3", "case": case, **about}), flush=True)
+
+
+def main() -> None:
+    from storage.dataset import snapshot
+    from storage.urls import open_store
+    from tests.s3_server import running_server
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--megabytes", type=int, default=512, help="of each dataset")
+    parser.add_argument("--file-megabytes", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder)) as server:
+        os.environ |= server.s3.environment()
+        with server.s3.client() as client:
+            client.create_bucket(Bucket=BUCKET)
+        for columns, group_rows in ((11, 131_072), (100, 16_384)):
+            url = f"s3://{BUCKET}/{columns}"
+            for number in range(max(1, options.megabytes // options.file_megabytes)):
+                data = file_of(options.file_megabytes, columns, group_rows, number)
+                open_store(url).write(f"{number:05}.parquet", data)
+            for case, step in (("all", 1), ("projected", 4)):
+                names = [f"c{i}" for i in range(0, columns, step)]
+                limit, taken = Limit(url, names), snapshot(url)
+                readers: dict[str, Callable[[int], pa.Table]] = {
+                    "limit": limit.read,
+                    "ours": lambda i, groups=taken.row_groups, names=names: groups[i].read(names),
+                }
+                found: dict[tuple[str, int], list[float]] = {}
+                for number in range(options.repeat):
+                    for who in ("limit", "ours") if number % 2 == 0 else ("ours", "limit"):
+                        for threads in options.threads:
+                            one = measured(readers[who], len(limit), threads)
+                            found.setdefault((who, threads), []).append(one["mb_a_second"])
+                            say(who, columns=columns, reads=case, threads=threads, **one)
+                medians = {key: statistics.median(rates) for key, rates in found.items()}
+                best = {who: max((m, t) for (w, t), m in medians.items() if w == who) for who in readers}
+                say(
+                    *("summary",),
+                    **{"columns": columns, "reads": case, "best": best},
+                    ours_to_limit=round(best["ours"][0] / best["limit"][0], 3),
+                )
+
+
+if __name__ == "__main__":
+    main()

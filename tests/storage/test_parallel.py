@@ -1,0 +1,58 @@
+"""Several calls at once: in order, bounded, and none after an error."""
+
+import threading
+
+import pytest
+
+from storage.parallel import at_once
+
+
+def test_results_are_in_the_order_of_the_items_whichever_ends_first() -> None:
+    last = threading.Event()
+
+    def call(item: int) -> int:
+        if item == 3:
+            last.set()
+        else:
+            assert last.wait(60)
+        return 10 * item
+
+    assert at_once(call, range(4), 4) == [0, 10, 20, 30]
+
+
+def test_no_more_are_under_way_than_workers() -> None:
+    under_way: list[int] = []
+    most, meeting = [0], threading.Barrier(3)
+
+    def call(item: int) -> None:
+        under_way.append(item)
+        most[0] = max(most[0], len(under_way))
+        meeting.wait(60)  # three are under way together
+        under_way.remove(item)
+
+    at_once(call, range(9), 3)
+    assert most == [3]
+
+
+@pytest.mark.parametrize(("items", "workers"), [(range(4), 1), (range(1), 4), ([], 4)])
+def test_one_worker_or_one_item_needs_no_thread(items, workers) -> None:
+    assert at_once(lambda item: threading.current_thread(), items, workers) == [threading.current_thread()] * len(items)
+
+
+def test_the_first_error_in_order_is_raised_once_nothing_is_under_way() -> None:
+    failed, begun, ended = threading.Event(), [], []
+
+    def call(item: int) -> None:
+        begun.append(item)
+        if item == 0:
+            assert failed.wait(60)
+            raise ValueError("first")
+        if item == 1:
+            failed.set()
+            raise ValueError("second")
+        ended.append(item)
+
+    with pytest.raises(ValueError, match="first"):
+        at_once(call, range(1000), 2)
+    assert sorted(begun[2:]) == sorted(ended)
+    assert len(begun) < 1000
