@@ -1,0 +1,1 @@
+"""How fast Tidemill is, beside what a machine allows and what others reach: `python -m benchmarks.speed --help`."""

@@ -1,0 +1,97 @@
+"""How fast Tidemill is, beside what the machine allows and what others reach.
+
+    make bench                                                          # everything, hours
+    .venv/bin/python -m benchmarks.speed loader training --reps 5       # suites, into bench-data/results.jsonl
+    .venv/bin/python -m benchmarks.speed training --net net --batch 64 --cases tidemill,limits --seconds 4
+    .venv/bin/python -m benchmarks.speed report                         # docs/performance.md from the results
+
+Compare ratios of one run, not figures of two: machines differ, and shared ones differ from minute to minute.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.speed import data
+from benchmarks.speed.rounds import measurements
+from benchmarks.speed.suites import SUITES, Setup, Suite
+from benchmarks.speed.summary import table
+
+RESULTS: Final = data.FOLDER / "results.jsonl"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument(
+        "suites", nargs="+", choices=[*SUITES, "data"], metavar="SUITE", help=", ".join([*SUITES, "data"])
+    )
+    options.add_argument("--cases", default="all", help="names of cases, or ours, limits, peers; separated by commas")
+    options.add_argument("--width", choices=["narrow", "wide"], help="only this dataset")
+    options.add_argument("--batch", type=int, help="only this batch size")
+    options.add_argument("--net", choices=["net", "mlp", "linear"], help="only this net")
+    options.add_argument("--threads", type=int, help="only this number of torch threads")
+    options.add_argument("--reps", type=int, default=5)
+    options.add_argument("--seconds", type=float, default=6, help="about how long a measurement takes")
+    options.add_argument("--timeout", type=float, default=600, help="seconds after which a measurement is given up")
+    options.add_argument("--window-bytes", type=int, help="of Tidemill's shuffle, other than its default")
+    options.add_argument("--small", action="store_true", help="small datasets, to try the benchmark itself")
+    options.add_argument("--folder", type=Path, default=data.FOLDER, help="of the datasets")
+    options.add_argument("--results", type=Path, default=RESULTS, help="a line is added for each measurement")
+    chosen = options.parse_args()
+    chosen.results.parent.mkdir(parents=True, exist_ok=True)
+    run = datetime.now(UTC).isoformat(timespec="seconds")
+    lines = []
+    with chosen.results.open("a") as file:
+        for line in measured(chosen):
+            line = {"run": run, **line}
+            lines.append(line)
+            print(json.dumps(line), flush=True)
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+    print(table(lines))
+
+
+def measured(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A line for each measurement of the suites that were chosen."""
+    for name in chosen.suites:
+        if name == "data":
+            for wanted in data.SMALL if chosen.small else data.FULL:
+                data.made(wanted, chosen.folder)
+            continue
+        suite = SUITES[name]
+        for setup in suite.setups:
+            if _wanted(setup, chosen):
+                folder = data.made(data.dataset(setup.width, small=chosen.small), chosen.folder)
+                yield from measurements(
+                    suite,
+                    setup,
+                    _cases(suite, setup, chosen.cases),
+                    folder,
+                    repetitions=chosen.reps,
+                    seconds=chosen.seconds,
+                    timeout=chosen.timeout,
+                    window_bytes=chosen.window_bytes,
+                )
+
+
+def _wanted(setup: Setup, chosen: argparse.Namespace) -> bool:
+    asked = {name: getattr(chosen, name) for name in ("width", "batch", "net", "threads")}
+    return all(value is None or getattr(setup, name) == value for name, value in asked.items())
+
+
+def _cases(suite: Suite, setup: Setup, wanted: str) -> list[str]:
+    """Names of the cases that were asked for, as far as the suite has them and they can do the work."""
+    words = [{"limits": "limit", "peers": "peer"}.get(word, word) for word in wanted.split(",")]
+    return [
+        name
+        for name, case in suite.cases.items()
+        if {"all", name, case.kind}.intersection(words)
+        and (setup.net is None or not case.only or setup.net in case.only)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""One measurement, in a process of its own: reads what to measure from its argument, prints one line of JSON.
+
+`rounds` starts it; by hand: python -m benchmarks.speed.child '{"suite": "loader", "case": "tidemill", "work": {...}}'
+"""
+
+import json
+import sys
+import time
+import traceback
+import warnings
+from typing import Any
+
+
+def measured(suite: str, case: str, work: dict[str, Any]) -> dict[str, Any]:
+    """What the case measures. The time to import torch, which nearly all of them need, does not count."""
+    import torch
+
+    from benchmarks.speed.suites import SUITES
+    from benchmarks.speed.work import Work
+
+    torch.set_num_threads(work["threads"])
+    assert case in SUITES[suite].cases
+    return SUITES[suite].measure(case, Work(**work), time.perf_counter())
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")  # of the peers; Tidemill's own tests make errors of warnings
+    try:
+        result = measured(**json.loads(sys.argv[1]))
+    except ImportError as error:
+        result = {"skipped": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # noqa: BLE001  # a broken case is a result too, and the others go on
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {error}"[:500]}
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Tidemill's training, through the functions that a batch run uses."""
+
+import math
+import time
+from typing import Any
+
+from torch import nn
+
+from benchmarks.speed.loader.ours import window, window_of_a_group
+from benchmarks.speed.measure import cpu_seconds, rates
+from benchmarks.speed.training import TRAINERS
+from benchmarks.speed.work import Work
+
+MODELS = {
+    "net": {"factory": "examples.net:Net"},
+    "mlp": {"factory": "mlp", "arguments": {"hidden": [256, 256]}},
+    "linear": {"factory": "linear"},
+}
+
+
+def trained(work: Work, began: float, **settings: Any) -> dict[str, Any]:
+    """Two passes over one row group, then one over so many that it takes about `work.seconds`, which is measured.
+
+    `first_step_s` is what the first pass takes more than the second: compilation, and whatever else is paid once. Eager, the
+    steady rate begins with the first step of the last pass. Compiled, it is that of the whole pass, its first window included:
+    code that watches for the first step would change what is compiled.
+    """
+    from storage.dataset import snapshot
+    from tasks.training.features import Features
+    from tasks.training.learner import Learner
+    from tasks.training.loop import train_pass
+    from tasks.training.spec import Spec
+
+    common = {"features": work.features, "target": "y", "batch_size": work.batch, "standardize_features": False}
+    spec = Spec.model_validate({**common, "model": MODELS[work.net], **window(work), **settings})
+    groups = snapshot(work.folder).row_groups
+    learner = Learner.create(spec, Features.resolve(spec, groups[0].schema).fit(groups, None))
+    opened = time.perf_counter() - began
+    took = []
+    for number in range(2):
+        at = time.perf_counter()
+        train_pass(learner, groups[:1], key=("warm-up", number))
+        took.append(time.perf_counter() - at)
+    count = max(_least(spec.window_bytes, work), math.ceil(work.seconds / took[1]))
+    many = [groups[i % len(groups)] for i in range(count)]
+    first_step = [] if settings.get("compile") == "on" else _watched(learner.model)
+    called, cpu = time.perf_counter(), cpu_seconds()
+    result = train_pass(learner, many, key=("epoch", 0))
+    now = time.perf_counter()
+    assert result.rows == sum(group.num_rows for group in many)
+    since = first_step[0] if first_step else called
+    once = max(0.0, took[0] - took[1])
+    return {
+        "startup_s": opened + once + since - called,
+        "first_step_s": once,
+        **rates(result.rows, now - since, cpu_seconds() - cpu),
+        "loss": result.loss,
+    }
+
+
+def _least(window_bytes: int, work: Work) -> int:
+    """Row groups of two windows: fewer would be read whole before the first step, and the reading beside it not seen."""
+    return 1 + 2 * max(1, window_bytes // window_of_a_group(work))
+
+
+def _watched(model: nn.Module) -> list[float]:
+    """Will hold the time at which the model is called next; from then on nothing is watched any more."""
+    times: list[float] = []
+
+    def called(*_: Any) -> None:
+        times.append(time.perf_counter())
+        handle.remove()
+
+    handle = model.register_forward_pre_hook(called)
+    return times
+
+
+@TRAINERS.case("ours")
+def tidemill(work: Work, began: float) -> dict[str, Any]:
+    """Tidemill: streamed from Parquet, shuffled in its default window."""
+    return trained(work, began)
+
+
+@TRAINERS.case("ours")
+def tidemill_compiled(work: Work, began: float) -> dict[str, Any]:
+    """The same with `compile` on."""
+    return trained(work, began, compile="on")
