@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test prove chaos bench-learning lint clean
+.PHONY: demo test prove chaos bench bench-quick bench-learning lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/flights/demo.py
@@ -18,6 +18,15 @@ prove: $(VENV)/installed
 # Real workers on a real S3 server, both killed at random for half an hour; then the audit. ARGS="--minutes 5 --seed 7"
 chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.guarantees.chaos $(ARGS)
+
+# Speed and memory beside peers and the machine's limits (docs/performance.md): hours. ARGS chooses suites, cases and sizes.
+# An environment of its own: the peers pull in half of PyPI.
+bench: .venv-bench/installed
+	.venv-bench/bin/python -m benchmarks.speed $(or $(ARGS),loader training memory profile startup s3 online)
+
+# That the same runs, on small data: CI calls it.
+bench-quick: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed.quick
 
 # Error beside River and scikit-learn, and the gate against poison (docs/learning.md): about an hour. ARGS="--quick": a minute.
 bench-learning: $(VENV)/installed
@@ -37,5 +46,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[test,demo,dev]'
 	touch $@
 
+# litdata asks for torchvision, whose PyPI build does not load beside a CPU torch; nothing here uses it.
+.venv-bench/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[bench-peers]'
+	.venv-bench/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-data
+	rm -rf $(VENV) .venv-bench demo-data bench-data

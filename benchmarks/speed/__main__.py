@@ -10,24 +10,43 @@ Compare ratios of one run, not figures of two: machines differ, and shared ones 
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from benchmarks.speed import data
+from benchmarks.speed import claims, data, machine, memory, profile, siblings, summary
 from benchmarks.speed.rounds import measurements
 from benchmarks.speed.suites import SUITES, Setup, Suite
-from benchmarks.speed.summary import table
-
-RESULTS: Final = data.FOLDER / "results.jsonl"
 
 
 def main() -> None:
+    chosen = arguments()
+    if chosen.suites == ["report"]:
+        from benchmarks.speed import report  # needs matplotlib
+
+        return report.write(chosen.results)
+    chosen.results.parent.mkdir(parents=True, exist_ok=True)
+    run = datetime.now(UTC).isoformat(timespec="seconds")
+    lines = []
+    with chosen.results.open("a") as file:
+        for line in chain([machine.about()], measured(chosen)):
+            line = {"run": run, **line}
+            lines.append(line)
+            print(json.dumps(line), flush=True)
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+    print(summary.text(lines), claims.text(lines), sep="\n\n")
+    return None
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    names = [*SUITES, "memory", "profile", *siblings.SCRIPTS, "data", "report"]
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument(
-        "suites", nargs="+", choices=[*SUITES, "data"], metavar="SUITE", help=", ".join([*SUITES, "data"])
-    )
+    options.add_argument("suites", nargs="+", choices=names, metavar="SUITE", help=", ".join(names))
     options.add_argument("--cases", default="all", help="names of cases, or ours, limits, peers; separated by commas")
     options.add_argument("--width", choices=["narrow", "wide"], help="only this dataset")
     options.add_argument("--batch", type=int, help="only this batch size")
@@ -37,21 +56,11 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=6, help="about how long a measurement takes")
     options.add_argument("--timeout", type=float, default=600, help="seconds after which a measurement is given up")
     options.add_argument("--window-bytes", type=int, help="of Tidemill's shuffle, other than its default")
+    options.add_argument("--script", default="", help="arguments of the scripts online, s3 and startup")
     options.add_argument("--small", action="store_true", help="small datasets, to try the benchmark itself")
     options.add_argument("--folder", type=Path, default=data.FOLDER, help="of the datasets")
-    options.add_argument("--results", type=Path, default=RESULTS, help="a line is added for each measurement")
-    chosen = options.parse_args()
-    chosen.results.parent.mkdir(parents=True, exist_ok=True)
-    run = datetime.now(UTC).isoformat(timespec="seconds")
-    lines = []
-    with chosen.results.open("a") as file:
-        for line in measured(chosen):
-            line = {"run": run, **line}
-            lines.append(line)
-            print(json.dumps(line), flush=True)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-    print(table(lines))
+    options.add_argument("--results", type=Path, default=data.FOLDER / "results.jsonl", help="where lines are added")
+    return options.parse_args()
 
 
 def measured(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -60,21 +69,30 @@ def measured(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if name == "data":
             for wanted in data.SMALL if chosen.small else data.FULL:
                 data.made(wanted, chosen.folder)
-            continue
-        suite = SUITES[name]
-        for setup in suite.setups:
-            if _wanted(setup, chosen):
-                folder = data.made(data.dataset(setup.width, small=chosen.small), chosen.folder)
-                yield from measurements(
-                    suite,
-                    setup,
-                    _cases(suite, setup, chosen.cases),
-                    folder,
-                    repetitions=chosen.reps,
-                    seconds=chosen.seconds,
-                    timeout=chosen.timeout,
-                    window_bytes=chosen.window_bytes,
-                )
+        elif name in siblings.SCRIPTS:
+            yield from siblings.measurements(name, shlex.split(chosen.script))
+        elif name == "memory":
+            yield from memory.measurements(
+                chosen.folder, repetitions=chosen.reps, timeout=chosen.timeout, small=chosen.small
+            )
+        elif name == "profile":
+            yield from profile.measurements(chosen.folder, seconds=chosen.seconds, small=chosen.small)
+        else:
+            yield from _side_by_side(SUITES[name], chosen)
+
+
+def _side_by_side(suite: Suite, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for setup in filter(lambda setup: _wanted(setup, chosen), suite.setups):
+        yield from measurements(
+            suite,
+            setup,
+            _cases(suite, setup, chosen.cases),
+            data.made(data.dataset(setup.width, small=chosen.small), chosen.folder),
+            repetitions=chosen.reps,
+            seconds=chosen.seconds,
+            timeout=chosen.timeout,
+            window_bytes=chosen.window_bytes,
+        )
 
 
 def _wanted(setup: Setup, chosen: argparse.Namespace) -> bool:

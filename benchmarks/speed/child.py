@@ -1,6 +1,6 @@
 """One measurement, in a process of its own: reads what to measure from its argument, prints one line of JSON.
 
-`rounds` starts it; by hand: python -m benchmarks.speed.child '{"suite": "loader", "case": "tidemill", "work": {...}}'
+`processes` starts it; by hand: python -m benchmarks.speed.child '{"suite": "loader", "case": "tidemill", "work": {...}}'
 """
 
 import json
@@ -15,12 +15,14 @@ def measured(suite: str, case: str, work: dict[str, Any]) -> dict[str, Any]:
     """What the case measures. The time to import torch, which nearly all of them need, does not count."""
     import torch
 
+    from benchmarks.speed import memory, profile
     from benchmarks.speed.suites import SUITES
     from benchmarks.speed.work import Work
 
     torch.set_num_threads(work["threads"])
-    assert case in SUITES[suite].cases
-    return SUITES[suite].measure(case, Work(**work), time.perf_counter())
+    single = {"memory": memory.measure, "profile": profile.measure}
+    measure = single[suite] if suite in single else SUITES[suite].measure
+    return measure(case, Work(**work), time.perf_counter())
 
 
 def main() -> None:

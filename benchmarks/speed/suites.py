@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any, Final
 
@@ -33,7 +34,7 @@ class Suite:
     references: tuple[str, ...]  # limits; the fastest of them is what ratios are to
     measure: Callable[[str, Work, float], dict[str, Any]]
 
-    @property
+    @cached_property
     def cases(self) -> dict[str, Case[Any]]:
         for module in self.modules:
             import_module(f"benchmarks.speed.{self.name}.{module}")
@@ -42,7 +43,7 @@ class Suite:
 
 def load(case: str, work: Work, began: float) -> dict[str, Any]:
     """A case of the loader suite. Every one must hand out all rows of the dataset in each pass."""
-    result = consumed(LOADERS.cases[case].run(work), work.seconds, began)
+    result = consumed(SUITES["loader"].cases[case].run(work), work.seconds, began)
     if result["whole_passes"] and result["rows"] % work.rows:
         raise ValueError(f"{case} handed out {result['rows']} rows in whole passes over {work.rows}")
     return result
@@ -50,7 +51,8 @@ def load(case: str, work: Work, began: float) -> dict[str, Any]:
 
 def train(case: str, work: Work, began: float) -> dict[str, Any]:
     """A case of the training suite."""
-    return TRAINERS.cases[case].run(work, began)
+    result: dict[str, Any] = SUITES["training"].cases[case].run(work, began)
+    return result
 
 
 SUITES: Final = {

@@ -31,6 +31,10 @@ class Table:
         found = [line["steady_rows_s"] for line in self.lines.get(case, [])]
         return (min(found), max(found)) if found else None
 
+    def cases(self, kind: str) -> list[str]:
+        """Names of the measured cases of a kind."""
+        return [case for case, lines in self.lines.items() if lines[0]["kind"] == kind]
+
     @property
     def reference(self) -> str | None:
         """The fastest of the suite's references, if it was measured."""
@@ -61,8 +65,8 @@ def tables(lines: Iterable[Line]) -> list[Table]:
     return list(newest.values())
 
 
-def table(lines: Iterable[Line]) -> str:
-    """Medians as text."""
+def text(lines: Iterable[Line]) -> str:
+    """Medians as a table for the terminal."""
     text = []
     for found in tables(lines):
         text.append(f"\n{found.suite}: {' '.join(f'{k}={v}' for k, v in vars(found.setup).items() if v is not None)}")

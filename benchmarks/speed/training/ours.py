@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,19 @@ MODELS = {
 }
 
 
+def begun(work: Work, **settings: Any) -> tuple[Any, Sequence[Any]]:
+    """A fresh learner, and the row groups of the dataset."""
+    from storage.dataset import snapshot
+    from tasks.training.features import Features
+    from tasks.training.learner import Learner
+    from tasks.training.spec import Spec
+
+    common = {"features": work.features, "target": "y", "batch_size": work.batch, "standardize_features": False}
+    spec = Spec.model_validate({**common, "model": MODELS[work.net], **window(work), **settings})
+    groups = snapshot(work.folder).row_groups
+    return Learner.create(spec, Features.resolve(spec, groups[0].schema).fit(groups, None)), groups
+
+
 def trained(work: Work, began: float, **settings: Any) -> dict[str, Any]:
     """Two passes over one row group, then one over so many that it takes about `work.seconds`, which is measured.
 
@@ -25,23 +39,16 @@ def trained(work: Work, began: float, **settings: Any) -> dict[str, Any]:
     steady rate begins with the first step of the last pass. Compiled, it is that of the whole pass, its first window included:
     code that watches for the first step would change what is compiled.
     """
-    from storage.dataset import snapshot
-    from tasks.training.features import Features
-    from tasks.training.learner import Learner
     from tasks.training.loop import train_pass
-    from tasks.training.spec import Spec
 
-    common = {"features": work.features, "target": "y", "batch_size": work.batch, "standardize_features": False}
-    spec = Spec.model_validate({**common, "model": MODELS[work.net], **window(work), **settings})
-    groups = snapshot(work.folder).row_groups
-    learner = Learner.create(spec, Features.resolve(spec, groups[0].schema).fit(groups, None))
+    learner, groups = begun(work, **settings)
     opened = time.perf_counter() - began
     took = []
     for number in range(2):
         at = time.perf_counter()
         train_pass(learner, groups[:1], key=("warm-up", number))
         took.append(time.perf_counter() - at)
-    count = max(_least(spec.window_bytes, work), math.ceil(work.seconds / took[1]))
+    count = max(_least(learner.spec.window_bytes, work), math.ceil(work.seconds / took[1]))
     many = [groups[i % len(groups)] for i in range(count)]
     first_step = [] if settings.get("compile") == "on" else _watched(learner.model)
     called, cpu = time.perf_counter(), cpu_seconds()

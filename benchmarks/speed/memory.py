@@ -1,0 +1,71 @@
+"""The suite `memory`: peak resident memory of a training pass, by the size of the dataset and by the shuffle window.
+
+It must not grow with the data, and must be a base plus the window that was set. The base is what a process has with torch and
+Arrow imported, the Arrow tables of the row groups being read, and the slack of the allocators.
+"""
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.speed import data
+from benchmarks.speed.measure import peak_mb
+from benchmarks.speed.processes import measured_apart, rounded
+from benchmarks.speed.work import Work
+
+BATCH: Final = 4096  # quick steps: the sooner memory is used, the sooner it is seen
+TIMES: Final = (1, 4, 16)  # the dataset: 4, 16 and 64 million rows
+WINDOWS_MB: Final = (8, 32, 64, 128)
+WINDOW_TIMES: Final = 4  # several of the largest windows
+
+
+def measure(case: str, work: Work, began: float) -> dict[str, Any]:
+    """One pass over all rows, as the `training` suite trains."""
+    from benchmarks.speed.training.ours import begun
+    from tasks.training.loop import train_pass
+
+    learner, groups = begun(work)
+    before = peak_mb()
+    result = train_pass(learner, groups, key=("epoch", 0))
+    assert result.rows == work.rows
+    return {"before_mb": before, "peak_mb": peak_mb(), "seconds": time.perf_counter() - began}
+
+
+def measurements(folder: Path, *, repetitions: int, timeout: float, small: bool) -> Iterator[dict[str, Any]]:
+    """One line for each size or window and repetition; they take turns."""
+    source = data.dataset("narrow", small=small)
+    setups = [("rows", times, None) for times in TIMES]
+    setups += [("window", WINDOW_TIMES, window) for window in WINDOWS_MB]
+    if small:
+        setups = [("rows", times, 1) for times in TIMES[:2]] + [("window", 1, 1)]
+    for repetition in range(repetitions):
+        for by, times, window in setups:
+            place = data.repeated(source, times, folder)
+            bytes_of_window = None if window is None else window * 2**20
+            work = Work(str(place), BATCH, 0, 1, scratch="", window_bytes=bytes_of_window)
+            about = {"suite": "memory", "by": by, "rows": times * source.rows, "window_mb": window}
+            yield about | {"repetition": repetition} | rounded(measured_apart("memory", "tidemill", work, timeout))
+
+
+def medians(lines: Iterable[dict[str, Any]], by: str) -> dict[int, float]:
+    """Peak MB by number of rows (`rows`), or by MiB of the window (`window`)."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        if line["suite"] == "memory" and line["by"] == by and "peak_mb" in line:
+            found.setdefault(line["rows" if by == "rows" else "window_mb"], []).append(line["peak_mb"])
+    return {key: statistics.median(values) for key, values in sorted(found.items())}
+
+
+def growth(peaks: dict[int, float]) -> float | None:
+    """Largest peak to smallest."""
+    return max(peaks.values()) / min(peaks.values()) if len(peaks) > 1 else None
+
+
+def line_of(peaks: dict[int, float]) -> tuple[float, float, float] | None:
+    """(base in MiB, MiB of memory for each MiB of window, largest distance from that line in MiB), by least squares."""
+    if len(peaks) < 2:
+        return None
+    slope, base = statistics.linear_regression(list(peaks), list(peaks.values()))
+    return base, slope, max(abs(peak - base - slope * window) for window, peak in peaks.items())
