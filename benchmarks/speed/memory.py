@@ -50,10 +50,11 @@ def measurements(folder: Path, *, repetitions: int, timeout: float, small: bool)
 
 
 def medians(lines: Iterable[dict[str, Any]], by: str) -> dict[int, float]:
-    """Peak MB by number of rows (`rows`), or by MiB of the window (`window`)."""
+    """Peak MB of the newest run by number of rows (`rows`), or by MiB of the window (`window`)."""
     found: dict[int, list[float]] = {}
-    for line in lines:
-        if line["suite"] == "memory" and line["by"] == by and "peak_mb" in line:
+    measured = [line for line in lines if line["suite"] == "memory" and line["by"] == by and "peak_mb" in line]
+    for line in measured:
+        if line["run"] == measured[-1]["run"]:
             found.setdefault(line["rows" if by == "rows" else "window_mb"], []).append(line["peak_mb"])
     return {key: statistics.median(values) for key, values in sorted(found.items())}
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -113,3 +113,13 @@ def measurements(folder: Path, *, seconds: float, small: bool) -> Iterator[dict[
             work = Work(str(place), setup.batch, seconds, setup.threads, scratch="", net=setup.net or "net")
             about = {"suite": "profile", "case": case, "net": setup.net, "batch": setup.batch}
             yield about | measured_apart("profile", case, work, timeout=600)
+
+
+def newest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last measurement of each setup and case."""
+    found = {
+        (line["net"], line["batch"], line["case"]): line
+        for line in lines
+        if line["suite"] == "profile" and "main" in line
+    }
+    return list(found.values())

@@ -1,0 +1,207 @@
+"""From results to docs/performance.md: the tables between its markers, and its pictures.
+
+What stands between `<!-- NAME -->` and `<!-- end of NAME -->` is replaced; the prose around it stays. The raw results are put
+beside the page.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.speed import claims, memory, plots, profile
+from benchmarks.speed.processes import ROOT
+from benchmarks.speed.suites import SUITES, Setup
+from benchmarks.speed.summary import Table, tables
+from benchmarks.speed.work import NETS
+
+Line = dict[str, Any]
+PAGE: Final = ROOT / "docs" / "performance.md"
+
+
+def write(results: Path, page: Path = PAGE) -> None:
+    """Fill the page and draw its pictures. Raises SystemExit if the page lacks a section."""
+    lines = [json.loads(text) for text in results.read_text().splitlines()]
+    text = page.read_text()
+    for name, section in SECTIONS.items():
+        text = replaced(text, name, section(lines))
+    page.write_text(text)
+    plots.draw(lines, page.parent)
+    raw = page.with_suffix(".jsonl")
+    if raw.resolve() != results.resolve():
+        shutil.copy(results, raw)
+
+
+def replaced(text: str, name: str, content: str) -> str:
+    """The page with other content in one section."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"the page has no section <!-- {name} --> ... <!-- end of {name} -->")
+    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
+
+
+# ---- sections --------------------------------------------------------------------------------------------------------
+def claims_section(lines: Sequence[Line]) -> str:
+    answers = {True: "yes", False: "**no**", None: "not measured"}
+    return rendered(
+        ["claim", "bound", "measured", "holds", ""],
+        [
+            [c.what, f"{'≥' if c.sign == '>=' else '≤'} {c.bound:g}", number(c.measured), answers[c.holds], c.note]
+            for c in claims.claims(lines)
+        ],
+    )
+
+
+def machine_section(lines: Sequence[Line]) -> str:
+    """Of every machine and commit that the results are from."""
+    found: dict[str, None] = {}
+    for line in lines:
+        if line["suite"] == "machine":
+            versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
+            found[
+                f"{line['cpu']}, {line['cores']} cores, {line['memory_gb']:g} GB; Python {line['python']}, {versions}; "
+                f"commit {line['commit']}"
+            ] = None
+    loads = [line["load"] for line in lines if line["suite"] == "machine"]
+    return "\n".join(f"- {text}" for text in found) + (f"\n- load before each suite: {loads}" if loads else "")
+
+
+def side_by_side_section(suite: str) -> Callable[[Sequence[Line]], str]:
+    """A table for each setup of a suite."""
+
+    def section(lines: Sequence[Line]) -> str:
+        return "\n\n".join(_case_table(table) for table in tables(lines) if table.suite == suite)
+
+    return section
+
+
+def _case_table(table: Table) -> str:
+    reference = table.reference
+    rows = []
+    for case in table.lines:
+        ratio, spread = table.ratio(case, reference), table.spread(case)
+        rows.append(
+            [
+                f"**{case}**" if case.startswith("tidemill") else case,
+                SUITES[table.suite].cases[case].about,
+                number(table.median(case)),
+                "" if spread is None else f"{number(spread[0])}–{number(spread[1])}",
+                number(ratio),
+                number(table.median(case, "rows_per_cpu_s")),
+                number(table.median(case, "startup_s")),
+                number(table.median(case, "first_step_s")),
+                number(table.median(case, "peak_mb")),
+            ]
+        )
+    head = ["case", "", "rows/s", "lowest–highest", f"to {reference}", "rows/CPU s", "start-up s", "once s", "peak MB"]
+    text = f"### {title(table.setup)}\n\n" + rendered(head, rows)
+    for case, note in table.notes.items():
+        text += f"\n\nNot measured: {case} ({note})."
+    return text
+
+
+def title(setup: Setup) -> str:
+    """Of a table or a picture."""
+    columns = {"narrow": "11 columns", "wide": "100 columns"}[setup.width]
+    net = "" if setup.net is None else f"{NETS[setup.net]}, "
+    text = f"{net}{columns}, batch {setup.batch}, {setup.threads} thread{'' if setup.threads == 1 else 's'}"
+    return text[0].upper() + text[1:]
+
+
+def memory_section(lines: Sequence[Line]) -> str:
+    by_rows, by_window = memory.medians(lines, "rows"), memory.medians(lines, "window")
+    text = rendered(["rows", "peak MB"], [[f"{rows:,}", number(peak)] for rows, peak in by_rows.items()])
+    text += "\n\n" + rendered(["window MB", "peak MB"], [[f"{w}", number(peak)] for w, peak in by_window.items()])
+    if (found := memory.line_of(by_window)) is not None:
+        base, slope, distance = found
+        text += (
+            f"\n\nThe line through the second table: {base:.0f} MB + {slope:.2f} x window; no point is further than "
+        )
+        text += f"{distance:.1f} MB from it."
+    return text
+
+
+def startup_section(lines: Sequence[Line]) -> str:
+    summaries = [line["line"] for line in lines if line["suite"] == "startup" and "median of" in line.get("line", {})]
+    found = list({line["median of"]: line for line in summaries}.values())  # the newest of each
+    rows = [
+        [line["median of"], number(line["wall"]), number(line["cpu"]), ", ".join(line.get("imports", []))]
+        for line in found
+    ]
+    text = rendered(["command", "seconds", "CPU seconds", "of the heavy packages imports"], rows)
+    for line in found:
+        if "lines" in line:
+            parts = [[name, number(seconds)] for name, seconds in line["lines"].items()]
+            text += f"\n\n{line['median of'].capitalize()}:\n\n" + rendered(["line", "seconds"], parts)
+    return text
+
+
+def script_section(script: str) -> Callable[[Sequence[Line]], str]:
+    """The summaries that a script prints, field by field."""
+
+    def section(lines: Sequence[Line]) -> str:
+        printed = [line["line"] for line in lines if line["suite"] == script and "line" in line]
+        summaries = [line for line in printed if line.get("case") == "summary"]
+        found = {(line.get("suite", script), line.get("of")): line for line in summaries}  # the newest of each
+        rows = [
+            [part if of is None else f"{part}: {of}", field, _plain(value)]
+            for (part, of), line in found.items()
+            for field, value in line.items()
+            if field not in ("suite", "case", "of")
+        ]
+        return rendered(["part", "field", "value"], rows)
+
+    return section
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def profile_section(lines: Sequence[Line]) -> str:
+    rows = [
+        [f"{line['net']}, batch {line['batch']}, {line['case']}", place, _shares(line[place])]
+        for line in profile.newest(lines)
+        for place in ("main", "background")
+    ]
+    return rendered(["training", "thread", "share of the time of one core"], rows)
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share >= 0.005)
+
+
+SECTIONS: Final[dict[str, Callable[[Sequence[Line]], str]]] = {
+    "claims": claims_section,
+    "machine": machine_section,
+    "loader": side_by_side_section("loader"),
+    "training": side_by_side_section("training"),
+    "memory": memory_section,
+    "startup": startup_section,
+    "s3": script_section("s3"),
+    "online": script_section("online"),
+    "profile": profile_section,
+}
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------------------
+def rendered(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; a sentence if it has no rows."""
+    if not rows:
+        return "Not measured."
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None) -> str:
+    """Three digits, thousands apart."""
+    if value is None:
+        return ""
+    short = float(f"{value:.3g}")
+    return f"{short:,.0f}" if abs(short) >= 100 else f"{short:g}"
