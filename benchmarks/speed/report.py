@@ -18,6 +18,7 @@ from benchmarks.speed.summary import Table, tables
 from benchmarks.speed.work import NETS
 
 Line = dict[str, Any]
+WHICH: Final = ("suite", "of", "columns", "reads")  # fields of a script's summary that say of what it is
 PAGE: Final = ROOT / "docs" / "performance.md"
 
 
@@ -144,12 +145,12 @@ def script_section(script: str) -> Callable[[Sequence[Line]], str]:
     def section(lines: Sequence[Line]) -> str:
         printed = [line["line"] for line in lines if line["suite"] == script and "line" in line]
         summaries = [line for line in printed if line.get("case") == "summary"]
-        found = {(line.get("suite", script), line.get("of")): line for line in summaries}  # the newest of each
+        found = {tuple(line.get(name) for name in WHICH): line for line in summaries}  # the newest of each
         rows = [
-            [part if of is None else f"{part}: {of}", field, _plain(value)]
-            for (part, of), line in found.items()
+            [", ".join(str(line[name]) for name in WHICH if name in line), field, _plain(value)]
+            for line in found.values()
             for field, value in line.items()
-            if field not in ("suite", "case", "of")
+            if field not in (*WHICH, "case")
         ]
         return rendered(["part", "field", "value"], rows)
 
