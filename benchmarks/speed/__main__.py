@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.speed import claims, data, machine, memory, profile, siblings, summary
@@ -31,8 +32,8 @@ def main() -> None:
     chosen.results.parent.mkdir(parents=True, exist_ok=True)
     run = datetime.now(UTC).isoformat(timespec="seconds")
     lines = []
-    with chosen.results.open("a") as file:
-        for line in chain([machine.about()], measured(chosen)):
+    with chosen.results.open("a") as file, TemporaryDirectory(prefix="tidemill-bench-") as scratch:
+        for line in chain([machine.about()], measured(chosen, scratch)):
             line = {"run": run, **line}
             lines.append(line)
             print(json.dumps(line), flush=True)
@@ -63,7 +64,7 @@ def arguments() -> argparse.Namespace:
     return options.parse_args()
 
 
-def measured(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measured(chosen: argparse.Namespace, scratch: str) -> Iterator[dict[str, Any]]:
     """A line for each measurement of the suites that were chosen."""
     for name in chosen.suites:
         if name == "data":
@@ -73,15 +74,17 @@ def measured(chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield from siblings.measurements(name, shlex.split(chosen.script))
         elif name == "memory":
             yield from memory.measurements(
-                chosen.folder, repetitions=chosen.reps, timeout=chosen.timeout, small=chosen.small
+                chosen.folder, repetitions=chosen.reps, timeout=chosen.timeout, scratch=scratch, small=chosen.small
             )
         elif name == "profile":
-            yield from profile.measurements(chosen.folder, seconds=chosen.seconds, small=chosen.small)
+            yield from profile.measurements(
+                chosen.folder, seconds=chosen.seconds, timeout=chosen.timeout, scratch=scratch, small=chosen.small
+            )
         else:
-            yield from _side_by_side(SUITES[name], chosen)
+            yield from _side_by_side(SUITES[name], chosen, scratch)
 
 
-def _side_by_side(suite: Suite, chosen: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _side_by_side(suite: Suite, chosen: argparse.Namespace, scratch: str) -> Iterator[dict[str, Any]]:
     for setup in filter(lambda setup: _wanted(setup, chosen), suite.setups):
         yield from measurements(
             suite,
@@ -92,6 +95,7 @@ def _side_by_side(suite: Suite, chosen: argparse.Namespace) -> Iterator[dict[str
             seconds=chosen.seconds,
             timeout=chosen.timeout,
             window_bytes=chosen.window_bytes,
+            scratch=scratch,
         )
 
 

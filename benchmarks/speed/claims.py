@@ -50,55 +50,54 @@ def text(lines: Sequence[Line]) -> str:
     )
 
 
-def _ratio(table: Table | None, case: str, to: str | None = None) -> float | None:
-    """To the reference of the table unless to another case."""
-    return None if table is None else table.ratio(case, to or table.reference)
+def _of(what: str, bound: float, table: Table | None, case: str, to: str | None = None, note: str = "") -> Claim:
+    """A claim that a case is so many times as fast as another, or as the reference."""
+    if table is None or (ratio := table.ratio(case, to)) is None:
+        return Claim(what, ">=", bound, None)
+    caveat = table.caveat(case, *([] if to is None else [to]))
+    return Claim(what, ">=", bound, ratio, ", ".join(filter(None, (note, caveat))))
 
 
 def _loader(found: dict[Any, Table]) -> Iterator[Claim]:
     for width, columns in (("narrow", 11), ("wide", 100)):
         for batch in (64, 1024):
-            ratio = _ratio(found.get(("loader", Setup(width, batch))), "tidemill")
-            yield Claim(f"Loader to the streaming limit, {columns} columns, batch {batch}", ">=", 0.90, ratio)
+            what = f"Loader to the streaming limit, {columns} columns, batch {batch}"
+            yield _of(what, 0.90, found.get(("loader", Setup(width, batch))), "tidemill")
 
 
 def _training(found: dict[Any, Table]) -> Iterator[Claim]:
     for net, batch, threads in (("net", 64, 1), ("net", 1024, 1), ("mlp", 64, 1), ("mlp", 1024, 1), ("mlp", 1024, 2)):
-        table = found.get(("training", Setup("narrow", batch, threads, net)))
-        title = f"{NETS[net]}, batch {batch}, {threads} thread{'' if threads == 1 else 's'}"
-        yield Claim(f"Training to the eager loop in memory, {title}", ">=", 0.97, _ratio(table, "tidemill"))
+        setup = Setup("narrow", batch, threads, net)
+        yield _of(
+            f"Training to the eager loop in memory, {_named(setup)}", 0.97, found.get(("training", setup)), "tidemill"
+        )
     for batch, bound in ((64, 2.0), (1024, 15.0)):
-        table = found.get(("training", Setup("narrow", batch, 1, "net")))
-        ratio = _ratio(table, "tidemill", "seed_loop")
-        yield Claim(f"Training to the plain DataLoader loop, {NETS['net']}, batch {batch}", ">=", bound, ratio)
+        setup = Setup("narrow", batch, 1, "net")
+        what = f"Training to the plain DataLoader loop, {_named(setup)}"
+        yield _of(what, bound, found.get(("training", setup)), "tidemill", "seed_loop")
 
 
 def _compiled(found: dict[Any, Table]) -> Iterator[Claim]:
     for net, batch, bound in (("net", 64, 8.0), ("net", 1024, 2.0), ("mlp", 64, 1.5)):
-        table = found.get(("training", Setup("narrow", batch, 1, net)))
-        ratio = _ratio(table, "tidemill_compiled")
-        note = (
-            "" if table is None or ratio is None else f"once: {table.median('tidemill_compiled', 'first_step_s'):.1f} s"
-        )
-        yield Claim(f"Compiled to the eager loop in memory, {NETS[net]}, batch {batch}", ">=", bound, ratio, note)
+        setup = Setup("narrow", batch, 1, net)
+        what = f"Compiled steps to the eager loop in memory, {_named(setup)}"
+        yield _of(what, bound, found.get(("training", setup)), "tidemill_compiled")
 
 
 def _peers(found: dict[Any, Table]) -> Iterator[Claim]:
-    """On each row, ours as it is by default, to the fastest peer; a second line with compiled steps."""
+    """Ours to the fastest peer in the same run, eager and with compiled steps."""
     for (suite, setup), table in found.items():
-        peers = {case: table.median(case) for case in table.cases("peer")}
-        known = {case: rate for case, rate in peers.items() if rate is not None}
-        if not known:
-            continue
-        best = max(known, key=known.__getitem__)
-        net = "" if setup.net is None else f"{NETS[setup.net]}, "
-        width = "" if suite == "training" else f"{setup.width}, "
-        title = f"{net}{width}batch {setup.batch}, {setup.threads} thread{'' if setup.threads == 1 else 's'}"
-        for case, how in (("tidemill", ""), ("tidemill_compiled", ", compiled")):
-            if (ratio := table.ratio(case, best)) is not None:
-                yield Claim(
-                    f"{suite.capitalize()}{how} to the fastest peer, {title}", ">=", 1.0, ratio, f"peer: {best}"
-                )
+        for case, how in (("tidemill", ""), ("tidemill_compiled", ", compiled steps")):
+            ratios = {peer: ratio for peer in table.cases("peer") if (ratio := table.ratio(case, peer)) is not None}
+            if ratios:
+                best = min(ratios, key=ratios.__getitem__)
+                what = f"{suite.capitalize()}{how} to the fastest peer, {_named(setup)}"
+                yield _of(what, 1.0, table, case, best, f"peer: {best}")
+
+
+def _named(setup: Setup) -> str:
+    what = {"narrow": "11 columns", "wide": "100 columns"}[setup.width] if setup.net is None else NETS[setup.net]
+    return f"{what}, batch {setup.batch}, {setup.threads} thread{'' if setup.threads == 1 else 's'}"
 
 
 def _memory(lines: Sequence[Line]) -> Iterator[Claim]:
@@ -129,10 +128,11 @@ def _s3(lines: Sequence[Line]) -> Iterator[Claim]:
 
 
 def _online(lines: Sequence[Line]) -> Iterator[Claim]:
-    for part, what, bound in (("small", "10,000 shards of 1,000 rows", 0.7), ("large", "10 shards of 64 MB", 0.9)):
-        line = _script(lines, "online", suite=part, case="summary")
+    for part, bound in (("small", 0.7), ("large", 0.9)):
+        line, one = (_script(lines, "online", suite=part, case=case) for case in ("summary", "ours"))
+        size = "" if one is None else f", {one['shards']:,} shards of {one['rows'] // one['shards']:,} rows"
         ratio = None if line is None else line["ours_to_bare"]
-        yield Claim(f"Online to a bare script, {what} on S3", ">=", bound, ratio)
+        yield Claim(f"Online to a bare script on S3, {part}{size}", ">=", bound, ratio)
     line = _script(lines, "online", suite="freshness", case="summary")
     for field, what, bound in (("median_seconds", "median", 1.5), ("p99_seconds", "99th percentile", 4.0)):
         seconds = None if line is None else line[field]

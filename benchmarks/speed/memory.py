@@ -33,7 +33,9 @@ def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     return {"before_mb": before, "peak_mb": peak_mb(), "seconds": time.perf_counter() - began}
 
 
-def measurements(folder: Path, *, repetitions: int, timeout: float, small: bool) -> Iterator[dict[str, Any]]:
+def measurements(
+    folder: Path, *, repetitions: int, timeout: float, scratch: str, small: bool
+) -> Iterator[dict[str, Any]]:
     """One line for each size or window and repetition; they take turns."""
     source = data.dataset("narrow", small=small)
     setups = [("rows", times, None) for times in TIMES]
@@ -44,7 +46,7 @@ def measurements(folder: Path, *, repetitions: int, timeout: float, small: bool)
         for by, times, window in setups:
             place = data.repeated(source, times, folder)
             bytes_of_window = None if window is None else window * 2**20
-            work = Work(str(place), BATCH, 0, 1, scratch="", window_bytes=bytes_of_window)
+            work = Work(str(place), BATCH, 0, 1, scratch=scratch, window_bytes=bytes_of_window)
             about = {"suite": "memory", "by": by, "rows": times * source.rows, "window_mb": window}
             yield about | {"repetition": repetition} | rounded(measured_apart("memory", "tidemill", work, timeout))
 

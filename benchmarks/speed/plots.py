@@ -20,7 +20,7 @@ COLOURS: Final = {"ours": "#1f77b4", "limit": "#9a9a9a", "peer": "#d9b26a"}
 def draw(lines: Sequence[Line], folder: Path) -> None:
     """performance-NAME.png for each suite that was measured."""
     for suite in ("loader", "training"):
-        if found := [table for table in tables(lines) if table.suite == suite]:
+        if found := [table for table in tables(lines) if table.suite == suite and table.runs]:
             _save(_side_by_side(found), folder / f"performance-{suite}.png")
     if any(line["suite"] == "memory" for line in lines):
         _save(_memory(lines), folder / "performance-memory.png")
@@ -32,18 +32,18 @@ def _side_by_side(found: list[Table]) -> Figure:
     """Steady rows/s of each case, lowest to highest as a whisker; a panel for each setup."""
     columns = 2
     rows = -(-len(found) // columns)
-    height = max(len(table.lines) for table in found)
+    height = max(len(table.cases()) for table in found)
     figure = Figure(figsize=(13, rows * (0.9 + 0.23 * height)), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for table, axes in zip(found, panels, strict=False):
-        cases = sorted(table.lines, key=lambda case: table.median(case) or 0.0)
+        cases = sorted(table.cases(), key=lambda case: table.median(case) or 0.0)
         medians = [table.median(case) or 0.0 for case in cases]
         spreads = [table.spread(case) or (0.0, 0.0) for case in cases]
         errors = [
             [middle - low for middle, (low, _) in zip(medians, spreads, strict=True)],
             [high - middle for middle, (_, high) in zip(medians, spreads, strict=True)],
         ]
-        colours = [COLOURS[table.lines[case][0]["kind"]] for case in cases]
+        colours = [COLOURS[table.lines(case)[0]["kind"]] for case in cases]
         axes.barh(cases, medians, color=colours, xerr=errors, error_kw={"linewidth": 0.8})
         setup = table.setup
         net = "" if setup.net is None else f"{setup.net}, "

@@ -21,7 +21,7 @@ def measured_apart(suite: str, case: str, work: Work, timeout: float) -> dict[st
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.speed.child", about],
         cwd=ROOT,
-        env=environment(work.threads),
+        env=environment(work.threads) | {"TORCHINDUCTOR_CACHE_DIR": f"{work.scratch}/inductor"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -104,15 +104,17 @@ def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     }
 
 
-def measurements(folder: Path, *, seconds: float, small: bool) -> Iterator[dict[str, Any]]:
+def measurements(
+    folder: Path, *, seconds: float, timeout: float, scratch: str, small: bool
+) -> Iterator[dict[str, Any]]:
     """One line for each setup of the `training` suite that has one thread, eager and compiled."""
     place = data.made(data.dataset("narrow", small=small), folder)
     setups = [setup for setup in SUITES["training"].setups if setup.threads == 1 and setup.net in ("net", "mlp")]
     for setup in setups[:1] if small else setups:
         for case in ("tidemill", "tidemill_compiled"):
-            work = Work(str(place), setup.batch, seconds, setup.threads, scratch="", net=setup.net or "net")
+            work = Work(str(place), setup.batch, seconds, setup.threads, scratch=scratch, net=setup.net or "net")
             about = {"suite": "profile", "case": case, "net": setup.net, "batch": setup.batch}
-            yield about | measured_apart("profile", case, work, timeout=600)
+            yield about | measured_apart("profile", case, work, timeout)
 
 
 def newest(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -45,7 +45,13 @@ def measurements(folder: Path) -> Iterator[dict[str, Any]]:
     work = Work(str(place), 64, 0.2, 1, scratch=str(folder), window_bytes=2**18)
     for suite, setup in SETUPS.items():
         for case in CASES[suite]:
-            about = {"suite": suite, "case": case, "kind": SUITES[suite].cases[case].kind, **asdict(setup)}
+            about = {
+                "suite": suite,
+                "case": case,
+                "kind": SUITES[suite].cases[case].kind,
+                **asdict(setup),
+                "data": place.name,
+            }
             yield about | child.measured(suite, case, asdict(work))
     about = {"suite": "memory", "by": "rows", "rows": work.rows, "window_mb": None}
     yield about | child.measured("memory", "tidemill", asdict(work))

@@ -79,24 +79,28 @@ def side_by_side_section(suite: str) -> Callable[[Sequence[Line]], str]:
 
 
 def _case_table(table: Table) -> str:
-    reference = table.reference
     rows = []
-    for case in table.lines:
-        ratio, spread = table.ratio(case, reference), table.spread(case)
+    for case in table.cases():
+        lines, spread = table.lines(case), table.spread(case)
         rows.append(
             [
                 f"**{case}**" if case.startswith("tidemill") else case,
                 SUITES[table.suite].cases[case].about,
                 number(table.median(case)),
                 "" if spread is None else f"{number(spread[0])}–{number(spread[1])}",
-                number(ratio),
+                number(table.ratio(case)),
                 number(table.median(case, "rows_per_cpu_s")),
                 number(table.median(case, "startup_s")),
+                number(lines[0].get("first_step_s")),
                 number(table.median(case, "first_step_s")),
                 number(table.median(case, "peak_mb")),
+                str(len(lines)),
             ]
         )
-    head = ["case", "", "rows/s", "lowest–highest", f"to {reference}", "rows/CPU s", "start-up s", "once s", "peak MB"]
+    once = ["once s, first", "once s"] if table.suite == "training" else []
+    head = ["case", "", "rows/s", "lowest–highest", "to limit", "rows/CPU s", "start-up s", *once, "peak MB", "n"]
+    if not once:
+        rows = [[*row[:7], *row[9:]] for row in rows]
     text = f"### {title(table.setup)}\n\n" + rendered(head, rows)
     for case, note in table.notes.items():
         text += f"\n\nNot measured: {case} ({note})."

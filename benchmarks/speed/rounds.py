@@ -1,6 +1,5 @@
 """Cases side by side: all of a round before the next round, so that a disturbance of the machine meets all alike."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,17 +20,17 @@ def measurements(
     seconds: float,
     timeout: float,
     window_bytes: int | None,
+    scratch: str,
 ) -> Iterator[dict[str, Any]]:
     """One line for each case and repetition. A case that fails or is skipped is not tried again."""
     given_up: set[str] = set()
-    with tempfile.TemporaryDirectory(prefix="tidemill-bench-") as scratch:
-        work = Work(str(folder), setup.batch, seconds, setup.threads, scratch, setup.net or "net", window_bytes)
-        for repetition in range(repetitions):
-            for case in cases:
-                if case in given_up:
-                    continue
-                result = measured_apart(suite.name, case, work, timeout)
-                if "skipped" in result or "error" in result:
-                    given_up.add(case)
-                about = {"suite": suite.name, "case": case, "kind": suite.cases[case].kind, **asdict(setup)}
-                yield about | {"data": folder.name, "repetition": repetition} | rounded(result)
+    work = Work(str(folder), setup.batch, seconds, setup.threads, scratch, setup.net or "net", window_bytes)
+    for repetition in range(repetitions):
+        for case in cases:
+            if case in given_up:
+                continue
+            result = measured_apart(suite.name, case, work, timeout)
+            if "skipped" in result or "error" in result:
+                given_up.add(case)
+            about = {"suite": suite.name, "case": case, "kind": suite.cases[case].kind, **asdict(setup)}
+            yield about | {"data": folder.name, "repetition": repetition} | rounded(result)

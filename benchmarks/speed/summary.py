@@ -13,56 +13,68 @@ FIELDS = ("startup_s", "first_step_s", "steady_rows_s", "rows_per_cpu_s", "peak_
 
 @dataclass
 class Table:
-    """The cases of one setup, all measured in one run."""
+    """The cases of one setup, measured in one or more runs. Ratios are always of two cases in the same run."""
 
     suite: str
     setup: Setup
-    run: str
-    lines: dict[str, list[Line]] = field(default_factory=dict)  # by case, in the order of measurement
+    runs: dict[str, dict[str, list[Line]]] = field(
+        default_factory=dict
+    )  # by run, then by case, in the order of measurement
     notes: dict[str, str] = field(default_factory=dict)  # by case, why there is no measurement
 
-    def median(self, case: str, name: str = "steady_rows_s") -> float | None:
+    def cases(self, kind: str | None = None) -> list[str]:
+        """Names of the measured cases, of a kind if one is given."""
+        found = {case: lines[0]["kind"] for cases in self.runs.values() for case, lines in cases.items()}
+        return [case for case in SUITES[self.suite].cases if case in found and kind in (None, found[case])]
+
+    def lines(self, case: str, *beside: str) -> list[Line]:
+        """The measurements of a case in the run that has most of it and of the cases beside it; the newest of equals."""
+        able = [run for run, cases in self.runs.items() if {case, *beside} <= cases.keys()]
+        if not able:
+            return []
+        best = max(able, key=lambda run: (min(len(self.runs[run][name]) for name in (case, *beside)), run))
+        return self.runs[best][case]
+
+    def median(self, case: str, name: str = "steady_rows_s", *beside: str) -> float | None:
         """Of a field over the repetitions; None if it was not measured."""
-        found = [line[name] for line in self.lines.get(case, []) if line.get(name) is not None]
+        found = [line[name] for line in self.lines(case, *beside) if line.get(name) is not None]
         return statistics.median(found) if found else None
 
     def spread(self, case: str) -> tuple[float, float] | None:
         """Lowest and highest steady rate."""
-        found = [line["steady_rows_s"] for line in self.lines.get(case, [])]
+        found = [line["steady_rows_s"] for line in self.lines(case)]
         return (min(found), max(found)) if found else None
 
-    def cases(self, kind: str) -> list[str]:
-        """Names of the measured cases of a kind."""
-        return [case for case, lines in self.lines.items() if lines[0]["kind"] == kind]
-
-    @property
-    def reference(self) -> str | None:
-        """The fastest of the suite's references, if it was measured."""
-        rates = {case: self.median(case) for case in SUITES[self.suite].references}
-        known = {case: rate for case, rate in rates.items() if rate is not None}
-        return max(known, key=known.__getitem__) if known else None
-
-    def ratio(self, case: str, to: str | None) -> float | None:
-        """Of two medians of the steady rate."""
-        above, below = self.median(case), None if to is None else self.median(to)
+    def ratio(self, case: str, to: str | None = None) -> float | None:
+        """Of the medians of the steady rates, to the fastest of the suite's references unless to another case."""
+        if to is None:
+            references = [name for name in SUITES[self.suite].references if self.lines(case, name)]
+            ratios = [ratio for name in references if (ratio := self.ratio(case, name)) is not None]
+            return min(ratios) if ratios else None
+        above, below = self.median(case, "steady_rows_s", to), self.median(to, "steady_rows_s", case)
         return None if above is None or below is None else above / below
+
+    def caveat(self, case: str, *beside: str) -> str:
+        """What makes a figure of this case worth less than it seems; empty if nothing does."""
+        lines = self.lines(case, *beside)
+        found = [f"only {len(lines)} repetitions"] if len(lines) < 5 else []
+        if any(line["data"].endswith("-small") for line in lines):
+            found.append("small data: means nothing")
+        return ", ".join(found)
 
 
 def tables(lines: Iterable[Line]) -> list[Table]:
-    """The newest run of each setup."""
-    newest: dict[tuple[str, Setup], Table] = {}
+    """One for each setup, in the order of the suites."""
+    found = {(suite.name, setup): Table(suite.name, setup) for suite in SUITES.values() for setup in suite.setups}
     for line in lines:
-        if line["suite"] not in SUITES:
-            continue
-        setup = Setup(*(line[name] for name in Setup.__dataclass_fields__))
-        found = newest.get((line["suite"], setup))
-        if found is None or found.run != line["run"]:
-            found = newest[line["suite"], setup] = Table(line["suite"], setup, line["run"])
-        if note := line.get("skipped") or line.get("error"):
-            found.notes[line["case"]] = note
-        else:
-            found.lines.setdefault(line["case"], []).append(line)
-    return list(newest.values())
+        if line["suite"] in SUITES:
+            table = found[line["suite"], Setup(*(line[name] for name in Setup.__dataclass_fields__))]
+            if note := line.get("skipped") or line.get("error"):
+                table.notes[line["case"]] = note
+            else:
+                table.runs.setdefault(line["run"], {}).setdefault(line["case"], []).append(line)
+                table.notes.pop(line["case"], None)
+    return [table for table in found.values() if table.runs or table.notes]
 
 
 def text(lines: Iterable[Line]) -> str:
@@ -73,9 +85,9 @@ def text(lines: Iterable[Line]) -> str:
         text.append(
             f"{'case':26}" + "".join(f"{name:>16}" for name in FIELDS) + f"{'of reference':>16}   lowest-highest"
         )
-        for case in found.lines:
+        for case in found.cases():
             values = (found.median(case, name) for name in FIELDS)
-            ratio, spread = found.ratio(case, found.reference), found.spread(case)
+            ratio, spread = found.ratio(case), found.spread(case)
             numbers = "".join(f"{'' if value is None else f'{value:,.6g}':>16}" for value in (*values, ratio))
             text.append(f"{case:26}{numbers}   " + ("" if spread is None else f"{spread[0]:,.0f}-{spread[1]:,.0f}"))
         text += [f"{case:26}{note}" for case, note in found.notes.items()]

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -12,7 +12,8 @@ from benchmarks.speed.measure import cpu_seconds, rates
 from benchmarks.speed.training import TRAINERS
 from benchmarks.speed.work import Work
 
-MODELS = {
+SMALL_BATCH: Final = 256
+MODELS: Final[dict[str, dict[str, Any]]] = {
     "net": {"factory": "examples.net:Net"},
     "mlp": {"factory": "mlp", "arguments": {"hidden": [256, 256]}},
     "linear": {"factory": "linear"},
@@ -66,8 +67,12 @@ def trained(work: Work, began: float, **settings: Any) -> dict[str, Any]:
 
 
 def _least(window_bytes: int, work: Work) -> int:
-    """Row groups of two windows: fewer would be read whole before the first step, and the reading beside it not seen."""
-    return 1 + 2 * max(1, window_bytes // window_of_a_group(work))
+    """Row groups of several windows: what is trained from the first one was read before, not beside, the training.
+
+    Two are enough where a step takes so long that reading is a percent of it.
+    """
+    windows = 2 if work.batch < SMALL_BATCH else 4
+    return 1 + windows * max(1, window_bytes // window_of_a_group(work))
 
 
 def _watched(model: nn.Module) -> list[float]:
