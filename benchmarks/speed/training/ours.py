@@ -56,6 +56,8 @@ def trained(work: Work, began: float, **settings: Any) -> dict[str, Any]:
     result = train_pass(learner, many, key=("epoch", 0))
     now = time.perf_counter()
     assert result.rows == sum(group.num_rows for group in many)
+    if settings.get("compile") == "on" and not learner.counters.compiled_steps:
+        raise RuntimeError("no step was compiled; see the warning above")
     since = first_step[0] if first_step else called
     once = max(0.0, took[0] - took[1])
     return {
@@ -89,11 +91,13 @@ def _watched(model: nn.Module) -> list[float]:
 
 @TRAINERS.case("ours")
 def tidemill(work: Work, began: float) -> dict[str, Any]:
-    """Tidemill: streamed from Parquet, shuffled in its default window."""
-    return trained(work, began)
+    """Tidemill, eager: streamed from Parquet, shuffled in its default window."""
+    from tasks.training.spec import Spec
+
+    return trained(work, began, **({"compile": "off"} if "compile" in Spec.model_fields else {}))
 
 
 @TRAINERS.case("ours")
 def tidemill_compiled(work: Work, began: float) -> dict[str, Any]:
-    """The same with `compile` on."""
+    """The same with compiled steps."""
     return trained(work, began, compile="on")
