@@ -35,19 +35,21 @@ def batch_sampler_loop(work: Work, began: float) -> dict[str, Any]:
 def in_parts(
     work: Work, began: float, prepare: Callable[[Tensor, Tensor], Any], fit: Callable[[Any, int], None]
 ) -> dict[str, Any]:
-    """For peers that only know `fit`: rows are given to `prepare`, then `fit` is called with what it made and a number of rows.
+    """For peers that only know `fit`: `prepare` gets the rows, `fit` what it made of them and a number of rows.
 
-    How many rows fill `work.seconds` is told by a first call with few of them.
+    How many rows take `work.seconds` is found with calls that grow, so that what a call costs by itself counts for little.
     """
     x, y = limits.permuted(limits.all_rows(work))
     prepared = prepare(x, y)
-    trial = min(len(x), 32 * work.batch)
     fit(prepared, work.batch)  # what is done once
     startup = time.perf_counter() - began
-    at = time.perf_counter()
-    fit(prepared, trial)
-    batches = int(work.seconds / (time.perf_counter() - at) * trial) // work.batch
-    rows = min(len(x), max(1, batches) * work.batch)
+    rows, took = 8 * work.batch, 0.0
+    while took < work.seconds / 4 and rows < len(x):
+        rows = min(len(x), 4 * rows)
+        at = time.perf_counter()
+        fit(prepared, rows)
+        took = time.perf_counter() - at
+    rows = min(len(x), int(rows * work.seconds / took) // work.batch * work.batch)
     at, cpu = time.perf_counter(), cpu_seconds()
     fit(prepared, rows)
     return {"startup_s": startup, **rates(rows, time.perf_counter() - at, cpu_seconds() - cpu)}
@@ -170,7 +172,7 @@ def river_rows(work: Work, began: float) -> dict[str, Any]:
 
     def prepare(x: Tensor, y: Tensor) -> Any:
         model = linear_model.LinearRegression(optimizer=optim.SGD(LEARNING_RATE))
-        rows = x[: 1 << 19].tolist()  # as Python's floats all of them would take gigabytes
+        rows = x[: 1 << 19].tolist()  # as Python's floats all of it would take gigabytes
         return model, [dict(zip(work.features, row, strict=True)) for row in rows], y.tolist()
 
     def fit(prepared: Any, rows: int) -> None:
@@ -221,23 +223,11 @@ def vowpal_wabbit(work: Work, began: float) -> dict[str, Any]:
     from vowpalwabbit import Workspace
 
     file = Path(work.scratch) / "rows.vw"
-
-    def prepare(x: Tensor, y: Tensor) -> list[str]:
-        count = 1 << 19  # as text all of them would take a gigabyte
-        rows = zip(x[:count].tolist(), y[:count].tolist(), strict=True)
-        return [f"{t} | " + " ".join(map("{}:{}".format, work.features, row)) for row, t in rows]
-
-    def write(lines: list[str], rows: int) -> None:
-        with file.open("w") as out:
-            for at in range(0, rows, len(lines)):
-                out.write("\n".join(lines[: rows - at]) + "\n")
-
-    def learn() -> None:
-        Workspace(f"-d {file} --quiet --sgd -l {LEARNING_RATE}").finish()
-
-    lines = prepare(*limits.permuted(limits.all_rows(work)))
-    write(lines, len(lines))
+    x, y = (tensor[: 1 << 19] for tensor in limits.permuted(limits.all_rows(work)))  # as text all of it is a gigabyte
+    with file.open("w") as out:
+        for row, target in zip(x.tolist(), y.tolist(), strict=True):
+            out.write(f"{target} | {' '.join(map('{}:{}'.format, work.features, row))}\n")
     startup = time.perf_counter() - began
     at, cpu = time.perf_counter(), cpu_seconds()
-    learn()
-    return {"startup_s": startup, **rates(len(lines), time.perf_counter() - at, cpu_seconds() - cpu)}
+    Workspace(f"-d {file} --quiet --sgd -l {LEARNING_RATE}").finish()
+    return {"startup_s": startup, **rates(len(x), time.perf_counter() - at, cpu_seconds() - cpu)}
