@@ -90,12 +90,12 @@ def compiled(work: Work, steps: int) -> Step:
 @TRAINERS.case("limit")
 def by_hand(work: Work, began: float) -> dict[str, Any]:
     """The same gradients in plain tensor calls, without autograd, in memory."""
-    return over_memory(work, began, hand_written(work))
+    return over_memory(work, began, hand_written(network(work)))
 
 
-def hand_written(work: Work) -> Step:
-    """Forward, backward and SGD of linear layers with ReLU between them if the net has it."""
-    modules = list(network(work).modules())
+def hand_written(model: nn.Module) -> Step:
+    """Forward, backward and SGD of a model's linear layers, with ReLU between them if it has that."""
+    modules = list(model.modules())
     layers = [(m.weight.data, m.bias.data) for m in modules if isinstance(m, nn.Linear)]
     relu = any(isinstance(m, nn.ReLU) for m in modules)
 
