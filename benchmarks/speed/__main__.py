@@ -11,7 +11,7 @@ Compare ratios of one run, not figures of two: machines differ, and shared ones 
 import argparse
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -25,22 +25,27 @@ from benchmarks.speed.suites import SUITES, Setup, Suite
 
 def main() -> None:
     chosen = arguments()
-    if chosen.suites == ["report"]:
+    if suites := [name for name in chosen.suites if name != "report"]:
+        measure(suites, chosen)
+    if "report" in chosen.suites:
         from benchmarks.speed import report  # needs matplotlib
 
-        return report.write(chosen.results)
+        report.write(chosen.results)
+
+
+def measure(suites: Sequence[str], chosen: argparse.Namespace) -> None:
+    """Adds a line to the results for each measurement, and prints it; tables in the end."""
     chosen.results.parent.mkdir(parents=True, exist_ok=True)
     run = datetime.now(UTC).isoformat(timespec="seconds")
     lines = []
     with chosen.results.open("a") as file, TemporaryDirectory(prefix="tidemill-bench-") as scratch:
-        for line in chain([machine.about()], measured(chosen, scratch)):
+        for line in chain([machine.about()], measured(suites, chosen, scratch)):
             line = {"run": run, **line}
             lines.append(line)
             print(json.dumps(line), flush=True)
             file.write(json.dumps(line) + "\n")
             file.flush()
     print(summary.text(lines), claims.text(lines), sep="\n\n")
-    return None
 
 
 def arguments() -> argparse.Namespace:
@@ -61,12 +66,16 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--small", action="store_true", help="small datasets, to try the benchmark itself")
     options.add_argument("--folder", type=Path, default=data.FOLDER, help="of the datasets")
     options.add_argument("--results", type=Path, default=data.FOLDER / "results.jsonl", help="where lines are added")
-    return options.parse_args()
+    chosen = options.parse_args()
+    known = {"all", "ours", "limits", "peers"}.union(*(suite.cases for suite in SUITES.values()))
+    if unknown := set(chosen.cases.split(",")) - known:
+        options.error(f"no such cases: {', '.join(sorted(unknown))}")
+    return chosen
 
 
-def measured(chosen: argparse.Namespace, scratch: str) -> Iterator[dict[str, Any]]:
+def measured(suites: Sequence[str], chosen: argparse.Namespace, scratch: str) -> Iterator[dict[str, Any]]:
     """A line for each measurement of the suites that were chosen."""
-    for name in chosen.suites:
+    for name in suites:
         if name == "data":
             for wanted in data.SMALL if chosen.small else data.FULL:
                 data.made(wanted, chosen.folder)

@@ -7,7 +7,6 @@ A dataset is made once, from seeds, and is found again by its name.
 """
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -82,8 +81,3 @@ def _table(wanted: Dataset, number: int) -> pa.Table:
     x = random.standard_normal((wanted.columns - 1, rows), dtype=np.float32)
     y = weights @ x + 0.1 * random.standard_normal(rows, dtype=np.float32)
     return pa.table({**{f"x{j}": x[j] for j in range(len(x))}, "y": y})
-
-
-def remove(folder: Path = FOLDER) -> None:
-    """Delete all datasets."""
-    shutil.rmtree(folder, ignore_errors=True)
