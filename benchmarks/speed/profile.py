@@ -31,6 +31,7 @@ STAGES: Final = (
     ("torch/_tensor.py", "backward", "backward"),
     ("torch/_inductor/", "", "compiled steps"),
     ("torch/_dynamo/", "", "compiled steps"),
+    ("training/compiled.py", "", "stack batches for compiled steps"),
     ("torch/nn/modules/loss.py", "", "loss"),
     ("training/losses.py", "", "loss"),
     ("torch/nn/", "mse_loss", "loss"),
