@@ -26,7 +26,7 @@ def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     from benchmarks.speed.training.ours import begun
     from tasks.training.loop import train_pass
 
-    learner, groups = begun(work)
+    learner, groups = begun(work, compile="off")
     before = peak_mb()
     result = train_pass(learner, groups, key=("epoch", 0))
     assert result.rows == work.rows

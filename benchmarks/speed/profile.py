@@ -86,7 +86,7 @@ def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     from benchmarks.speed.training.ours import begun
     from tasks.training.loop import train_pass
 
-    learner, groups = begun(work, **({"compile": "on"} if case == "tidemill_compiled" else {}))
+    learner, groups = begun(work, compile="on" if case == "tidemill_compiled" else "off")
     train_pass(learner, groups[:1], key=("warm-up", 0))
     at = time.perf_counter()
     train_pass(learner, groups[:1], key=("warm-up", 1))

@@ -51,12 +51,12 @@ def trained(work: Work, began: float, **settings: Any) -> dict[str, Any]:
         took.append(time.perf_counter() - at)
     count = max(_least(learner.spec.window_bytes, work), math.ceil(work.seconds / took[1]))
     many = [groups[i % len(groups)] for i in range(count)]
-    first_step = [] if settings.get("compile") == "on" else _watched(learner.model)
+    first_step = [] if learner.spec.compile == "on" else _watched(learner.model)
     called, cpu = time.perf_counter(), cpu_seconds()
     result = train_pass(learner, many, key=("epoch", 0))
     now = time.perf_counter()
     assert result.rows == sum(group.num_rows for group in many)
-    if settings.get("compile") == "on" and not learner.counters.compiled_steps:
+    if learner.spec.compile == "on" and not learner.counters.compiled_steps:
         raise RuntimeError("no step was compiled; see the warning above")
     since = first_step[0] if first_step else called
     once = max(0.0, took[0] - took[1])
@@ -92,9 +92,7 @@ def _watched(model: nn.Module) -> list[float]:
 @TRAINERS.case("ours")
 def tidemill(work: Work, began: float) -> dict[str, Any]:
     """Tidemill, eager: streamed from Parquet, shuffled in its default window."""
-    from tasks.training.spec import Spec
-
-    return trained(work, began, **({"compile": "off"} if "compile" in Spec.model_fields else {}))
+    return trained(work, began, compile="off")
 
 
 @TRAINERS.case("ours")
