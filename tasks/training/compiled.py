@@ -86,6 +86,7 @@ class CompiledSteps:
             options: dict[str, Any] | None = None
             if self._backend == "inductor":
                 options = _INDUCTOR | {"cpp_wrapper": learner.device.type == "cpu"}
+            torch._dynamo.reset()  # what it compiled for learners before this one counts against its limit
             function = _steps(learner, *self._parts, self.steps)
             self._call = torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend, options=options)
         x_KBF, ids_KBC, y_KB, w_KB = (

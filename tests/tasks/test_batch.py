@@ -61,6 +61,7 @@ def test_a_run_ends_in_a_version_that_champion_names(dataset: str, make_url: Mak
         "shards": 0,
         "rows": 3 * (240 - held_out),
         "steps": 3 * -(-(240 - held_out) // 16),
+        "compiled_steps": 0,
     }
 
 
