@@ -246,7 +246,7 @@ def freshness(options: argparse.Namespace) -> None:
         follower.start()
         store.write("first.parquet", contents[0])
         put["first.parquet"] = time.time()
-        wait_until(lambda: see(1), seconds=120, what="the follower starts")
+        wait_until(lambda: see(1), seconds=600, what="the follower starts")
         waited.clear()
         newest, begun = 1, time.monotonic()
         for number in range(options.seconds):
