@@ -62,8 +62,9 @@ def snapshot(url: str, stores: Callable[[str], Store] = open_store) -> Snapshot:
     opener = _Opener(store, infos)
     groups: list[RowGroup] = []
     schemas: list[pa.Schema] = []
+    open_file = opener.cached if len(infos) <= _OPEN_FILES else opener.open  # all can stay open, or none would last
     with ThreadPoolExecutor(_FOOTER_READERS) as pool:
-        for number, file in enumerate(pool.map(opener.open, range(len(infos)))):
+        for number, file in enumerate(pool.map(open_file, range(len(infos)))):
             # One schema object for all equal files: 100,000 row groups must not hold 100,000 schemas.
             schema = next((s for s in schemas if s.equals(file.schema)), None)
             if schema is None:
