@@ -94,8 +94,8 @@ def plot(results: list[Result], out: Path) -> None:
         axes = figure.subplots()
         for learner in ("frozen", "online", "replay", "linear online", "river"):
             found = _values(results, stream, learner, "by_shard")
-            if found:
-                shards = min(map(len, found))  # the seed may draw another number of full shards
+            shards = min(map(len, found), default=0)  # the seed may draw another number of full shards
+            if shards > 2:
                 mean = np.mean([errors[:shards] for errors in found], axis=0)
                 axes.plot(
                     np.arange(2, shards), np.convolve(mean, np.ones(3) / 3, "valid"), label=learner, linewidth=1.2
