@@ -28,7 +28,6 @@ class Settings:
     epochs: int  # passes over the batch part
 
 
-
 class Learner(Protocol):
     """Predictions are values (regression) or probabilities of class 1 (binary), float64 [rows]."""
 

@@ -347,7 +347,7 @@ def test_runs_of_one_step_each_decide_as_one_run_does() -> None:
 
 
 def test_windowed_and_cumulative_scores_are_those_of_the_shards(world: World) -> None:
-    world.drain(GOOD, max_shards=3)
+    report = world.drain(GOOD, max_shards=3)
     consumed = [shard for number in (1, 2) for shard in world.log.version(number).manifest.consumed]
     metrics = world.log.head().manifest.metrics
     for name, shards in (("window", consumed[-3:]), ("cumulative", consumed)):
@@ -355,6 +355,8 @@ def test_windowed_and_cumulative_scores_are_those_of_the_shards(world: World) ->
         for who, scores in (("score", [s.score for s in shards]), ("champion", [s.champion for s in shards])):
             mean = sum(s["mae"] * 60 for s in scores) / (60 * len(scores))
             assert metrics[name][who]["mean"]["mae"] == pytest.approx(mean)
+    assert report.window == metrics["window"]["score"]["mean"]
+    assert report.window_champion == metrics["window"]["champion"]["mean"]
 
 
 # ---- columns over time -----------------------------------------------------------------------------------------------
