@@ -1,7 +1,7 @@
 """Prequential error of frozen, online, replaying and retrained models on drifting streams, beside River and scikit-learn.
 
     OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.learning                 # all streams, 3 seeds
-    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.learning --quick         # under a minute: two streams, one seed
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.learning --quick         # a minute or two: two streams, one seed
     OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.learning --streams sea agrawal --seeds 2
 
 Needs the `bench` extra. Every learner has the same columns, the same shards, and its learning rate and epochs from the same
@@ -87,6 +87,7 @@ def main() -> None:
     if given.quick:
         given.streams, given.seeds, given.rows = ["sea", "returning"], 1, 4000
         given.learners = [name for name in given.learners if name != "river tree"]
+        given.out = given.out.with_stem(f"{given.out.stem}-quick")  # the record of the full run stays
     torch.set_num_threads(1)
     began = time.process_time()
     results: list[dict[str, Any]] = []

@@ -137,6 +137,7 @@ def main() -> None:
     given = options.parse_args()
     if given.quick:
         given.streams, given.seeds, given.rows = ["sea"], 1, 4000
+        given.out = given.out.with_stem(f"{given.out.stem}-quick")  # the record of the full run stays
     torch.set_num_threads(1)
     lines = [
         "| stream | poison | batch model | worst champion, with the gate | last champion | worst head, without it | last head |",

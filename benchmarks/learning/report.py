@@ -14,15 +14,19 @@ Result = dict[str, Any]
 
 
 def flat(results: list[Result]) -> Iterator[Result]:
-    """One line for each stream, learner, seed and metric; `by_shard` is a list."""
+    """One line for each stream, learner, seed and metric, to 6 digits; `by_shard` is a list."""
     for result in results:
         for metric, value in result["metrics"].items():
             about = {key: result[key] for key in ("stream", "learner", "seed")}
             yield (
                 about
-                | {"metric": metric, "value": value, "seconds": result["seconds"]}
+                | {"metric": metric, "value": _rounded(value), "seconds": result["seconds"]}
                 | {"params": {"rate": result["rate"], "epochs": result["epochs"]}}
             )
+
+
+def _rounded(value: float | list[float]) -> float | list[float]:
+    return [float(f"{v:.6g}") for v in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
 def markdown(results: list[Result], seeds: int) -> str:
