@@ -39,7 +39,7 @@ def markdown(results: list[Result], seeds: int) -> str:
             [stream, NAMES[metric], *(_cell(_values(results, stream, name, metric)) for name in learners)]
             for metric in _metrics(results, stream)
         ]
-    text = f"Mean over {seeds} seeds (lowest to highest).\n\n" + _rendered(head, table)
+    text = f"Mean over {seeds} seeds (lowest to highest); without brackets one seed.\n\n" + _rendered(head, table)
     if any("probe_after" in result["metrics"] for result in results):
         rows = []
         for stream in _unique(results, "stream"):
