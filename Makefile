@@ -28,7 +28,7 @@ bench: .venv-bench/installed
 bench-quick: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed.quick
 
-# Error beside River and scikit-learn, and the gate against poison (docs/learning.md): about an hour. ARGS="--quick": a minute.
+# Error beside River and scikit-learn, and the gate against poison (docs/learning.md): about an hour. ARGS="--quick": minutes.
 bench-learning: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning $(ARGS)

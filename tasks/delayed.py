@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from typing import Final
 
 from storage.errors import CorruptObject, NotReady, ShardRejected, UnknownVersion, on_one_line
@@ -28,6 +29,8 @@ logger = logging.getLogger("tidemill.online")
 
 LISTED: Final = 10_000
 """How many label shards, the oldest, are matched with features at a time."""
+UNDECIDED: Final = 1000
+"""How many versions in a row, about none of which the gate has decided, are passed over in the search for one that served."""
 
 
 class BadLabels(Exception):
@@ -109,7 +112,7 @@ class DelayedLabels:
     # ---- who would have predicted ------------------------------------------------------------------------------------
     def predicted(self, head: Version, arrived: datetime, groups: Sequence[AnyRowGroup]) -> Predicted | None:
         """The score, on these rows, of the version that served when they arrived; None if retention has removed it."""
-        version = served_at(self.log, head, arrived)
+        version = self._serving(head, arrived)
         if self._then is None or self._then[0] != version.number:
             try:
                 network = load_learner(self.log, version, self._settings.device).frozen()
@@ -124,9 +127,31 @@ class DelayedLabels:
         except TrainingError:  # it was made for other columns
             return None
 
+    def _serving(self, head: Version, moment: datetime) -> Version:
+        """The version that served at a moment. Where no gate moves the alias, the one that it names, if that existed."""
+        if self._settings.champion != "move":
+            alias = self.log.alias(self._settings.alias)
+            newest = newest_at(self.log, head, moment)
+            return newest if alias is None or alias.version > newest.number else self.log.version(alias.version)
+        return served_at(self.log, head, moment)
+
 
 def served_at(log: VersionLog, head: Version, moment: datetime) -> Version:
-    """The version that served at a moment: the newest one before it that the gate had not refused; at least version 0.
+    """The version that served at a moment, as far as the gate moved the alias; version 0 before there was any.
+
+    That is what the last decision before it left as champion, or what a batch training or a rollback has made since.
+    """
+    newest = newest_at(log, head, moment)
+    for version in islice(log.history(newest), UNDECIDED):
+        if (gate := version.manifest.gate) is not None:
+            return version if gate.decision == "promoted" else log.version(gate.champion)
+        if version.manifest.kind != "online":
+            return version
+    return newest
+
+
+def newest_at(log: VersionLog, head: Version, moment: datetime) -> Version:
+    """The newest version at a moment; version 0 before there was any.
 
     Found by bisection: the log is ordered by time as far as the clocks of its writers agree.
     """
@@ -134,7 +159,4 @@ def served_at(log: VersionLog, head: Version, moment: datetime) -> Version:
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if log.version(middle).manifest.created <= moment else (low, middle - 1)
-    version = log.version(low)
-    while version.number and version.manifest.gate is not None and version.manifest.gate.decision == "refused":
-        version = log.version(version.manifest.gate.champion)
-    return version
+    return log.version(low)

@@ -8,6 +8,9 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Final
 
 from storage.dataset import snapshot
 from storage.errors import CorruptObject, UnknownVersion
@@ -24,6 +27,11 @@ from tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.gate")
 
+REMEMBERED: Final = 1000
+"""How many versions back the last decision on the holdout is looked for."""
+AS_BAD_AS_CAN_BE: Final = sys.float_info.max
+"""Stands for a score of the learner that is not finite: JSON has no infinity."""
+
 
 class GateClosed(Exception):
     """Versions were refused again and again, and the settings say that a person must decide."""
@@ -39,6 +47,8 @@ class Champion:
         self._number: int | None = None
         self._holdout: Sequence[RowGroup] | None = None
         self._holdout_score: Score | None = None
+        self._decided: tuple[int, Gate] | None = None
+        """The last decision, and the version that it was about."""
 
     def follow(self, head: Version, learner: Learner) -> None:
         """Finish what the head decided, if its run was killed before; then find out who the champion is.
@@ -48,19 +58,32 @@ class Champion:
         if self.settings.champion == "ignore":
             return
         self._promote(head)
-        self.alias = self.log.alias(self.settings.alias)
+        self._find(head, learner)
         if self.alias is None:
             logger.warning("%s has no alias %r: nothing to compare with", self.log.url, self.settings.alias)
-        elif self.alias.version != self._number:
-            self._number, self._network, self._holdout_score = self.alias.version, None, None
-            try:
-                if self.alias.version == head.number:
-                    self._network = learner.frozen()
-                else:
-                    champion = self.log.version(self.alias.version)
-                    self._network = load_learner(self.log, champion, self.settings.device).frozen()
-            except (UnknownVersion, CorruptObject, TrainingError) as error:
-                logger.warning("champion, version %d, cannot be compared with: %s", self.alias.version, error)
+        elif self.settings.champion == "move" and self.settings.holdout_dataset is not None:
+            self._decided = self._last_decision(head)
+
+    def _find(self, head: Version, learner: Learner) -> None:
+        self.alias = self.log.alias(self.settings.alias)
+        if self.alias is None or self.alias.version == self._number:
+            return
+        self._number, self._network, self._holdout_score = self.alias.version, None, None
+        try:
+            if self.alias.version == head.number:
+                self._network = learner.frozen()
+            else:
+                champion = self.log.version(self.alias.version)
+                self._network = load_learner(self.log, champion, self.settings.device).frozen()
+        except (UnknownVersion, CorruptObject, TrainingError) as error:
+            logger.warning("champion, version %d, cannot be compared with: %s", self.alias.version, error)
+
+    def _last_decision(self, head: Version) -> tuple[int, Gate] | None:
+        """On the way to the head, refusals that were rolled back included."""
+        for version in islice(self.log.history(head), REMEMBERED):
+            if (gate := version.manifest.gate) is not None:
+                return version.number, gate
+        return None
 
     def score(self, groups: Sequence[RowGroup]) -> dict[str, float]:
         """The champion's scores on these rows; none if it cannot read them."""
@@ -78,22 +101,51 @@ class Champion:
 
     # ---- the holdout -------------------------------------------------------------------------------------------------
     def holdout(self, learner: Learner) -> tuple[Score, Score | None] | None:
-        """Scores of the learner and of the champion on the fixed holdout, or None if there is no holdout."""
+        """Scores on the fixed holdout of the learner and of the champion, or None if there is no holdout.
+
+        Where an earlier champion had a better score, the champion's has that in place of its own. Than the present one alone
+        would let champions get worse by the tolerance again and again. What a person or a batch training has made the
+        champion is measured by itself: whoever moved the alias has accepted it.
+
+        Raises:
+            ColumnError: the holdout lacks columns of the learner's spec, or has no label.
+        """
         if self.settings.holdout_dataset is None:
             return None
         if self._holdout is None:
             self._holdout = snapshot(self.settings.holdout_dataset).row_groups
+        found = score(learner, self._holdout)
         if self._holdout_score is None and self._network is not None:
-            self._holdout_score = score(self._network, self._holdout)
-        return score(learner, self._holdout), self._holdout_score
+            try:
+                self._holdout_score = score(self._network, self._holdout)
+            except TrainingError as error:  # its spec may name columns that the head's does not
+                logger.warning("champion cannot score %s: %s", self.settings.holdout_dataset, error)
+                self._network = None
+        return found, self._best(self._holdout_score, metric_of(learner.spec))
+
+    def _best(self, champion: Score | None, metric: str) -> Score | None:
+        if champion is None or self._decided is None:
+            return champion
+        number, gate = self._decided
+        stays, moves = Alias(gate.champion, gate.moves), Alias(number, gate.moves + 1)
+        if self.alias not in ((stays, moves) if gate.decision == "promoted" else (stays,)):
+            return champion
+        if gate.holdout is None or (gate.metric, gate.holdout.rows) != (metric, champion.rows):  # other rows
+            return champion
+        if metric == "loss":
+            return replace(champion, loss=min(gate.holdout.champion, champion.loss))
+        best = min(gate.holdout.champion, champion.metrics[metric])
+        return replace(champion, metrics=champion.metrics | {metric: best})
 
     # ---- moving the alias --------------------------------------------------------------------------------------------
     def settle(self, version: Version, learner: Learner) -> None:
-        """Move the alias, if the version just committed says so."""
-        if version.manifest.gate is None or version.manifest.gate.decision == "refused":
+        """Move the alias, if the version just committed says so; else find out whether somebody else has moved it."""
+        if self.alias is None:
             return
-        if (moved := self._promote(version)) is None:  # somebody else has moved it
-            self.follow(version, learner)
+        if version.manifest.gate is not None:
+            self._decided = version.number, version.manifest.gate
+        if (moved := self._promote(version)) is None:
+            self._find(version, learner)
         else:
             self.alias, self._number = moved, version.number
             self._network, self._holdout_score = learner.frozen(), None
@@ -127,15 +179,16 @@ def decide(
     """The decision on a version whose shards are the last of `window`; None if nothing can be compared.
 
     It is promoted if, with the tolerance, it is not worse than the champion: before training, on the rows of the window; and
-    after it, on the holdout, than the best champion since the last batch training. (Than the present one would let the
-    champion get worse by the tolerance again and again.) `before` is the decision before this one, if there was one.
+    after it, on the holdout (`Champion.holdout`). `before` is the decision before this one, if there was one: refusals are
+    counted in a row, until somebody moves the alias.
     """
     recent = _compared(window, metric)
-    fixed = None if holdout is None else _on_holdout(*holdout, metric, before)
+    fixed = None if holdout is None else _on_holdout(*holdout, metric)
     if recent is None or (holdout is not None and fixed is None):
         return None
     worse = [c for c in (recent, fixed) if c is not None and not _holds(c, settings.tolerance)]
-    refusals = (0 if before is None or before.decision == "promoted" else before.refusals) + 1 if worse else 0
+    in_a_row = 0 if before is None or before.moves != alias.moves else before.refusals
+    refusals = in_a_row + 1 if worse else 0
     enough = refusals >= settings.refusals and settings.after_refusals != "continue"
     return Gate(
         champion=alias.version,
@@ -157,23 +210,23 @@ def _holds(compared: Compared, tolerance: float) -> bool:
 def _compared(shards: Iterable[Consumed], metric: str) -> Compared | None:
     learner, champion = Means(), Means()
     for shard in shards:
-        if metric in shard.score and metric in shard.champion:
-            learner.add({metric: shard.score[metric]}, shard.rows)
+        if metric in shard.champion:
             champion.add({metric: shard.champion[metric]}, shard.rows)
-    if metric not in learner.mean:
+            learner.add({metric: shard.score[metric]} if metric in shard.score else {}, shard.rows)
+    if metric not in champion.mean:
         return None
-    return Compared(rows=learner.rows[metric], learner=learner.mean[metric], champion=champion.mean[metric])
+    rows = champion.rows[metric]
+    scored_all = learner.rows.get(metric) == rows
+    return Compared(
+        rows=rows, learner=learner.mean[metric] if scored_all else AS_BAD_AS_CAN_BE, champion=champion.mean[metric]
+    )
 
 
-def _on_holdout(learner: Score, champion: Score | None, metric: str, before: Gate | None) -> Compared | None:
+def _on_holdout(learner: Score, champion: Score | None, metric: str) -> Compared | None:
     found, best = finite(learner), {} if champion is None else finite(champion)
     if metric not in best:
         return None
-    reference = best[metric]
-    if before is not None and before.holdout is not None:
-        reference = min(reference, before.holdout.champion)
-    # A score that is not finite is as bad as can be; JSON has no infinity.
-    return Compared(rows=learner.rows, learner=found.get(metric, sys.float_info.max), champion=reference)
+    return Compared(rows=learner.rows, learner=found.get(metric, AS_BAD_AS_CAN_BE), champion=best[metric])
 
 
 def finite(scored: Score) -> dict[str, float]:

@@ -22,6 +22,10 @@ class OnlineReport(BaseModel):
     """Prequential: of each shard before training on it, weighted by rows."""
     champion: dict[str, float] = {}
     """Of the champion, on the same shards."""
+    window: dict[str, float] = {}
+    """As `score`, of the last `window_shards` shards, those of earlier runs included."""
+    window_champion: dict[str, float] = {}
+    """Of the champion, on the shards of the window."""
     promoted: int = 0
     """Versions to which the champion's alias has moved."""
     refused: int = 0
@@ -45,6 +49,8 @@ class OnlineReport(BaseModel):
         self.first_version = version.version if self.first_version is None else self.first_version
         self._scored.add(version.consumed)
         self.score, self.champion = self._scored.score.mean, self._scored.champion.mean
+        window = Summary.model_validate(version.metrics["window"])
+        self.window, self.window_champion = window.score.mean, window.champion.mean
         for shard in version.consumed:
             self.shards, self.rows = self.shards + 1, self.rows + shard.rows
             self.unlabelled += shard.unlabelled

@@ -20,7 +20,9 @@ GROUP_ROWS: Final = 4096
 BUCKETS: Final = 1024
 RETRAININGS: Final = 3  # in a stream
 BATCH_SIZE: Final = {"mlp": 32, "linear": 1}  # River's and scikit-learn's linear learners step row by row too
-CLIP_NORM: Final = 1.0  # a rate chosen on a calm batch part diverges when the inputs leave their range
+# A rate chosen on a calm batch part diverges when the inputs leave their range. Linear learners step without, as the others': of
+# single rows almost every gradient would be clipped.
+CLIP_NORM: Final = {"mlp": 1.0, "linear": None}
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Tidemill:
             learning_rate=self.settings.rate,
             epochs=self.settings.epochs,
             replay=self.replay,
-            clip_norm=CLIP_NORM,
+            clip_norm=CLIP_NORM[self.factory],
             batch_size=BATCH_SIZE[self.factory],
             seed=self.seed,
             standardize_target=self.stream.task == "regression",

@@ -62,4 +62,6 @@ def duplicated(shards: Iterable[pa.Table], number: int, copies: int) -> Iterator
 
 def _with(shard: pa.Table, name: str, values_N: np.ndarray) -> pa.Table:
     place, field = shard.schema.get_field_index(name), shard.schema.field(name)
+    if pa.types.is_integer(field.type):
+        values_N = np.rint(values_N)
     return shard.set_column(place, field, pa.array(values_N).cast(field.type))

@@ -5,13 +5,15 @@
 A batch model, then the stream through real online runs on a store in memory, one version a shard. In the middle of the stream a
 fifth of the shards is poisoned: labels flipped, a sensor stuck at 0 or full of noise, or one shard sent again and again under new
 keys. After each version the error on a fixed holdout (a fifth of the batch part) is looked up: of the champion, which the gate
-moves, and of the head, which is what would be served without a gate. Needs the `bench` extra. Writes OUT, a table (Markdown).
+moves, and of the head, which is what would be served without a gate: the gate never changes what is trained. Learning rate and
+epochs are those that `benchmarks.learning` chooses for `online`. Needs the `bench` extra. Writes OUT, a table (Markdown).
 """
 
 import argparse
 import io
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +22,8 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.learning import poison
-from benchmarks.learning.ours import BUCKETS
+from benchmarks.learning.ours import BUCKETS, Tidemill
+from benchmarks.learning.protocol import Settings, choose
 from benchmarks.learning.streams import STREAMS, Stream, Y
 from storage.log import open_log
 from storage.urls import open_store
@@ -30,8 +33,16 @@ from tasks.settings import BatchSettings, OnlineSettings
 from tasks.training.spec import Column, Spec
 
 TOLERANCE: Final = 0.05
-RATE: Final = 0.1
 COPIES: Final = 20
+
+
+@dataclass(frozen=True)
+class Errors:
+    """On the holdout: of the batch model, and after each version of the champion and of the head."""
+
+    batch: float
+    champions: list[float]
+    heads: list[float]
 
 
 def poisons(stream: Stream) -> dict[str, Callable[[list[pa.Table]], Iterable[pa.Table]]]:
@@ -52,7 +63,7 @@ def poisons(stream: Stream) -> dict[str, Callable[[list[pa.Table]], Iterable[pa.
     }
 
 
-def spec_for(stream: Stream, seed: int) -> Spec:
+def spec_for(stream: Stream, settings: Settings, seed: int) -> Spec:
     """An mlp, as in `benchmarks.learning.ours`."""
     columns = [
         Column(name=name, kind="category", buckets=BUCKETS) if name in stream.categories else Column(name=name)
@@ -65,10 +76,10 @@ def spec_for(stream: Stream, seed: int) -> Spec:
             "task": stream.task,
             "loss": stream.loss,
             "model": {"factory": "mlp"},
-            "learning_rate": RATE,
+            "learning_rate": settings.rate,
             "clip_norm": 1.0,
             "batch_size": 32,
-            "epochs": 5,
+            "epochs": settings.epochs,
             "seed": seed,
             "standardize_target": stream.task == "regression",
         }
@@ -81,14 +92,14 @@ def put(url: str, key: str, table: pa.Table) -> None:
     open_store(url).write(key, sink.getvalue())
 
 
-def traced(stream: Stream, shards: Iterable[pa.Table], seed: int) -> tuple[float, float, float]:
-    """Holdout errors: of the batch model, the worst of all champions, and the worst of all heads."""
+def traced(stream: Stream, shards: Iterable[pa.Table], chosen: Settings, seed: int) -> Errors:
+    """A batch training, then an online run over these shards, one version each."""
     root = f"memory://{uuid.uuid4().hex}"
     rows = stream.batch.num_rows * 4 // 5
     put(f"{root}/dataset", "part.parquet", stream.batch.slice(0, rows))
     put(f"{root}/holdout", "part.parquet", stream.batch.slice(rows))
     settings = BatchSettings(holdout_dataset=f"{root}/holdout", device="cpu")
-    spec = spec_for(stream, seed)
+    spec = spec_for(stream, chosen, seed)
     run = batch.open_run(batch.take_snapshot(f"{root}/dataset"), f"{root}/registry", "model", spec, settings)
     for epoch in run.epochs_left:
         batch.train_epoch(run, epoch)
@@ -110,14 +121,14 @@ def traced(stream: Stream, shards: Iterable[pa.Table], seed: int) -> tuple[float
         found: dict[str, Any] = log.version(made.version).manifest.metrics.get("holdout", {})
         errors[made.version] = float(found.get(metric, float("inf")))
         champions.append(log.aliases()["champion"])
-    return errors[0], max(errors[champion] for champion in champions), max(errors.values())
+    return Errors(errors[0], [errors[champion] for champion in champions], list(errors.values()))
 
 
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.learning.poisoned", description=__doc__)
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     options.add_argument(
-        "--streams", nargs="+", choices=list(STREAMS), default=["flights", "electricity", "sea", "hyperplane"]
+        "--streams", nargs="+", choices=list(STREAMS), default=["steady", "flights", "electricity", "sea", "hyperplane"]
     )
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument("--rows", type=int, default=10_000)
@@ -126,23 +137,34 @@ def main() -> None:
     given = options.parse_args()
     if given.quick:
         given.streams, given.seeds, given.rows = ["sea"], 1, 4000
+        given.out = given.out.with_stem(f"{given.out.stem}-quick")  # the record of the full run stays
     torch.set_num_threads(1)
     lines = [
-        "| stream | poison | batch model | worst champion, with the gate | worst head, without it |",
-        "| --- | --- | --- | --- | --- |",
+        "| stream | poison | batch model | worst champion, with the gate | last champion | worst head, without it | last head |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in given.streams:
+        chosen, _ = choose(Tidemill, STREAMS[name](0, given.rows))
         for what in poisons(STREAMS[name](0, given.rows)):
-            cells: list[list[float]] = [[], [], []]
+            found = []
             for seed in range(given.seeds):
                 stream = STREAMS[name](seed, given.rows)
-                before, gated, free = traced(stream, poisons(stream)[what](stream.shards), seed)
-                for cell, value in zip(cells, (before, gated / before - 1, free / before - 1), strict=True):
-                    cell.append(value)
-            mean = sum(cells[0]) / len(cells[0])
-            lines.append(f"| {name} | {what} | {mean:.4g} | {max(cells[1]):+.1%} | {max(cells[2]):+.1%} |")
+                found.append(traced(stream, poisons(stream)[what](stream.shards), chosen, seed))
+            lines.append(f"| {name} | {what} | {' | '.join(cells(found))} |")
             print(lines[-1], flush=True)
-    given.out.write_text("\n".join(lines) + "\n")
+            given.out.write_text("\n".join(lines) + "\n")
+
+
+def cells(found: list[Errors]) -> list[str]:
+    """Mean over seeds of the batch model's error; of the others the change from it, of the seed where it is worst."""
+    mean = sum(errors.batch for errors in found) / len(found)
+    columns = (
+        [max(errors.champions) / errors.batch for errors in found],
+        [errors.champions[-1] / errors.batch for errors in found],
+        [max(errors.heads) / errors.batch for errors in found],
+        [errors.heads[-1] / errors.batch for errors in found],
+    )
+    return [f"{mean:.4g}", *(f"{max(column) - 1:+.1%}" for column in columns)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Test, then train: every learner predicts a whole shard before it learns from it, and its settings are chosen before.
 
-Settings are chosen by the same protocol on the batch part alone: trained on its first 70%, scored on the rest.
+Settings are chosen by the same protocol on the batch part alone: trained on its first 70%, scored on the rest. The learning
+rate is chosen with few epochs; then the best one and its neighbours are tried with many.
 """
 
 import math
@@ -25,9 +26,6 @@ class Settings:
 
     rate: float  # learning rate
     epochs: int  # passes over the batch part
-
-
-GRID: Final = tuple(Settings(rate, epochs) for epochs in EPOCHS for rate in RATES)
 
 
 class Learner(Protocol):
@@ -96,17 +94,23 @@ def targets(tables: Iterable[pa.Table]) -> np.ndarray:
 
 
 def choose(make: Make, stream: Stream) -> tuple[Settings, float]:
-    """The settings of the grid with the lowest training loss on the last 30% of the batch part, and that loss."""
+    """The settings with the lowest training loss on the last 30% of the batch part, and that loss."""
     head = stream.head()
     metric = {"mse": "rmse", "l1": "mae", "bce": "log_loss"}[stream.loss]
-    scored: list[tuple[float, Settings]] = []
-    for settings in GRID:
+
+    def loss(settings: Settings) -> float:
         trace = run(make(head, settings, 0), head)
         if trace is None:
-            continue
-        scored.append((errors(head, np.concatenate(trace.shards), targets(head.shards))[metric], settings))
-    best, settings = min(scored, key=lambda pair: pair[0])
-    return settings, best
+            return math.inf
+        return errors(head, np.concatenate(trace.shards), targets(head.shards))[metric]
+
+    few, many = EPOCHS
+    found = {Settings(rate, few): loss(Settings(rate, few)) for rate in RATES}
+    best = RATES.index(min(found, key=found.__getitem__).rate)
+    for rate in RATES[max(0, best - 1) : best + 2]:
+        found[Settings(rate, many)] = loss(Settings(rate, many))
+    settings = min(found, key=found.__getitem__)
+    return settings, found[settings]
 
 
 def summary(stream: Stream, trace: Trace | None) -> dict[str, Any]:

@@ -14,15 +14,19 @@ Result = dict[str, Any]
 
 
 def flat(results: list[Result]) -> Iterator[Result]:
-    """One line for each stream, learner, seed and metric; `by_shard` is a list."""
+    """One line for each stream, learner, seed and metric, to 6 digits; `by_shard` is a list."""
     for result in results:
         for metric, value in result["metrics"].items():
             about = {key: result[key] for key in ("stream", "learner", "seed")}
             yield (
                 about
-                | {"metric": metric, "value": value, "seconds": result["seconds"]}
+                | {"metric": metric, "value": _rounded(value), "seconds": result["seconds"]}
                 | {"params": {"rate": result["rate"], "epochs": result["epochs"]}}
             )
+
+
+def _rounded(value: float | list[float]) -> float | list[float]:
+    return [float(f"{v:.6g}") for v in value] if isinstance(value, list) else float(f"{value:.6g}")
 
 
 def markdown(results: list[Result], seeds: int) -> str:
@@ -35,7 +39,7 @@ def markdown(results: list[Result], seeds: int) -> str:
             [stream, NAMES[metric], *(_cell(_values(results, stream, name, metric)) for name in learners)]
             for metric in _metrics(results, stream)
         ]
-    text = f"Mean over {seeds} seeds (lowest to highest).\n\n" + _rendered(head, table)
+    text = f"Mean over {seeds} seeds (lowest to highest); without brackets one seed.\n\n" + _rendered(head, table)
     if any("probe_after" in result["metrics"] for result in results):
         rows = []
         for stream in _unique(results, "stream"):
@@ -94,8 +98,8 @@ def plot(results: list[Result], out: Path) -> None:
         axes = figure.subplots()
         for learner in ("frozen", "online", "replay", "linear online", "river"):
             found = _values(results, stream, learner, "by_shard")
-            if found:
-                shards = min(map(len, found))  # the seed may draw another number of full shards
+            shards = min(map(len, found), default=0)  # the seed may draw another number of full shards
+            if shards > 2:
                 mean = np.mean([errors[:shards] for errors in found], axis=0)
                 axes.plot(
                     np.arange(2, shards), np.convolve(mean, np.ones(3) / 3, "valid"), label=learner, linewidth=1.2

@@ -102,6 +102,11 @@ def friedman(kind: str, seed: int, rows: int) -> Stream:
     return _generated(f"friedman-{kind}", rows, source, "regression")
 
 
+def steady(seed: int, rows: int) -> Stream:
+    """Friedman's function, which stays what it is: what does it cost to learn where nothing is to be learned?"""
+    return _generated("steady", rows, synth.Friedman(seed), "regression")
+
+
 def sea(seed: int, rows: int) -> Stream:
     """Street and Kim's SEA concepts, each for a quarter of the rows, with a tenth of the labels flipped."""
     parts = (synth.SEA(variant, noise=0.1, seed=seed + variant).take(rows // 4) for variant in (0, 3, 1, 2))
@@ -210,4 +215,5 @@ STREAMS: Final[dict[str, Callable[[int, int], Stream]]] = {
     "hyperplane": hyperplane,
     "agrawal": agrawal,
     "returning": returning,
+    "steady": steady,
 }

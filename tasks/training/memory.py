@@ -20,6 +20,7 @@ from tasks.training.spec import Spec
 
 STAGED_ROWS: Final = 4096  # rows that are decided on together: tensor operations cost the same for few rows
 DRAWN_STEPS: Final = 64  # steps whose old rows are gathered together, for the same reason
+WORKING_BYTES: Final = 32 * 2**20  # that either may take: of wide rows, such as images, there are fewer
 
 
 class Memory:
@@ -38,6 +39,8 @@ class Memory:
                 f"takes {features.row_bytes} bytes; raise replay.rows or replay.bytes"
             )
         self.ratio = settings.ratio
+        self._row_bytes = features.row_bytes
+        self._staged_rows = max(1, min(STAGED_ROWS, WORKING_BYTES // self._row_bytes))
         self.seen_P = torch.zeros(parts, dtype=torch.int64)
         self._kept: dict[str, Tensor] = {}  # field of a Batch -> [M, ...]; empty before the first rows
         self._staged: dict[str, Tensor] = {}  # [S, ...]
@@ -53,15 +56,15 @@ class Memory:
         """Show new rows to the memory. They are copied; `random` decides, at the latest at `settle`, which it keeps."""
         tensors = {name: tensor for name, tensor in batch._asdict().items() if tensor is not None}
         if not self._staged:
-            self._staged = _empty(tensors, STAGED_ROWS)
+            self._staged = _empty(tensors, self._staged_rows)
         size, at = len(batch.y_B), 0
         while at < size:
-            count = min(size - at, STAGED_ROWS - self._waiting)
+            count = min(size - at, self._staged_rows - self._waiting)
             for name, tensor in tensors.items():
                 self._staged[name][self._waiting : self._waiting + count] = tensor[at : at + count]
             self._waiting += count
             at += count
-            if self._waiting == STAGED_ROWS:
+            if self._waiting == self._staged_rows:
                 self.settle(random)
 
     def settle(self, random: torch.Generator) -> None:
@@ -100,10 +103,11 @@ class Memory:
 
         Nothing comes while the memory is empty. Rows settled since may be missing from the next `DRAWN_STEPS` batches.
         """
+        steps = max(1, min(DRAWN_STEPS, WORKING_BYTES // (size * self._row_bytes)))
         while rows := self.rows:
-            drawn = self._slot(torch.randint(rows, (size * DRAWN_STEPS,), generator=random))
+            drawn = self._slot(torch.randint(rows, (size * steps,), generator=random))
             parts = {name: torch.split(tensor.index_select(0, drawn), size) for name, tensor in self._kept.items()}
-            for i in range(DRAWN_STEPS):
+            for i in range(steps):
                 yield _batch({name: tensors[i] for name, tensors in parts.items()})
 
     def _slot(self, index: Tensor) -> Tensor:

@@ -23,11 +23,7 @@ def audit(log: VersionLog, shards: Iterable[tuple[str, bytes]]) -> list[Version]
     What was put twice, same key and same bytes, stands in `shards` once.
     """
     put = list(shards)
-    sound = audit_history(log)
-    assert not sound.findings, sound.findings
-    with _one_at_a_time:
-        again = replay(log, [archive(put)])
-    assert not again.findings, again.findings
+    check_bits(log, archive(put))
     history = list(log.history(log.head()))[::-1]
     consumed = [shard for version in history for shard in version.manifest.consumed]
     rejected = [shard for version in history for shard in version.manifest.rejected]
@@ -35,6 +31,15 @@ def audit(log: VersionLog, shards: Iterable[tuple[str, bytes]]) -> list[Version]
         (key, sha256(data)) for key, data in put
     )
     return history
+
+
+def check_bits(log: VersionLog, archived: Store) -> None:
+    """The history is sound, and the shards in the archive give these weights again."""
+    sound = audit_history(log)
+    assert not sound.findings, sound.findings
+    with _one_at_a_time:
+        again = replay(log, [archived])
+    assert not again.findings, again.findings
 
 
 def archive(shards: Iterable[tuple[str, bytes]]) -> Store:

@@ -67,6 +67,19 @@ SPEC = Spec.model_validate(
     }
 )
 BATCH = BatchSettings(holdout=0.2)
+CLASSES = Spec.model_validate(
+    SPEC.model_dump()
+    | {
+        "target": "k",
+        "task": "binary",
+        "loss": None,
+        "sample_weight": None,
+        "class_weights": "balanced",
+        "replay": {"rows": 20, "ratio": 1.0, "policy": "balanced"},
+        "precision": "bfloat16",
+    }
+)
+"""What the other spec cannot have beside what it has: classes of column k."""
 ONLINE = OnlineSettings(max_shards=2, passes=2, grace_seconds=0, champion="score")
 """The champion stays version 0."""
 
@@ -137,8 +150,11 @@ def at_once(task: Callable[[], T]) -> T:
 def drain(stores: Stores, inbox: str, registry: str, settings: OnlineSettings, call: Caller = at_once) -> None:
     """An online run until the inbox holds nothing to train on."""
     run = call(lambda: online.OnlineRun(inbox, registry, "model", settings, stores))
-    while call(lambda: online.step(run)).outcome is not online.Outcome.IDLE:
-        pass
+    while (outcome := call(lambda: online.step(run)).outcome) is not online.Outcome.IDLE:
+        if outcome is online.Outcome.RETRAIN:
+            dataset, _, _, spec, batch_settings = call(lambda: online.retraining(run))
+            train(stores, dataset, registry, spec, batch_settings, call)
+            run.forget()
 
 
 def train(

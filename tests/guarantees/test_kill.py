@@ -1,5 +1,6 @@
 """SIGKILL before and after every storage call, then a rerun: the same bits as never having been killed."""
 
+import io
 import os
 import random
 from collections.abc import Callable
@@ -7,13 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from storage.log import VersionLog
 from storage.urls import open_store
-from tests.guarantees.audit import audit
+from tasks.settings import BatchSettings
+from tasks.triggers import Triggers
+from tests.guarantees.audit import audit, check_bits
 from tests.guarantees.children import (
     BATCH,
+    CLASSES,
     DATASET,
     ONLINE,
     REJECTED,
@@ -30,6 +37,7 @@ from tests.guarantees.children import (
     rollback,
     sample,
     start_server,
+    table,
     train,
     waiting,
 )
@@ -38,6 +46,16 @@ GATED = ONLINE.model_copy(
     update={"champion": "move", "tolerance": 0.0, "window_shards": 2, "refusals": 1, "after_refusals": "rollback"}
 )
 """One version that is no better than the champion, and the run goes back to the champion."""
+RETRAINED = GATED.model_copy(update={"after_refusals": "retrain", "after_commit": "archive", "refusals": 2})
+"""Two versions in a row that are no better than the champion, and a batch training on what was archived too."""
+DELAYED = ONLINE.model_copy(
+    update={
+        "champion": "move",
+        "label_key": "id",
+        "train_when": Triggers(max_wait_seconds=1e-6, drift="adwin", score_drop=0.1),
+    }
+)
+PATIENT = BatchSettings(holdout=0.3, patience=1)
 MOMENTS = {"local": 16, "s3": 6}
 """How many moments of a sweep CI takes, spread over the run; of an online run on local, more."""
 SAMPLE, FULL = {"local": 4, "s3": 2}, {"local": 1000, "s3": 100}
@@ -187,6 +205,104 @@ def test_batch_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
         return moments
 
     sweep(run_and_check)
+
+
+# ---- other ways to learn ---------------------------------------------------------------------------------------------
+def test_early_stopping(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
+    """At most 12 epochs; the best one is registered. Classes, a balanced memory, mixed precision."""
+    fill(make_url("dataset"), {key: parquet(classified(data)) for key, data in DATASET.items()})
+    spec = CLASSES.model_copy(update={"epochs": 12, "learning_rate": 0.3})
+    reference: list[tuple[str, str]] = []
+
+    def run_and_check(kill: Kill | None, name: str) -> int | None:
+        registry = make_url(f"{name}/registry")
+        arguments = (make_url("dataset"), registry, spec, PATIENT)
+        moments = in_child(train, *arguments, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(train, *arguments, kill=None, tmp_path=tmp_path)
+        log = VersionLog(open_store(registry), "model")
+        audit(log, [])
+        manifest = log.head().manifest
+        assert manifest.metrics["best_epoch"] == manifest.counters["epochs"] < len(manifest.metrics["epoch_loss"]) < 12
+        reference.append(bits(log))
+        assert reference[-1] == reference[0]
+        return moments
+
+    sweep(run_and_check)
+
+
+def test_delayed_labels(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
+    """Features and their labels in two inboxes, bad labels among them; triggers, a gate that moves the champion."""
+    fill(make_url("dataset"), {key: parquet(classified(data)) for key, data in DATASET.items()})
+    start_server()
+    in_child(train, make_url("dataset"), make_url("base"), CLASSES, BATCH, kill=None, tmp_path=tmp_path)
+    tables = {key: classified(data) for key, data in SHARDS.items()}
+    features = {key: parquet(table.drop_columns("k")) for key, table in tables.items()}
+    labels = {key: parquet(table.select(["k", "id"])) for key, table in tables.items()} | {"99.parquet": BAD_LABELS}
+    features["99.parquet"] = parquet(tables["00.parquet"].drop_columns("k"))
+    reference: list[tuple[str, str]] = []
+
+    def run_and_check(kill: Kill | None, name: str) -> int | None:
+        inbox, registry = make_url(f"{name}/inbox"), make_url(f"{name}/registry")
+        settings = DELAYED.model_copy(update={"labels": make_url(f"{name}/labels")})
+        settings = settings.model_copy(update={"after_commit": "archive", "archive_to": make_url(f"{name}/archive")})
+        fill(inbox, features)
+        fill(make_url(f"{name}/labels"), labels)
+        copy(make_url("base"), registry)
+        moments = in_child(drain, inbox, registry, settings, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(drain, inbox, registry, settings, kill=None, tmp_path=tmp_path)
+        log = VersionLog(open_store(registry), "model")
+        check_bits(log, open_store(make_url(f"{name}/archive")))
+        consumed = [shard.key for version in log.history(log.head()) for shard in version.manifest.consumed]
+        assert sorted(consumed) == sorted(SHARDS)
+        assert (waiting(inbox), waiting(make_url(f"{name}/labels"))) == (["99.parquet"], [])
+        reference.append(bits(log))
+        assert reference[-1] == reference[0]
+        return moments
+
+    sweep(run_and_check)
+
+
+def test_retraining(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
+    """Refused twice: a batch training on the dataset and the archive becomes the head, and the rest is trained on it."""
+    reference: list[tuple[str, str]] = []
+
+    def run_and_check(kill: Kill | None, name: str) -> int | None:
+        inbox, registry, dataset = (make_url(f"{name}/{place}") for place in ("inbox", "registry", "dataset"))
+        settings = RETRAINED.model_copy(update={"retrain_dataset": dataset, "archive_to": f"{dataset}/archive"})
+        fill(inbox, POISON)
+        fill(dataset, DATASET)
+        copy(base, registry)
+        moments = in_child(drain, inbox, registry, settings, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(drain, inbox, registry, settings, kill=None, tmp_path=tmp_path)
+        log = VersionLog(open_store(registry), "model")
+        history = [version.manifest for version in audit(log, POISON.items())]
+        assert "batch" in [manifest.kind for manifest in history[1:]]
+        assert waiting(inbox) == []
+        reference.append(bits(log))
+        assert reference[-1] == reference[0]
+        return moments
+
+    sweep(run_and_check)
+
+
+def classified(data: bytes) -> pa.Table:
+    """The rows of a shard, with a class and a key beside their columns."""
+    rows = pq.read_table(io.BytesIO(data))
+    k = pc.cast(pc.greater(rows["a"], 0.5), pa.int64())
+    return rows.append_column("k", k).append_column("id", pa.array(range(rows.num_rows)))
+
+
+def parquet(rows: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, row_group_size=12)
+    return bytes(sink.getvalue())
+
+
+BAD_LABELS = parquet(pa.table({"id": [1, 1], "k": [0, 1]}))
+POISON = {f"{i:02}.parquet": table(20 + i, 10 + i, sign=-1) for i in range(6)}
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 from storage.audit import audit
 from storage.errors import Unavailable, UnsupportedStore
 from storage.inbox import quarantined, requeue
-from storage.log import VersionLog, open_log
+from storage.log import Version, VersionLog, open_log
+from storage.manifest import Compared, Entry, Gate
 from storage.store import Store
 from storage.urls import open_store
 from tasks import batch
@@ -137,6 +138,41 @@ def test_who_served_when(world: World) -> None:
         assert served_at(log, head, created).number == number
         assert served_at(log, head, created - datetime.timedelta(microseconds=1)).number == number - 1
     assert served_at(log, head, datetime.datetime.min.replace(tzinfo=datetime.UTC)).number == 0
+
+
+def later(world: World, moves: int | None, champion: int = 0, decision: str = "promoted") -> Version:
+    """One more version: decided on with the alias so, or not at all."""
+    compared = Compared(rows=1, learner=1.0, champion=1.0)
+    gate = None if moves is None else Gate.model_validate(
+        {"champion": champion, "moves": moves, "metric": "rmse", "decision": decision, "tolerance": 0.1, "refusals": 0}
+        | {"window": compared}
+    )  # fmt: skip
+    head = world.log.head()
+    entry = Entry(kind="online", spec=head.manifest.spec, blobs=head.manifest.blobs, gate=gate)
+    return world.log.commit(head, entry)
+
+
+def test_a_refused_version_has_not_served_unless_somebody_promoted_it(world: World) -> None:
+    history = [
+        (later(world, 0), 1),
+        (later(world, 1, champion=1, decision="refused"), 1),
+        (later(world, None), 1),  # rejected shards only
+        (later(world, 2, champion=2, decision="refused"), 2),  # somebody had promoted version 2
+    ]
+    head = world.log.head()
+    for version, served in history:
+        assert served_at(world.log, head, version.manifest.created).number == served
+
+
+@pytest.mark.parametrize("champion", ["score", "ignore"])
+def test_where_no_gate_moves_the_alias_it_names_what_served(world: World, champion: str) -> None:
+    for number in range(2):
+        put(world.url("inbox"), {f"{number}.parquet": features(50, number)})
+        put(world.url("labels"), {f"{number}.parquet": labels(50, number)})
+        world.drain(champion=champion)
+    predicted = world.log.head().manifest.consumed[0].predicted
+    assert predicted is not None
+    assert (world.log.head().number, predicted.version) == (2, 0)
 
 
 def test_bad_labels_go_to_quarantine_and_their_features_wait_for_better_ones(world: World) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from storage.errors import Unavailable
 from storage.log import Alias, VersionLog, open_log
-from storage.manifest import Compared, Consumed, Gate
+from storage.manifest import Compared, Consumed, Entry, Gate
 from storage.store import Store
 from storage.urls import open_store
 from tasks import batch
@@ -130,16 +130,11 @@ def test_shards_that_one_of_the_two_could_not_score_do_not_count() -> None:
     assert decide(OnlineSettings(), Alias(0, 0), "rmse", [unscored], None, None) is None
 
 
-def test_champions_may_not_get_worse_step_by_step() -> None:
-    """Each is within the tolerance of the one before it; the second is not within that of the first."""
-    first = decided([shard(1.0, 1.0)], (scored(1.08), scored(1.0)))
-    second = decided([shard(1.0, 1.0)], (scored(1.16), scored(1.08)), before=first)
-    assert (first.decision, second.decision) == ("promoted", "refused")
-    assert second.holdout == Compared(rows=7, learner=1.16, champion=1.0)
-
-
 def test_a_score_that_is_not_finite_is_refused() -> None:
     assert decided([shard(1.0, 1.0)], (scored(float("nan")), scored(1.0))).decision == "refused"
+    broken = shard(1.0, 1.0).model_copy(update={"score": {}})  # what is left of a score that is not finite
+    gate = decided([shard(1.0, 2.0), broken])
+    assert (gate.decision, gate.window.rows) == ("refused", 20)
 
 
 def test_refusals_are_counted_in_a_row() -> None:
@@ -148,6 +143,11 @@ def test_refusals_are_counted_in_a_row() -> None:
         gates.append(decided([shard(value, 1.0)], before=gates[-1] if gates else None))
     assert [gate.refusals for gate in gates] == [1, 2, 0, 1, 2, 3, 4]
     assert [gate.then for gate in gates] == [None, None, None, None, None, "stop", "stop"]
+
+
+def test_refusals_are_counted_anew_once_somebody_has_moved_the_alias() -> None:
+    before = decided([shard(2.0, 1.0)]).model_copy(update={"moves": 1})
+    assert decided([shard(2.0, 1.0)], before=before).refusals == 1
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,62 @@ def test_poison_does_not_reach_the_champion(world: World) -> None:
     assert world.error(8) > 10 * world.error(4)
     holdout = world.log.version(8).manifest.metrics["holdout"]
     assert (holdout["rows"], holdout["rmse"]) == (100, pytest.approx(world.error(8)))
+
+
+def refused(world: World, best: float) -> Entry:
+    """A version that was refused, when the best champion so far had this error on the holdout."""
+    alias = world.log.alias("champion")
+    assert alias is not None
+    gate = Gate(
+        champion=alias.version,
+        moves=alias.moves,
+        metric="rmse",
+        decision="refused",
+        tolerance=0.05,
+        window=Compared(rows=1, learner=9.0, champion=best),
+        holdout=Compared(rows=100, learner=9.0, champion=best),
+        refusals=1,
+    )
+    head = world.log.head().manifest
+    return Entry(kind="online", spec=head.spec, blobs=head.blobs, gate=gate)
+
+
+def on_holdout(world: World) -> float:
+    """What a run that begins now would compare with."""
+    run = world.run(holdout_dataset=world.url("holdout"))
+    found = run.champion.holdout(run.load().learner)
+    assert found is not None
+    assert found[1] is not None
+    return found[1].metrics["rmse"]
+
+
+def test_champions_may_not_get_worse_step_by_step(world: World) -> None:
+    """What an earlier champion had reached is the measure, through rollbacks too, until somebody else moves the alias."""
+    own = world.error(0)
+    assert on_holdout(world) == pytest.approx(own)
+    world.log.commit(world.log.head(), refused(world, best=own / 2))
+    assert on_holdout(world) == pytest.approx(own / 2)
+    world.log.rollback("0")
+    assert on_holdout(world) == pytest.approx(own / 2)
+    world.log.promote("champion", world.log.version(1))
+    world.log.promote("champion", world.log.version(0))
+    assert on_holdout(world) == pytest.approx(own)
+
+
+def test_what_was_reached_on_another_holdout_is_no_measure(world: World) -> None:
+    world.log.commit(world.log.head(), refused(world, best=1e-9))
+    put(world.url("holdout"), {"part-1.parquet": rows(10, 2)})
+    assert on_holdout(world) == pytest.approx(world.error(0))
+
+
+def test_a_run_that_goes_on_notices_that_somebody_has_moved_the_alias(world: World) -> None:
+    put(world.url("inbox"), POISON)
+    run = world.run(holdout_dataset=world.url("holdout"))
+    step(run)
+    world.log.promote("champion", world.log.head())
+    step(run)  # had begun before it could know
+    step(run)
+    assert [world.gate(number).champion for number in (1, 2, 3)] == [0, 0, 1]
 
 
 def test_many_refusals_stop_the_run_until_a_person_decides(world: World) -> None:
@@ -291,7 +347,7 @@ def test_runs_of_one_step_each_decide_as_one_run_does() -> None:
 
 
 def test_windowed_and_cumulative_scores_are_those_of_the_shards(world: World) -> None:
-    world.drain(GOOD, max_shards=3)
+    report = world.drain(GOOD, max_shards=3)
     consumed = [shard for number in (1, 2) for shard in world.log.version(number).manifest.consumed]
     metrics = world.log.head().manifest.metrics
     for name, shards in (("window", consumed[-3:]), ("cumulative", consumed)):
@@ -299,6 +355,8 @@ def test_windowed_and_cumulative_scores_are_those_of_the_shards(world: World) ->
         for who, scores in (("score", [s.score for s in shards]), ("champion", [s.champion for s in shards])):
             mean = sum(s["mae"] * 60 for s in scores) / (60 * len(scores))
             assert metrics[name][who]["mean"]["mae"] == pytest.approx(mean)
+    assert report.window == metrics["window"]["score"]["mean"]
+    assert report.window_champion == metrics["window"]["champion"]["mean"]
 
 
 # ---- columns over time -----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tasks.training import memory as module
 from tasks.training.batches import Batch
 from tasks.training.errors import SpecError, StateMismatch
 from tasks.training.features import Features
@@ -98,6 +99,20 @@ def test_bytes_bound_it_too():
     assert empty(1000, bytes=8 * 10).slots == 10  # a number and a target of 4 bytes each
     with pytest.raises(SpecError, match="holds no row"):
         empty(1000, bytes=7)
+
+
+def test_what_it_works_on_is_bounded_in_bytes_and_changes_nothing(monkeypatch):
+    """Rows of images are decided on and drawn in smaller parts."""
+    found = []
+    for working_bytes in (module.WORKING_BYTES, 8 * 100):  # of rows of 8 bytes
+        monkeypatch.setattr(module, "WORKING_BYTES", working_bytes)
+        memory, chance = empty(20), generator(0)
+        memory.offer(batch(0, 1000), chance)
+        assert memory._waiting < working_bytes / 8
+        memory.settle(chance)
+        draws = memory.draws(30, generator(1))
+        found.append((kept(memory), [next(draws).y_B.tolist() for _ in range(10)]))
+    assert found[0] == found[1]
 
 
 def test_mixing_appends_old_rows():
