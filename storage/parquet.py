@@ -124,6 +124,7 @@ class ParquetFile:
         """
         self.name, self._error, self._partitions = name, error, partitions or {}
         self._concurrency = concurrency
+        self._hidden_bytes: dict[tuple[int, int], int] = {}  # of the column chunks that have been read
         if size < 12:
             raise NotReady(f"{name} has {size} bytes; no Parquet file is that short.")
         tail = fetch(max(0, size - _FOOTER_GUESS), min(size, _FOOTER_GUESS))
@@ -168,7 +169,7 @@ class ParquetFile:
             _refuse_beyond_bound(decoded)
             file = self._file()
             file.load(ranges, self._concurrency)
-            decoded += sum(self._hidden(file, group.column(i)) for i in leaves)
+            decoded += sum(self._hidden(file, index, i) for i in leaves)
             _refuse_beyond_bound(decoded)
             parquet = self._parquet(file, [c for c in self._strings if _is_below(c, wanted) and c not in delta])
             table = parquet.read_row_group(index, columns=sorted(wanted.difference(delta)))
@@ -197,13 +198,19 @@ class ParquetFile:
             pass  # batches of no rows: nothing is decoded
         return ranges
 
-    def _hidden(self, file: RangesFile, chunk: pq.ColumnChunkMetaData) -> int:
-        """How many more bytes the pages of a column have than the footer says. Arrow believes each page, not the footer."""
-        offsets = (chunk.dictionary_page_offset, chunk.data_page_offset)
-        start = min(offset for offset in offsets if offset)
-        file.seek(start)
-        data = file.read(chunk.total_compressed_size)
-        return max(0, decoded_bytes(data, chunk.num_values) - max(0, chunk.total_uncompressed_size))
+    def _hidden(self, file: RangesFile, index: int, leaf: int) -> int:
+        """How many more bytes the pages of a column have than the footer says. Arrow believes each page, not the footer.
+
+        Found out once: the bytes are pinned, and parsing takes a fifth of the time of decoding.
+        """
+        if (found := self._hidden_bytes.get((index, leaf))) is None:
+            chunk = self._metadata.row_group(index).column(leaf)
+            offsets = (chunk.dictionary_page_offset, chunk.data_page_offset)
+            file.seek(min(offset for offset in offsets if offset))
+            data = file.read(chunk.total_compressed_size)
+            found = max(0, decoded_bytes(data, chunk.num_values) - max(0, chunk.total_uncompressed_size))
+            self._hidden_bytes[index, leaf] = found
+        return found
 
     def _delta(self, parquet: pq.ParquetFile, index: int, column: str, size: int) -> "pa.ChunkedArray[Any]":
         """A string column that Arrow cannot decode into a dictionary by itself.

@@ -15,6 +15,9 @@ from torch import Tensor
 from tasks.training.columns import EXACT_IN_FLOAT32, as_tensor, from_arrow, numbers, to_arrow
 
 BLOCK_NUMBERS: Final = 262_144  # float32s transposed at a time: measured best for 10 and for 99 columns
+NARROW: Final = 16
+"""Up to so many numbers a row, a cache line, columns are copied in one by one: twice as fast as transposing blocks of them. Of
+wider rows each line would be fetched again for every column."""
 TILE_NUMBERS: Final = 256  # numbers that one loop scales, so that tables of few columns still vectorise
 
 
@@ -36,9 +39,12 @@ def pack(columns: Sequence[tuple[pa.Array[Any], int | None]], center_F: Tensor, 
     plain: list[pa.Array[Any]] = []  # neighbouring plain columns, which Arrow transposes together
 
     def end_run(at: int) -> None:
-        if plain:
+        if f <= NARROW:
+            first = at - len(plain)
+            runs.extend((first + i, first + i + 1, from_arrow(array).view(-1, 1)) for i, array in enumerate(plain))
+        elif plain:
             runs.append((at - len(plain), at, pa.RecordBatch.from_arrays(plain, [str(i) for i in range(len(plain))])))
-            plain.clear()
+        plain.clear()
 
     at = 0
     for array, width in columns:
