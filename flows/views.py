@@ -34,6 +34,8 @@ def followed(report: "OnlineReport") -> View:
         lines.append(("score", f"{_numbers(report.score)} on these shards, each before it was trained on"))
     if report.champion:
         lines.append(("champion", f"{_numbers(report.champion)} on the same shards"))
+    if report.window:
+        lines.append(("window", f"{_numbers(report.window)} on the last shards, earlier runs included"))
     if report.promoted or report.refused:
         refused = f", {count(report.refused, 'version')} refused as worse" if report.refused else ""
         lines.append(("gate", f"champion moved {count(report.promoted, 'time')}{refused}"))

@@ -251,6 +251,7 @@ class VersionLog:
                 }
             ),
             owed=head.manifest.owed,
+            new_columns=head.manifest.new_columns,
             metrics=target.manifest.metrics,
             counters=target.manifest.counters,
             dataset=target.manifest.dataset,

@@ -127,7 +127,7 @@ class Compared(Record):
     rows: int
     learner: float
     champion: float
-    """On the holdout: the best of the champions since the last batch training."""
+    """On the holdout: the best of the champions since anyone but the gate moved the alias."""
 
 
 class Gate(Record):

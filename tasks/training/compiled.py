@@ -3,7 +3,6 @@
 Shape legend: K steps of a call, B rows of a batch, F numbers and C ids of one row, T targets.
 """
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
-from torch.optim import adadelta, adagrad, adam, adamax, nadam, radam, rmsprop, sgd
 
 from tasks.training.batches import Batch
 from tasks.training.learner import Learner
 from tasks.training.losses import LossFunction, is_column
+from tasks.training.updates import FUNCTIONAL, arguments_of, states_of
 
 Forward = Callable[[Callable[..., Tensor], Tensor, Tensor | None], Tensor]
 """(network, x_BF, ids_BC or None) to the network's outputs in float32."""
@@ -28,18 +27,6 @@ step; a larger net gains less, but so many of its steps take so long that half a
 
 log = logging.getLogger("tidemill.training")
 
-# torch's functional optimizers, and the state that each takes for every parameter, in the order of its arguments.
-_FUNCTIONAL: Final[dict[str, tuple[Callable[..., None], tuple[str, ...]]]] = {
-    "sgd": (sgd.sgd, ("momentum_buffer",)),
-    "adam": (adam.adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")),
-    "adamw": (adam.adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")),
-    "adagrad": (adagrad.adagrad, ("sum", "step")),
-    "rmsprop": (rmsprop.rmsprop, ("square_avg", "grad_avg", "momentum_buffer", "step")),
-    "adadelta": (adadelta.adadelta, ("square_avg", "acc_delta", "step")),
-    "adamax": (adamax.adamax, ("exp_avg", "exp_inf", "step")),
-    "nadam": (nadam.nadam, ("exp_avg", "exp_avg_sq", "mu_product", "step")),
-    "radam": (radam.radam, ("exp_avg", "exp_avg_sq", "step")),
-}
 _INDUCTOR: Final = {
     "fallback_random": True,  # dropout draws what it would draw in eager mode
     # Its fusion of `add(weight, mm, alpha)` into `addmm` drops alpha in torch 2.13.0: weights went up instead of down.
@@ -135,10 +122,10 @@ def _steps(learner: Learner, forward: Forward, loss_function: LossFunction, coun
     averages: dict[str, Tensor] = {}
     if learner.averaged is not None:
         averages = {name: p for name, p in learner.averaged.module.named_parameters() if name in named}
-    update, state_names = _FUNCTIONAL[spec.optimizer.name]
-    arguments = _arguments(learner.optimizer, update)
+    update, _ = FUNCTIONAL[spec.optimizer.name]
+    arguments = arguments_of(learner.optimizer, update)
     # Looked up here: a lookup in the graph would add an entry for what has none, and so compile everything again.
-    states = {name: learner.optimizer.state.get(p, {}) for name, p in named.items()}
+    states = {name: states_of(learner.optimizer, spec.optimizer.name, [p]) for name, p in named.items()}
 
     def steps(x_KBF: Tensor, ids_KBC: Tensor | None, y_KB: Tensor, w_KB: Tensor | None, rate_K: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=x_KBF.device)
@@ -160,11 +147,10 @@ def _steps(learner: Learner, forward: Forward, loss_function: LossFunction, coun
             if clip_norm is not None:  # as torch.nn.utils.clip_grad_norm_ does
                 scale = (clip_norm / (get_total_norm(used) + 1e-6)).clamp(max=1.0)
                 used = [g * scale for g in used]
-            state_lists: list[list[Tensor | None]] = [
-                [states[name][key] for name in found if states[name].get(key) is not None] for key in state_names
+            state_lists = [
+                [value for part in parts for value in part]
+                for parts in zip(*(states[name] for name in found), strict=True)
             ]
-            if update is sgd.sgd and not state_lists[0]:
-                state_lists = [[None] * len(parameters)]  # SGD without momentum
             update(parameters, used, *state_lists, lr=rate_K[k], **arguments)
             for name, average in averages.items():
                 average.lerp_(named[name], 1 - cast(float, decay))
@@ -172,12 +158,3 @@ def _steps(learner: Learner, forward: Forward, loss_function: LossFunction, coun
         return total
 
     return steps
-
-
-def _arguments(optimizer: torch.optim.Optimizer, update: Callable[..., None]) -> dict[str, Any]:
-    """What the functional optimizer takes of the group's settings, beside the learning rate."""
-    (group,) = optimizer.param_groups
-    settings = dict(group) | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
-    ours = {"params", "lr", "capturable", "differentiable", "foreach", "fused"}
-    names = inspect.signature(update).parameters.keys() - ours
-    return {name: settings[name] for name in names if name in settings} | {"foreach": False}

@@ -23,6 +23,7 @@ from tasks.training.learner import Frozen, Learner
 from tasks.training.losses import is_column, loss_of
 from tasks.training.memory import Memory, mixed
 from tasks.training.spec import Spec
+from tasks.training.updates import Update
 
 EVALUATION_ROWS: Final = 8192  # rows of a forward pass without gradients
 
@@ -84,11 +85,13 @@ def train_pass(
     parameters = list(model.parameters())
     total = _zero(device)
     rows = steps = 0
+    trainable = [p for p in parameters if p.requires_grad]
+    update: Update | None = None  # after the first step, which makes the optimizer's state
     column: bool | None = None  # whether the output is [B, 1] where the targets are [B]; None: not seen yet
 
     def step(batch: Batch) -> Tensor:
         """The loss of one eager step."""
-        nonlocal column
+        nonlocal column, update
         x_BF, ids_BC, y_B, w_B = batch
         output = forward(model, x_BF, ids_BC)
         if column is None:
@@ -99,7 +102,12 @@ def train_pass(
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if spec.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm)
-        optimizer.step()
+        if update is not None:
+            update.step()
+        else:
+            optimizer.step()
+            if all(p.grad is not None for p in trainable):  # else torch leaves some out, today's or others tomorrow
+                update = Update(optimizer, spec.optimizer.name, trainable)
         if learner.schedule is not None:
             learner.schedule.step()
         if learner.averaged is not None:

@@ -581,7 +581,7 @@ def test_a_manifest_that_could_not_be_read_back_is_never_committed(memory: Memor
 
 def test_rolling_back_appends_a_copy_and_keeps_what_happened_since(log: VersionLog) -> None:
     first = append(log, None, metrics={"mae": 1.0}, environment={"torch": "2"})
-    head = append(log, first, owed=(DEBT,), metrics={"mae": 9.0})
+    head = append(log, first, owed=(DEBT,), metrics={"mae": 9.0}, new_columns={"tip": "float"})
     back = log.rollback("0")
     assert log.head() == back
     assert (back.number, back.manifest.kind, back.manifest.rolled_back_to) == (2, "rollback", 0)
@@ -589,6 +589,7 @@ def test_rolling_back_appends_a_copy_and_keeps_what_happened_since(log: VersionL
     assert log.read_blob(back.manifest.blobs.state) == b"state 0"
     assert (back.manifest.spec, back.manifest.metrics) == (first.manifest.spec, {"mae": 1.0})
     assert back.manifest.owed == (DEBT,)
+    assert back.manifest.new_columns == {"tip": "float"}
     assert back.manifest.blobs.tombstones == head.manifest.blobs.tombstones
     assert list(log.tombstones(back)) == [("s3://in", "1.parquet", "sha-1")]
     assert [v.number for v in log.history(back)] == [2, 1, 0]
