@@ -103,7 +103,7 @@ def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
         ("head", f"version {head.number}, {manifest.kind}, {_when(manifest.created)} UTC ({_ago(manifest.created)})"),
         ("score", _measured(manifest.metrics)),
         ("aliases", _aliases(aliases) or "none"),
-        ("trained on", ", ".join(f"{number:,} {name}" for name, number in manifest.counters.items())),
+        ("trained on", _counted(manifest.counters)),
     ]
     if (gate := manifest.gate) is not None:
         row = f" ({gate.refusals} in a row)" if gate.refusals > 1 else ""
@@ -198,6 +198,14 @@ def count(number: int, noun: str) -> str:
 def _numbers(metrics: Mapping[str, Any]) -> str:
     """`loss 0.01234, mae 0.5`."""
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float)) or "-"
+
+
+def _counted(counters: Mapping[str, int]) -> str:
+    """What a learner has been trained on."""
+    plain = {name: number for name, number in counters.items() if name != "compiled_steps"}
+    compiled = counters.get("compiled_steps", 0)
+    told = ", ".join(f"{number:,} {name}" for name, number in plain.items())
+    return f"{told} ({compiled:,} of them compiled)" if compiled else told
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:
