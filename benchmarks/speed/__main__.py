@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--reps", type=int, default=5)
     options.add_argument("--seconds", type=float, default=6, help="about how long a measurement takes")
     options.add_argument("--timeout", type=float, default=600, help="seconds after which a measurement is given up")
-    options.add_argument("--window-bytes", type=int, help="of Tidemill's shuffle, other than its default")
+    options.add_argument("--shuffle-bytes", type=int, help="of Tidemill's shuffle, other than its default")
     options.add_argument("--script", default="", help="arguments of the scripts online, s3 and startup")
     options.add_argument("--small", action="store_true", help="small datasets, to try the benchmark itself")
     options.add_argument("--folder", type=Path, default=data.FOLDER, help="of the datasets")
@@ -103,7 +103,7 @@ def _side_by_side(suite: Suite, chosen: argparse.Namespace, scratch: str) -> Ite
             repetitions=chosen.reps,
             seconds=chosen.seconds,
             timeout=chosen.timeout,
-            window_bytes=chosen.window_bytes,
+            shuffle_bytes=chosen.shuffle_bytes,
             scratch=scratch,
         )
 

@@ -104,11 +104,11 @@ def _memory(lines: Sequence[Line]) -> Iterator[Claim]:
     by_rows = memory.medians(lines, "rows")
     span = f", {min(by_rows) / 2**20:g} to {max(by_rows) / 2**20:g} million (2^20) rows" if len(by_rows) > 1 else ""
     yield Claim(f"Peak memory, largest to smallest{span}", "<=", 1.05, memory.growth(by_rows))
-    found = memory.line_of(memory.medians(lines, "window"))
+    found = memory.line_of(memory.medians(lines, "shuffle"))
     note = "" if found is None else f"base {found[0]:.0f} MiB; at most {found[2]:.1f} MiB from that line"
     slope = None if found is None else found[1]
-    yield Claim("Memory for each byte of the window, at least", ">=", 0.90, slope, note)
-    yield Claim("Memory for each byte of the window, at most", "<=", 1.10, slope, note)
+    yield Claim("Memory for each byte of `shuffle_bytes`, at least", ">=", 0.90, slope, note)
+    yield Claim("Memory for each byte of `shuffle_bytes`, at most", "<=", 1.10, slope, note)
 
 
 def _script(lines: Sequence[Line], script: str, **about: Any) -> Line | None:

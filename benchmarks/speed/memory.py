@@ -1,6 +1,6 @@
-"""The suite `memory`: peak resident memory of a training pass, by the size of the dataset and by the shuffle window.
+"""The suite `memory`: peak resident memory of a training pass, by the size of the dataset and by `shuffle_bytes`.
 
-It must not grow with the data, and must be a base plus the window that was set. The base is what a process has with torch and
+It must not grow with the data, and must be a base plus `shuffle_bytes`. The base is what a process has with torch and
 Arrow imported, the Arrow tables of the row groups being read, and the slack of the allocators.
 """
 
@@ -17,8 +17,8 @@ from benchmarks.speed.work import Work
 
 BATCH: Final = 4096  # quick steps: the sooner memory is used, the sooner it is seen
 TIMES: Final = (1, 4, 16)  # the dataset: 4, 16 and 64 million rows
-WINDOWS_MB: Final = (8, 32, 64, 128)
-WINDOW_TIMES: Final = 4  # several of the largest windows
+SHUFFLE_MB: Final = (24, 96, 192, 384)
+SHUFFLE_TIMES: Final = 4  # several of the largest windows
 
 
 def measure(case: str, work: Work, began: float) -> dict[str, Any]:
@@ -36,28 +36,28 @@ def measure(case: str, work: Work, began: float) -> dict[str, Any]:
 def measurements(
     folder: Path, *, repetitions: int, timeout: float, scratch: str, small: bool
 ) -> Iterator[dict[str, Any]]:
-    """One line for each size or window and repetition; they take turns."""
+    """One line for each size and setting and repetition; they take turns."""
     source = data.dataset("narrow", small=small)
     setups = [("rows", times, None) for times in TIMES]
-    setups += [("window", WINDOW_TIMES, window) for window in WINDOWS_MB]
+    setups += [("shuffle", SHUFFLE_TIMES, megabytes) for megabytes in SHUFFLE_MB]
     if small:
-        setups = [("rows", times, 1) for times in TIMES[:2]] + [("window", 1, 1)]
+        setups = [("rows", times, 1) for times in TIMES[:2]] + [("shuffle", 1, 1)]
     for repetition in range(repetitions):
-        for by, times, window in setups:
+        for by, times, megabytes in setups:
             place = data.repeated(source, times, folder)
-            bytes_of_window = None if window is None else window * 2**20
-            work = Work(str(place), BATCH, 0, 1, scratch=scratch, window_bytes=bytes_of_window)
-            about = {"suite": "memory", "by": by, "rows": times * source.rows, "window_mb": window}
+            shuffle_bytes = None if megabytes is None else megabytes * 2**20
+            work = Work(str(place), BATCH, 0, 1, scratch=scratch, shuffle_bytes=shuffle_bytes)
+            about = {"suite": "memory", "by": by, "rows": times * source.rows, "shuffle_mb": megabytes}
             yield about | {"repetition": repetition} | rounded(measured_apart("memory", "tidemill", work, timeout))
 
 
 def medians(lines: Iterable[dict[str, Any]], by: str) -> dict[int, float]:
-    """Peak MB of the newest run by number of rows (`rows`), or by MiB of the window (`window`)."""
+    """Peak MB of the newest run by number of rows (`rows`), or by MiB of `shuffle_bytes` (`shuffle`)."""
     found: dict[int, list[float]] = {}
     measured = [line for line in lines if line["suite"] == "memory" and line["by"] == by and "peak_mb" in line]
     for line in measured:
         if line["run"] == measured[-1]["run"]:
-            found.setdefault(line["rows" if by == "rows" else "window_mb"], []).append(line["peak_mb"])
+            found.setdefault(line["rows" if by == "rows" else "shuffle_mb"], []).append(line["peak_mb"])
     return {key: statistics.median(values) for key, values in sorted(found.items())}
 
 
@@ -67,8 +67,8 @@ def growth(peaks: dict[int, float]) -> float | None:
 
 
 def line_of(peaks: dict[int, float]) -> tuple[float, float, float] | None:
-    """(base in MiB, MiB of memory for each MiB of window, largest distance from that line in MiB), by least squares."""
+    """(base in MiB, MiB of memory for each MiB of `shuffle_bytes`, largest distance from that line in MiB), by least squares."""
     if len(peaks) < 2:
         return None
     slope, base = statistics.linear_regression(list(peaks), list(peaks.values()))
-    return base, slope, max(abs(peak - base - slope * window) for window, peak in peaks.items())
+    return base, slope, max(abs(peak - base - slope * megabytes) for megabytes, peak in peaks.items())

@@ -62,16 +62,16 @@ def _side_by_side(found: list[Table]) -> Figure:
 def _memory(lines: Sequence[Line]) -> Figure:
     figure = Figure(figsize=(10, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    by_rows, by_window = memory.medians(lines, "rows"), memory.medians(lines, "window")
+    by_rows, by_setting = memory.medians(lines, "rows"), memory.medians(lines, "shuffle")
     _points(left, {rows / 2**20: peak for rows, peak in by_rows.items()}, "million (2^20) rows")
     left.set_xscale("log", base=2)
     left.set_ylabel("peak MB")
-    _points(right, by_window, "window, MB")
-    if (found := memory.line_of(by_window)) is not None:
+    _points(right, by_setting, "shuffle_bytes, MB")
+    if (found := memory.line_of(by_setting)) is not None:
         base, slope, _ = found
-        ends = [0, max(by_window)]
+        ends = [0, max(by_setting)]
         right.plot(ends, [base + slope * end for end in ends], "--", color=COLOURS["limit"], linewidth=1)
-        right.set_title(f"{base:.0f} MB + {slope:.2f} x window", fontsize="medium")
+        right.set_title(f"{base:.0f} MB + {slope:.2f} x shuffle_bytes", fontsize="medium")
     left.set_ylim(bottom=0)
     return figure
 

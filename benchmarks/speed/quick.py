@@ -64,7 +64,7 @@ def same_arithmetic() -> None:
 def measurements(folder: Path) -> Iterator[dict[str, Any]]:
     """One line for each suite and case."""
     place = data.made(data.dataset("narrow", small=True), folder)
-    work = Work(str(place), 64, 0.2, 1, scratch=str(folder), window_bytes=2**18)
+    work = Work(str(place), 64, 0.2, 1, scratch=str(folder), shuffle_bytes=3 * 2**18)
     for suite, setup in SETUPS.items():
         for case in CASES[suite]:
             about = {
@@ -75,7 +75,7 @@ def measurements(folder: Path) -> Iterator[dict[str, Any]]:
                 "data": place.name,
             }
             yield about | child.measured(suite, case, asdict(work))
-    about = {"suite": "memory", "by": "rows", "rows": work.rows, "window_mb": None}
+    about = {"suite": "memory", "by": "rows", "rows": work.rows, "shuffle_mb": None}
     yield about | child.measured("memory", "tidemill", asdict(work))
     yield {"suite": "profile", "case": "tidemill"} | child.measured("profile", "tidemill", asdict(work))
 

@@ -116,14 +116,14 @@ def title(setup: Setup) -> str:
 
 
 def memory_section(lines: Sequence[Line]) -> str:
-    by_rows, by_window = memory.medians(lines, "rows"), memory.medians(lines, "window")
+    by_rows, by_setting = memory.medians(lines, "rows"), memory.medians(lines, "shuffle")
     text = rendered(["rows", "peak MB"], [[f"{rows:,}", number(peak)] for rows, peak in by_rows.items()])
-    text += "\n\n" + rendered(["window MB", "peak MB"], [[f"{w}", number(peak)] for w, peak in by_window.items()])
-    if (found := memory.line_of(by_window)) is not None:
+    text += "\n\n" + rendered(
+        ["shuffle_bytes, MB", "peak MB"], [[f"{w}", number(peak)] for w, peak in by_setting.items()]
+    )
+    if (found := memory.line_of(by_setting)) is not None:
         base, slope, distance = found
-        text += (
-            f"\n\nThe line through the second table: {base:.0f} MB + {slope:.2f} x window; no point is further than "
-        )
+        text += f"\n\nThe line through the second table: {base:.0f} MB + {slope:.2f} x shuffle_bytes; no point is further than "
         text += f"{distance:.1f} MB from it."
     return text
 

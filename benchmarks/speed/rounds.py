@@ -19,12 +19,12 @@ def measurements(
     repetitions: int,
     seconds: float,
     timeout: float,
-    window_bytes: int | None,
+    shuffle_bytes: int | None,
     scratch: str,
 ) -> Iterator[dict[str, Any]]:
     """One line for each case and repetition. A case that fails or is skipped is not tried again."""
     given_up: set[str] = set()
-    work = Work(str(folder), setup.batch, seconds, setup.threads, scratch, setup.net or "net", window_bytes)
+    work = Work(str(folder), setup.batch, seconds, setup.threads, scratch, setup.net or "net", shuffle_bytes)
     for repetition in range(repetitions):
         for case in cases:
             if case in given_up:

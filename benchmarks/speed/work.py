@@ -26,7 +26,7 @@ class Work:
     threads: int  # of torch's operators
     scratch: str  # a folder for what a peer must write
     net: Net = "net"
-    window_bytes: int | None = None  # of Tidemill's shuffle; None: what it has by default
+    shuffle_bytes: int | None = None  # of Tidemill's shuffle; None: what it has by default
 
     @cached_property
     def files(self) -> list[str]:

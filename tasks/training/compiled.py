@@ -4,6 +4,7 @@ Shape legend: K steps of a call, B rows of a batch, F numbers and C ids of one r
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
@@ -81,6 +82,7 @@ class CompiledSteps:
         )
         position = None if learner.schedule is None else learner.schedule.state_dict()
         rate_K = _rates(learner, self.steps)
+        began = time.perf_counter()
         try:
             # Backward is inside of the graph, which torch does not trace by default.
             with torch.no_grad(), torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -96,6 +98,8 @@ class CompiledSteps:
             reason = " ".join(str(error).split("\n", 2)[:2])  # the second line has the cause of a backend's failure
             log.warning("compile: trained without compilation, which failed: %s: %s", type(error).__name__, reason)
             return None
+        if not self._compiles:
+            log.info("compile: %d steps a call, compiled in %.1f s", self.steps, time.perf_counter() - began)
         self._compiles = True
         if learner.averaged is not None:
             learner.averaged.n_averaged += len(batches)

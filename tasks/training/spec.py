@@ -191,11 +191,11 @@ class Spec(_Settings):
     epochs: int = Field(default=10, ge=1, description="Passes over the dataset in batch training.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the initial weights, shuffling and dropout.")
     shuffle: bool = Field(default=True, description="Train on the rows in a random order, new in every epoch.")
-    window_bytes: int = Field(
-        default=32 * 2**20,
+    shuffle_bytes: int = Field(
+        default=96 * 2**20,
         ge=1,
-        description="Decoded bytes that are shuffled together. Memory needed is about three times this plus two "
-        "row groups.",
+        description="Memory for decoded rows on their way into training. A third of it is one window, whose rows are "
+        "shuffled together; the others are the window in use, and the shuffled copy of the next.",
     )
     standardize_features: bool = Field(
         default=True,
@@ -263,6 +263,11 @@ class Spec(_Settings):
     def outputs(self) -> int:
         """Width of the model's output: the number of classes, or of targets."""
         return self.classes or len(self.targets)
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the rows that are shuffled together."""
+        return max(1, self.shuffle_bytes // 3)
 
     @property
     def import_paths(self) -> tuple[str, ...]:

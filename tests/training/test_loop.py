@@ -47,13 +47,13 @@ def test_one_epoch_equals_the_loop_written_by_hand(batch):
 
 
 @pytest.mark.parametrize("sizes", [(), (1, 2, 3), (500,), (64, 64, 64), (0, 999)])
-@pytest.mark.parametrize("window_bytes", [1, 5000, 2**20])
-def test_the_cut_into_row_groups_and_windows_does_not_matter_unshuffled(sizes, window_bytes):
+@pytest.mark.parametrize("shuffle_bytes", [1, 15_000, 2**20])
+def test_the_cut_into_row_groups_and_windows_does_not_matter_unshuffled(sizes, shuffle_bytes):
     spec = plain_spec(model=NET, standardize_features=True, standardize_target=True)
     table = numbers_table(ROWS)
     whole = begin(spec, cut(table))
     train_pass(whole, cut(table), key=("epoch", 0))
-    other = begin(spec.model_copy(update={"window_bytes": window_bytes}), cut(table))
+    other = begin(spec.model_copy(update={"shuffle_bytes": shuffle_bytes}), cut(table))
     train_pass(other, cut(table, *sizes), key=("epoch", 0))
     assert other.dump()[0] == whole.dump()[0]
 
@@ -61,7 +61,7 @@ def test_the_cut_into_row_groups_and_windows_does_not_matter_unshuffled(sizes, w
 def test_a_pass_depends_on_its_key_and_learner_only():
     table = numbers_table(ROWS)
     groups = cut(table, 300, 300)
-    spec = plain_spec(model={"factory": "tests.training.rows:DropoutNet"}, shuffle=True, window_bytes=8000)
+    spec = plain_spec(model={"factory": "tests.training.rows:DropoutNet"}, shuffle=True, shuffle_bytes=24_000)
 
     def trained(key, disturb):
         learner = begin(spec, groups)

@@ -33,19 +33,19 @@ def passes(work: Work, **settings: Any) -> Passes:
 
 @LOADERS.case("ours")
 def tidemill(work: Work) -> Passes:
-    """Tidemill: shuffled in its default window of 32 MiB."""
+    """Tidemill: shuffled in its default window of 32 MiB, a third of `shuffle_bytes`."""
     return passes(work, **window(work))
 
 
 @LOADERS.case("ours")
 def tidemill_group_window(work: Work) -> Passes:
     """Tidemill with a window of one row group, as the streaming limit has."""
-    return passes(work, window_bytes=window_of_a_group(work))
+    return passes(work, shuffle_bytes=3 * window_of_a_group(work))
 
 
 def window(work: Work) -> dict[str, int]:
     """The setting, if the work has one."""
-    return {} if work.window_bytes is None else {"window_bytes": work.window_bytes}
+    return {} if work.shuffle_bytes is None else {"shuffle_bytes": work.shuffle_bytes}
 
 
 def window_of_a_group(work: Work) -> int:
