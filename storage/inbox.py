@@ -204,7 +204,7 @@ def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store]
     debts = list(owed)
     inboxes = {url: stores(url) for url in {debt.inbox: None for debt in debts}}
 
-    def settled(debt: Owed) -> bool:
+    def is_settled(debt: Owed) -> bool:
         inbox = inboxes[debt.inbox]
         try:
             if debt.then == "delete" or _copied(log, inbox, debt, stores):
@@ -219,9 +219,13 @@ def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store]
             return False
         return True
 
+    # In turn where the copies go under one key, as of a shard and its labels: the first of them gets the plain name.
+    same_place: dict[tuple[str | None, str], list[Owed]] = {}
+    for debt in debts:
+        same_place.setdefault((debt.to, debt.key), []).append(debt)
     workers = max((inbox.concurrency for inbox in inboxes.values()), default=1)
-    done = at_once(settled, debts, workers)
-    return tuple(debt for debt, is_done in zip(debts, done, strict=True) if not is_done)
+    left = at_once(lambda some: [debt for debt in some if not is_settled(debt)], same_place.values(), workers)
+    return tuple(debt for some in left for debt in some)
 
 
 def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], Store]) -> bool:

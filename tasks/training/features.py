@@ -387,8 +387,12 @@ class Features:
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], config: JsonValue) -> Self:
-        """The inverse of `state`."""
+        """The inverse of `state`. Raises TypeError and others where the JSON is of another form."""
         known = dict(cast(dict[str, Any], config))
+        if not isinstance(known["dataset_columns"], list) or not all(
+            isinstance(n, str) for n in known["dataset_columns"]
+        ):
+            raise TypeError("dataset_columns is no list of names")
         statistics = None
         if tensors:
             target_mean, target_std = tensors["target"].unbind()
