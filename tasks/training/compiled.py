@@ -6,7 +6,6 @@ Shape legend: K steps of a call, B rows of a batch, F numbers and C ids of one r
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Final, cast
 
 import torch
@@ -85,9 +84,8 @@ class CompiledSteps:
         rate_K = _rates(learner, self.steps)
         began = time.perf_counter()
         try:
-            # Backward is inside of the graph, which torch does not trace by default. Later calls trace nothing.
-            tracing = nullcontext() if self._compiles else torch._dynamo.config.patch(trace_autograd_ops=True)
-            with torch.no_grad(), tracing:
+            # Backward is inside of the graph, which torch does not trace by default.
+            with torch.no_grad(), torch._dynamo.config.patch(trace_autograd_ops=True):
                 total: Tensor = self._call(x_KBF, ids_KBC, y_KB, w_KB, rate_K)
         except Exception as error:
             if self._compiles:
