@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import repeat
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import pyarrow as pa
 import torch
@@ -17,7 +17,10 @@ from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.groups import RowGroup, Split, generator
 
-__all__ = ["Batch", "RowGroup", "Split", "Stream", "ahead"]
+__all__ = ["Batch", "RowGroup", "Split", "Stream", "ahead", "in_batches", "joined"]
+
+VIEWS: Final = 128
+"""Batches that are cut at a time: so many objects that die as fast as they are made keep the garbage collector away."""
 
 T = TypeVar("T")
 
@@ -209,16 +212,16 @@ def _rebatched(blocks: Iterator[Batch], size: int) -> Generator[Batch]:
             missing -= start
             if missing:
                 continue
-            yield _joined(carried)
+            yield joined(carried)
             carried = []
         stop = rows - (rows - start) % size
         if start < stop:
-            parts = [repeat(None) if tensor is None else torch.split(tensor[start:stop], size) for tensor in block]
-            yield from map(Batch, *parts)
+            whole = Batch._make(None if tensor is None else tensor[start:stop] for tensor in block)
+            yield from in_batches(whole, size)
         if stop < rows:
             carried, missing = [_copied(block, stop, rows)], size - (rows - stop)
     if carried:
-        yield _joined(carried)
+        yield joined(carried)
 
 
 def _copied(block: Batch, start: int, stop: int) -> Batch:
@@ -226,7 +229,15 @@ def _copied(block: Batch, start: int, stop: int) -> Batch:
     return _each(block, lambda tensor: tensor[start:stop].clone())
 
 
-def _joined(parts: list[Batch]) -> Batch:
+def in_batches(block: Batch, size: int) -> Iterator[Batch]:
+    """The block as batches of `size` rows, views; the last may be smaller."""
+    for at in range(0, len(block.y_B), size * VIEWS):
+        some = (repeat(None) if tensor is None else torch.split(tensor[at : at + size * VIEWS], size) for tensor in block)
+        yield from map(Batch, *some)
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Batches as one."""
     if len(parts) == 1:
         return parts[0]
     return Batch._make(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True))

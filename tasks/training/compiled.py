@@ -5,7 +5,8 @@ Shape legend: K steps of a call, B rows of a batch, F numbers and C ids of one r
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, cast
 
 import torch
@@ -40,6 +41,16 @@ def wanted(mode: str, steps: int) -> bool:
     return mode == "on" or (mode == "auto" and steps >= AUTO_STEPS)
 
 
+@contextmanager
+def tracing(compiled: "CompiledSteps | None") -> Iterator[None]:
+    """While steps may be compiled: backward is inside of their graph, which torch does not trace by default."""
+    if compiled is None:
+        yield
+        return
+    with torch._dynamo.config.patch(trace_autograd_ops=True):  # for a whole pass: it takes 5% of a call
+        yield
+
+
 class CompiledSteps:
     """Several gradient steps of a learner as one compiled function.
 
@@ -65,8 +76,11 @@ class CompiledSteps:
         self._call: Callable[..., Tensor] | None = None
         self._compiles: bool | None = None  # None: not tried yet
 
-    def run(self, batches: Sequence[Batch]) -> Tensor | None:
-        """Trains on `steps` batches of one shape. Sum of loss * rows, float64; None: nothing was done, it does not compile."""
+    def run(self, block: Batch) -> Tensor | None:
+        """Trains on the rows of `steps` batches of one size, one after the other; to be called inside of `tracing`.
+
+        Returns the sum of loss * rows, float64; None: nothing was done, it does not compile.
+        """
         if self._compiles is False:
             return None
         learner = self._learner
@@ -77,16 +91,14 @@ class CompiledSteps:
             torch._dynamo.reset()  # what it compiled for learners before this one counts against its limit
             function = _steps(learner, *self._parts, self.steps)
             self._call = torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend, options=options)
-        x_KBF, ids_KBC, y_KB, w_KB = (
-            None if parts[0] is None else torch.stack(cast(Any, parts)) for parts in zip(*batches, strict=True)
-        )
+        shape = self.steps, len(block.y_B) // self.steps
+        parts = [None if tensor is None else tensor.view(*shape, *tensor.shape[1:]) for tensor in block]
         position = None if learner.schedule is None else learner.schedule.state_dict()
         rate_K = _rates(learner, self.steps)
         began = time.perf_counter()
         try:
-            # Backward is inside of the graph, which torch does not trace by default.
-            with torch.no_grad(), torch._dynamo.config.patch(trace_autograd_ops=True):
-                total: Tensor = self._call(x_KBF, ids_KBC, y_KB, w_KB, rate_K)
+            with torch.no_grad():
+                total: Tensor = self._call(*parts, rate_K)
         except Exception as error:
             if self._compiles:
                 raise
@@ -102,8 +114,8 @@ class CompiledSteps:
             log.info("compile: %d steps a call, compiled in %.1f s", self.steps, time.perf_counter() - began)
         self._compiles = True
         if learner.averaged is not None:
-            learner.averaged.n_averaged += len(batches)
-        learner.counters.compiled_steps += len(batches)
+            learner.averaged.n_averaged += self.steps
+        learner.counters.compiled_steps += self.steps
         return total
 
 

@@ -5,7 +5,7 @@ Shape legend: N rows of a row group, B rows of a batch, F numbers and C categori
 
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, repeat
@@ -14,8 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tasks.training.batches import Batch, RowGroup, Split, Stream, ahead
-from tasks.training.compiled import CompiledSteps, Forward, wanted
+from tasks.training.batches import Batch, RowGroup, Split, Stream, ahead, in_batches, joined
+from tasks.training.compiled import CompiledSteps, Forward, tracing, wanted
 from tasks.training.errors import NonFiniteLoss
 from tasks.training.features import Encoded
 from tasks.training.groups import generator, stable_seed
@@ -73,10 +73,13 @@ def train_pass(
     Raises ColumnError, OutputShapeError, NonFiniteLoss; the learner is then half trained and must be loaded again.
     """
     spec, model, optimizer, device = learner.spec, learner.model, learner.optimizer, learner.device
+    compiled = _compiled(learner, groups, repeats)
+    at_once = 1 if compiled is None else compiled.steps  # steps of a call
+    replays = learner.memory is not None and (replay or remember)
     stream = Stream(
         groups,
         learner.features,
-        batch_size=spec.batch_size,
+        batch_size=spec.batch_size if replays else spec.batch_size * at_once,
         window_bytes=spec.window_bytes,
         shuffle_seed=(spec.seed, *key) if spec.shuffle else None,
         split=split,
@@ -114,26 +117,26 @@ def train_pass(
             learner.averaged.update_parameters(model)
         return loss.detach()
 
-    compiled, full = _compiled(learner, groups, repeats), spec.batch_size + _old_rows(learner, replay)
-    at_once = 1 if compiled is None else compiled.steps
+    full = spec.batch_size + _old_rows(learner, replay)
     model.train()
     # Closed whatever happens: the traceback of an error would keep its threads alive.
-    with closing(iter(stream)) as new, _seeded(device, spec.seed, "pass", *key):
-        batches: Iterator[Batch] = new
-        if learner.memory is not None:
+    with closing(iter(stream)) as new, _seeded(device, spec.seed, "pass", *key), tracing(compiled):
+        batches: Iterator[Batch] = new  # without a memory, those of a call as one block
+        if learner.memory is not None and replays:
             batches = _with_memory(batches, learner.memory, spec, key, replay=replay, remember=remember)
         if device.type != "cpu":
             batches = (_moved(batch, device) for batch in batches)
-        while some := list(islice(batches, at_once)):
+        while some := list(islice(batches, at_once if replays else 1)):
+            size = sum(len(batch.y_B) for batch in some)
             done = None
             # Which steps are compiled depends on the learner and the pass alone, so that a resumed run has the same bits.
-            if compiled is not None and learner.counters.steps + steps and _alike(some, at_once, full):
-                done = compiled.run(some)
+            if compiled is not None and learner.counters.steps + steps and size == full * at_once:
+                done = compiled.run(joined(some))
             if done is not None:
                 total.add_(done)
-                rows, steps = rows + full * at_once, steps + at_once
+                rows, steps = rows + size, steps + at_once
                 continue
-            for batch in some:
+            for batch in _apart(some, full):
                 size = len(batch.y_B)
                 total.add_(step(batch), alpha=size)  # on the device: no step waits for a number
                 rows, steps = rows + size, steps + 1
@@ -160,9 +163,13 @@ def _compiled(learner: Learner, groups: Sequence[RowGroup], repeats: int) -> Com
     return learner.compiled
 
 
-def _alike(batches: Sequence[Batch], count: int, size: int) -> bool:
-    """Whether these are as many batches, and of as many rows, as one call of the compiled steps takes."""
-    return len(batches) == count and all(len(batch.y_B) == size for batch in batches)
+def _apart(blocks: Iterable[Batch], size: int) -> Iterator[Batch]:
+    """The blocks cut to batches of `size` rows."""
+    for block in blocks:
+        if len(block.y_B) <= size:
+            yield block
+        else:
+            yield from in_batches(block, size)
 
 
 def _old_rows(learner: Learner, replay: bool) -> int:

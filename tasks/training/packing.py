@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tasks.training.columns import EXACT_IN_FLOAT32, as_tensor, from_arrow, numbers, to_arrow
 
-BLOCK_NUMBERS: Final = 262_144  # float32s transposed at a time: measured best for 10 and for 99 columns
+BLOCK_NUMBERS: Final = 262_144  # float32s transposed at a time: measured best for 99 columns
+NARROW_BLOCK_NUMBERS: Final = 1_048_576  # float32s of narrow rows at a time: more gain nothing
 NARROW: Final = 16
 """Up to so many numbers a row, a cache line, columns are copied in one by one: twice as fast as transposing blocks of them. Of
 wider rows each line would be fetched again for every column."""
@@ -62,7 +63,7 @@ def pack(columns: Sequence[tuple[pa.Array[Any], int | None]], center_F: Tensor, 
     center_F, scale_F = center_F.float(), scale_F.float()
     center_T, scale_T = center_F.repeat(tile), scale_F.repeat(tile)
     scaling = bool((center_F != 0).any() or (scale_F != 1).any())
-    block = max(1, BLOCK_NUMBERS // (f * tile)) * tile
+    block = max(1, (NARROW_BLOCK_NUMBERS if f <= NARROW else BLOCK_NUMBERS) // (f * tile)) * tile
     total = torch.zeros(())  # NaN and infinity survive every addition, and one sum is nearly free
     for start in range(0, n, block):
         x_BF = x_NF[start : start + block]

@@ -18,7 +18,7 @@ def test_a_string_is_a_column():
 def test_defaults_are_the_documented_ones():
     spec = Spec(features=["a"], target="y")
     assert (spec.task, spec.loss_name, spec.outputs) == ("regression", "mse", 1)
-    assert (spec.batch_size, spec.epochs, spec.seed, spec.window_bytes) == (64, 10, 0, 32 * 2**20)
+    assert (spec.batch_size, spec.epochs, spec.seed, spec.window_bytes) == (64, 10, 0, 16 * 2**20)
     assert (spec.shuffle, spec.standardize_features, spec.standardize_target) == (True, True, False)
 
 

@@ -33,7 +33,7 @@ def passes(work: Work, **settings: Any) -> Passes:
 
 @LOADERS.case("ours")
 def tidemill(work: Work) -> Passes:
-    """Tidemill: shuffled in its default window of 32 MiB, a third of `shuffle_bytes`."""
+    """Tidemill: shuffled in its default window of 16 MiB, a third of `shuffle_bytes`."""
     return passes(work, **window(work))
 
 
