@@ -129,11 +129,6 @@ def from_arrow(array: pa.Array[Any] | pa.Tensor) -> Tensor:
     return torch.utils.dlpack.from_dlpack(array)
 
 
-def to_arrow(values_N: Tensor) -> pa.Array[Any]:
-    """A contiguous float32 tensor as an Arrow array on the same memory."""
-    return pa.Array.from_buffers(pa.float32(), len(values_N), [None, pa.py_buffer(cast(Any, values_N.numpy()))])
-
-
 def bucket_ids(array: pa.Array[Any], buckets: int) -> Tensor:
     """int64 [N]: 0 for null, else 1 + hash mod `buckets` of the value (`hash_bucket` of its `canonical` bytes).
 
