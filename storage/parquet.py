@@ -9,7 +9,7 @@ import io
 import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, Protocol, cast
 
 import pyarrow as pa
@@ -103,6 +103,29 @@ class RowGroup:
         return self._open().read(self._index, columns)
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """What was found out about some columns of one row group when they were read for the first time; the bytes are pinned."""
+
+    ranges: list[tuple[int, int]]
+    delta: dict[str, int]
+    """Strings that Arrow cannot decode into dictionaries by itself, with their encoded bytes."""
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Some columns of a file."""
+
+    stored: list[str]
+    added: list[str]
+    """Those that the file's path adds."""
+    leaves: list[int]
+    strings: list[str]
+    """Paths of the leaves that are text or bytes."""
+    checked: dict[int, _Checked] = field(default_factory=dict)
+    """By row group."""
+
+
 class ParquetFile:
     """An open Parquet file: footer parsed, nothing decoded yet."""
 
@@ -123,9 +146,7 @@ class ParquetFile:
         """
         self.name, self._error, self._partitions = name, error, partitions or {}
         self._concurrency = concurrency
-        # By leaves and row group, (ranges to fetch, hidden bytes) of those that have been read: the bytes are pinned, and to
-        # find both out takes a quarter of the time of decoding.
-        self._known: dict[tuple[int, ...], dict[int, tuple[list[tuple[int, int]], int]]] = {}
+        self._selections: dict[tuple[str, ...], _Selection] = {}
         if size < 12:
             raise NotReady(f"{name} has {size} bytes; no Parquet file is that short.")
         tail = fetch(max(0, size - _FOOTER_GUESS), min(size, _FOOTER_GUESS))
@@ -151,49 +172,59 @@ class ParquetFile:
 
     def read(self, index: int, columns: Sequence[str]) -> pa.Table:
         """Decode the named columns of one row group. Nothing of them stays in memory here."""
-        wanted = self._stored.intersection(columns)
-        added = [c for c in dict.fromkeys(columns) if c not in self._stored and c in self._partitions]
         with self._decoding(f"row group {index}"):
-            schema = self._metadata.schema
-            leaves = [i for i in range(len(schema)) if _is_below(schema.column(i).path, wanted)]
-            known = self._known.setdefault(tuple(leaves), {})
-            ranges, hidden = known.get(index, (None, None))
-            if ranges is None:
-                ranges = list(_coalesced(self._ranges(index, leaves))) if leaves else []
-            group = self._metadata.row_group(index)
-            decoded, delta = 8 * group.num_rows * len(added), dict[str, int]()
-            for i in leaves:
-                chunk, leaf = group.column(i), schema.column(i)
-                width = _WIDTH.get(leaf.physical_type) or int(leaf.length or 0)
-                decoded += max(chunk.num_values * width, group.num_rows * width, chunk.total_uncompressed_size)
-                if leaf.path in self._strings and _DELTA.intersection(chunk.encodings):
-                    if leaf.path not in wanted:
-                        raise ValueError(f"{leaf.path} holds delta-encoded text in lists; write it with dictionaries")
-                    delta[leaf.path] = chunk.total_uncompressed_size
-            _refuse_beyond_bound(decoded)
+            chosen = self._selected(tuple(columns))
+            checked = chosen.checked.get(index)
             file = self._file()
-            file.load(ranges, self._concurrency)
-            if hidden is None:
-                hidden = sum(self._hidden(file, index, i) for i in leaves)
-                known[index] = ranges, hidden
-            _refuse_beyond_bound(decoded + hidden)
-            parquet = self._parquet(file, [c for c in self._strings if _is_below(c, wanted) and c not in delta])
-            table = parquet.read_row_group(index, columns=sorted(wanted.difference(delta)))
-            if table.num_rows != group.num_rows:
-                raise ValueError(f"{table.num_rows} rows where the footer says {group.num_rows}")
-            for column, size in delta.items():
+            if checked is None:
+                checked = chosen.checked[index] = self._checked(index, chosen, file)
+            else:
+                file.load(checked.ranges, self._concurrency)
+            parquet = self._parquet(file, [c for c in chosen.strings if c not in checked.delta])
+            table = parquet.read_row_group(index, columns=[c for c in chosen.stored if c not in checked.delta])
+            if table.num_rows != self.group_rows[index]:
+                raise ValueError(f"{table.num_rows} rows where the footer says {self.group_rows[index]}")
+            for column, size in checked.delta.items():
                 table = table.append_column(self.schema.field(column), self._delta(parquet, index, column, size))
-            for column in added:
+            for column in chosen.added:
                 value: Any = self._partitions[column]
                 table = table.append_column(self.schema.field(column), pa.repeat(value, table.num_rows))
             return table.select(list(columns))
 
-    def _ranges(self, index: int, leaves: list[int]) -> list[tuple[int, int]]:
-        """What Arrow will read to decode these columns: it opens them on a file of zeros that notes what is asked for.
+    def _selected(self, columns: tuple[str, ...]) -> "_Selection":
+        if (chosen := self._selections.get(columns)) is None:
+            wanted, schema = self._stored.intersection(columns), self._metadata.schema
+            chosen = self._selections[columns] = _Selection(
+                stored=sorted(wanted),
+                added=[c for c in dict.fromkeys(columns) if c not in self._stored and c in self._partitions],
+                leaves=[i for i in range(len(schema)) if _is_below(schema.column(i).path, wanted)],
+                strings=[c for c in self._strings if _is_below(c, wanted)],
+            )
+        return chosen
 
-        This comes before any look at `row_group(index).column(i)`, which ends the whole process if the footer contradicts
-        itself; here the same mistake is an ordinary exception.
-        """
+    def _checked(self, index: int, chosen: "_Selection", file: RangesFile) -> "_Checked":
+        """Fetches what `chosen` has in a row group into `file`, and makes sure that it can be decoded in bounded memory."""
+        # Before any look at `row_group(index).column(i)`, which ends the whole process if the footer contradicts itself: Arrow
+        # makes an ordinary exception of the same mistake when it is asked for the ranges.
+        ranges = list(_coalesced(self._ranges(index, chosen.leaves))) if chosen.leaves else []
+        schema, group = self._metadata.schema, self._metadata.row_group(index)
+        decoded, delta = 8 * group.num_rows * len(chosen.added), dict[str, int]()
+        for i in chosen.leaves:
+            chunk, leaf = group.column(i), schema.column(i)
+            width = _WIDTH.get(leaf.physical_type) or int(leaf.length or 0)
+            decoded += max(chunk.num_values * width, group.num_rows * width, chunk.total_uncompressed_size)
+            if leaf.path in self._strings and _DELTA.intersection(chunk.encodings):
+                if leaf.path not in chosen.stored:
+                    raise ValueError(f"{leaf.path} holds delta-encoded text in lists; write it with dictionaries")
+                delta[leaf.path] = chunk.total_uncompressed_size
+        _refuse_beyond_bound(decoded)
+        file.load(ranges, self._concurrency)
+        decoded += sum(self._hidden(file, index, i) for i in chosen.leaves)
+        _refuse_beyond_bound(decoded)
+        return _Checked(ranges, delta)
+
+    def _ranges(self, index: int, leaves: list[int]) -> list[tuple[int, int]]:
+        """What Arrow will read to decode these columns: it opens them on a file of zeros that notes what is asked for."""
         ranges: list[tuple[int, int]] = []
 
         def note(start: int, length: int) -> Any:

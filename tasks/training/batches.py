@@ -101,7 +101,9 @@ class Stream:
 
         def permuted() -> Batch:
             order = generator(*seed, "window", position)
-            order_N = torch.randperm(filled, generator=order, dtype=torch.int32).long()  # twice as fast as drawn in int64
+            order_N = torch.randperm(
+                filled, generator=order, dtype=torch.int32
+            ).long()  # twice as fast as drawn in int64
             kept_NC = None if ids_NC is None else ids_NC[:filled]
             return _taken(Batch(x_NF[:filled], kept_NC, torch.cat(ys), torch.cat(ws) if ws else None), order_N)
 
@@ -235,7 +237,9 @@ def _copied(block: Batch, start: int, stop: int) -> Batch:
 def in_batches(block: Batch, size: int) -> Iterator[Batch]:
     """The block as batches of `size` rows, views; the last may be smaller."""
     for at in range(0, len(block.y_B), size * VIEWS):
-        some = (repeat(None) if tensor is None else torch.split(tensor[at : at + size * VIEWS], size) for tensor in block)
+        some = (
+            repeat(None) if tensor is None else torch.split(tensor[at : at + size * VIEWS], size) for tensor in block
+        )
         yield from map(Batch, *some)
 
 
