@@ -63,6 +63,7 @@ class Statistics:
     target_mean: Tensor  # float64 [T], over the values that are not null
     target_std: Tensor  # float64 [T]
     class_counts: Tensor | None  # int64 [classes]: labelled rows of each; None: class weights are not learned
+    moments: tuple[Moments, Moments] | None = None  # of the F numbers and the T targets; None: they stay as they are
 
 
 class Encoded(NamedTuple):
@@ -79,9 +80,10 @@ class Encoded(NamedTuple):
 class Features:
     """The resolved input columns and targets, and the statistics of the dataset that the model was begun with.
 
-    The statistics are learned once and never move afterwards: shifting the inputs under trained weights would change
-    the function that the model computes without any gradient step, and the optimizer's moments would be about inputs
-    that no longer exist. Data that drifts is met by training, or by a new model.
+    By default the statistics are learned once and never move: shifting the inputs under trained weights changes the function
+    that the model computes without any gradient step, and the optimizer's moments are then about inputs that no longer exist.
+    With `running` they follow the shards (`followed`): what that costs is less than what a step does with inputs far from the
+    range that its learning rate was chosen for.
     """
 
     columns: tuple[Input, ...]
@@ -93,6 +95,7 @@ class Features:
     class_weighting: Literal["balanced"] | tuple[float, ...] | None
     standardize_features: bool
     standardize_target: bool
+    running: bool = False
     dataset_columns: tuple[str, ...]  # of the schema that was resolved, used or not
     statistics: Statistics | None = None
 
@@ -112,6 +115,7 @@ class Features:
             class_weighting=spec.class_weights,
             standardize_features=spec.standardize_features,
             standardize_target=spec.standardize_target,
+            running=spec.running_statistics,
             dataset_columns=tuple(schema.names),
         )
 
@@ -207,6 +211,40 @@ class Features:
         Raises ColumnError: a bad schema, NaN or infinity, a bad sample weight, a column with no value at all, or a class
         without rows where class weights are balanced.
         """
+        rows, nulls, inputs, targets, class_counts = self._counted(groups, split)
+        for column, moments, null in zip(self.columns, inputs, nulls, strict=True):
+            if null == rows or not bool(moments.count_K.all()):
+                raise ColumnError(
+                    f"column {column.name!r} is null in all {rows} rows of the dataset: remove it from features"
+                )
+        for name, moments in zip(self.targets, targets, strict=True):
+            if not moments.count_K.all():
+                raise ColumnError(f"target {name!r} is null in all {rows} rows of the dataset: nothing can be learned")
+        if class_counts is not None and not class_counts.all():
+            raise ColumnError(
+                f"target {self.targets[0]!r} is {int(class_counts.argmin())} in no labelled row of the dataset, so "
+                f"class_weights 'balanced' has no weight for that class: add rows of it, or name the weights"
+            )
+        found = Moments.of_columns(inputs), Moments.of_columns(targets)
+        return replace(self, statistics=_statistics(rows, nulls, *found, class_counts, running=self.running))
+
+    def followed(self, groups: Iterable[RowGroup]) -> Self:
+        """A copy whose statistics are of the rows of `groups` too; class weights stay. Raises ColumnError, as `fit` does."""
+        seen = self.statistics
+        assert seen is not None, "fit() comes before followed()"
+        assert seen.moments is not None, "running statistics were asked for"
+        rows, nulls, inputs, targets, _ = self._counted(groups, None)
+        nulls = [old + new for old, new in zip(seen.nulls, nulls, strict=True)]
+        all_inputs, all_targets = (
+            old.joined(Moments.of_columns(new)) for old, new in zip(seen.moments, (inputs, targets), strict=True)
+        )
+        statistics = _statistics(seen.rows + rows, nulls, all_inputs, all_targets, seen.class_counts, running=True)
+        return replace(self, statistics=statistics)
+
+    def _counted(
+        self, groups: Iterable[RowGroup], split: Split | None
+    ) -> tuple[int, list[int], list[Moments], list[Moments], Tensor | None]:
+        """(rows, nulls and moments of each input column, moments of each target, rows of each class if they are wanted)."""
         inputs = [Moments.zero(column.numbers) for column in self.columns]
         targets = [Moments.zero(1) for _ in self.targets]
         class_counts = torch.zeros(self.classes or 2, dtype=torch.int64) if self.class_weighting == "balanced" else None
@@ -229,31 +267,7 @@ class Features:
             self._weights(table, group.name)  # only to refuse bad ones before training begins
             if class_counts is not None:
                 class_counts += self._class_counts(table, group.name, rows_N)
-        for column, moments, null in zip(self.columns, inputs, nulls, strict=True):
-            if null == rows or not bool(moments.count_K.all()):
-                raise ColumnError(
-                    f"column {column.name!r} is null in all {rows} rows of the dataset: remove it from features"
-                )
-        for name, moments in zip(self.targets, targets, strict=True):
-            if not moments.count_K.all():
-                raise ColumnError(f"target {name!r} is null in all {rows} rows of the dataset: nothing can be learned")
-        if class_counts is not None and not class_counts.all():
-            raise ColumnError(
-                f"target {self.targets[0]!r} is {int(class_counts.argmin())} in no labelled row of the dataset, so "
-                f"class_weights 'balanced' has no weight for that class: add rows of it, or name the weights"
-            )
-        return replace(
-            self,
-            statistics=Statistics(
-                rows=rows,
-                nulls=tuple(nulls),
-                mean_F=torch.cat([moments.mean_K for moments in inputs]),
-                std_F=torch.cat([moments.std_K for moments in inputs]),
-                target_mean=torch.cat([moments.mean_K for moments in targets]),
-                target_std=torch.cat([moments.std_K for moments in targets]),
-                class_counts=class_counts,
-            ),
-        )
+        return rows, nulls, inputs, targets, class_counts
 
     def improbably_null(self, nulls: Sequence[int], rows: int) -> str | None:
         """Name of a column that is null in all of `rows` rows though the dataset makes that improbable, or None.
@@ -374,6 +388,7 @@ class Features:
             "class_weighting": self.class_weighting,
             "standardize_features": self.standardize_features,
             "standardize_target": self.standardize_target,
+            "running": self.running,
             "dataset_columns": list(self.dataset_columns),
         }
         if self.statistics is None:
@@ -383,6 +398,9 @@ class Features:
         tensors = {"mean": seen.mean_F, "std": seen.std_F, "target": torch.stack([seen.target_mean, seen.target_std])}
         if seen.class_counts is not None:
             tensors["class_counts"] = seen.class_counts
+        if seen.moments is not None:
+            for name, moments in zip(("moments", "target_moments"), seen.moments, strict=True):
+                tensors |= {f"{name}.count": moments.count_K, f"{name}.m2": moments.m2_K}
         return tensors, config
 
     @classmethod
@@ -396,6 +414,12 @@ class Features:
         statistics = None
         if tensors:
             target_mean, target_std = tensors["target"].unbind()
+            moments = None
+            if known.get("running"):
+                moments = (
+                    Moments(tensors["moments.count"], tensors["mean"], tensors["moments.m2"]),
+                    Moments(tensors["target_moments.count"], target_mean, tensors["target_moments.m2"]),
+                )
             statistics = Statistics(
                 rows=known.pop("rows"),
                 nulls=tuple(known.pop("nulls")),
@@ -404,10 +428,26 @@ class Features:
                 target_mean=target_mean,
                 target_std=target_std,
                 class_counts=tensors.get("class_counts"),
+                moments=moments,
             )
         columns = tuple(Input(**column) for column in known.pop("columns"))
         lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}  # JSON has no tuples
         return cls(columns=columns, statistics=statistics, **(known | lists))
+
+
+def _statistics(
+    rows: int, nulls: Sequence[int], inputs: Moments, targets: Moments, class_counts: Tensor | None, *, running: bool
+) -> Statistics:
+    return Statistics(
+        rows=rows,
+        nulls=tuple(nulls),
+        mean_F=inputs.mean_K,
+        std_F=inputs.std_K,
+        target_mean=targets.mean_K,
+        target_std=targets.std_K,
+        class_counts=class_counts,
+        moments=(inputs, targets) if running else None,
+    )
 
 
 def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:

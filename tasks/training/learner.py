@@ -7,7 +7,7 @@ of the optimizer and of the feature statistics, everything else as JSON in its m
 import copy
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -22,6 +22,7 @@ from torchmetrics import Metric
 
 from tasks.training.errors import FactoryError, SpecError, StateMismatch, TrainingError
 from tasks.training.features import Features
+from tasks.training.groups import RowGroup
 from tasks.training.memory import Memory
 from tasks.training.metrics import metrics_of
 from tasks.training.models import build
@@ -139,6 +140,12 @@ class Learner:
     def served(self) -> nn.Module:
         """The network that is scored and predicts: the averaged one if there is one."""
         return self.model if self.averaged is None else self.averaged.module
+
+    def follow(self, groups: Sequence[RowGroup]) -> None:
+        """Brings the running statistics up to the rows of `groups`, and the memory to their scale. Raises ColumnError."""
+        old, self.features = self.features, self.features.followed(groups)
+        if self.memory is not None:
+            self.memory.rescale(old, self.features)
 
     def frozen(self) -> Frozen:
         """A copy of what is served now, which further training does not change."""

@@ -196,9 +196,12 @@ def train_shard(learner: Learner, groups: Sequence[RowGroup], passes: int) -> Pa
     """Trains on the next shard of the stream `passes` times, and counts it. Returns what the last pass trained on.
 
     The shard's place in the stream seeds its random numbers. With a memory, old rows are mixed into every pass, and the
-    shard's rows are shown to it once. Raises what `train_pass` raises.
+    shard's rows are shown to it once. Running statistics take the shard in before the first pass. Raises what `train_pass`
+    raises.
     """
     ordinal = learner.counters.shards
+    if learner.spec.running_statistics:
+        learner.follow(groups)
     for number in range(passes):
         result = train_pass(learner, groups, key=("shard", ordinal, number), replay=True, remember=number == 0)
     learner.counters.shards += 1

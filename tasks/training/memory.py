@@ -1,8 +1,8 @@
 """The replay memory: a bounded sample of the rows seen so far, from which old rows are mixed into the steps of new ones.
 
-Rows are kept as the model receives them (scaled numbers, hashed ids): statistics never change, so they never have to be
-encoded again. A reservoir is a uniform sample of a stream without knowing its length (Vitter 1985, "Random sampling with a
-reservoir", algorithm R, https://doi.org/10.1145/3147.3165).
+Rows are kept as the model receives them (scaled numbers, hashed ids), so that they never have to be encoded again.
+A reservoir is a uniform sample of a stream without knowing its length (Vitter 1985, "Random sampling with a reservoir",
+algorithm R, https://doi.org/10.1145/3147.3165).
 
 Shape legend: M slots, P parts of the memory, B rows of a batch, S rows staged, F numbers and C categories of one row.
 """
@@ -96,6 +96,24 @@ class Memory:
         for name, tensor in rows.items():
             self._kept[name][part * self.slots + places] = tensor[last_M[places]]
         self.seen_P[part] += count
+
+    def rescale(self, old: Features, new: Features) -> None:
+        """Brings the kept rows from the scale of `old` features to that of `new` ones; a null stays where it was."""
+        before, after = old.statistics, new.statistics
+        assert not self._waiting, "settle() comes before rescale()"
+        assert before is not None, "the old features are fitted"
+        assert after is not None, "the new features are fitted"
+        slots = self._slot(torch.arange(self.rows))
+        scales = {}
+        if new.standardize_features:
+            scales["x_BF"] = (before.mean_F, before.std_F), (after.mean_F, after.std_F)
+        if new.standardize_target:
+            scales["y_B"] = (before.target_mean, before.target_std), (after.target_mean, after.target_std)
+        for name in scales.keys() & self._kept.keys():
+            kept = self._kept[name]
+            (old_mean, old_std), (new_mean, new_std) = scales[name]
+            raw = kept[slots].double() * old_std + old_mean
+            kept[slots] = ((raw - new_mean) / new_std).float()
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
     def draws(self, size: int, random: torch.Generator) -> Iterator[Batch]:

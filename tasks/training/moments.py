@@ -5,6 +5,7 @@ Shape legend: N rows, K numbers of one column.
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -33,6 +34,13 @@ class Moments:
         """Moments of no values."""
         return cls(torch.zeros(k, dtype=torch.int64), *torch.zeros(2, k, dtype=torch.float64).unbind())
 
+    @classmethod
+    def of_columns(cls, columns: Sequence[Self]) -> Self:
+        """Moments of neighbouring columns as those of one."""
+        return cls(
+            *(torch.cat([getattr(column, name) for column in columns]) for name in ("count_K", "mean_K", "m2_K"))
+        )
+
     @property
     def std_K(self) -> Tensor:
         """float64 [K]: population standard deviation; 1 where the column is constant."""
@@ -54,7 +62,7 @@ class Moments:
         total = self
         for at in range(0, len(values_NK), block):
             present_BK = None if present_NK is None else present_NK[at : at + block]
-            total = total._joined(self._of(values_NK[at : at + block].to(torch.float64, copy=True), present_BK))
+            total = total.joined(self._of(values_NK[at : at + block].to(torch.float64, copy=True), present_BK))
         return total
 
     @classmethod
@@ -76,7 +84,8 @@ class Moments:
             deviations_NK.masked_fill_(~present_NK, 0.0)
         return cls(count_K, first_K + shift_K, deviations_NK.square_().sum(0))
 
-    def _joined(self, other: Self) -> Self:
+    def joined(self, other: Self) -> Self:
+        """Moments of the values of both."""
         count_K = self.count_K + other.count_K
         share_K = other.count_K.double() / count_K.clamp(min=1)  # int64 / int64 would be float32
         delta_K = other.mean_K - self.mean_K

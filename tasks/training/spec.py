@@ -205,6 +205,10 @@ class Spec(_Settings):
         default=False,
         description="Scale the target too while training (regression only); scores and predictions stay unscaled.",
     )
+    running_statistics: bool = Field(
+        default=False,
+        description="Online, scale by the mean and standard deviation of all rows seen so far, in place of the dataset's.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -232,6 +236,8 @@ class Spec(_Settings):
         self._check_classes()
         if self.standardize_target and self.task != "regression":
             raise ValueError(f"standardize_target is for task 'regression', not {self.task!r}: switch it off")
+        if self.running_statistics and not (self.standardize_features or self.standardize_target):
+            raise ValueError("running_statistics scales nothing: switch on standardize_features or standardize_target")
         try:
             self.model_dump_json()  # half of a surrogate pair, which JSON can spell
             json.dumps(self.model_dump(mode="json"), allow_nan=False)

@@ -61,6 +61,8 @@ SPEC = Spec.model_validate(
         "clip_norm": 1.0,
         "ema_decay": 0.9,
         "replay": {"rows": 30, "ratio": 0.5},
+        "standardize_target": True,
+        "running_statistics": True,
         "batch_size": 8,
         "epochs": 3,
         "seed": 5,
@@ -77,6 +79,7 @@ CLASSES = Spec.model_validate(
         "class_weights": "balanced",
         "replay": {"rows": 20, "ratio": 1.0, "policy": "balanced"},
         "precision": "bfloat16",
+        "standardize_target": False,
     }
 )
 """What the other spec cannot have beside what it has: classes of column k."""

@@ -83,6 +83,32 @@ def test_statistics_do_not_depend_on_the_row_groups(values, offset, data):
     assert (seen.rows, seen.nulls) == (len(values), (len(values) - len(present),))
 
 
+def test_running_statistics_are_those_of_all_rows_seen_so_far():
+    spec = spec_of(
+        *("x0", Column(name="v"), "s"), standardize_features=True, standardize_target=True, running_statistics=True
+    )
+    table = numbers_table(300, 1).append_column("s", pa.array(["a", None, "b"] * 100))
+    vectors = pa.array([[1.0, float(i)] if i % 7 else None for i in range(300)], pa.list_(pa.float32(), 2))
+    table = table.append_column("v", vectors)
+    features = Features.resolve(spec, table.schema).fit(cut(table.slice(0, 100)))
+    for start, rows in ((100, 1), (101, 0), (101, 199)):
+        features = features.followed(cut(table.slice(start, rows)))
+        features = Features.from_state(*features.state())
+    seen, straight = features.statistics, Features.resolve(spec, table.schema).fit(cut(table)).statistics
+    assert (seen.rows, seen.nulls) == (straight.rows, straight.nulls)
+    for name in ("mean_F", "std_F", "target_mean", "target_std"):
+        torch.testing.assert_close(getattr(seen, name), getattr(straight, name))
+
+
+def test_running_statistics_refuse_what_the_dataset_would_be_refused_for():
+    spec = spec_of("x0", standardize_features=True, running_statistics=True)
+    table = numbers_table(10, 1)
+    features = Features.resolve(spec, table.schema).fit(cut(table))
+    bad = table.set_column(0, "x0", pa.array([float("nan")] * 10, pa.float32()))
+    with pytest.raises(ColumnError, match=r"column 'x0' of part-0\.parquet row group 0 has NaN"):
+        features.followed(cut(bad))
+
+
 def test_statistics_are_of_the_split_only():
     table = numbers_table(1000, 1).append_column("s", pa.array(["a", None] * 500))
     groups = cut(table, 400)

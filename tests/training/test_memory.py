@@ -1,5 +1,6 @@
 """The replay memory: what it keeps, what it draws, and that both are bit for bit the same again."""
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -143,6 +144,44 @@ def test_a_learner_stored_and_loaded_after_each_shard_gives_the_same_bits(replay
         train_shard(stored, shard(number), 2)
         stored = Learner.load(stored.spec, *stored.dump())
     assert straight.dump() == stored.dump()
+
+
+@pytest.mark.parametrize("replay", [None, {"rows": 40}, {"rows": 1000, "ratio": 0.5}])
+def test_running_statistics_are_part_of_what_is_stored(replay):
+    settings = {"replay": replay, "standardize_features": True, "standardize_target": True, "running_statistics": True}
+    straight, stored = learner_with(**settings), learner_with(**settings)
+    for number in range(4):
+        train_shard(straight, shard(number), 2)
+        train_shard(stored, shard(number), 2)
+        stored = Learner.load(stored.spec, *stored.dump())
+    assert straight.dump() == stored.dump()
+    assert straight.features.statistics.rows == 300 + 50 + 51 + 52 + 53
+
+
+def test_statistics_stay_those_of_the_dataset_unless_they_are_to_run():
+    learner = learner_with(standardize_features=True)
+    before = learner.features
+    train_shard(learner, shard(0), 1)
+    assert learner.features is before
+
+
+def test_kept_rows_follow_the_running_statistics():
+    """They are what they would be, had they been encoded today; a null, which was the mean, is the old mean."""
+    far = pa.table({"x0": pa.array([1e6, 3e6], pa.float32()), "y": pa.array([5e3, 9e3], pa.float32())})
+    scaled = {"standardize_features": True, "standardize_target": True, "running_statistics": True}
+    spec = plain_spec(1, replay={"rows": 8}, **scaled)
+    raw = pa.table({"x0": pa.array([1, 2, 3, None], pa.float32()), "y": pa.array([10, 20, 30, 40], pa.float32())})
+    learner = begin(spec, cut(raw))
+    encoded = learner.features.encode(raw, "here")
+    learner.memory.offer(Batch(encoded.x_NF, None, encoded.y_N), generator(0))
+    learner.memory.settle(generator(0))
+    learner.follow(cut(far))
+    today = learner.features.encode(raw, "here")
+    kept = learner.memory.state()
+    torch.testing.assert_close(kept["x_BF"][:3], today.x_NF[:3])
+    torch.testing.assert_close(kept["y_B"], today.y_N)
+    old_mean = (2 - learner.features.statistics.mean_F) / learner.features.statistics.std_F
+    torch.testing.assert_close(kept["x_BF"][3], old_mean.float())
 
 
 def test_old_rows_are_trained_on_beside_the_new_ones_and_counted_apart():

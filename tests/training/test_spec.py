@@ -55,6 +55,7 @@ def test_json_round_trip_is_exact():
         ({"classes": 3}, "classes is for task 'multiclass'"),
         ({"loss": "bce"}, r"loss 'bce' does not fit task 'regression': use one of \('mse', 'l1', 'huber'\)"),
         ({"task": "binary", "standardize_target": True}, "standardize_target .* switch it off"),
+        ({"standardize_features": False, "running_statistics": True}, "running_statistics scales nothing"),
         ({"learning_rate": 0}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"batch_size": 0}, "batch_size"),
