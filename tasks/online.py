@@ -6,6 +6,7 @@ committed version has not happened, and what is committed is not done twice.
 
 import enum
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -223,16 +224,17 @@ class OnlineRun:
         if backlog:  # what is not listed would never count
             return ["backlog"]
         if self._trigger is None or self._trigger[0] != loaded.version:
-            past = [Seen(shard.rows, shard.score["loss"]) for shard in loaded.window if "loss" in shard.score]
+            measure = metric_of(loaded.learner.spec)
+            past = [Seen(shard.rows, shard.score[measure]) for shard in loaded.window if measure in shard.score]
             self._trigger = loaded.version, Trigger(self.settings.train_when, past)
 
         def rows(info: ObjectInfo) -> int | None:
             return self._unless_gone(info, lambda: self.inbox.count_rows(info))
 
-        def loss(info: ObjectInfo) -> Seen | None:
-            return self._unless_gone(info, lambda: self._waiting_loss(loaded, info))
+        def error(info: ObjectInfo) -> Seen | None:
+            return self._unless_gone(info, lambda: self._waiting_error(loaded, info))
 
-        return self._trigger[1].fired(shards, rows, loss, datetime.now(UTC))
+        return self._trigger[1].fired(shards, rows, error, datetime.now(UTC))
 
     def _unless_gone(self, info: ObjectInfo, ask: Callable[[], T | None]) -> T | None:
         """The answer, or None about a shard that has gone or is not whole yet. Raises ShardRejected if it never will be."""
@@ -247,7 +249,7 @@ class OnlineRun:
         except BadLabels as bad:
             raise ShardRejected(str(bad)) from bad
 
-    def _waiting_loss(self, loaded: Loaded, info: ObjectInfo) -> Seen | None:
+    def _waiting_error(self, loaded: Loaded, info: ObjectInfo) -> Seen | None:
         """How the head does on a shard that waits; None if it would not be trained on."""
         ready = read_shard(self.inbox, self.delayed, loaded.learner.features, info)
         if ready is None or loaded.tombstones.has(self.inbox.url, info.key, ready.shard.sha256):
@@ -255,7 +257,8 @@ class OnlineRun:
         if (found := ready.complete()) is None:
             return None
         before = score(loaded.learner, found.groups)
-        return Seen(before.rows, before.loss)
+        measure = metric_of(loaded.learner.spec)
+        return Seen(before.rows, before.loss if measure == "loss" else before.metrics.get(measure, math.nan))
 
     @property
     def listed(self) -> bool:
@@ -369,7 +372,7 @@ class OnlineRun:
             scored.predicted = self.delayed.predicted(work.loaded.version, info.last_modified, found.groups)
         try:
             result = train_shard(learner, found.groups, self.settings.passes)
-        except NonFiniteLoss as broken:
+        except (ColumnError, NonFiniteLoss) as broken:
             return str(broken)
         work.add(shard, found.labels, ordinal, scored, result, self.settings.passes)
         work.new_columns |= new_columns

@@ -29,9 +29,9 @@ trained on. `unreadable`: a shard can never be used, and only a step can reject 
 together. The others are triggers of that name."""
 
 CLIP: Final = 4.0
-"""Losses are clipped to this many standard deviations from the usual: one broken shard alone is no drift."""
+"""Errors are clipped to this many standard deviations from the usual: one broken shard alone is no drift."""
 NEGLIGIBLE: Final = 1e-6
-"""The least noise that is reckoned with, as a share of the loss: changes of a lower order are rounding."""
+"""The least noise that is reckoned with, as a share of the error: changes of a lower order are rounding."""
 
 
 class Triggers(BaseModel):
@@ -46,12 +46,12 @@ class Triggers(BaseModel):
     )
     drift: Literal["adwin", "page_hinkley"] | None = Field(
         default=None,
-        description="Train when this detector finds that the losses of the shards have risen; needs tidemill[drift].",
+        description="Train when this detector finds that the errors of the shards have risen; needs tidemill[drift].",
     )
     score_drop: float | None = Field(
         default=None,
         ge=0,
-        description="Train when the loss on what waits exceeds that of the last shards by this share: 0.1 is 10% worse.",
+        description="Train when the error on what waits exceeds that of the last shards by this share: 0.1 is 10% worse.",
     )
     window: int = Field(
         default=64, ge=10, description="How many of the last consumed shards drift and score_drop compare with."
@@ -74,8 +74,8 @@ class Seen:
 
     rows: int
     """Rows with a label."""
-    loss: float
-    """Mean over these rows."""
+    error: float
+    """What the gate compares: in the target's own unit for regression, else the mean loss."""
 
 
 class Trigger:
@@ -101,12 +101,12 @@ class Trigger:
         self,
         waiting: Sequence[ObjectInfo],
         rows: Callable[[ObjectInfo], int | None],
-        loss: Callable[[ObjectInfo], Seen | None],
+        error: Callable[[ObjectInfo], Seen | None],
         now: datetime,
     ) -> list[Reason]:
         """Why to train now on what waits, given in the order of training; empty: not yet.
 
-        `rows` tells how many rows a shard has, and `loss` how the model does on it. They are asked as late as possible: not
+        `rows` tells how many rows a shard has, and `error` how the model does on it. They are asked as late as possible: not
         before cheaper triggers have said no, and once for each (key, etag). None means that the shard has gone or is not
         whole yet: it does not count now, and is asked for again. ShardRejected or ColumnError means that it can never be
         used: that fires, because a step must reject it.
@@ -122,7 +122,7 @@ class Trigger:
             return (
                 self._by_listing(waiting, now)
                 or self._by_rows(_each(waiting, rows, self._rows))
-                or self._by_score(_each(waiting, loss, self._scores))
+                or self._by_score(_each(waiting, error, self._scores))
             )
         except (ShardRejected, ColumnError):
             return ["unreadable"]
@@ -154,13 +154,15 @@ class Trigger:
         waiting = [seen for seen in scores if seen.rows]
         infinite = not all(_is_usable(seen) for seen in waiting)  # worse than anything that could be compared
         if self._detector is not None and waiting:
-            losses = [seen.loss for seen in (*self._past, *waiting)]
-            if infinite or _rises(self._detector(), losses, since=len(self._past)):
+            errors = [seen.error for seen in (*self._past, *waiting)]
+            if infinite or _rises(self._detector(), errors, since=len(self._past)):
                 reasons.append("drift")
         if settings.score_drop is not None and waiting:
             if not self._past:
                 reasons.append("no_history")
-            elif infinite or _mean_loss(waiting) > (usual := _mean_loss(self._past)) + settings.score_drop * abs(usual):
+            elif infinite or _mean_error(waiting) > (usual := _mean_error(self._past)) + settings.score_drop * abs(
+                usual
+            ):
                 reasons.append("score_drop")
         return reasons
 
@@ -179,12 +181,12 @@ def _each(
 
 
 def _is_usable(seen: Seen) -> bool:
-    return seen.rows > 0 and math.isfinite(seen.loss)
+    return seen.rows > 0 and math.isfinite(seen.error)
 
 
-def _mean_loss(shards: Sequence[Seen]) -> float:
+def _mean_error(shards: Sequence[Seen]) -> float:
     """Mean over the rows of all of them."""
-    return math.fsum(seen.loss * seen.rows for seen in shards) / sum(seen.rows for seen in shards)
+    return math.fsum(seen.error * seen.rows for seen in shards) / sum(seen.rows for seen in shards)
 
 
 # ---- drift -----------------------------------------------------------------------------------------------------------
@@ -227,30 +229,30 @@ def _detectors(name: Literal["adwin", "page_hinkley"]) -> Callable[[], _Detector
     return partial(PageHinkley, min_instances=10, delta=0.5, threshold=12.0, alpha=1.0, mode="up")
 
 
-def _rises(detector: _Detector, losses: Sequence[float], since: int) -> bool:
-    """True if the detector, given all the finite losses, finds at the one numbered `since` or later that they have risen.
+def _rises(detector: _Detector, errors: Sequence[float], since: int) -> bool:
+    """True if the detector, given all the finite errors, finds at the one numbered `since` or later that they have risen.
 
     ADWIN finds a fall too: that is the model having learned, and no reason to train. After each change that they find, River's
     detectors begin anew, and need some ten values before the next.
     """
-    for i, loss in enumerate(_in_units_of_noise(losses)):
+    for i, error in enumerate(_in_units_of_noise(errors)):
         before = getattr(detector, "estimation", None)  # the mean in ADWIN's window
-        detector.update(loss)
+        detector.update(error)
         if detector.drift_detected and i >= since and (before is None or getattr(detector, "estimation", 0.0) > before):
             return True
     return False
 
 
-def _in_units_of_noise(losses: Sequence[float]) -> list[float]:
-    """Losses as standard deviations from their median, clipped: the detectors know no scale, and a loss may have any.
+def _in_units_of_noise(errors: Sequence[float]) -> list[float]:
+    """Errors as standard deviations from their median, clipped: the detectors know no scale, and an error may have any.
 
     The noise is estimated from neighbours, s = median |x[i+1] - x[i]| / (sqrt(2) * 0.6745) for normal noise, which neither a
     jump nor a slow trend inflates as they would a standard deviation (von Neumann, "Distribution of the Ratio of the Mean
     Square Successive Difference to the Variance", 1941; the median in place of the mean is Hampel's).
     """
-    if len(losses) < 2:
-        return [0.0] * len(losses)
-    centre = statistics.median(losses)
-    noise = statistics.median(abs(b - a) for a, b in pairwise(losses)) / (math.sqrt(2) * 0.6745)
-    noise = max(noise, NEGLIGIBLE * abs(centre), math.ulp(0.0))  # of equal losses it would be 0
-    return [max(-CLIP, min(CLIP, (loss - centre) / noise)) for loss in losses]
+    if len(errors) < 2:
+        return [0.0] * len(errors)
+    centre = statistics.median(errors)
+    noise = statistics.median(abs(b - a) for a, b in pairwise(errors)) / (math.sqrt(2) * 0.6745)
+    noise = max(noise, NEGLIGIBLE * abs(centre), math.ulp(0.0))  # of equal errors it would be 0
+    return [max(-CLIP, min(CLIP, (error - centre) / noise)) for error in errors]

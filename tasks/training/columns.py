@@ -124,7 +124,7 @@ def _present(array: pa.Array[Any]) -> Tensor:
     return from_arrow(array.is_valid().cast(pa.uint8())).bool()
 
 
-def from_arrow(array: pa.Array[Any] | pa.Tensor) -> Tensor:
+def from_arrow(array: pa.Array[Any]) -> Tensor:
     """A view of Arrow's memory. DLPack, because `Array.to_numpy` imports pandas where that is installed (0.7 s)."""
     return torch.utils.dlpack.from_dlpack(array)
 

@@ -44,7 +44,9 @@ def wanted(mode: str, steps: int) -> bool:
 @contextmanager
 def tracing(compiled: "CompiledSteps | None") -> Iterator[None]:
     """While steps may be compiled: backward is inside of their graph, which torch does not trace by default."""
-    if compiled is None:
+    if compiled is None or not hasattr(
+        torch._dynamo.config, "trace_autograd_ops"
+    ):  # older torch: does not compile, says so
         yield
         return
     with torch._dynamo.config.patch(trace_autograd_ops=True):  # for a whole pass: it takes 5% of a call

@@ -24,6 +24,9 @@ from tasks.training.packing import pack
 from tasks.training.spec import Column, Spec, Task
 
 NULLS_BY_CHANCE: Final = 1e-6  # a wholly null column that is less probable than this is taken for a mistake
+WIDENING: Final = 1e3
+"""A shard that would make a column's running standard deviation so many times as large is refused: with the statistics it would
+be believed for ever."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class SequenceInput(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What `Features.fit` learned. Standard deviations are of the population; a constant column's is 1.
+    """What `Features.fit` learned, and `followed` after it. Standard deviations are of the population; a constant column's is 1.
 
     Each row counts once, whatever its sample weight.
     """
@@ -78,12 +81,11 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Features:
-    """The resolved input columns and targets, and the statistics of the dataset that the model was begun with.
+    """The resolved input columns and targets, and the statistics that scale them.
 
     By default the statistics are learned once and never move: shifting the inputs under trained weights changes the function
     that the model computes without any gradient step, and the optimizer's moments are then about inputs that no longer exist.
-    With `running` they follow the shards (`followed`): what that costs is less than what a step does with inputs far from the
-    range that its learning rate was chosen for.
+    With `running` they follow the shards (`followed`), for data that leaves the range of the dataset.
     """
 
     columns: tuple[Input, ...]
@@ -229,7 +231,10 @@ class Features:
         return replace(self, statistics=_statistics(rows, nulls, *found, class_counts, running=self.running))
 
     def followed(self, groups: Iterable[RowGroup]) -> Self:
-        """A copy whose statistics are of the rows of `groups` too; class weights stay. Raises ColumnError, as `fit` does."""
+        """A copy whose statistics are of the rows of `groups` too; class weights stay.
+
+        Raises ColumnError: as `fit` does, or values so far out that the statistics would be of them alone (`WIDENING`).
+        """
         seen = self.statistics
         assert seen is not None, "fit() comes before followed()"
         assert seen.moments is not None, "running statistics were asked for"
@@ -238,6 +243,15 @@ class Features:
         all_inputs, all_targets = (
             old.joined(Moments.of_columns(new)) for old, new in zip(seen.moments, (inputs, targets), strict=True)
         )
+        names = [column.name for column in self.columns for _ in range(column.numbers)]
+        for old, new, of in ((seen.moments[0], all_inputs, names), (seen.moments[1], all_targets, self.targets)):
+            wide_K = (old.m2_K > 0) & (new.std_K > WIDENING * old.std_K)
+            if wide_K.any():
+                at = int(wide_K.nonzero()[0])
+                raise ColumnError(
+                    f"column {of[at]!r} has values so far out that its standard deviation over all rows seen would rise from "
+                    f"{old.std_K[at]:g} to {new.std_K[at]:g}: mend them, or write nulls"
+                )
         statistics = _statistics(seen.rows + rows, nulls, all_inputs, all_targets, seen.class_counts, running=True)
         return replace(self, statistics=statistics)
 
@@ -260,10 +274,10 @@ class Features:
                 nulls[i] += _null_count(array, rows_N)
                 if not column.buckets:
                     inputs[i] = inputs[i].merged(array, column.width, rows_N)
-                    _refuse_non_finite(inputs[i].mean_K, column.name, group.name)
+                    _refuse_non_finite(inputs[i].mean_K + inputs[i].m2_K, column.name, group.name)
             for i, name in enumerate(self.targets):
                 targets[i] = targets[i].merged(one_array(table.column(name)), None, rows_N)
-                _refuse_non_finite(targets[i].mean_K, name, group.name)
+                _refuse_non_finite(targets[i].mean_K + targets[i].m2_K, name, group.name)
             self._weights(table, group.name)  # only to refuse bad ones before training begins
             if class_counts is not None:
                 class_counts += self._class_counts(table, group.name, rows_N)
@@ -272,7 +286,7 @@ class Features:
     def improbably_null(self, nulls: Sequence[int], rows: int) -> str | None:
         """Name of a column that is null in all of `rows` rows though the dataset makes that improbable, or None.
 
-        `nulls` counts the nulls of each input column. With p the share of nulls seen by `fit` (by Laplace's rule of
+        `nulls` counts the nulls of each input column. With p the share of nulls seen so far (by Laplace's rule of
         succession, so never 0), a seldom filled column passes in a small shard and a renamed one does not.
         """
         seen_rows, seen_nulls = 0, (0,) * len(self.columns)
@@ -388,9 +402,10 @@ class Features:
             "class_weighting": self.class_weighting,
             "standardize_features": self.standardize_features,
             "standardize_target": self.standardize_target,
-            "running": self.running,
             "dataset_columns": list(self.dataset_columns),
         }
+        if self.running:  # absent from states that are older than it
+            config["running"] = True
         if self.statistics is None:
             return {}, config
         seen = self.statistics
@@ -405,7 +420,7 @@ class Features:
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], config: JsonValue) -> Self:
-        """The inverse of `state`. Raises TypeError and others where the JSON is of another form."""
+        """The inverse of `state`. Raises ValueError, TypeError and others for what `state` does not write."""
         known = dict(cast(dict[str, Any], config))
         if not isinstance(known["dataset_columns"], list) or not all(
             isinstance(n, str) for n in known["dataset_columns"]
@@ -431,6 +446,8 @@ class Features:
                 moments=moments,
             )
         columns = tuple(Input(**column) for column in known.pop("columns"))
+        if statistics is not None:
+            _check(statistics, sum(column.numbers for column in columns), len(known["targets"]), len(columns))
         lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}  # JSON has no tuples
         return cls(columns=columns, statistics=statistics, **(known | lists))
 
@@ -448,6 +465,26 @@ def _statistics(
         class_counts=class_counts,
         moments=(inputs, targets) if running else None,
     )
+
+
+def _check(seen: Statistics, numbers: int, targets: int, columns: int) -> None:
+    """Raises ValueError for statistics that `fit` cannot have made of so many numbers, targets and columns."""
+
+    def means(values: Tensor, least: float) -> bool:
+        return values.dtype == torch.float64 and bool(torch.isfinite(values).all() and (values >= least).all())
+
+    lowest, smallest = torch.finfo(torch.float64).min, torch.finfo(torch.float64).tiny
+    inputs = seen.mean_F.shape == seen.std_F.shape == (numbers,)
+    outputs = seen.target_mean.shape == seen.target_std.shape == (targets,)
+    sound = inputs and outputs and len(seen.nulls) == columns
+    sound = sound and means(torch.cat([seen.mean_F, seen.target_mean]), lowest)
+    sound = sound and means(torch.cat([seen.std_F, seen.target_std]), smallest)
+    for moments in seen.moments or ():
+        shape = moments.mean_K.shape
+        sound = sound and moments.count_K.dtype == torch.int64 and bool((moments.count_K > 0).all())
+        sound = sound and moments.count_K.shape == moments.m2_K.shape == shape and means(moments.m2_K, 0.0)
+    if not sound:
+        raise ValueError("statistics of the columns that no dataset has")
 
 
 def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:

@@ -103,17 +103,17 @@ class Memory:
         assert not self._waiting, "settle() comes before rescale()"
         assert before is not None, "the old features are fitted"
         assert after is not None, "the new features are fitted"
-        slots = self._slot(torch.arange(self.rows))
         scales = {}
         if new.standardize_features:
             scales["x_BF"] = (before.mean_F, before.std_F), (after.mean_F, after.std_F)
         if new.standardize_target:
             scales["y_B"] = (before.target_mean, before.target_std), (after.target_mean, after.target_std)
-        for name in scales.keys() & self._kept.keys():
-            kept = self._kept[name]
-            (old_mean, old_std), (new_mean, new_std) = scales[name]
-            raw = kept[slots].double() * old_std + old_mean
-            kept[slots] = ((raw - new_mean) / new_std).float()
+        block = max(1, WORKING_BYTES // (8 * self._row_bytes))  # float64, and several of them
+        for slots in torch.split(self._slot(torch.arange(self.rows)), block):
+            for name in scales.keys() & self._kept.keys():
+                (old_mean, old_std), (new_mean, new_std) = scales[name]
+                raw = self._kept[name][slots].double() * old_std + old_mean
+                self._kept[name][slots] = ((raw - new_mean) / new_std).float()
 
     # ---- drawing -----------------------------------------------------------------------------------------------------
     def draws(self, size: int, random: torch.Generator) -> Iterator[Batch]:

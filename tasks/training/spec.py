@@ -199,7 +199,7 @@ class Spec(_Settings):
     )
     standardize_features: bool = Field(
         default=True,
-        description="Scale number columns to mean 0 and standard deviation 1, as learned from the dataset once.",
+        description="Scale number columns to mean 0 and standard deviation 1, as learned from the dataset.",
     )
     standardize_target: bool = Field(
         default=False,

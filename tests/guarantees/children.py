@@ -80,6 +80,7 @@ CLASSES = Spec.model_validate(
         "replay": {"rows": 20, "ratio": 1.0, "policy": "balanced"},
         "precision": "bfloat16",
         "standardize_target": False,
+        "running_statistics": False,
     }
 )
 """What the other spec cannot have beside what it has: classes of column k."""

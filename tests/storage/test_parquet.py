@@ -213,6 +213,28 @@ def test_partition_columns_are_added_unless_the_file_has_them() -> None:
     assert file.read(0, ["year"]).schema.field("year").type == file.schema.field("year").type == pa.int64()
 
 
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_BYTE_ARRAY"])
+def test_what_is_read_again_is_the_same(encoding: str) -> None:
+    """What the first read found out about a row group is not found out again."""
+    table = pa.table({"x": range(10), "s": ["a", "b"] * 5})
+    data = written(table, row_group_size=4, use_dictionary=False, column_encoding={"s": encoding})
+    source = Source(data)
+    file = opened(source, partitions={"day": pa.scalar(3)})
+    for columns in (["s", "x", "day"], ["x"], ["s"]):
+        for index in range(3):
+            reads = [file.read(index, columns) for _ in range(3)]
+            assert reads[0].equals(reads[1])
+            assert reads[1].equals(reads[2])
+            assert reads[0].num_rows == (4, 4, 2)[index]
+
+
+def test_what_was_refused_is_refused_again(small_limit: int) -> None:
+    file = opened(written(pa.table({"x": pa.array(["x" * 30_000_000])}), compression="zstd", write_statistics=False))
+    for _ in range(2):
+        with pytest.raises(ShardRejected, match="would decode to"):
+            file.read(0, ["x"])
+
+
 def test_a_file_without_rows_has_no_row_groups() -> None:
     empty = pa.table({"x": pa.array([], pa.string())})
     assert row_groups(opened(written(empty))) == []

@@ -29,6 +29,7 @@ from tasks.online import OnlineRun, Outcome
 from tasks.settings import BatchSettings, OnlineSettings
 from tasks.training.errors import StateMismatch
 from tasks.training.loop import score
+from tasks.training.spec import Spec
 from tasks.versions import load_learner
 from tests.storage.faults import Call, FaultStore
 from tests.tasks.rows import SPEC, keys, parquet, put, rows
@@ -36,10 +37,10 @@ from tests.tasks.rows import SPEC, keys, parquet, put, rows
 MakeUrl = Callable[[str], str]
 
 
-def begin(registry: str, dataset: str) -> None:
+def begin(registry: str, dataset: str, spec: Spec = SPEC) -> None:
     """Version 0, from a dataset of 200 rows."""
     put(dataset, {"part-0.parquet": rows(200, 0)})
-    run = batch.open_run(batch.take_snapshot(dataset), registry, "model", SPEC, BatchSettings())
+    run = batch.open_run(batch.take_snapshot(dataset), registry, "model", spec, BatchSettings())
     for epoch in run.epochs_left:
         batch.train_epoch(run, epoch)
     batch.finish(run, batch.register(run, batch.evaluate(run)))
@@ -197,6 +198,30 @@ def test_a_producer_that_overwrites_a_shard_after_it_was_read_loses_nothing(regi
 
 
 # ---- bad shards ------------------------------------------------------------------------------------------------------
+RUNNING = SPEC.model_copy(update={"running_statistics": True, "standardize_features": True, "standardize_target": True})
+
+
+@pytest.mark.parametrize("column", ["a", "y"])
+@pytest.mark.parametrize("value", [1e30, 1e200])
+def test_values_far_out_do_not_become_running_statistics(column: str, value: float, memory_url: MakeUrl) -> None:
+    """Believed once, they would be for ever: the shard is rejected, and the model is that of a run without it."""
+    far = rows(10, 1)
+    far = far.set_column(far.schema.get_field_index(column), column, [[0.0] * 9 + [value]])
+    states = []
+    for name, shards in {"with": days(3) | {"01b.parquet": parquet(far)}, "without": days(3)}.items():
+        begin(memory_url(f"{name}/registry"), memory_url(f"{name}/dataset"), RUNNING)
+        put(memory_url(f"{name}/inbox"), shards)
+        report = drain(open_run(memory_url(f"{name}/inbox"), memory_url(f"{name}/registry")))
+        assert report.shards == 3
+        log = open_log(memory_url(f"{name}/registry"), "model")
+        states.append(log.head().manifest.blobs.state.sha256)
+        if name == "with":
+            ((_, about),) = inboxes.quarantined(log).items()
+            assert about["key"] == "01b.parquet"
+            assert f"'{column}'" in about["reason"]
+    assert states[0] == states[1]
+
+
 BAD = {
     "corrupt": (b"PAR1" + b"x" * 100 + (50).to_bytes(4, "little") + b"PAR1", "footer cannot be read"),
     "empty": (b"", "0 bytes"),

@@ -12,7 +12,7 @@ from tasks.training.batches import Split, Stream, ahead
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.groups import stable_seed
-from tests.training.rows import TableGroup, cut, plain_spec, same_bits
+from tests.training.rows import TableGroup, cut, numbers_table, plain_spec, same_bits
 
 ROW_BYTES = 8  # one float32 feature and the target
 
@@ -83,6 +83,17 @@ def test_a_window_mixes_whole_row_groups_and_no_more():
     assert rows[:200] != sorted(rows[:200])
     assert [row // 100 for row in rows[:200]] != sorted(row // 100 for row in rows[:200])
     assert [min(window) for window in windows] != sorted(min(window) for window in windows)
+
+
+def test_windows_lie_where_torch_would_put_them():
+    """Aligned, as torch's own memory: how a matrix product rounds may depend on it."""
+    groups = cut(numbers_table(4000, 10), 1000, 1000, 1000)
+    features = Features.resolve(plain_spec(), groups[0].schema)
+    window = 1000 * features.row_bytes
+    for _ in range(5):
+        batches = Stream(groups, features, batch_size=1000, window_bytes=window, shuffle_seed=(0, "epoch", 0))
+        for batch in batches:
+            assert [tensor.data_ptr() % 64 for tensor in (batch.x_BF, batch.y_B)] == [0, 0]
 
 
 def test_a_row_group_larger_than_the_window_is_mixed_in_slices():

@@ -60,6 +60,29 @@ def test_every_part_of_a_step_is_what_it_is_in_the_eager_loop(part: str) -> None
     assert furthest(eager, compiled) < (1e-3 if part == "bfloat16" else 1e-5)
 
 
+def test_blocks_that_straddle_windows_hold_ids_weights_and_several_targets() -> None:
+    table = numbers_table(700, 3)
+    table = table.append_column("c", [["red", "green", None, "blue"] * 175])
+    table = table.append_column("z", table.column("x0")).append_column("w", [[1.0, 2.0] * 350])
+    spec = plain_spec(
+        *(3,),
+        features=["x0", "x1", "x2", {"name": "c", "kind": "category", "buckets": 8}],
+        **{"target": ["y", "z"], "sample_weight": "w", "model": {"factory": "mlp", "arguments": {"hidden": [8]}}},
+        **{"shuffle": True, "shuffle_bytes": 3 * 100 * 32, "batch_size": 16, "loss": "huber"},
+    )
+    groups = cut(table, 130, 250)
+    found = {}
+    for mode in ("off", "on"):
+        found[mode] = learner = begin(spec.model_copy(update={"compile": mode}), groups)
+        if mode == "on":
+            parts = _forward(learner), loss_of(learner.spec, learner.features)
+            learner.compiled = CompiledSteps(learner, *parts, steps=COUNT, backend="aot_eager")
+        for epoch in range(2):
+            train_pass(learner, groups, key=("epoch", epoch))
+    assert found["on"].counters.compiled_steps > 20 * COUNT
+    assert furthest(found["off"], found["on"]) < 1e-5
+
+
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"sgd", "radam"}))
 def test_every_optimizer_is_torchs(name: str) -> None:
     eager, compiled = (trained(mode, 1, optimizer={"name": name}) for mode in ("off", "on"))

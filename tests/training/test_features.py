@@ -100,6 +100,24 @@ def test_running_statistics_are_those_of_all_rows_seen_so_far():
         torch.testing.assert_close(getattr(seen, name), getattr(straight, name))
 
 
+@pytest.mark.parametrize(("value", "reason"), [(1e30, "so far out"), (1e200, "beyond float32"), (-1e38, "so far out")])
+def test_running_statistics_refuse_a_value_far_out(value, reason):
+    spec = spec_of("x0", standardize_features=True, running_statistics=True)
+    table = numbers_table(100, 1)
+    features = Features.resolve(spec, table.schema).fit(cut(table))
+    bad = table.set_column(0, "x0", pa.array([value] + [0.0] * 99, pa.float64()))
+    with pytest.raises(ColumnError, match=f"column 'x0' .*{reason}"):
+        features.followed(cut(bad))
+
+
+def test_running_statistics_of_a_constant_column_may_begin_to_vary():
+    spec = spec_of("a", standardize_features=True, running_statistics=True)
+    table = table_of(pa.array([3.0] * 10))
+    features = Features.resolve(spec, table.schema).fit(cut(table))
+    features = features.followed(cut(table_of(pa.array([1e6] * 10))))
+    assert features.statistics.std_F.item() == pytest.approx((1e6 - 3) / 2)
+
+
 def test_running_statistics_refuse_what_the_dataset_would_be_refused_for():
     spec = spec_of("x0", standardize_features=True, running_statistics=True)
     table = numbers_table(10, 1)
@@ -498,7 +516,10 @@ def test_given_class_weights_need_no_dataset():
 
 
 # ---- state -----------------------------------------------------------------------------------------------------------
-SETTINGS = ("targets", "target_families", "sample_weight", "task", "classes", "class_weighting", "dataset_columns")
+SETTINGS = (
+    *("targets", "target_families", "sample_weight", "task", "classes", "class_weighting", "dataset_columns"),
+    *("running", "standardize_features", "standardize_target"),
+)
 
 
 @pytest.mark.parametrize("standardize", [True, False])

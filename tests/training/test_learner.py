@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as tensor_bytes
 
 from tasks.training.errors import FactoryError, SpecError, StateMismatch
 from tasks.training.features import Features
@@ -124,6 +125,42 @@ def test_bytes_that_are_something_else_are_refused():
         Learner.load(spec, weights[:-1], state)
     with pytest.raises(StateMismatch, match=r"has format None.*passed in place of the state"):
         Learner.load(spec, weights, weights)
+
+
+SCALED = plain_spec(standardize_features=True, standardize_target=True, running_statistics=True)
+
+
+@pytest.mark.parametrize("name", ["standardize_features", "standardize_target", "running_statistics"])
+def test_a_state_that_is_scaled_otherwise_is_refused(name):
+    stored = begin(SCALED, GROUPS).dump()
+    with pytest.raises(StateMismatch, match="standardize_target, running"):
+        Learner.load(SCALED.model_copy(update={name: False}), *stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("features.moments.count", lambda t: t[:1]),
+        ("features.moments.count", lambda t: t.double()),
+        ("features.moments.count", lambda t: t * 0),
+        ("features.moments.m2", lambda t: -t),
+        ("features.moments.m2", lambda t: t * float("nan")),
+        ("features.target_moments.m2", lambda t: t.float()),
+        ("features.mean", lambda t: t * float("inf")),
+        ("features.std", lambda t: t * 0),
+        ("features.target", lambda t: t.repeat(1, 2)),
+        ("features.moments.m2", None),
+    ],
+)
+def test_statistics_that_no_dataset_has_are_refused(name, change):
+    weights, state = begin(SCALED, GROUPS).dump()
+    tensors = parse_tensors(state)
+    found = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(found).contiguous()
+    about = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])["__metadata__"]
+    with pytest.raises(StateMismatch, match=r"not what Tidemill writes"):
+        Learner.load(SCALED, weights, tensor_bytes(tensors, about))
 
 
 def test_optimizer_state_of_other_shapes_is_refused():
