@@ -58,6 +58,7 @@ class Tidemill:
     seed: int
     factory: str = "mlp"
     policy: Literal["frozen", "online", "retrain"] = "online"
+    running: bool = False
     replay: ReplayMemory | None = None
     seen: list[pa.Table] = field(default_factory=list)
 
@@ -81,6 +82,7 @@ class Tidemill:
             batch_size=BATCH_SIZE[self.factory],
             seed=self.seed,
             standardize_target=self.stream.task == "regression",
+            running_statistics=self.running,
         )
 
     def fit(self, table: pa.Table) -> None:

@@ -245,7 +245,7 @@ class Features:
         )
         names = [column.name for column in self.columns for _ in range(column.numbers)]
         for old, new, of in ((seen.moments[0], all_inputs, names), (seen.moments[1], all_targets, self.targets)):
-            wide_K = (old.m2_K > 0) & (new.std_K > WIDENING * old.std_K)
+            wide_K = ~torch.isfinite(new.m2_K) | ((old.m2_K > 0) & (new.std_K > WIDENING * old.std_K))
             if wide_K.any():
                 at = int(wide_K.nonzero()[0])
                 raise ColumnError(
@@ -274,10 +274,10 @@ class Features:
                 nulls[i] += _null_count(array, rows_N)
                 if not column.buckets:
                     inputs[i] = inputs[i].merged(array, column.width, rows_N)
-                    _refuse_non_finite(inputs[i].mean_K + inputs[i].m2_K, column.name, group.name)
+                    _refuse_non_finite(inputs[i].mean_K, column.name, group.name)
             for i, name in enumerate(self.targets):
                 targets[i] = targets[i].merged(one_array(table.column(name)), None, rows_N)
-                _refuse_non_finite(targets[i].mean_K + targets[i].m2_K, name, group.name)
+                _refuse_non_finite(targets[i].mean_K, name, group.name)
             self._weights(table, group.name)  # only to refuse bad ones before training begins
             if class_counts is not None:
                 class_counts += self._class_counts(table, group.name, rows_N)

@@ -233,6 +233,21 @@ def test_an_error_ends_the_threads_while_its_traceback_lives(shuffle_seed):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tidemill-ahead")]
 
 
+def test_operators_of_the_thread_that_works_ahead_use_no_other_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert list(ahead(torch.get_num_threads() for _ in range(2))) == [1, 1]
+        assert torch.get_num_threads() == 2
+        new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        found = []
+        new.start()
+        new.join()
+        assert found == [2]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_ahead_makes_one_item_at_a_time_and_keeps_their_order():
     made = []
 

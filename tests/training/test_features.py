@@ -100,13 +100,13 @@ def test_running_statistics_are_those_of_all_rows_seen_so_far():
         torch.testing.assert_close(getattr(seen, name), getattr(straight, name))
 
 
-@pytest.mark.parametrize(("value", "reason"), [(1e30, "so far out"), (1e200, "beyond float32"), (-1e38, "so far out")])
-def test_running_statistics_refuse_a_value_far_out(value, reason):
+@pytest.mark.parametrize("value", [1e30, 1e200, -1e38])
+def test_running_statistics_refuse_a_value_far_out(value):
     spec = spec_of("x0", standardize_features=True, running_statistics=True)
     table = numbers_table(100, 1)
     features = Features.resolve(spec, table.schema).fit(cut(table))
     bad = table.set_column(0, "x0", pa.array([value] + [0.0] * 99, pa.float64()))
-    with pytest.raises(ColumnError, match=f"column 'x0' .*{reason}"):
+    with pytest.raises(ColumnError, match="column 'x0' has values so far out"):
         features.followed(cut(bad))
 
 
