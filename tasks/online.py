@@ -224,8 +224,8 @@ class OnlineRun:
         if backlog:  # what is not listed would never count
             return ["backlog"]
         if self._trigger is None or self._trigger[0] != loaded.version:
-            measure = metric_of(loaded.learner.spec)
-            past = [Seen(shard.rows, shard.score[measure]) for shard in loaded.window if measure in shard.score]
+            metric = metric_of(loaded.learner.spec)
+            past = [Seen(shard.rows, shard.score[metric]) for shard in loaded.window if metric in shard.score]
             self._trigger = loaded.version, Trigger(self.settings.train_when, past)
 
         def rows(info: ObjectInfo) -> int | None:
@@ -257,8 +257,7 @@ class OnlineRun:
         if (found := ready.complete()) is None:
             return None
         before = score(loaded.learner, found.groups)
-        measure = metric_of(loaded.learner.spec)
-        return Seen(before.rows, before.loss if measure == "loss" else before.metrics.get(measure, math.nan))
+        return Seen(before.rows, finite(before).get(metric_of(loaded.learner.spec), math.nan))
 
     @property
     def listed(self) -> bool:

@@ -33,6 +33,7 @@ LEARNERS: Final[dict[str, tuple[Make, str | None]]] = {
     "online": (Tidemill, "online"),
     "replay": (partial(Tidemill, replay=REPLAY), "replay"),
     "retrain": (partial(Tidemill, policy="retrain"), "frozen"),
+    "online running": (partial(Tidemill, running=True), "online"),
     "linear online": (partial(Tidemill, factory="linear"), "linear online"),
     "river": (RiverLinear, "river"),
     "river by row": (RiverLinearByRow, "river"),

@@ -58,7 +58,7 @@ class Tidemill:
     seed: int
     factory: str = "mlp"
     policy: Literal["frozen", "online", "retrain"] = "online"
-    running: bool = False
+    running: bool = False  # statistics
     replay: ReplayMemory | None = None
     seen: list[pa.Table] = field(default_factory=list)
 

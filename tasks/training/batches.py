@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeVar, cast
 import numpy as np
 import pyarrow as pa
 import torch
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # it has none
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # ships no type hints
 from torch import Tensor
 
 from tasks.training.errors import ColumnError
@@ -22,7 +22,7 @@ from tasks.training.groups import RowGroup, Split, generator
 
 __all__ = ["Batch", "RowGroup", "Split", "Stream", "ahead", "in_batches", "joined"]
 
-TAKEN_ROWS: Final = 131_072
+TAKEN_ROWS: Final = 131_072  # positions that numpy turns into int64 at a time
 VIEWS: Final = 128
 """Batches that are cut at a time: so many objects that die as fast as they are made keep the garbage collector away."""
 

@@ -44,9 +44,8 @@ def wanted(mode: str, steps: int) -> bool:
 @contextmanager
 def tracing(compiled: "CompiledSteps | None") -> Iterator[None]:
     """While steps may be compiled: backward is inside of their graph, which torch does not trace by default."""
-    if compiled is None or not hasattr(
-        torch._dynamo.config, "trace_autograd_ops"
-    ):  # older torch: does not compile, says so
+    # Without the option an older torch does not compile, and `run` says so.
+    if compiled is None or not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         yield
         return
     with torch._dynamo.config.patch(trace_autograd_ops=True):  # for a whole pass: it takes 5% of a call

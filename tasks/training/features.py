@@ -22,11 +22,9 @@ from tasks.training.groups import RowGroup, Split
 from tasks.training.moments import Moments
 from tasks.training.packing import pack
 from tasks.training.spec import Column, Spec, Task
+from tasks.training.statistics import Statistics
 
 NULLS_BY_CHANCE: Final = 1e-6  # a wholly null column that is less probable than this is taken for a mistake
-WIDENING: Final = 1e3
-"""A shard that would make a column's running standard deviation so many times as large is refused: with the statistics it would
-be believed for ever."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +50,6 @@ class SequenceInput(NamedTuple):
     buckets: int  # ids run from 0 (no item, or a null) to this number, inclusive
 
 
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """What `Features.fit` learned, and `followed` after it. Standard deviations are of the population; a constant column's is 1.
-
-    Each row counts once, whatever its sample weight.
-    """
-
-    rows: int
-    nulls: tuple[int, ...]  # of each input column
-    mean_F: Tensor  # float64, over the values that are not null
-    std_F: Tensor  # float64
-    target_mean: Tensor  # float64 [T], over the values that are not null
-    target_std: Tensor  # float64 [T]
-    class_counts: Tensor | None  # int64 [classes]: labelled rows of each; None: class weights are not learned
-    moments: tuple[Moments, Moments] | None = None  # of the F numbers and the T targets; None: they stay as they are
-
-
 class Encoded(NamedTuple):
     """Rows as tensors. Read only: they may be views of Arrow's memory."""
 
@@ -85,7 +66,7 @@ class Features:
 
     By default the statistics are learned once and never move: shifting the inputs under trained weights changes the function
     that the model computes without any gradient step, and the optimizer's moments are then about inputs that no longer exist.
-    With `running` they follow the shards (`followed`), for data that leaves the range of the dataset.
+    With `running_statistics` they follow the shards (`followed`), for data that leaves the range of the dataset.
     """
 
     columns: tuple[Input, ...]
@@ -97,7 +78,7 @@ class Features:
     class_weighting: Literal["balanced"] | tuple[float, ...] | None
     standardize_features: bool
     standardize_target: bool
-    running: bool = False
+    running_statistics: bool = False
     dataset_columns: tuple[str, ...]  # of the schema that was resolved, used or not
     statistics: Statistics | None = None
 
@@ -117,7 +98,7 @@ class Features:
             class_weighting=spec.class_weights,
             standardize_features=spec.standardize_features,
             standardize_target=spec.standardize_target,
-            running=spec.running_statistics,
+            running_statistics=spec.running_statistics,
             dataset_columns=tuple(schema.names),
         )
 
@@ -228,32 +209,20 @@ class Features:
                 f"class_weights 'balanced' has no weight for that class: add rows of it, or name the weights"
             )
         found = Moments.of_columns(inputs), Moments.of_columns(targets)
-        return replace(self, statistics=_statistics(rows, nulls, *found, class_counts, running=self.running))
+        return replace(
+            self, statistics=Statistics.of(rows, nulls, *found, class_counts, running=self.running_statistics)
+        )
 
     def followed(self, groups: Iterable[RowGroup]) -> Self:
         """A copy whose statistics are of the rows of `groups` too; class weights stay.
 
-        Raises ColumnError: as `fit` does, or values so far out that the statistics would be of them alone (`WIDENING`).
+        Raises ColumnError: as `fit` does, or values so far out that the statistics would be of them alone.
         """
-        seen = self.statistics
-        assert seen is not None, "fit() comes before followed()"
-        assert seen.moments is not None, "running statistics were asked for"
+        assert self.statistics is not None, "fit() comes before followed()"
         rows, nulls, inputs, targets, _ = self._counted(groups, None)
-        nulls = [old + new for old, new in zip(seen.nulls, nulls, strict=True)]
-        all_inputs, all_targets = (
-            old.joined(Moments.of_columns(new)) for old, new in zip(seen.moments, (inputs, targets), strict=True)
-        )
         names = [column.name for column in self.columns for _ in range(column.numbers)]
-        for old, new, of in ((seen.moments[0], all_inputs, names), (seen.moments[1], all_targets, self.targets)):
-            wide_K = ~torch.isfinite(new.m2_K) | ((old.m2_K > 0) & (new.std_K > WIDENING * old.std_K))
-            if wide_K.any():
-                at = int(wide_K.nonzero()[0])
-                raise ColumnError(
-                    f"column {of[at]!r} has values so far out that its standard deviation over all rows seen would rise from "
-                    f"{old.std_K[at]:g} to {new.std_K[at]:g}: mend them, or write nulls"
-                )
-        statistics = _statistics(seen.rows + rows, nulls, all_inputs, all_targets, seen.class_counts, running=True)
-        return replace(self, statistics=statistics)
+        found = Moments.of_columns(inputs), Moments.of_columns(targets)
+        return replace(self, statistics=self.statistics.with_rows(rows, nulls, *found, (*names, *self.targets)))
 
     def _counted(
         self, groups: Iterable[RowGroup], split: Split | None
@@ -404,8 +373,8 @@ class Features:
             "standardize_target": self.standardize_target,
             "dataset_columns": list(self.dataset_columns),
         }
-        if self.running:  # absent from states that are older than it
-            config["running"] = True
+        if self.running_statistics:  # absent from states that are older than it
+            config["running_statistics"] = True
         if self.statistics is None:
             return {}, config
         seen = self.statistics
@@ -430,7 +399,7 @@ class Features:
         if tensors:
             target_mean, target_std = tensors["target"].unbind()
             moments = None
-            if known.get("running"):
+            if known.get("running_statistics"):
                 moments = (
                     Moments(tensors["moments.count"], tensors["mean"], tensors["moments.m2"]),
                     Moments(tensors["target_moments.count"], target_mean, tensors["target_moments.m2"]),
@@ -447,44 +416,9 @@ class Features:
             )
         columns = tuple(Input(**column) for column in known.pop("columns"))
         if statistics is not None:
-            _check(statistics, sum(column.numbers for column in columns), len(known["targets"]), len(columns))
+            statistics.check(len(columns), sum(column.numbers for column in columns), len(known["targets"]))
         lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}  # JSON has no tuples
         return cls(columns=columns, statistics=statistics, **(known | lists))
-
-
-def _statistics(
-    rows: int, nulls: Sequence[int], inputs: Moments, targets: Moments, class_counts: Tensor | None, *, running: bool
-) -> Statistics:
-    return Statistics(
-        rows=rows,
-        nulls=tuple(nulls),
-        mean_F=inputs.mean_K,
-        std_F=inputs.std_K,
-        target_mean=targets.mean_K,
-        target_std=targets.std_K,
-        class_counts=class_counts,
-        moments=(inputs, targets) if running else None,
-    )
-
-
-def _check(seen: Statistics, numbers: int, targets: int, columns: int) -> None:
-    """Raises ValueError for statistics that `fit` cannot have made of so many numbers, targets and columns."""
-
-    def means(values: Tensor, least: float) -> bool:
-        return values.dtype == torch.float64 and bool(torch.isfinite(values).all() and (values >= least).all())
-
-    lowest, smallest = torch.finfo(torch.float64).min, torch.finfo(torch.float64).tiny
-    inputs = seen.mean_F.shape == seen.std_F.shape == (numbers,)
-    outputs = seen.target_mean.shape == seen.target_std.shape == (targets,)
-    sound = inputs and outputs and len(seen.nulls) == columns
-    sound = sound and means(torch.cat([seen.mean_F, seen.target_mean]), lowest)
-    sound = sound and means(torch.cat([seen.std_F, seen.target_std]), smallest)
-    for moments in seen.moments or ():
-        shape = moments.mean_K.shape
-        sound = sound and moments.count_K.dtype == torch.int64 and bool((moments.count_K > 0).all())
-        sound = sound and moments.count_K.shape == moments.m2_K.shape == shape and means(moments.m2_K, 0.0)
-    if not sound:
-        raise ValueError("statistics of the columns that no dataset has")
 
 
 def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:

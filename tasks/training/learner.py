@@ -212,10 +212,11 @@ class Learner:
         stored = ([column.name for column in features.columns], features.targets, features.task)
         if wanted != stored:
             raise StateMismatch(f"the stored state is for (features, target, task) {stored}, the spec has {wanted}")
-        flags = ("standardize_features", "standardize_target", "running")
-        scaling = (spec.standardize_features, spec.standardize_target, spec.running_statistics)
-        if (found := tuple(getattr(features, name) for name in flags)) != scaling:
-            raise StateMismatch(f"the stored state has ({', '.join(flags)}) {found}, the spec has {scaling}")
+        for name in ("standardize_features", "standardize_target", "running_statistics"):
+            if getattr(features, name) != getattr(spec, name):
+                raise StateMismatch(
+                    f"the stored state has {name} {getattr(features, name)}, the spec {getattr(spec, name)}"
+                )
         stored_weights = _parsed(weights, "weights")
         if spec.model.factory in BUILT_IN_MODELS:
             with torch.device("meta"):  # before memory is taken for whatever sizes the spec asks for

@@ -395,6 +395,26 @@ def test_a_worse_score_is_a_reason_to_train(world: World) -> None:
     assert world.log.head().manifest.fired == ("score_drop",)
 
 
+def test_what_the_gate_compares_is_what_may_drop(world: World) -> None:
+    """The root of the mean squared error, in the target's unit: the loss, its square, would have risen by more."""
+    world.drain(GOOD)
+    put(world.url("inbox"), POISON)
+    run = world.run()
+    learner, found = load_learner(world.log, world.log.head()), []
+    for key in POISON:
+        shard = run.inbox.read(run.inbox.store.stat(key))
+        assert shard is not None
+        found.append((shard.info.key, score(learner, shard.row_groups())))
+    past = [s for version in world.log.history(world.log.head(), 64) for s in version.manifest.consumed]
+    usual = {name: sum(s.score[name] * s.rows for s in past) / sum(s.rows for s in past) for name in ("rmse", "loss")}
+    rows = sum(s.rows for _, s in found)
+    rise = sum(s.metrics["rmse"] * s.rows for _, s in found) / rows / usual["rmse"] - 1
+    by_loss = sum(s.loss * s.rows for _, s in found) / rows / usual["loss"] - 1
+    assert by_loss > 1.5 * rise
+    assert world.drain({}, train_when={"score_drop": 1.2 * rise}).versions == 0
+    assert world.drain({}, train_when={"score_drop": 0.9 * rise}).versions > 0
+
+
 def test_drift_is_a_reason_to_train_in_a_process_of_its_own_each_time(world: World) -> None:
     usual = {f"{i:03}.parquet": rows(20, 500 + i) for i in range(30)}
     world.drain(usual, max_shards=64)

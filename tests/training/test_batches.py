@@ -239,8 +239,8 @@ def test_operators_of_the_thread_that_works_ahead_use_no_other_thread():
     try:
         assert list(ahead(torch.get_num_threads() for _ in range(2))) == [1, 1]
         assert torch.get_num_threads() == 2
+        found: list[int] = []
         new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-        found = []
         new.start()
         new.join()
         assert found == [2]

@@ -518,7 +518,7 @@ def test_given_class_weights_need_no_dataset():
 # ---- state -----------------------------------------------------------------------------------------------------------
 SETTINGS = (
     *("targets", "target_families", "sample_weight", "task", "classes", "class_weighting", "dataset_columns"),
-    *("running", "standardize_features", "standardize_target"),
+    *("running_statistics", "standardize_features", "standardize_target"),
 )
 
 

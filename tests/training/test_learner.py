@@ -133,7 +133,7 @@ SCALED = plain_spec(standardize_features=True, standardize_target=True, running_
 @pytest.mark.parametrize("name", ["standardize_features", "standardize_target", "running_statistics"])
 def test_a_state_that_is_scaled_otherwise_is_refused(name):
     stored = begin(SCALED, GROUPS).dump()
-    with pytest.raises(StateMismatch, match="standardize_target, running"):
+    with pytest.raises(StateMismatch, match=f"stored state has {name} True, the spec False"):
         Learner.load(SCALED.model_copy(update={name: False}), *stored)
 
 
