@@ -18,6 +18,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import IntervalSchedule
 
 from storage.log import open_log
 from storage.urls import open_store
@@ -111,15 +112,12 @@ def test_schedules_run_both_pipelines(
 
         run = scheduled_run(client, batch, tmp_path)
         assert run.state_name == "Completed"
-        client.update_deployment_schedule(batch.id, batch.schedules[0].id, active=False)
         assert log.head().number == 0
         wait_until(lambda: "epoch 2 of 2" in messages(client, run), seconds=30, what="our progress in Prefect's log")
 
         # Before there is a model, an online run could only fail
-        client.update_deployment_schedule(online.id, online.schedules[0].id, active=True)
         run = scheduled_run(client, online, tmp_path)
         assert run.state_name == "Completed"
-        client.update_deployment_schedule(online.id, online.schedules[0].id, active=False)
 
     assert log.head().number >= 1
     assert place.inbox_keys() == []
@@ -132,7 +130,7 @@ def test_schedules_run_both_pipelines(
 
 
 def write_deployments(folder: Path, place: Place) -> None:
-    """The shipped file with our URLs and spec, and frequent schedules; the one of `online` is still inactive."""
+    """The shipped file with our URLs and spec, and schedules that are still inactive."""
     content: dict[str, Any] = yaml.safe_load(SHIPPED.read_text())
     batch, online, _ = content["deployments"]
     content["deployments"] = [batch, online]
@@ -144,17 +142,25 @@ def write_deployments(folder: Path, place: Place) -> None:
     }
     online["parameters"] |= {"inbox": place.inbox, "registry": place.registry, "model": "model"}
     online["parameters"]["settings"] |= {"archive_to": place.archive, "max_shards": 2}
-    now = datetime.datetime.now(datetime.UTC).isoformat()
-    batch["schedules"] = [{"interval": 10, "anchor_date": now, "slug": "nightly"}]
-    online["schedules"] = [{"interval": 10, "anchor_date": now, "slug": "poll", "active": False}]
     for deployment in (batch, online):
+        (schedule,) = deployment["schedules"]
+        schedule["active"] = False
         deployment["work_pool"]["job_variables"]["env"] |= {"OMP_NUM_THREADS": "1", "TIDEMILL_FACTORIES": "mymodel"}
     (folder / "prefect.yaml").write_text(yaml.safe_dump(content))
     (folder / "mymodel.py").write_text(OWN_MODEL)
 
 
 def scheduled_run(client: SyncPrefectClient, deployment: DeploymentResponse, folder: Path) -> FlowRun:
-    """The first run of a deployment that ends in another way than by being cancelled in favour of one before it."""
+    """The first run of a deployment that ends in another way than by being cancelled in favour of one before it.
+
+    Its schedule is active until then, with a run in 5 seconds; each one more that starts meanwhile costs seconds of a core.
+    """
+    soon = IntervalSchedule(
+        interval=datetime.timedelta(seconds=30),
+        anchor_date=datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=5),
+    )
+    (schedule,) = deployment.schedules
+    client.update_deployment_schedule(deployment.id, schedule.id, active=True, schedule=soon)
     of_it = DeploymentFilter(id=DeploymentFilterId(any_=[deployment.id]))
     ended: list[FlowRun] = []
 
@@ -167,6 +173,7 @@ def scheduled_run(client: SyncPrefectClient, deployment: DeploymentResponse, fol
         wait_until(has_ended, seconds=120, what=f"a run of {deployment.name}")
     except TimeoutError as error:
         raise AssertionError(f"{error}\n{(folder / 'worker.log').read_text()}") from None
+    client.update_deployment_schedule(deployment.id, schedule.id, active=False)
     run = min(ended, key=lambda r: r.expected_start_time or r.created or datetime.datetime.max)
     assert run.auto_scheduled
     assert run.state is not None

@@ -56,7 +56,7 @@ DELAYED = ONLINE.model_copy(
     }
 )
 PATIENT = BatchSettings(holdout=0.3, patience=1)
-MOMENTS = {"local": 16, "s3": 6}
+MOMENTS = {"local": 12, "s3": 5}
 """How many moments of a sweep CI takes, spread over the run; of an online run on local, more."""
 SAMPLE, FULL = {"local": 4, "s3": 2}, {"local": 1000, "s3": 100}
 """How many runs are killed again and again."""
