@@ -82,7 +82,7 @@ def train(
             --features distance '{"name": "carrier", "kind": "category"}' \\
             --model.factory mymodels:Net --model.arguments '{"width": 32}'
     """
-    _prepare_flow(dataset, registry)
+    _prepare_flow(dataset, registry, settings.holdout_dataset)
     from flows.batch import batch_training
 
     _print(views.trained(batch_training(dataset, registry, model, spec.spec(), settings)), as_json)
@@ -110,10 +110,11 @@ def follow(
         tidemill follow s3://bucket/inbox s3://bucket/registry flights \\
             --after-commit archive --archive-to s3://bucket/data/archive
     """
-    _prepare_flow(inbox, registry)
+    given = settings.settings()
+    _prepare_flow(inbox, registry, given.archive_to, given.labels, given.holdout_dataset, given.retrain_dataset)
     from flows.online import online_training
 
-    _print(views.followed(online_training(inbox, registry, model, settings.settings())), as_json)
+    _print(views.followed(online_training(inbox, registry, model, given)), as_json)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -368,11 +369,13 @@ def _find_own_modules() -> None:
         sys.path.append(os.getcwd())
 
 
-def _prepare_flow(*urls: str) -> None:
+def _prepare_flow(*urls: str | None) -> None:
     """Import Prefect with our log lines going to its UI, and time for a slow machine to start a temporary server."""
     from storage.urls import open_store
 
-    for url in urls:  # before Prefect keeps as a parameter what names no store, and perhaps holds a secret
+    for url in filter(
+        None, urls
+    ):  # before Prefect keeps as a parameter what names no store, and perhaps holds a secret
         open_store(url)
     _find_own_modules()
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "tidemill")
@@ -431,7 +434,8 @@ def _message(error: Exception) -> str | None:
     """All that a user needs to know of an error; None for those that are bugs, and keep their traceback."""
     from storage.errors import StorageError
 
-    if isinstance(error, StorageError) or any(c.__name__ == "TrainingError" for c in type(error).__mro__):
+    told = {"TrainingError", "GateClosed"}  # by name: importing them takes seconds
+    if isinstance(error, StorageError) or told.intersection(c.__name__ for c in type(error).__mro__):
         return str(error)
     if isinstance(error, RuntimeError) and str(error).startswith("Failed to reach API"):  # Prefect's
         return (

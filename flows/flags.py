@@ -102,6 +102,8 @@ def spec_file(tokens: Sequence[str]) -> list[Callable[..., Any]]:
     if not isinstance(fields, dict):
         raise UsageError(f"--spec {path} must hold one mapping of settings: features: [...], target: ..., and so on")
     fields = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(on := fields.get("compile"), bool):  # what YAML takes a bare on or off for
+        fields["compile"] = "on" if on else "off"
     for part in ("model", "optimizer", "schedule"):
         if isinstance(inner := fields.get(part), dict) and "arguments" in inner:
             try:

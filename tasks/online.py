@@ -98,7 +98,7 @@ class OnlineRun:
         """Open both ends and make sure that the model exists.
 
         Raises:
-            UnknownModel, StoreNotFound, UnsupportedStore: see there.
+            UnknownModel, StoreNotFound, UnsupportedStore: see there; the last one also if the places overlap.
         """
         self.settings, self._open_store = settings, stores
         self._opened: dict[str, Store] = {}
@@ -106,7 +106,7 @@ class OnlineRun:
         self.inbox = Inbox(self.stores(inbox))
         check_preconditions(self.log.store)
         self._certify(self.inbox)
-        self._check_archive(self.inbox)
+        self._check_outside(self.inbox)
         self.report = OnlineReport(model=model, head=self.log.head().number)
         self.champion = Champion(self.log, settings)
         self.delayed: DelayedLabels | None = None
@@ -117,11 +117,13 @@ class OnlineRun:
                     f"labels={labels.url} and the inbox {self.inbox.url} must lie beside each other."
                 )
             self._certify(labels)
-            self._check_archive(labels)
+            self._check_outside(labels)
             self.delayed = DelayedLabels(self.log, labels, settings.label_key, settings)
         self._loaded: Loaded | None = None
         self._reader: Reader | None = None
         """Of the last listing."""
+        self._listed_all_known = False
+        """Whether the last listing had all shards that the inbox holds and that were consumed before."""
         self._fired: list[Reason] = []
         """Why the shards of the last listing are trained on."""
         self._trigger: tuple[Version, Trigger] | None = None
@@ -133,12 +135,21 @@ class OnlineRun:
         except PermissionDenied:  # a consumer need not be allowed to write there: then each delete compares for itself
             inbox.store.conditional_delete = False
 
-    def _check_archive(self, inbox: Inbox) -> None:
-        if self.settings.archive_to is None:
-            return
-        archive = self.stores(self.settings.archive_to).url
-        if f"{archive}/".startswith(f"{inbox.url}/"):
-            raise UnsupportedStore(f"archive_to={archive} lies inside the inbox {inbox.url}; choose one outside.")
+    def _check_outside(self, inbox: Inbox) -> None:
+        """Every object below an inbox is a shard, to be consumed and removed: nothing else may live there."""
+        settings = self.settings
+        others = {
+            "archive_to": settings.archive_to,
+            "holdout_dataset": settings.holdout_dataset,
+            "retrain_dataset": settings.retrain_dataset,
+        }
+        urls = {name: self.stores(url).url for name, url in others.items() if url is not None}
+        for name, url in {"the registry": self.log.store.url, **urls}.items():
+            if f"{url}/".startswith(f"{inbox.url}/"):
+                raise UnsupportedStore(
+                    f"{name}, {url}, lies inside the inbox {inbox.url}, whose objects are taken for shards and removed; "
+                    "choose a place outside."
+                )
 
     def stores(self, url: str) -> Store:
         """The store at this URL, opened once: what was found out about it is kept."""
@@ -198,13 +209,14 @@ class OnlineRun:
 
     def look(self, loaded: Loaded) -> None:
         """List the inbox for the coming steps; remove what was consumed before and has been sent again."""
+        labels: list[ObjectInfo] = []
         if self.delayed is not None:
-            self._remove_duplicates(
-                loaded, self.delayed.inbox, self.delayed.look(self._known(loaded, self.delayed.inbox))
-            )
+            labels = self.delayed.look(self._known(loaded, self.delayed.inbox))
+            self._remove_duplicates(loaded, self.delayed.inbox, labels)
         complete = (lambda info: True) if self.delayed is None else self.delayed.have
         listing = self.inbox.list(LISTED_AHEAD, self._known(loaded, self.inbox), complete)
         self._remove_duplicates(loaded, self.inbox, listing.known)
+        self._listed_all_known = max(len(labels), len(listing.known)) < LISTED_AHEAD
         shards: list[ObjectInfo] = []
         for info in listing.shards:
             if info.size <= self.settings.max_shard_bytes:
@@ -275,7 +287,7 @@ class OnlineRun:
         return known
 
     def _remove_duplicates(self, loaded: Loaded, inbox: Inbox, known: list[ObjectInfo]) -> None:
-        """Remove what was consumed before and sent again; what is owed is being removed anyway."""
+        """Remove what was consumed before and sent again, or kept; what is owed is being removed anyway."""
         if self.settings.after_commit == "keep":
             return
         owed = {(debt.inbox, debt.key, debt.etag) for debt in loaded.owed}
@@ -288,11 +300,15 @@ class OnlineRun:
 
     def _remove(self, loaded: Loaded, inbox: Inbox, duplicates: list[tuple[ObjectInfo, str]]) -> None:
         """Remove shards (with their sha256) that were consumed before; what is denied is owed like any other, and remembered."""
-        debts = [Owed(inbox=inbox.url, key=i.key, sha256=d, etag=i.etag, then="delete") for i, d in duplicates]
+        # Archived like others, since they may have been kept until now; an archive does not get twice what it holds.
+        then, to = self.settings.after_commit, self.settings.archive_to
+        assert then != "keep"
+        debts = [
+            Owed(inbox=inbox.url, key=info.key, sha256=digest, etag=info.etag, then=then, to=to)
+            for info, digest in duplicates
+        ]
         for debt in debts:
-            logger.info(
-                "%s/%s was consumed before and sent again: removed, not trained on", inbox.url, on_one_line(debt.key)
-            )
+            logger.info("%s/%s was consumed before: removed, not trained on again", inbox.url, on_one_line(debt.key))
         loaded.owed += settle(self.log, debts, self.stores)
         self.report.duplicates += len(debts)
 
@@ -400,7 +416,8 @@ class OnlineRun:
         tombstones = loaded.tombstones.copy()
         for shard in work.consumed_objects:
             tombstones.add(shard.inbox, shard.key, shard.sha256, shard.etag)
-        if self.settings.after_commit != "keep":  # what is kept in the inbox must be remembered for as long
+        # What is in the inbox must be remembered: all that is kept, and what an earlier run has kept and is not removed yet.
+        if self.settings.after_commit != "keep" and self._listed_all_known:
             tombstones.prune(keep=((debt.inbox, debt.key, debt.sha256) for debt in owed))
         weights, state = loaded.learner.dump()
         window = loaded.window.copy()

@@ -23,6 +23,7 @@ from storage.inbox import quarantined
 from storage.log import open_log
 from storage.urls import open_store
 from tasks.batch import VersionInfo
+from tasks.gate import GateClosed
 from tasks.report import OnlineReport
 from tasks.settings import BatchSettings, OnlineSettings
 from tasks.training.spec import Column, Model, Optimizer, Spec
@@ -354,6 +355,16 @@ def test_train_with_a_file(
     assert batch_calls == [("d", "r", "m", Spec.model_validate(wanted), BatchSettings())]
 
 
+@pytest.mark.parametrize("word", ["on", "off", "auto", "'on'"])
+def test_yaml_takes_a_bare_on_for_a_boolean(
+    tidemill: Run, batch_calls: list[tuple[Any, ...]], tmp_path: Path, word: str
+) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text(f"features: [a]\ntarget: y\ncompile: {word}\n")
+    assert tidemill("train", "d", "r", "m", "--spec", str(file)).code == 0
+    assert batch_calls[0][3].compile == word.strip("'")
+
+
 @memory
 def test_the_spec_of_a_version_can_be_used_again(
     tidemill: Run, model: Place, batch_calls: list[tuple[Any, ...]], tmp_path: Path
@@ -520,6 +531,30 @@ def test_wrong_credentials(s3_server: S3, tmp_path: Path) -> None:
     assert (result.code, result.out) == (1, "")
     assert result.err.startswith("tidemill: s3://tidemill-tests")
     assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "d", "r", "m", "--features", "a", "--target", "y", "--holdout-dataset"),
+        ("follow", "i", "r", "m", "--after-commit", "archive", "--archive-to"),
+        ("follow", "i", "r", "m", "--label-key", "id", "--labels"),
+        ("follow", "i", "r", "m", "--champion", "move", "--holdout-dataset"),
+    ],
+)
+def test_a_secret_in_a_url_is_refused_before_prefect_sees_it(tidemill: Run, arguments: tuple[str, ...]) -> None:
+    result = tidemill(*arguments, "s3://me:hunter2@bucket/x")  # nothing is called: that would fail otherwise
+    assert (result.code, result.out) == (1, "")
+    assert "hunter2" not in result.err
+
+
+def test_a_person_who_must_decide_is_told_so(tidemill: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def online_training(*arguments: Any) -> OnlineReport:
+        raise GateClosed("3 versions in a row were worse")
+
+    monkeypatch.setattr(flows.online, "online_training", online_training)
+    result = tidemill("follow", "i", "r", "m")
+    assert (result.code, result.err.splitlines()[-1]) == (1, "tidemill: 3 versions in a row were worse")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 
 import pyarrow as pa
 import pytest
@@ -23,6 +24,7 @@ from storage.log import open_log
 from storage.manifest import Entry
 from storage.retention import collect_garbage
 from storage.store import ObjectInfo, Store
+from storage.tombstones import Tombstones
 from storage.urls import open_store
 from tasks import batch, online
 from tasks.online import OnlineRun, Outcome
@@ -142,6 +144,34 @@ def test_keep_leaves_shards_and_never_trains_them_again(registry: str, make_url:
     assert drain(open_run(make_url("inbox"), registry, after_commit="keep")).shards == 3
     report = drain(open_run(make_url("inbox"), registry, after_commit="keep"))
     assert (report.shards, report.waiting, len(keys(make_url("inbox")))) == (0, 0, 3)
+
+
+def test_what_was_kept_is_archived_by_a_run_that_archives(registry: str, make_url: MakeUrl) -> None:
+    put(make_url("inbox"), days(3))
+    drain(open_run(make_url("inbox"), registry, after_commit="keep"))
+    report = drain(open_run(make_url("inbox"), registry, after_commit="archive", archive_to=make_url("archive")))
+    assert (report.shards, report.duplicates, keys(make_url("inbox"))) == (0, 3, [])
+    assert keys(make_url("archive")) == sorted(days(3))
+
+
+def test_what_was_kept_is_remembered_until_it_is_removed(
+    memory_registry: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much it is: more than the tombstones' window and than one listing."""
+    monkeypatch.setattr(online, "LISTED_AHEAD", 2)
+    monkeypatch.setattr(Tombstones, "prune", partialmethod(Tombstones.prune, window=1))
+    put(memory_url("inbox"), days(7))
+    drain(open_run(memory_url("inbox"), memory_registry, after_commit="keep"))
+    put(memory_url("inbox"), days(4, start=10))
+    report = drain(open_run(memory_url("inbox"), memory_registry, max_shards=1))
+    assert report.shards == 4
+    drain(open_run(memory_url("inbox"), memory_registry))
+    assert keys(memory_url("inbox")) == []
+    put(memory_url("inbox"), days(1, start=20))
+    drain(open_run(memory_url("inbox"), memory_registry))
+    log = open_log(memory_registry, "model")
+    assert log.head().manifest.counters["shards"] == 7 + 4 + 1
+    assert len(log.tombstones(log.head())) == 1  # the window: nothing else is in the inbox
 
 
 def test_what_arrives_later_is_consumed_even_under_a_lower_key(registry: str, make_url: MakeUrl) -> None:
@@ -407,11 +437,23 @@ def test_an_inbox_that_does_not_exist_is_not_made(memory_registry: str, tmp_path
     assert not (tmp_path / "typo").exists()
 
 
-def test_an_archive_inside_the_inbox_is_refused(memory_registry: str, memory_url: MakeUrl) -> None:
-    with pytest.raises(UnsupportedStore, match="inside the inbox"):
-        open_run(
-            memory_url("inbox"), memory_registry, after_commit="archive", archive_to=memory_url("inbox") + "/archive"
-        )
+INSIDE = {
+    "archive_to": {"after_commit": "archive"},
+    "holdout_dataset": {},
+    "retrain_dataset": {"after_refusals": "retrain", "champion": "move"},
+}
+
+
+@pytest.mark.parametrize("place", INSIDE)
+def test_nothing_else_may_lie_inside_the_inbox(place: str, memory_registry: str, memory_url: MakeUrl) -> None:
+    with pytest.raises(UnsupportedStore, match=rf"{place}, memory://.*/inbox/here, lies inside the inbox"):
+        open_run(memory_url("inbox"), memory_registry, **(INSIDE[place] | {place: memory_url("inbox") + "/here"}))
+
+
+def test_a_registry_inside_the_inbox_is_refused(memory_registry: str, memory_url: MakeUrl) -> None:
+    with pytest.raises(UnsupportedStore, match=r"the registry, memory://.*, lies inside the inbox"):
+        open_run(memory_registry, memory_registry)
+    assert keys(memory_registry)
 
 
 @pytest.mark.parametrize("blob", ["weights", "state"])
