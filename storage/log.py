@@ -233,12 +233,16 @@ class VersionLog:
                 logger.warning("version %d is committed, but head.json could not be written: %s", number, error)
         return version
 
-    def rollback(self, name: str) -> Version:
+    def rollback(self, name: str, head: Version | None = None) -> Version:
         """Append a version with the weights and state of an older one. Owed shards and tombstones stay the head's.
 
         The blobs are copied under new names: garbage collection may be removing the old ones at this moment.
+
+        Raises:
+            HeadMoved: `head`, about which it was decided (None: whichever it is now), is the head no more.
         """
-        head, target = self.head(), self.resolve(name)
+        target = self.resolve(name)
+        head = head or self.head()
         blobs, number = target.manifest.blobs, head.number + 1
         weights, state = self.read_blob(blobs.weights), self.read_blob(blobs.state)
         entry = Entry(

@@ -88,7 +88,7 @@ class Consumed(Record):
     champion: dict[str, float] = Field(default_factory=dict)
     """The champion's score on the same rows; empty if there was none to compare with."""
     loss: float | None = None
-    """Mean over samples while training on it, last pass. None if it had no row with a label."""
+    """Mean over samples while training on it, last pass."""
     passes: int = 1
     """How many times its rows were trained on."""
     labels: LabelShard | None = None

@@ -4,7 +4,7 @@ Stored as one blob of JSON lines, oldest first: `["<inbox>", "<key>", "<sha256>"
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from storage.errors import CorruptObject
 
@@ -53,13 +53,18 @@ class Tombstones:
         """
         return self._etags.get((inbox, key, etag))
 
-    def prune(self, keep: Iterable[tuple[str, str, str]] = (), window: int = WINDOW) -> None:
-        """Forget all but the last `window`, and never one of `keep` (inbox, key, sha256): those are still in the inbox."""
-        if (surplus := len(self._lines) - window) <= 0:
+    def prune(self, inboxes: Collection[str], keep: Iterable[tuple[str, str, str]] = (), window: int = WINDOW) -> None:
+        """Forget all but the last `window` of these inboxes: another run may have kept its shards in another one.
+
+        Never one of `keep` (inbox, key, sha256): those are still in the inbox.
+        """
+        identities = [identity for identity in self._lines if identity[0] in inboxes]
+        if (surplus := len(identities) - window) <= 0:
             return
         kept = set(keep)
-        for identity in [i for i in list(self._lines)[:surplus] if i not in kept]:
-            self._forget(identity)
+        for identity in identities[:surplus]:
+            if identity not in kept:
+                self._forget(identity)
 
     def _forget(self, identity: tuple[str, str, str]) -> None:
         if (found := self._lines.pop(identity, None)) is not None:

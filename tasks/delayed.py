@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from itertools import islice
 from typing import Final
 
@@ -19,7 +20,8 @@ from storage.store import ObjectInfo
 from tasks.gate import finite
 from tasks.labels import Labels
 from tasks.settings import OnlineSettings
-from tasks.training.errors import TrainingError
+from tasks.training.errors import ColumnError, TrainingError
+from tasks.training.features import Features
 from tasks.training.groups import RowGroup as AnyRowGroup
 from tasks.training.learner import Frozen
 from tasks.training.loop import score
@@ -56,51 +58,78 @@ class DelayedLabels:
         self.log, self.inbox, self.column, self._settings = log, inbox, column, settings
         self._waiting: dict[str, ObjectInfo] = {}
         self._then: tuple[int, Frozen | None] | None = None
+        self._warned: set[str] = set()
+        self._version = lru_cache(maxsize=64)(log.version)
+        """Manifests never change; bisections for neighbouring moments ask for the same ones."""
 
     # ---- matching ----------------------------------------------------------------------------------------------------
     def look(self, known: Callable[[ObjectInfo], bool]) -> list[ObjectInfo]:
         """List the labels that wait. Returns those that were consumed before."""
-        listing = self.inbox.list(LISTED, known)
+        listing = self.inbox.list(LISTED, known, self._can_be_read)
         self._waiting = {}
         for info in listing.shards:
-            if info.size <= self._settings.max_shard_bytes:
-                self._waiting.setdefault(original_key(info.key), info)
-            else:
-                logger.warning(
-                    "%s/%s has %d bytes, more than max_shard_bytes; it and its features stay. Split both, or raise the limit.",
-                    *(self.inbox.url, on_one_line(info.key), info.size),
-                )
+            self._waiting.setdefault(original_key(info.key), info)
+        if len(listing.shards) == LISTED:
+            self._warn(
+                f"{self.inbox.url} holds {listing.waiting:,} shards of labels, of which the oldest {LISTED:,} are matched with "
+                "features. Those whose features never came, or were rejected, hold up the others: move them away."
+            )
         return listing.known
+
+    def _can_be_read(self, info: ObjectInfo) -> bool:
+        if info.size <= self._settings.max_shard_bytes:
+            return True
+        self._warn(
+            f"{self.inbox.url}/{info.key} has {info.size:,} bytes, more than max_shard_bytes; it and its features stay. "
+            "Split both, or raise the limit."
+        )
+        return False
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(on_one_line(message))
 
     def have(self, features: ObjectInfo) -> bool:
         """Whether the labels of a shard of features have arrived."""
         return original_key(features.key) in self._waiting
 
-    def completed(self, features: Shard, groups: Sequence[RowGroup], targets: tuple[str, ...]) -> Complete | None:
+    def completed(self, shard: Shard, groups: Sequence[RowGroup], features: Features) -> Complete | None:
         """A shard of features with its labels; None if these went since they were listed, or are not whole yet.
 
         Raises:
             BadLabels: the labels can never be used.
             ShardRejected: the features cannot be joined with them.
         """
-        info = self._waiting.get(original_key(features.info.key))
-        if info is None or (shard := self.inbox.read(info)) is None:
+        info = self._waiting.get(original_key(shard.info.key))
+        if info is None or (found := self.inbox.read(info)) is None:
             return None
         try:
-            labels = Labels(shard.row_groups(), self.column, targets)
+            labels = Labels(found.row_groups(), self.column, features.targets)
         except NotReady as unready:
             if self.inbox.is_stable(info, self._settings.grace_seconds):
-                raise BadLabels(shard, str(unready)) from unready
+                raise BadLabels(found, str(unready)) from unready
             return None
         except ShardRejected as bad:
-            raise BadLabels(shard, str(bad)) from bad
+            raise BadLabels(found, str(bad)) from bad
         joined = labels.join(groups)
+        try:
+            tables = [group.read(features.targets) for group in joined.groups]
+            for table in tables:
+                features.target(table, f"{found.inbox}/{info.key}")
+        except ColumnError as bad:
+            raise BadLabels(found, str(bad)) from bad
+        if not any(map(features.labelled, tables)):
+            raise BadLabels(
+                found,
+                f"{info.key} has no label for any row of {shard.info.key}: compare column {self.column!r} of both",
+            )
         return Complete(
             joined.groups,
             LabelShard(
-                inbox=shard.inbox,
+                inbox=found.inbox,
                 key=info.key,
-                sha256=shard.sha256,
+                sha256=found.sha256,
                 etag=info.etag,
                 size=info.size,
                 last_modified=info.last_modified,
@@ -131,26 +160,26 @@ class DelayedLabels:
         """The version that served at a moment. Where no gate moves the alias, the one that it names, if that existed."""
         if self._settings.champion != "move":
             alias = self.log.alias(self._settings.alias)
-            newest = newest_at(self.log, head, moment)
-            return newest if alias is None or alias.version > newest.number else self.log.version(alias.version)
-        return served_at(self.log, head, moment)
+            newest = newest_at(self._version, head, moment)
+            return newest if alias is None or alias.version > newest.number else self._version(alias.version)
+        return served_at(self.log, self._version, head, moment)
 
 
-def served_at(log: VersionLog, head: Version, moment: datetime) -> Version:
+def served_at(log: VersionLog, version_at: Callable[[int], Version], head: Version, moment: datetime) -> Version:
     """The version that served at a moment, as far as the gate moved the alias; version 0 before there was any.
 
     That is what the last decision before it left as champion, or what a batch training or a rollback has made since.
     """
-    newest = newest_at(log, head, moment)
+    newest = newest_at(version_at, head, moment)
     for version in islice(log.history(newest), UNDECIDED):
         if (gate := version.manifest.gate) is not None:
-            return version if gate.decision == "promoted" else log.version(gate.champion)
+            return version if gate.decision == "promoted" else version_at(gate.champion)
         if version.manifest.kind != "online":
             return version
     return newest
 
 
-def newest_at(log: VersionLog, head: Version, moment: datetime) -> Version:
+def newest_at(version_at: Callable[[int], Version], head: Version, moment: datetime) -> Version:
     """The newest version at a moment; version 0 before there was any.
 
     Found by bisection: the log is ordered by time as far as the clocks of its writers agree.
@@ -158,5 +187,5 @@ def newest_at(log: VersionLog, head: Version, moment: datetime) -> Version:
     low, high = 0, head.number
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if log.version(middle).manifest.created <= moment else (low, middle - 1)
-    return log.version(low)
+        low, high = (middle, high) if version_at(middle).manifest.created <= moment else (low, middle - 1)
+    return version_at(low)

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -29,7 +29,7 @@ from storage.errors import (
     on_one_line,
 )
 from storage.inbox import Inbox, quarantine_key, settle
-from storage.log import Version, VersionLog
+from storage.log import Alias, Version, VersionLog
 from storage.manifest import Blobs, Consumed, Entry, Gate, Owed
 from storage.parallel import at_once
 from storage.probe import check_preconditions
@@ -158,6 +158,12 @@ class OnlineRun:
             store = self._opened[url] = self._opened.setdefault(store.url, store)
         return store
 
+    def _settled(self, owed: Sequence[Owed]) -> tuple[Owed, ...]:
+        """What is left of these debts, which may be of other inboxes than this run's."""
+        for url in {debt.inbox for debt in owed}:
+            self._certify(Inbox(self.stores(url)))
+        return settle(self.log, owed, self.stores)
+
     def forget(self) -> None:
         """Drop the memory: the next step starts from what is stored."""
         self._loaded = None
@@ -185,11 +191,11 @@ class OnlineRun:
             manifest = version.manifest
             if changed := differences(manifest.environment, environment()):
                 self._warn(f"bits may differ from those of the run before: {'; '.join(changed)}")
-            owed = settle(self.log, manifest.owed, self.stores)
+            owed = self._settled(manifest.owed)
             self.champion.follow(version, learner)
             loaded = self._loaded = Loaded(version, learner, tombstones, owed, time.monotonic(), *self._past(version))
         elif loaded.owed and time.monotonic() - loaded.settled_at > SETTLE_AGAIN_SECONDS:
-            loaded.owed, loaded.settled_at = settle(self.log, loaded.owed, self.stores), time.monotonic()
+            loaded.owed, loaded.settled_at = self._settled(loaded.owed), time.monotonic()
         self.report.head, self.report.owed = loaded.version.number, len(loaded.owed)
         return loaded
 
@@ -213,23 +219,24 @@ class OnlineRun:
         if self.delayed is not None:
             labels = self.delayed.look(self._known(loaded, self.delayed.inbox))
             self._remove_duplicates(loaded, self.delayed.inbox, labels)
-        complete = (lambda info: True) if self.delayed is None else self.delayed.have
-        listing = self.inbox.list(LISTED_AHEAD, self._known(loaded, self.inbox), complete)
+        listing = self.inbox.list(LISTED_AHEAD, self._known(loaded, self.inbox), self._can_be_read)
         self._remove_duplicates(loaded, self.inbox, listing.known)
         self._listed_all_known = max(len(labels), len(listing.known)) < LISTED_AHEAD
-        shards: list[ObjectInfo] = []
-        for info in listing.shards:
-            if info.size <= self.settings.max_shard_bytes:
-                shards.append(info)
-                continue
+        shards = listing.shards
+        self.report.waiting, self.report.oldest_waiting = listing.waiting, listing.oldest
+        self._fired = self._why(loaded, shards, backlog=len(shards) == LISTED_AHEAD)
+        read = partial(read_shard, self.inbox, self.delayed, loaded.learner.features)
+        self._reader = Reader(shards if self._fired else [], read, self.inbox.store.concurrency)
+
+    def _can_be_read(self, info: ObjectInfo) -> bool:
+        """Whether a shard in the inbox is small enough, and its labels have come."""
+        if info.size > self.settings.max_shard_bytes:
             self._warn(
                 f"{self.inbox.url}/{info.key} has {info.size:,} bytes, more than max_shard_bytes="
                 f"{self.settings.max_shard_bytes:,}; it stays in the inbox. Split it, or raise the limit."
             )
-        self.report.waiting, self.report.oldest_waiting = listing.waiting, listing.oldest
-        self._fired = self._why(loaded, shards, backlog=len(listing.shards) == LISTED_AHEAD)
-        read = partial(read_shard, self.inbox, self.delayed, loaded.learner.features)
-        self._reader = Reader(shards if self._fired else [], read, self.inbox.store.concurrency)
+            return False
+        return self.delayed is None or self.delayed.have(info)
 
     def _why(self, loaded: Loaded, shards: list[ObjectInfo], *, backlog: bool) -> list[Reason]:
         """Why to train on what was listed; empty: the triggers say to wait."""
@@ -309,7 +316,7 @@ class OnlineRun:
         ]
         for debt in debts:
             logger.info("%s/%s was consumed before: removed, not trained on again", inbox.url, on_one_line(debt.key))
-        loaded.owed += settle(self.log, debts, self.stores)
+        loaded.owed += self._settled(debts)
         self.report.duplicates += len(debts)
 
     def _warn(self, message: str) -> None:
@@ -418,7 +425,8 @@ class OnlineRun:
             tombstones.add(shard.inbox, shard.key, shard.sha256, shard.etag)
         # What is in the inbox must be remembered: all that is kept, and what an earlier run has kept and is not removed yet.
         if self.settings.after_commit != "keep" and self._listed_all_known:
-            tombstones.prune(keep=((debt.inbox, debt.key, debt.sha256) for debt in owed))
+            mine = {self.inbox.url} | ({self.delayed.inbox.url} if self.delayed is not None else set())
+            tombstones.prune(mine, keep=((debt.inbox, debt.key, debt.sha256) for debt in owed))
         weights, state = loaded.learner.dump()
         window = loaded.window.copy()
         window.extend(work.consumed)
@@ -480,7 +488,7 @@ class OnlineRun:
         settings, learner = self.settings, work.loaded.learner
         scored = self.champion.holdout(learner)
         on_holdout = {} if scored is None else {"rows": scored[0].rows, **finite(scored[0])}
-        if settings.champion != "move" or self.champion.alias is None or not any(s.rows for s in work.consumed):
+        if settings.champion != "move" or self.champion.alias is None or not work.consumed:
             return None, on_holdout
         return decide(
             settings, self.champion.alias, metric_of(learner.spec), window, scored, work.loaded.gate
@@ -489,7 +497,7 @@ class OnlineRun:
     def settle(self) -> None:
         """Dispose of what the version just committed is done with; move the alias if it says so."""
         if (loaded := self._loaded) is not None:
-            loaded.owed, loaded.settled_at = settle(self.log, loaded.owed, self.stores), time.monotonic()
+            loaded.owed, loaded.settled_at = self._settled(loaded.owed), time.monotonic()
             self.champion.settle(loaded.version, loaded.learner)
             self.report.owed = len(loaded.owed)
 
@@ -504,12 +512,12 @@ class OnlineRun:
         gate, settings, head = loaded.version.manifest.gate, self.settings, loaded.version
         if gate is None or gate.refusals < settings.refusals or settings.after_refusals == "continue":
             return None
-        if self.champion.is_version(head.number):  # somebody has promoted it nevertheless
+        if self.log.alias(settings.alias) != Alias(gate.champion, gate.moves):  # somebody has decided otherwise
             return None
         if settings.after_refusals == "retrain":
             return Step(Outcome.RETRAIN)
         if settings.after_refusals == "rollback":
-            version = self.log.rollback(str(gate.champion))
+            version = self.log.rollback(str(gate.champion), head)
             logger.warning("version %d: back to version %d, %d refusals", version.number, gate.champion, gate.refusals)
             self.forget()
             return Step(Outcome.COMMITTED, version.number)

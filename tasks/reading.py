@@ -79,7 +79,7 @@ def read_shard(inbox: Inbox, delayed: DelayedLabels | None, features: Features, 
         groups = shard.row_groups()
         found = Complete(groups, None)
         if delayed is not None:
-            completed = delayed.completed(shard, groups, features.targets)
+            completed = delayed.completed(shard, groups, features)
             if completed is None:
                 return Ready(shard, None)
             found = completed
@@ -91,8 +91,8 @@ def read_shard(inbox: Inbox, delayed: DelayedLabels | None, features: Features, 
 
 def _decoded(groups: Sequence[RowGroup], columns: Sequence[str], size: int) -> Sequence[RowGroup]:
     """The groups, decoded, if that takes no more than `DECODED_BYTES`; `size` is that of the file."""
-    if size > DECODED_BYTES:
-        return groups
+    if size > DECODED_BYTES or sum(group.num_rows for group in groups) * len(columns) > DECODED_BYTES:
+        return groups  # values that compress well may be far more bytes than the file
     tables: list[pa.Table] = []
     for group in groups:
         tables.append(group.read(columns))

@@ -25,7 +25,7 @@ class Loaded:
     window: deque[Consumed]
     """The last shards that this learner has scored and trained on."""
     cumulative: Summary
-    """Of all shards since the last batch training or rollback."""
+    """Of all shards that this learner has seen since the last batch training."""
     gate: Gate | None
     """The last decision in the window."""
 
@@ -74,7 +74,7 @@ class Trained:
                 champion=scored.champion,
                 predicted=scored.predicted,
                 labels=labels,
-                loss=result.loss if result.rows else None,
+                loss=result.loss,
                 passes=passes,
             )
         )

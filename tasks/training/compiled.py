@@ -116,6 +116,8 @@ class CompiledSteps:
         self._compiles = True
         if learner.averaged is not None:
             learner.averaged.n_averaged += self.steps
+            for average, buffer in zip(learner.averaged.module.buffers(), learner.model.buffers(), strict=True):
+                average.copy_(buffer)  # as `update_parameters` does at each step
         learner.counters.compiled_steps += self.steps
         return total
 

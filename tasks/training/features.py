@@ -7,6 +7,7 @@ sequence several), T targets.
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal, NamedTuple, Self, cast
@@ -195,6 +196,8 @@ class Features:
         without rows where class weights are balanced.
         """
         rows, nulls, inputs, targets, class_counts = self._counted(groups, split)
+        if not rows:
+            raise ColumnError("no row is left to train on: the dataset is too small for this holdout; set holdout to 0")
         for column, moments, null in zip(self.columns, inputs, nulls, strict=True):
             if null == rows or not bool(moments.count_K.all()):
                 raise ColumnError(
@@ -209,6 +212,11 @@ class Features:
                 f"class_weights 'balanced' has no weight for that class: add rows of it, or name the weights"
             )
         found = Moments.of_columns(inputs), Moments.of_columns(targets)
+        for name, m2 in zip(self._number_names(), torch.cat([found[0].m2_K, found[1].m2_K]).tolist(), strict=True):
+            if not math.isfinite(m2):
+                raise ColumnError(
+                    f"column {name!r} has values so far out that it has no finite standard deviation: mend them, or write nulls"
+                )
         return replace(
             self, statistics=Statistics.of(rows, nulls, *found, class_counts, running=self.running_statistics)
         )
@@ -220,9 +228,12 @@ class Features:
         """
         assert self.statistics is not None, "fit() comes before followed()"
         rows, nulls, inputs, targets, _ = self._counted(groups, None)
-        names = [column.name for column in self.columns for _ in range(column.numbers)]
         found = Moments.of_columns(inputs), Moments.of_columns(targets)
-        return replace(self, statistics=self.statistics.with_rows(rows, nulls, *found, (*names, *self.targets)))
+        return replace(self, statistics=self.statistics.with_rows(rows, nulls, *found, self._number_names()))
+
+    def _number_names(self) -> list[str]:
+        """The column of each of the F numbers and the T targets."""
+        return [*(column.name for column in self.columns for _ in range(column.numbers)), *self.targets]
 
     def _counted(
         self, groups: Iterable[RowGroup], split: Split | None
@@ -297,7 +308,7 @@ class Features:
             ids_NC = torch.empty(table.num_rows, self.ids, dtype=torch.int64)
         if ids_NC is not None:
             _fill_ids([(array, c) for array, c in columns if c.buckets], where, ids_NC)
-        y_N, labelled_N = self._target(table, where) if labelled else (None, None)
+        y_N, labelled_N = self.target(table, where) if labelled else (None, None)
         return Encoded(x_NF, ids_NC, y_N, labelled_N, self._weights(table, where) if labelled else None)
 
     def _non_finite(self, x_NF: Tensor, where: str) -> ColumnError:
@@ -310,7 +321,7 @@ class Features:
             f"write nulls for missing values"
         )
 
-    def _target(self, table: pa.Table, where: str) -> tuple[Tensor, Tensor | None]:
+    def target(self, table: pa.Table, where: str) -> tuple[Tensor, Tensor | None]:
         """(y_N, labelled_N) as in Encoded; y is 0 where it is null."""
         found = [self._one_target(i, one_array(table.column(name)), where) for i, name in enumerate(self.targets)]
         if len(found) == 1:
@@ -338,7 +349,7 @@ class Features:
 
     def _class_counts(self, table: pa.Table, where: str, rows_N: Tensor | None) -> Tensor:
         """int64 [classes]: labelled rows of each class in a table, or in its `rows_N`."""
-        y_N, labelled_N = self._target(table, where)
+        y_N, labelled_N = self.target(table, where)
         classes_N = y_N.long() if labelled_N is None else torch.where(labelled_N, y_N.long(), self.classes or 2)
         if rows_N is not None:
             classes_N = classes_N.index_select(0, rows_N)

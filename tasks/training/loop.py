@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice, repeat
+from itertools import chain, islice, repeat
 from typing import Final
 
 import torch
@@ -20,7 +20,7 @@ from tasks.training.errors import NonFiniteLoss
 from tasks.training.features import Encoded
 from tasks.training.groups import generator, stable_seed
 from tasks.training.learner import Frozen, Learner
-from tasks.training.losses import is_column, loss_of
+from tasks.training.losses import LossFunction, is_column, loss_of
 from tasks.training.memory import Memory, mixed
 from tasks.training.spec import Spec
 from tasks.training.updates import Update
@@ -109,7 +109,8 @@ def train_pass(
             update.step()
         else:
             optimizer.step()
-            if all(p.grad is not None for p in trainable):  # else torch leaves some out, today's or others tomorrow
+            # Without a gradient, torch leaves some out, today's or others tomorrow.
+            if all(p.grad is not None for p in trainable) and Update.serves(optimizer):
                 update = Update(optimizer, spec.optimizer.name, trainable)
         if learner.schedule is not None:
             learner.schedule.step()
@@ -126,7 +127,9 @@ def train_pass(
             batches = _with_memory(batches, learner.memory, spec, key, replay=replay, remember=remember)
         if device.type != "cpu":
             batches = (_moved(batch, device) for batch in batches)
+        batch: Batch | None = None
         while some := list(islice(batches, at_once if replays else 1)):
+            batch = some[-1]
             size = sum(len(batch.y_B) for batch in some)
             done = None
             # Which steps are compiled depends on the learner and the pass alone, so that a resumed run has the same bits.
@@ -136,15 +139,17 @@ def train_pass(
                 total.add_(done)
                 rows, steps = rows + size, steps + at_once
                 continue
-            for batch in _apart(some, full):
-                size = len(batch.y_B)
-                total.add_(step(batch), alpha=size)  # on the device: no step waits for a number
+            for part in _apart(some, full):
+                size = len(part.y_B)
+                total.add_(step(part), alpha=size)  # on the device: no step waits for a number
                 rows, steps = rows + size, steps + 1
+        # The last step is followed by no loss that would show what it has done.
+        after = total if batch is None else _loss_after(learner, loss_function, _apart([batch], full))
     mean = total.item() / rows if rows else float("nan")
-    if rows and not (torch.isfinite(total) and all(bool(torch.isfinite(p).all()) for p in parameters)):
+    if rows and not (torch.isfinite(total) and torch.isfinite(after) and _is_finite(learner)):
         raise NonFiniteLoss(
-            f"training on {_named(groups)} made the loss {mean} or a weight non-finite: lower learning_rate, "
-            f"standardise the columns, or look for extreme values there"
+            f"training on {_named(groups)} made the loss {mean}, then {after.item()}, or a weight, a buffer or the optimizer's "
+            "state non-finite: lower learning_rate, standardise the columns, or look for extreme values there"
         )
     learner.counters.rows += stream.rows
     learner.counters.steps += steps
@@ -161,6 +166,22 @@ def _compiled(learner: Learner, groups: Sequence[RowGroup], repeats: int) -> Com
     if learner.compiled is None:
         learner.compiled = CompiledSteps(learner, _forward(learner), loss_of(learner.spec, learner.features))
     return learner.compiled
+
+
+@torch.no_grad()
+def _loss_after(learner: Learner, loss_function: LossFunction, batches: Iterable[Batch]) -> Tensor:
+    """The loss of the last of these batches with the weights as they are now."""
+    *_, (x_BF, ids_BC, y_B, w_B) = batches
+    learner.model.eval()  # so that nothing changes: neither buffers nor the random state
+    output = _forward(learner)(learner.model, x_BF, ids_BC)
+    return loss_function(output, y_B.unsqueeze(1) if is_column(learner.spec, output, len(y_B)) else y_B, w_B)
+
+
+def _is_finite(learner: Learner) -> bool:
+    """Whether all that a version would hold is: weights, buffers, the optimizer's state."""
+    states = (value for state in learner.optimizer.state.values() for value in state.values())
+    kept = chain(learner.model.parameters(), learner.model.buffers(), (v for v in states if isinstance(v, Tensor)))
+    return all(bool(torch.isfinite(tensor).all()) for tensor in kept)
 
 
 def _apart(blocks: Iterable[Batch], size: int) -> Iterator[Batch]:
@@ -214,7 +235,8 @@ def score(learner: Learner | Frozen, groups: Sequence[RowGroup], split: Split | 
 
     Metrics: mae and rmse for regression, in units of the target; accuracy and auroc (from binned scores; left out when
     only one class occurs) for binary; accuracy for multiclass; and the spec's own. Class and sample weights count in the
-    loss, not in the metrics. A non-finite loss is returned, not raised. Raises ColumnError and OutputShapeError.
+    loss, not in the metrics. A metric that cannot be computed of so few rows, as R2 of one, is left out with a warning. A
+    non-finite loss is returned, not raised. Raises ColumnError and OutputShapeError.
     """
     spec, device = learner.spec, learner.device
     stream = Stream(groups, learner.features, batch_size=EVALUATION_ROWS, window_bytes=spec.window_bytes, split=split)
@@ -237,7 +259,12 @@ def score(learner: Learner | Frozen, groups: Sequence[RowGroup], split: Split | 
                 metric.update(predicted, actual)
     if not stream.rows:
         return Score(0, float("nan"))
-    found = {name: metric.compute().item() for name, metric in metrics.items()}
+    found: dict[str, float] = {}
+    for name, metric in metrics.items():
+        try:
+            found[name] = metric.compute().item()
+        except ValueError as error:  # how torchmetrics says so
+            log.warning("metric %s of %s (%d rows) is left out: %s", name, _named(groups), stream.rows, error)
     if math.isnan(found.get("auroc", 0.0)):  # the area under the curve needs both classes
         del found["auroc"]
     return Score(stream.rows, total.item() / stream.rows, found)

@@ -56,6 +56,12 @@ class Update:
         self._arguments = arguments_of(optimizer, self._function)
         self._states = states_of(optimizer, name, parameters)
 
+    @staticmethod
+    def serves(optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the arithmetic would be the same: not if the optimizer's arguments ask for another implementation."""
+        (group,) = optimizer.param_groups
+        return not any(group.get(name) for name in ("foreach", "fused", "capturable", "differentiable"))
+
     def step(self) -> None:
         """As `Optimizer.step`: changes the parameters by their gradients."""
         gradients = [p.grad for p in self._parameters]

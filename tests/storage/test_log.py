@@ -631,6 +631,15 @@ def test_a_rollback_that_is_overtaken_is_void(memory: MemoryStore) -> None:
     assert plain.head().manifest.kind == "online"
 
 
+def test_a_rollback_that_was_decided_about_another_head_is_void(log: VersionLog) -> None:
+    decided = grow(log, 2)
+    append(log, decided)
+    with pytest.raises(HeadMoved):
+        log.rollback("0", decided)
+    assert log.head().number == 2
+    assert log.rollback("0", log.head()).number == 3
+
+
 # ---- aliases -------------------------------------------------------------------------------------------------------------
 
 

@@ -60,7 +60,7 @@ def test_a_copy_is_independent() -> None:
     tombstones = consumed(1)
     other = tombstones.copy()
     other.add("in", "2.parquet", "sha-2", "etag-2")
-    other.prune(window=1)
+    other.prune({"in"}, window=1)
     assert list(tombstones) == [identity(1)]
     assert list(other) == [identity(2)]
     assert not tombstones.sha256_of("in", "2.parquet", "etag-2")
@@ -68,7 +68,7 @@ def test_a_copy_is_independent() -> None:
 
 def test_only_the_window_is_remembered() -> None:
     tombstones = consumed(1, 2, 3, 4)
-    tombstones.prune(window=2)
+    tombstones.prune({"in"}, window=2)
     assert list(tombstones) == [identity(3), identity(4)]
     assert not tombstones.has(*identity(2))
     assert not tombstones.sha256_of("in", "2.parquet", "etag-2")
@@ -76,26 +76,35 @@ def test_only_the_window_is_remembered() -> None:
 
 def test_fewer_than_the_window_are_all_kept() -> None:
     tombstones = consumed(1, 2)
-    tombstones.prune(window=2)
-    tombstones.prune()
+    tombstones.prune({"in"}, window=2)
+    tombstones.prune({"in"})
     assert len(tombstones) == 2
     assert WINDOW == 10_000
 
 
 def test_what_is_still_in_the_inbox_is_never_forgotten() -> None:
     tombstones = consumed(*range(10))
-    tombstones.prune(keep=[identity(0), identity(5), identity(99)], window=2)
+    tombstones.prune({"in"}, keep=[identity(0), identity(5), identity(99)], window=2)
     assert list(tombstones) == [identity(n) for n in (0, 5, 8, 9)]
     tombstones.add("in", "10.parquet", "sha-10", "etag-10")
-    tombstones.prune(keep=[identity(0)], window=2)
+    tombstones.prune({"in"}, keep=[identity(0)], window=2)
     assert list(tombstones) == [identity(n) for n in (0, 9, 10)]
+
+
+def test_other_inboxes_have_windows_of_their_own() -> None:
+    """What a run keeps in its inbox must not be forgotten by a run on another one."""
+    tombstones = consumed(1, 2)
+    for n in range(5):
+        tombstones.add("other", f"{n}.parquet", f"sha-{n}", f"etag-{n}")
+    tombstones.prune({"other"}, window=1)
+    assert list(tombstones) == [identity(1), identity(2), ("other", "4.parquet", "sha-4")]
 
 
 def test_a_shard_consumed_again_counts_as_recent() -> None:
     tombstones = consumed(1, 2, 3)
     tombstones.add("in", "1.parquet", "sha-1", "etag-new")
     assert len(tombstones) == 3
-    tombstones.prune(window=1)
+    tombstones.prune({"in"}, window=1)
     assert list(tombstones) == [identity(1)]
     assert tombstones.sha256_of("in", "1.parquet", "etag-new")
 
@@ -116,7 +125,7 @@ def test_a_full_window_is_a_small_blob() -> None:
     tombstones = Tombstones()
     for n in range(WINDOW + 500):
         tombstones.add("s3://bucket/inbox", f"2026/02/03/part-{n:08d}.parquet", f"{n:064x}", f'"{n:032x}"')
-    tombstones.prune()
+    tombstones.prune({"s3://bucket/inbox"})
     assert len(tombstones) == WINDOW
     assert len(tombstones.encode()) < 3_000_000
 

@@ -15,7 +15,7 @@ from storage.log import Version, VersionLog, open_log
 from storage.manifest import Compared, Entry, Gate
 from storage.store import Store
 from storage.urls import open_store
-from tasks import batch
+from tasks import batch, delayed
 from tasks.delayed import served_at
 from tasks.online import OnlineRun, Outcome, step
 from tasks.replay import replay
@@ -118,7 +118,7 @@ def test_the_version_that_served_when_the_features_arrived_is_scored(world: Worl
     put(world.url("labels"), {"0.parquet": labels(50, 1)})
     world.drain()
     head = world.log.head()
-    assert (head.number, served_at(world.log, head, arrived).number) == (2, 0)
+    assert (head.number, served_at(world.log, world.log.version, head, arrived).number) == (2, 0)
     predicted = head.manifest.consumed[0].predicted
     assert predicted is not None
     assert predicted.version == 0
@@ -135,9 +135,9 @@ def test_who_served_when(world: World) -> None:
     head, log = world.log.head(), world.log
     for number in range(1, head.number + 1):
         created = log.version(number).manifest.created
-        assert served_at(log, head, created).number == number
-        assert served_at(log, head, created - datetime.timedelta(microseconds=1)).number == number - 1
-    assert served_at(log, head, datetime.datetime.min.replace(tzinfo=datetime.UTC)).number == 0
+        assert served_at(log, log.version, head, created).number == number
+        assert served_at(log, log.version, head, created - datetime.timedelta(microseconds=1)).number == number - 1
+    assert served_at(log, log.version, head, datetime.datetime.min.replace(tzinfo=datetime.UTC)).number == 0
 
 
 def later(world: World, moves: int | None, champion: int = 0, decision: str = "promoted") -> Version:
@@ -161,7 +161,7 @@ def test_a_refused_version_has_not_served_unless_somebody_promoted_it(world: Wor
     ]
     head = world.log.head()
     for version, served in history:
-        assert served_at(world.log, head, version.manifest.created).number == served
+        assert served_at(world.log, world.log.version, head, version.manifest.created).number == served
 
 
 @pytest.mark.parametrize("champion", ["score", "ignore"])
@@ -187,6 +187,37 @@ def test_bad_labels_go_to_quarantine_and_their_features_wait_for_better_ones(wor
     put(world.url("labels"), {"0.parquet": labels(50, 1)})
     assert world.drain().shards == 1
     assert world.left == ([], [])
+
+
+OTHERS = labels(50, 1).set_column(1, "id", [[1000 + i for i in range(49)]])
+NO_NUMBER = labels(50, 1).set_column(0, "y", [[float("inf")] * 49])
+NO_LABEL = labels(50, 1).set_column(0, "y", pa.nulls(49, pa.float64()))
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [(OTHERS, "no label for any row"), (NO_NUMBER, "'y'"), (NO_LABEL, "no label for any row")],
+    ids=["of other rows", "no numbers", "nulls"],
+)
+def test_features_are_not_blamed_for_their_labels(bad: pa.Table, reason: str, world: World) -> None:
+    put(world.url("inbox"), {"0.parquet": features(50, 1)})
+    put(world.url("labels"), {"0.parquet": bad})
+    assert world.drain().rejected == 1
+    assert world.left == (["0.parquet"], [])
+    (about,) = quarantined(world.log).values()
+    assert about["inbox"] == world.url("labels")
+    assert reason in about["reason"]
+
+
+def test_labels_that_hold_up_others_are_told_of(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(delayed, "LISTED", 2)
+    put(world.url("labels"), {f"{i}.parquet": labels(50, i) for i in range(3)})
+    run = world.run()
+    for _ in range(2):
+        step(run)
+    assert caplog.text.count("holds 3 shards of labels, of which the oldest 2 are matched") == 1
 
 
 def test_features_that_cannot_be_joined_are_rejected_and_find_their_labels_when_they_are_sent_back(

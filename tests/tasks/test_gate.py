@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pyarrow as pa
 import pytest
 
-from storage.errors import Unavailable
+from storage.errors import HeadMoved, Unavailable
 from storage.log import Alias, VersionLog, open_log
 from storage.manifest import Compared, Consumed, Entry, Gate
 from storage.store import Store
@@ -284,6 +284,39 @@ def test_many_refusals_may_roll_back_to_the_champion(world: World) -> None:
     assert world.champion == world.log.head().number == 12
     assert world.error(12) < 2 * world.error(4)
     assert sum(len(manifest.consumed) for manifest in history) == 10
+
+
+def test_a_run_that_was_frozen_before_a_rollback_gives_up_nothing(world: World) -> None:
+    """Woken, it must not roll back what others have committed since: their shards are gone."""
+    settings = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": "rollback"}
+    put(world.url("inbox"), GOOD | POISON)
+    run, frozen = world.run(**settings), world.run(**settings)
+    while world.log.head().number < 6:
+        step(run)
+    loaded = frozen.load()
+    assert step(run).version == 7
+    with pytest.raises(HeadMoved):
+        frozen.resolve(loaded)
+    assert world.log.head().number == 7
+    put(world.url("inbox"), RECOVERY)
+    while step(run).outcome is Outcome.COMMITTED:
+        pass
+    assert frozen.resolve(loaded) is None  # the alias has moved as well
+    assert world.log.head().number == world.champion == 12
+
+
+@pytest.mark.parametrize("then", ["stop", "rollback"])
+def test_whoever_moves_the_alias_has_decided(then: str, world: World) -> None:
+    """Even to a version that is not the head."""
+    settings = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": then}
+    put(world.url("inbox"), GOOD | POISON)
+    run = world.run(**settings)
+    while world.log.head().number < 6:
+        step(run)
+    world.log.promote("champion", world.log.version(3))
+    assert [step(run).version, step(run).version] == [7, 8]
+    assert [world.log.version(number).manifest.kind for number in (7, 8)] == ["online", "online"]
+    assert (world.gate(8).champion, world.gate(8).refusals) == (3, 1)  # the seventh had begun before it could know
 
 
 def test_many_refusals_may_ask_for_a_batch_training(world: World) -> None:

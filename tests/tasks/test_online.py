@@ -227,6 +227,29 @@ def test_a_producer_that_overwrites_a_shard_after_it_was_read_loses_nothing(regi
     assert keys(make_url("inbox")) == []
 
 
+def test_what_another_run_owes_is_removed_as_its_store_can(registry: str, make_url: MakeUrl) -> None:
+    """Also in an inbox that is not this run's: whether its deletes compare etags has to be asked there too."""
+    put(make_url("inbox"), days(1))
+
+    def crash(call: Call) -> None:
+        if call.verb == "delete" and call.key == "00.parquet":
+            raise PermissionDenied("not now")
+
+    drain(open_run(make_url("inbox"), registry, lambda url: FaultStore(open_store(url), crash)))
+    assert open_log(registry, "model").head().manifest.owed
+    opened: dict[str, Store] = {}
+
+    def stores(url: str) -> Store:
+        store = open_store(url)
+        store.conditional_delete = False  # as if nobody had asked yet
+        return opened.setdefault(store.url, store)
+
+    put(make_url("other"), days(1, start=5))
+    drain(open_run(make_url("other"), registry, stores))
+    assert keys(make_url("inbox")) == []
+    assert opened[open_store(make_url("inbox")).url].conditional_delete
+
+
 # ---- bad shards ------------------------------------------------------------------------------------------------------
 RUNNING = SPEC.model_copy(update={"running_statistics": True, "standardize_features": True, "standardize_target": True})
 
@@ -320,6 +343,14 @@ def test_a_shard_too_large_for_memory_stays(memory_registry: str, memory_url: Ma
     assert (report.shards, report.waiting) == (1, 1)
     assert keys(memory_url("inbox")) == ["00a.parquet"]
     assert "max_shard_bytes" in caplog.text
+
+
+def test_shards_too_large_do_not_hide_others(
+    memory_registry: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online, "LISTED_AHEAD", 2)
+    put(memory_url("inbox"), {f"0{i}.parquet": rows(5000, i) for i in range(3)} | days(3, start=5))
+    assert drain(open_run(memory_url("inbox"), memory_registry, max_shard_bytes=20_000)).shards == 3
 
 
 def test_hidden_and_unfinished_names_are_not_shards(memory_registry: str, memory_url: MakeUrl) -> None:

@@ -3,6 +3,7 @@
 import threading
 from datetime import UTC, datetime
 
+import pyarrow as pa
 import pytest
 
 from storage.errors import NotFound, ShardRejected, Unavailable
@@ -147,6 +148,17 @@ def test_a_small_shard_is_decoded_once(inbox: Inbox) -> None:
         assert (group.name, group.num_rows, group.schema) == (same.name, same.num_rows, same.schema)
         assert group.read(columns).equals(same.read(columns))
         assert isinstance(group, reading.Decoded)
+
+
+def test_what_compresses_well_is_not_decoded_ahead(inbox: Inbox) -> None:
+    """Of a file of a few kilobytes, gigabytes could be."""
+    constant = pa.table({"a": pa.array([0.5] * (reading.DECODED_BYTES + 1))})
+    inbox.store.write("0.parquet", parquet(constant, row_group_size=len(constant)))
+    shard = inbox.read(next(info for info in inbox.store.list() if info.key == "0.parquet"))
+    assert shard is not None
+    groups = shard.row_groups()
+    assert shard.info.size < reading.DECODED_BYTES
+    assert reading._decoded(groups, ["a"], shard.info.size) is groups
 
 
 def test_columns_that_nobody_expected_are_decoded_when_asked_for(inbox: Inbox) -> None:

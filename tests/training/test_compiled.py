@@ -83,6 +83,14 @@ def test_blocks_that_straddle_windows_hold_ids_weights_and_several_targets() -> 
     assert furthest(found["off"], found["on"]) < 1e-5
 
 
+def test_the_averaged_model_has_the_buffers_of_the_trained_one() -> None:
+    compiled = trained("on", ema_decay=0.9, model={"factory": f"{HERE}:DropoutNet"})
+    assert compiled.averaged is not None
+    buffers = dict(compiled.model.named_buffers())
+    assert buffers
+    assert all(same_bits(value, buffers[name]) for name, value in compiled.averaged.module.named_buffers())
+
+
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"sgd", "radam"}))
 def test_every_optimizer_is_torchs(name: str) -> None:
     eager, compiled = (trained(mode, 1, optimizer={"name": name}) for mode in ("off", "on"))

@@ -198,7 +198,25 @@ def test_a_sum_that_overflows_is_no_infinity():
 
 def test_a_value_beyond_float32_is_refused():
     with pytest.raises(ColumnError, match=r"'a' .*beyond float32 in 1 rows"):
-        encode(spec_of("a"), table_of(pa.array([1.0, 1e300])))
+        encode(spec_of("a"), table_of(pa.array([1.0, 1e39])))
+
+
+@pytest.mark.parametrize("column", ["a", "y"])
+def test_a_value_without_a_finite_variance_is_refused(column):
+    """All others would be scaled to 0, and the statistics could not be loaded again."""
+    table = table_of(pa.array([1.0, 2.0, 3.0]))
+    far = table.set_column(table.schema.get_field_index(column), column, [[0.0, 0.0, 1e200]])
+    spec = spec_of("a", standardize_features=True, standardize_target=True)
+    groups = [TableGroup("first", table), TableGroup("second", far)]
+    with pytest.raises(ColumnError, match=f"'{column}' has values so far out"):
+        Features.resolve(spec, table.schema).fit(groups)
+
+
+def test_a_split_without_rows_blames_no_column():
+    table = table_of(pa.array([1.0]))
+    features = Features.resolve(spec_of("a"), table.schema)
+    with pytest.raises(ColumnError, match="no row is left to train on"):
+        features.fit([TableGroup("only", table.slice(0, 0))])
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,28 @@ def test_a_diverging_loss_is_an_error_that_says_what_to_do():
         train_pass(begin(plain_spec(learning_rate=1e6), groups), groups, key=("epoch", 0))
 
 
+def normalised(inputs):
+    return nn.Sequential(nn.BatchNorm1d(inputs.numbers), nn.Linear(inputs.numbers, 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [
+        ({}, 1e12),  # the loss before the only step is finite, and so is the weight after it
+        ({"optimizer": {"name": "adam"}}, 1e15),  # its squared gradient is not: that weight would never move again
+        ({"model": {"factory": "tests.training.test_loop:normalised"}}, 1e20),  # nor is the running variance
+    ],
+    ids=["weights", "optimizer", "buffers"],
+)
+def test_what_the_last_step_breaks_is_seen_at_once(settings, value):
+    """Else a version would hold it, and all good shards after it would be refused."""
+    table = numbers_table(64)
+    x0 = table.column("x0").to_pylist()
+    broken = cut(table.set_column(0, "x0", pa.array([*x0[:-1], value], pa.float32())))
+    with pytest.raises(NonFiniteLoss, match=r"part-0.*non-finite"):
+        train_pass(begin(plain_spec(**settings), cut(table)), broken, key=("shard", 0))
+
+
 def test_rows_without_a_target_are_left_out_and_counted():
     table = numbers_table(ROWS)
     y = table.column("y").to_pylist()

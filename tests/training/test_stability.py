@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from tasks.training.errors import FactoryError, OutputShapeError, SpecError
 from tasks.training.learner import Learner
 from tasks.training.loop import predict, score, train_pass
-from tests.training.rows import begin, cut, numbers_table, plain_spec, same_bits
+from tests.training.rows import WHERE, TableGroup, begin, cut, numbers_table, plain_spec, same_bits
 
 TABLE = numbers_table(96, 3)
 GROUPS = cut(TABLE)
@@ -220,6 +220,13 @@ def test_metrics_by_import_path_stand_beside_the_tasks_own():
     found = score(trained(metrics=["torchmetrics.regression:R2Score"]), GROUPS).metrics
     assert set(found) == {"mae", "rmse", "r2score"}
     assert found["r2score"] == pytest.approx(1, abs=0.2)
+
+
+def test_a_metric_that_needs_more_rows_is_left_out(caplog):
+    one = [TableGroup(WHERE, GROUPS[0].table.slice(0, 1))]
+    found = score(trained(metrics=["torchmetrics.regression:R2Score"]), one).metrics
+    assert set(found) == {"mae", "rmse"}
+    assert f"metric r2score of {WHERE} (1 rows) is left out" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["tests.training.test_stability:squared", "torchmetrics.regression:MinkowskiDistance"])

@@ -25,6 +25,13 @@ def test_every_optimizer_has_one() -> None:
     assert FUNCTIONAL.keys() == OPTIMIZERS.keys()
 
 
+@pytest.mark.parametrize("name", ["foreach", "fused", "differentiable"])
+def test_another_implementation_that_was_asked_for_is_left_to_torch(name: str) -> None:
+    weights = [nn.Parameter(torch.ones(2))]
+    assert Update.serves(torch.optim.SGD(weights))
+    assert not Update.serves(torch.optim.SGD(weights, **{name: True}))
+
+
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda value: str(value))
 def test_same_bits_as_torchs_step(name: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
