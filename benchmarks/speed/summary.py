@@ -1,4 +1,4 @@
-"""Medians of measurements, and ratios to the reference of the same run."""
+"""Medians of measurements, and ratios to the reference of the same round."""
 
 import statistics
 from collections.abc import Iterable
@@ -46,13 +46,21 @@ class Table:
         return (min(found), max(found)) if found else None
 
     def ratio(self, case: str, to: str | None = None) -> float | None:
-        """Of the medians of the steady rates, to the fastest of the suite's references unless to another case."""
+        """Median over the rounds of the ratio of two steady rates; to the fastest of the suite's references unless to another case.
+
+        Of the same round, because the machine may be half as fast in the next.
+        """
         if to is None:
             references = [name for name in SUITES[self.suite].references if self.lines(case, name)]
             ratios = [ratio for name in references if (ratio := self.ratio(case, name)) is not None]
             return min(ratios) if ratios else None
-        above, below = self.median(case, "steady_rows_s", to), self.median(to, "steady_rows_s", case)
-        return None if above is None or below is None else above / below
+        above, below = self._rounds(case, to), self._rounds(to, case)
+        both = above.keys() & below.keys()
+        return statistics.median(above[number] / below[number] for number in both) if both else None
+
+    def _rounds(self, case: str, beside: str) -> dict[int, float]:
+        """The steady rate by round."""
+        return {line["repetition"]: line["steady_rows_s"] for line in self.lines(case, beside)}
 
     def caveat(self, case: str, *beside: str) -> str:
         """What makes a figure of this case worth less than it seems; empty if nothing does."""
