@@ -35,16 +35,6 @@ def eager_in_memory_fused(work: Work, began: float) -> dict[str, Any]:
     return over_memory(work, began, eager(network(work), fused=True))
 
 
-@TRAINERS.case("limit", only=("mlp",))
-def eager_in_memory_inplace(work: Work, began: float) -> dict[str, Any]:
-    """The first again, with ReLU in place as in Tidemill's `mlp`."""
-    model = network(work)
-    for layer in model.children():
-        if isinstance(layer, nn.ReLU):
-            layer.inplace = True
-    return over_memory(work, began, eager(model))
-
-
 @TRAINERS.case("limit")
 def eager_streaming(work: Work, began: float) -> dict[str, Any]:
     """Eager loop over the streaming limit, one row group ahead in a thread."""
