@@ -57,7 +57,7 @@ DELAYED = ONLINE.model_copy(
 )
 PATIENT = BatchSettings(holdout=0.3, patience=1)
 MOMENTS = {"local": 12, "s3": 5}
-"""How many moments of a sweep CI takes, spread over the run; of an online run on local, more."""
+"""How many moments of a sweep CI takes, spread over the run; more of an online run on local, fewer of what takes long."""
 SAMPLE, FULL = {"local": 4, "s3": 2}, {"local": 1000, "s3": 100}
 """How many runs are killed again and again."""
 
@@ -81,7 +81,7 @@ RunAndCheck = Callable[[Kill | None, str], list[str] | None]
 
 
 class Sweep(Protocol):
-    def __call__(self, run_and_check: RunAndCheck, times: int = 1) -> None: ...
+    def __call__(self, run_and_check: RunAndCheck, times: float = 1) -> None: ...
 
 
 @pytest.fixture
@@ -89,11 +89,11 @@ def sweep(backend: str, full: bool, record_property: Callable[[str, object], Non
     """Calls with no kill first, to learn where storage is called; then kills at each of these moments, or at a sample."""
     start_server()
 
-    def run_all(run_and_check: RunAndCheck, times: int = 1) -> None:
+    def run_all(run_and_check: RunAndCheck, times: float = 1) -> None:
         moments = run_and_check(None, "clean")
         assert moments is not None
         assert len(moments) > 10
-        chosen = sample(moments, None if full else times * MOMENTS[backend])
+        chosen = sample(moments, None if full else round(times * MOMENTS[backend]))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for moment, killed in zip(
                 chosen, pool.map(run_and_check, map(Kill, chosen), map(str, range(len(chosen)))), strict=True
@@ -228,7 +228,7 @@ def test_early_stopping(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None
         assert reference[-1] == reference[0]
         return moments
 
-    sweep(run_and_check)
+    sweep(run_and_check, times=0.5)
 
 
 def test_delayed_labels(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_delayed_labels(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None
         assert reference[-1] == reference[0]
         return moments
 
-    sweep(run_and_check)
+    sweep(run_and_check, times=0.5)
 
 
 def test_retraining(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_retraining(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) 
         assert reference[-1] == reference[0]
         return moments
 
-    sweep(run_and_check)
+    sweep(run_and_check, times=0.5)
 
 
 def classified(data: bytes) -> pa.Table:
