@@ -73,6 +73,7 @@ def measurements(folder: Path) -> Iterator[dict[str, Any]]:
                 "kind": SUITES[suite].cases[case].kind,
                 **asdict(setup),
                 "data": place.name,
+                "repetition": 0,
             }
             yield about | child.measured(suite, case, asdict(work))
     about = {"suite": "memory", "by": "rows", "rows": work.rows, "shuffle_mb": None}

@@ -46,7 +46,7 @@ class Table:
         return (min(found), max(found)) if found else None
 
     def ratio(self, case: str, to: str | None = None) -> float | None:
-        """Median over the rounds of the ratio of two steady rates; to the fastest of the suite's references unless to another case.
+        """Median over the rounds of the ratio of two steady rates; to the fastest reference of the suite unless to another.
 
         Of the same round, because the machine may be half as fast in the next.
         """
