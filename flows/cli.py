@@ -373,9 +373,7 @@ def _prepare_flow(*urls: str | None) -> None:
     """Import Prefect with our log lines going to its UI, and time for a slow machine to start a temporary server."""
     from storage.urls import open_store
 
-    for url in filter(
-        None, urls
-    ):  # before Prefect keeps as a parameter what names no store, and perhaps holds a secret
+    for url in filter(None, urls):  # before Prefect stores a parameter that names no store, and may hold a secret
         open_store(url)
     _find_own_modules()
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "tidemill")

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Final
 
-from storage.errors import CorruptObject, NotReady, ShardRejected, UnknownVersion, on_one_line
+from storage.errors import CorruptObject, NotReady, ShardRejected, UnknownVersion
 from storage.inbox import Inbox, Shard, original_key
 from storage.log import Version, VersionLog
 from storage.manifest import LabelShard, Predicted
@@ -54,18 +54,19 @@ class Complete:
 class DelayedLabels:
     """The inbox of labels, and the versions that served when the features arrived."""
 
-    def __init__(self, log: VersionLog, inbox: Inbox, column: str, settings: OnlineSettings) -> None:
-        self.log, self.inbox, self.column, self._settings = log, inbox, column, settings
+    def __init__(
+        self, log: VersionLog, inbox: Inbox, column: str, settings: OnlineSettings, warn: Callable[[str], None]
+    ) -> None:
+        self.log, self.inbox, self.column, self._settings, self._warn = log, inbox, column, settings, warn
         self._waiting: dict[str, ObjectInfo] = {}
         self._then: tuple[int, Frozen | None] | None = None
-        self._warned: set[str] = set()
         self._version = lru_cache(maxsize=64)(log.version)
         """Manifests never change; bisections for neighbouring moments ask for the same ones."""
 
     # ---- matching ----------------------------------------------------------------------------------------------------
-    def look(self, known: Callable[[ObjectInfo], bool]) -> list[ObjectInfo]:
-        """List the labels that wait. Returns those that were consumed before."""
-        listing = self.inbox.list(LISTED, known, self._can_be_read)
+    def look(self, known: Callable[[ObjectInfo], bool], fits: Callable[[ObjectInfo], bool]) -> list[ObjectInfo]:
+        """List the labels that wait and fit. Returns those that were consumed before."""
+        listing = self.inbox.list(LISTED, known, fits)
         self._waiting = {}
         for info in listing.shards:
             self._waiting.setdefault(original_key(info.key), info)
@@ -75,20 +76,6 @@ class DelayedLabels:
                 "features. Those whose features never came, or were rejected, hold up the others: move them away."
             )
         return listing.known
-
-    def _can_be_read(self, info: ObjectInfo) -> bool:
-        if info.size <= self._settings.max_shard_bytes:
-            return True
-        self._warn(
-            f"{self.inbox.url}/{info.key} has {info.size:,} bytes, more than max_shard_bytes; it and its features stay. "
-            "Split both, or raise the limit."
-        )
-        return False
-
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning(on_one_line(message))
 
     def have(self, features: ObjectInfo) -> bool:
         """Whether the labels of a shard of features have arrived."""

@@ -118,7 +118,7 @@ class OnlineRun:
                 )
             self._certify(labels)
             self._check_outside(labels)
-            self.delayed = DelayedLabels(self.log, labels, settings.label_key, settings)
+            self.delayed = DelayedLabels(self.log, labels, settings.label_key, settings, self._warn)
         self._loaded: Loaded | None = None
         self._reader: Reader | None = None
         """Of the last listing."""
@@ -217,9 +217,10 @@ class OnlineRun:
         """List the inbox for the coming steps; remove what was consumed before and has been sent again."""
         labels: list[ObjectInfo] = []
         if self.delayed is not None:
-            labels = self.delayed.look(self._known(loaded, self.delayed.inbox))
+            theirs = self.delayed.inbox
+            labels = self.delayed.look(self._known(loaded, theirs), partial(self._fits, theirs))
             self._remove_duplicates(loaded, self.delayed.inbox, labels)
-        listing = self.inbox.list(LISTED_AHEAD, self._known(loaded, self.inbox), self._can_be_read)
+        listing = self.inbox.list(LISTED_AHEAD, self._known(loaded, self.inbox), self._can_be_used)
         self._remove_duplicates(loaded, self.inbox, listing.known)
         self._listed_all_known = max(len(labels), len(listing.known)) < LISTED_AHEAD
         shards = listing.shards
@@ -228,15 +229,19 @@ class OnlineRun:
         read = partial(read_shard, self.inbox, self.delayed, loaded.learner.features)
         self._reader = Reader(shards if self._fired else [], read, self.inbox.store.concurrency)
 
-    def _can_be_read(self, info: ObjectInfo) -> bool:
+    def _can_be_used(self, info: ObjectInfo) -> bool:
         """Whether a shard in the inbox is small enough, and its labels have come."""
-        if info.size > self.settings.max_shard_bytes:
-            self._warn(
-                f"{self.inbox.url}/{info.key} has {info.size:,} bytes, more than max_shard_bytes="
-                f"{self.settings.max_shard_bytes:,}; it stays in the inbox. Split it, or raise the limit."
-            )
-            return False
-        return self.delayed is None or self.delayed.have(info)
+        return self._fits(self.inbox, info) and (self.delayed is None or self.delayed.have(info))
+
+    def _fits(self, inbox: Inbox, info: ObjectInfo) -> bool:
+        """Whether an object is small enough to be read whole; says so once if not."""
+        if info.size <= self.settings.max_shard_bytes:
+            return True
+        self._warn(
+            f"{inbox.url}/{info.key} has {info.size:,} bytes, more than max_shard_bytes={self.settings.max_shard_bytes:,}; "
+            "it stays in the inbox. Split it, or raise the limit."
+        )
+        return False
 
     def _why(self, loaded: Loaded, shards: list[ObjectInfo], *, backlog: bool) -> list[Reason]:
         """Why to train on what was listed; empty: the triggers say to wait."""

@@ -35,7 +35,6 @@ LEARNERS: Final[dict[str, tuple[Make, str | None]]] = {
     "retrain": (partial(Tidemill, policy="retrain"), "frozen"),
     "online running": (partial(Tidemill, running=True), "online"),
     "linear online": (partial(Tidemill, factory="linear"), "linear online"),
-    "linear running": (partial(Tidemill, factory="linear", running=True), "linear running"),
     "river": (RiverLinear, "river"),
     "river by row": (RiverLinearByRow, "river"),
     "sklearn": (SklearnSGD, "sklearn"),

@@ -84,7 +84,11 @@ def test_blocks_that_straddle_windows_hold_ids_weights_and_several_targets() -> 
 
 
 def test_the_averaged_model_has_the_buffers_of_the_trained_one() -> None:
-    compiled = trained("on", ema_decay=0.9, model={"factory": f"{HERE}:DropoutNet"})
+    compiled = trained("on", 1, ema_decay=0.9, model={"factory": f"{HERE}:DropoutNet"})
+    before = compiled.counters.compiled_steps
+    whole = cut(numbers_table(BATCH * COUNT, seed=1))  # no eager step after the last call, which would copy them
+    train_pass(compiled, whole, key=("epoch", 1))
+    assert compiled.counters.compiled_steps == before + COUNT
     assert compiled.averaged is not None
     buffers = dict(compiled.model.named_buffers())
     assert buffers

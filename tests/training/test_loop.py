@@ -110,6 +110,16 @@ def test_a_diverging_loss_is_an_error_that_says_what_to_do():
         train_pass(begin(plain_spec(learning_rate=1e6), groups), groups, key=("epoch", 0))
 
 
+def test_another_implementation_of_the_optimizer_makes_every_step(monkeypatch):
+    """Not the first one of a pass only."""
+    calls = []
+    plain = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: calls.append(self) or plain(self))
+    groups = cut(numbers_table(ROWS))
+    spec = plain_spec(optimizer={"arguments": {"fused": True}})
+    assert train_pass(begin(spec, groups), groups, key=("epoch", 0)).steps == len(calls) > 1
+
+
 def normalised(inputs):
     return nn.Sequential(nn.BatchNorm1d(inputs.numbers), nn.Linear(inputs.numbers, 1))
 
