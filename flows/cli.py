@@ -5,6 +5,7 @@ progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
 import atexit
+import importlib.metadata
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 app = App(
     name="tidemill",
+    version=lambda: importlib.metadata.version("tidemill"),
     version_flags=["--version"],
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     help="""Train a PyTorch model from Parquet on object storage: in batch, then online, exactly once.

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,9 @@ def test_the_settings_are_explained(tidemill: Run) -> None:
 
 
 def test_version(tidemill: Run) -> None:
-    assert tidemill("--version").out.startswith("0.")
+    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+        stated = tomllib.load(file)["project"]["version"]
+    assert tidemill("--version").out == f"{stated}\n"
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
