@@ -24,7 +24,7 @@ from storage.parquet import RowGroup
 from storage.runs import BatchProgress
 from tasks.provenance import code_revision
 from tasks.settings import BatchSettings
-from tasks.training.batches import Split
+from tasks.training.batches import ORDER, Split
 from tasks.training.environment import environment
 from tasks.training.features import Features
 from tasks.training.learner import Learner
@@ -245,8 +245,9 @@ def describe(run: BatchRun, version: Version, *, trained: bool) -> VersionInfo:
 
 
 def run_key(dataset: Snapshot, spec: Spec, settings: BatchSettings) -> str:
-    """What makes two batch runs the same run: same files, spec, split and model source give the same bits."""
+    """What makes two batch runs the same run: same files, spec, split, model source and order of rows give the same bits."""
     identity = [
+        ORDER,
         dataset.ref.url,
         dataset.ref.fingerprint,
         spec.model_dump(mode="json"),

@@ -64,7 +64,7 @@ def same_arithmetic() -> None:
 def measurements(folder: Path) -> Iterator[dict[str, Any]]:
     """One line for each suite and case."""
     place = data.made(data.dataset("narrow", small=True), folder)
-    work = Work(str(place), 64, 0.2, 1, scratch=str(folder), shuffle_bytes=3 * 2**18)
+    work = Work(str(place), 64, 0.2, 1, scratch=str(folder), shuffle_bytes=2 * 2**18)
     for suite, setup in SETUPS.items():
         for case in CASES[suite]:
             about = {

@@ -3,14 +3,13 @@
 Shape legend: N rows of a row group, slice or window, B rows of a batch, F numbers and C ids of one row, T targets.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import cache
-from itertools import repeat
-from typing import Final, NamedTuple, TypeVar, cast
+from functools import cache, partial
+from itertools import groupby, repeat
+from typing import Final, NamedTuple, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import torch
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # ships no type hints
@@ -19,10 +18,13 @@ from torch import Tensor
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.groups import RowGroup, Split, generator
+from tasks.training.packing import place
 
-__all__ = ["Batch", "RowGroup", "Split", "Stream", "ahead", "in_batches", "joined"]
+__all__ = ["ORDER", "Batch", "RowGroup", "Split", "Stream", "ahead", "in_batches", "joined"]
 
-TAKEN_ROWS: Final = 131_072  # positions that numpy turns into int64 at a time
+ORDER: Final = 2
+"""Number of the rule that makes the order of rows of a seed. Another rule needs another number: batch runs that were begun
+under the old one then start over, in place of going on with other bits."""
 VIEWS: Final = 128
 """Batches that are cut at a time: so many objects that die as fast as they are made keep the garbage collector away."""
 
@@ -38,12 +40,19 @@ class Batch(NamedTuple):
     w_B: Tensor | None = None  # float32, sample weights; None: the spec has none
 
 
+_batch = partial(tuple.__new__, Batch)  # of a tuple of tensors; half the time of Batch._make
+
+
 class _Slice(NamedTuple):
     """Neighbouring rows of one row group."""
 
-    table: pa.Table
-    where: str
-    wanted_N: Tensor | None  # bool: rows on our side of the split; None: all of them
+    group: RowGroup
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
 
 
 class Stream:
@@ -55,8 +64,9 @@ class Stream:
     so that the setting always bounds the encoded rows. Every random number derives from `shuffle_seed` and from the
     position of a group or window in the pass.
 
-    A row group is read, and a window prepared, each in a thread while the one before it is used. In memory at a time:
-    the Arrow tables of two row groups, the window being filled, its permuted copy, and the window being used.
+    A row group is read, and a window prepared, each in a thread while the one before it is used; rows are encoded right
+    into their places in the window. In memory at a time: the Arrow tables of two row groups, the window being filled, and
+    the window being used.
 
     Iterating raises ColumnError (see `Features`); after the last batch, if a whole column turns out to be null.
     """
@@ -77,6 +87,7 @@ class Stream:
         self._window_rows = max(1, window_bytes // features.row_bytes)
         self._seed = shuffle_seed
         self._split = split
+        self._masked: tuple[RowGroup, Tensor] | None = None  # the row group whose rows of the split were found last
         self.rows = 0  # of the split, with a target; final after the last batch, like the next
         self.unlabelled = 0  # rows of the split left out because their target is null
 
@@ -91,58 +102,74 @@ class Stream:
         return len(self._groups) == 1 and self._groups[0].num_rows <= self._window_rows
 
     def _in_order(self) -> Generator[Batch]:
-        for piece in self._slices():
-            yield self._encoded(piece)
+        for piece, table in self._tables(self._slices()):
+            encoded = self._features.encode(table, piece.group.name)
+            assert encoded.y_N is not None, "encoded with labels"
+            block = Batch(encoded.x_NF, encoded.ids_NC, encoded.y_N, encoded.w_N)
+            wanted_N, labelled_N = self._wanted(piece), encoded.labelled_N
+            if labelled_N is not None:
+                missing_N = ~labelled_N if wanted_N is None else wanted_N & ~labelled_N
+                self.unlabelled += int(missing_N.sum())
+                wanted_N = labelled_N if wanted_N is None else wanted_N & labelled_N
+            if wanted_N is not None:
+                rows_N = wanted_N.nonzero().squeeze(1)
+                block = Batch._make(None if tensor is None else tensor.index_select(0, rows_N) for tensor in block)
+            self.rows += len(block.y_B)
+            yield block
 
     def _windows(self, seed: tuple[str | int, ...]) -> Generator[Batch]:
-        capacity = min(self._window_rows, sum(group.num_rows for group in self._groups))
-        x_NF = torch.empty(capacity, self._features.numbers)
-        ids_NC = torch.empty(capacity, self._features.ids, dtype=torch.int64) if self._features.ids else None
-        y_N = w_N = None  # made for the first block, which has their types
-        filled = position = 0
+        slices = self._slices()
+        # Closed whatever happens: the traceback of an error would keep its thread alive.
+        with closing(self._tables(slices)) as tables:
+            for number, pieces in enumerate(_windows_of(slices, self._window_rows)):
+                masks = [self._wanted(piece) for piece in pieces]
+                kept = [
+                    piece.rows if mask is None else int(mask.sum()) for piece, mask in zip(pieces, masks, strict=True)
+                ]
+                # int32: half the memory, and the time, of int64.
+                order_N = torch.randperm(sum(kept), generator=generator(*seed, "window", number), dtype=torch.int32)
+                window = _Window(self._features, order_N)
+                for mask in masks:
+                    piece, table = next(tables)
+                    window.add(table, piece.group.name, mask)
+                block = window.block()
+                self.rows += len(block.y_B)
+                self.unlabelled += len(order_N) - len(block.y_B)
+                yield block
+            for _ in tables:  # what is to be said after the last row group
+                raise AssertionError("a slice is in no window")
 
-        def permuted(window: Batch) -> Batch:
-            order = generator(*seed, "window", position)
-            # int32: half the memory, and the time, of int64.
-            order_N = torch.randperm(filled, generator=order, dtype=torch.int32)
-            return _taken(_each(window, lambda tensor: tensor[:filled]), order_N)
+    def _slices(self) -> list[_Slice]:
+        """Row groups, in order or permuted, cut to at most a window each."""
+        slices: list[_Slice] = []
+        for at in self._order("groups", len(self._groups)):
+            group = self._groups[at]
+            count = -(-group.num_rows // self._window_rows)
+            size = -(-group.num_rows // count) if count else 0
+            order = self._order(f"slices of {group.name}", count)
+            slices += [_Slice(group, i * size, min((i + 1) * size, group.num_rows)) for i in order]
+        return slices
 
-        for piece in self._slices():
-            if filled + piece.table.num_rows > capacity:
-                yield permuted(Batch(x_NF, ids_NC, cast(Tensor, y_N), w_N))
-                filled, position = 0, position + 1
-            room_NF = x_NF[filled : filled + piece.table.num_rows]
-            room_NC = None if ids_NC is None else ids_NC[filled : filled + piece.table.num_rows]
-            block = self._encoded(piece, room_NF, room_NC)
-            if y_N is None:
-                y_N, w_N = (
-                    None if tensor is None else tensor.new_empty((capacity, *tensor.shape[1:]))
-                    for tensor in (block.y_B, block.w_B)
-                )
-            end = filled + len(block.y_B)
-            for room, rows in zip((x_NF, ids_NC, y_N, w_N), block, strict=True):
-                if room is not None and rows is not None and rows is not room_NF and rows is not room_NC:
-                    room[filled:end] = rows
-            filled = end
-        if filled:
-            yield permuted(Batch(x_NF, ids_NC, cast(Tensor, y_N), w_N))
+    def _wanted(self, piece: _Slice) -> Tensor | None:
+        """bool [N]: which rows of the slice are on our side of the split. None: all of them."""
+        if self._split is None:
+            return None
+        if self._masked is None or self._masked[0] is not piece.group:
+            self._masked = piece.group, self._split.rows(piece.group)
+        return self._masked[1][piece.start : piece.stop]
 
-    def _slices(self) -> Iterator[_Slice]:
-        """Row groups, in order or permuted, read and cut to at most a window each."""
+    def _tables(self, slices: Sequence[_Slice]) -> Generator[tuple[_Slice, pa.Table]]:
+        """The slices with their tables; each row group is read once, ahead of its use if it is not the only one."""
         columns = [column.name for column in self._features.columns]
         nulls, labels, rows = [0] * len(columns), 0, 0
-        order = self._order("groups", len(self._groups))
-        tables = self._tables([self._groups[i] for i in order])
-        for group, table in tables if len(self._groups) == 1 else ahead(tables):
+        groups = [list(pieces) for _, pieces in groupby(slices, lambda piece: id(piece.group))]
+        tables = self._read([pieces[0].group for pieces in groups])
+        for pieces, table in zip(groups, tables if len(groups) == 1 else ahead(tables), strict=True):
             nulls = [n + table.column(name).null_count for n, name in zip(nulls, columns, strict=True)]
             labels += self._features.labelled(table)
             rows += table.num_rows
-            wanted_N = None if self._split is None else self._split.rows(group)
-            count = -(-group.num_rows // self._window_rows)
-            size = -(-group.num_rows // count)
-            for i in self._order(f"slices of {group.name}", count):
-                part_N = None if wanted_N is None else wanted_N[i * size : (i + 1) * size]
-                yield _Slice(table.slice(i * size, size), group.name, part_N)
+            for piece in pieces:
+                yield piece, table.slice(piece.start, piece.rows)
         if rows and not labels:
             targets = " or ".join(map(repr, self._features.targets))
             raise ColumnError(f"target {targets} is null in all {rows} rows: write labels to it")
@@ -151,34 +178,81 @@ class Stream:
                 f"column {column!r} is null in all {rows} rows: was it renamed, or does its producer fail?"
             )
 
-    def _tables(self, groups: Iterable[RowGroup]) -> Generator[tuple[RowGroup, pa.Table]]:
+    def _read(self, groups: Iterable[RowGroup]) -> Generator[pa.Table]:
         names = self._features.names(labelled=True)
         for group in groups:
-            if group.num_rows:
-                self._features.check(group.schema, group.name)
-                table = group.read(names)
-                assert table.num_rows == group.num_rows, f"{group.name} announced another number of rows than it read"
-                yield group, table
+            self._features.check(group.schema, group.name)
+            table = group.read(names)
+            assert table.num_rows == group.num_rows, f"{group.name} announced another number of rows than it read"
+            yield table
 
     def _order(self, what: str, count: int) -> Iterable[int]:
         if self._seed is None:
             return range(count)
         return torch.randperm(count, generator=generator(*self._seed, what)).tolist()
 
-    def _encoded(self, piece: _Slice, out_NF: Tensor | None = None, out_NC: Tensor | None = None) -> Batch:
-        """The rows of a slice that are wanted and labelled. x_BF and ids_BC are the `out` ones if that is all of them."""
-        encoded = self._features.encode(piece.table, piece.where, out_NF=out_NF, out_NC=out_NC)
-        assert encoded.y_N is not None, "encoded with labels"
-        wanted_N, labelled_N = piece.wanted_N, encoded.labelled_N
-        if labelled_N is not None:
-            missing_N = ~labelled_N if wanted_N is None else wanted_N & ~labelled_N
-            self.unlabelled += int(missing_N.sum())
-            wanted_N = labelled_N if wanted_N is None else wanted_N & labelled_N
-        block = Batch(encoded.x_NF, encoded.ids_NC, encoded.y_N, encoded.w_N)
+
+class _Window:
+    """A window being filled: row i of those that are added and wanted goes to place order_N[i] (int32) of the block."""
+
+    def __init__(self, features: Features, order_N: Tensor) -> None:
+        self._features, self._order_N = features, order_N
+        self._x_NF, self._ids_NC = features.room(len(order_N))
+        self._y_N: Tensor | None = None  # made for the first table, which has its type, as the weights
+        self._w_N: Tensor | None = None
+        self._added = 0
+        self._holes: list[Tensor] = []  # places of rows without a label
+
+    def add(self, table: pa.Table, where: str, wanted_N: Tensor | None) -> None:
+        """Encodes the next table into the window; without `wanted_N` (bool) all of its rows."""
+        features, n = self._features, table.num_rows
+        y_N, labelled_N = features.target(table, where)
+        w_N = features.weights(table, where)
+        if self._y_N is None:
+            self._y_N, self._w_N = (
+                None if tensor is None else tensor.new_empty(len(self._order_N), *tensor.shape[1:])
+                for tensor in (y_N, w_N)
+            )
+        count = n if wanted_N is None else int(wanted_N.sum())
+        places_N = self._order_N[self._added : self._added + count]
+        self._added += count
         if wanted_N is not None:
-            block = _taken(block, wanted_N.nonzero().squeeze(1))
-        self.rows += len(block.y_B)
-        return block
+            places_N = torch.full((n,), -1, dtype=torch.int32).masked_scatter_(wanted_N, places_N)
+        if labelled_N is not None:
+            self._holes.append(places_N[~labelled_N])
+        features.fill(table, where, self._x_NF, self._ids_NC, places_N)
+        for tensor, room in ((y_N, self._y_N), (w_N, self._w_N)):
+            if tensor is not None and room is not None:
+                place(tensor, places_N, room)
+
+    def block(self) -> Batch:
+        """The window. Places of rows without a label are taken by the last rows: those are random ones, too."""
+        assert self._y_N is not None, "every window has a table"
+        whole = Batch(self._x_NF, self._ids_NC, self._y_N, self._w_N)
+        holes = torch.cat([*self._holes, self._order_N.new_empty(0)]).long()
+        holes = holes[holes >= 0]
+        size = len(self._order_N) - len(holes)
+        left = torch.ones(len(holes), dtype=torch.bool)  # of the last rows, those that are no holes
+        left[holes[holes >= size] - size] = False
+        free, moved = holes[holes < size], size + left.nonzero().squeeze(1)
+        for tensor in whole:
+            if tensor is not None:
+                tensor[free] = tensor[moved]
+        return Batch._make(None if tensor is None else tensor[:size] for tensor in whole)
+
+
+def _windows_of(slices: Iterable[_Slice], window_rows: int) -> Iterator[list[_Slice]]:
+    """Neighbouring slices, as many together as fit a window."""
+    window: list[_Slice] = []
+    rows = 0
+    for piece in slices:
+        if rows + piece.rows > window_rows and window:
+            yield window
+            window, rows = [], 0
+        window.append(piece)
+        rows += piece.rows
+    if window:
+        yield window
 
 
 def ahead(items: Generator[T]) -> Iterator[T]:
@@ -211,27 +285,6 @@ def _openmp() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _each(block: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    return Batch._make(None if tensor is None else change(tensor) for tensor in block)
-
-
-def _taken(block: Batch, rows_N: Tensor) -> Batch:
-    """Copies of these rows, in this order."""
-    positions = rows_N.numpy()
-
-    def taken(tensor: Tensor) -> Tensor:
-        # numpy's gather, measured twice as fast as torch's; into torch's memory, which is aligned: matrix products may round
-        # otherwise at another alignment. Not mode "raise", for which numpy makes a copy of `out`. A part at a time,
-        # because it makes an int64 of every position.
-        values, out = tensor.numpy(), tensor.new_empty((len(positions), *tensor.shape[1:]))
-        for at in range(0, len(positions), TAKEN_ROWS):
-            part = slice(at, at + TAKEN_ROWS)
-            np.take(values, positions[part], axis=0, out=out.numpy()[part], mode="clip")
-        return out
-
-    return _each(block, taken)
-
-
 def _rebatched(blocks: Iterator[Batch], size: int) -> Generator[Batch]:
     """Blocks of any length as batches of `size` rows: views, except where a batch straddles two blocks."""
     carried: list[Batch] = []
@@ -258,7 +311,7 @@ def _rebatched(blocks: Iterator[Batch], size: int) -> Generator[Batch]:
 
 def _copied(block: Batch, start: int, stop: int) -> Batch:
     """Rows of a block as a copy, so that a few rows do not keep the whole block in memory."""
-    return _each(block, lambda tensor: tensor[start:stop].clone())
+    return Batch._make(None if tensor is None else tensor[start:stop].clone() for tensor in block)
 
 
 def in_batches(block: Batch, size: int) -> Iterator[Batch]:
@@ -267,7 +320,7 @@ def in_batches(block: Batch, size: int) -> Iterator[Batch]:
         some = (
             repeat(None) if tensor is None else torch.split(tensor[at : at + size * VIEWS], size) for tensor in block
         )
-        yield from map(Batch, *some)
+        yield from map(_batch, zip(*some))  # noqa: B905  # all have one length, but for None, which repeats
 
 
 def joined(parts: Sequence[Batch]) -> Batch:

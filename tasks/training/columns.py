@@ -1,13 +1,13 @@
 """Arrow columns as numbers, bucket ids and seconds: no statistics, no state.
 
 Shape legend: N rows, K numbers of a vector column (1 for a plain column), V distinct values, I items of all lists of a
-column, L length of a padded sequence, B rows of a block.
+column, L length of a padded sequence, B some neighbouring rows.
 """
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from hashlib import blake2b
 from typing import Any, Final, Literal, cast
@@ -22,7 +22,6 @@ Family = Literal["number", "time", "duration", "text", "list of integers", "list
 EXACT_IN_FLOAT32: Final = (pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32())
 TICKS_PER_SECOND: Final = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 SECONDS_PER_DAY: Final = 86_400.0
-BLOCK_IDS: Final = 65_536  # ids padded at a time: their positions fit the cache and need no memory to speak of
 
 
 def family_of(kind: pa.DataType) -> tuple[Family, int | None] | None:
@@ -129,10 +128,13 @@ def from_arrow(array: pa.Array[Any]) -> Tensor:
     return torch.utils.dlpack.from_dlpack(array)
 
 
-def bucket_ids(array: pa.Array[Any], buckets: int) -> Tensor:
-    """int64 [N]: 0 for null, else 1 + hash mod `buckets` of the value (`hash_bucket` of its `canonical` bytes).
+Ids = Callable[[slice], Tensor]  # of some rows: int64 [B], or [B, L] of sequences
 
-    Each distinct value is hashed once; rows only look their id up.
+
+def bucket_ids(array: pa.Array[Any], buckets: int) -> Ids:
+    """For each row 0 if it is null, else 1 + hash mod `buckets` of the value (`hash_bucket` of its `canonical` bytes).
+
+    Each distinct value is hashed once, at once; rows only look their id up.
     Raises ValueError for NaN and infinity.
     """
     encoded = cast("pa.DictionaryArray[Any, Any]", array)
@@ -144,22 +146,24 @@ def bucket_ids(array: pa.Array[Any], buckets: int) -> Tensor:
     if family_of(values.type) == ("text", None):
         values = values.cast(pa.large_binary())  # string to binary is free and skips the decoding of UTF-8
     ids_V = torch.tensor([0, *_bucket_of_each(values.to_pylist(), buckets)])
-    indices = encoded.indices.cast(pa.int64())
-    if not indices.null_count:
-        return ids_V.index_select(0, from_arrow(indices) + 1)
-    # Not `fill_null`: making its Arrow scalar imports pandas where that is installed.
-    stored = pa.Array.from_buffers(pa.int64(), len(indices), [None, indices.buffers()[1]], offset=indices.offset)
-    return ids_V.index_select(0, torch.where(_present(indices), from_arrow(stored), -1) + 1)
+
+    def ids(rows: slice) -> Tensor:
+        indices = encoded.indices.slice(rows.start, rows.stop - rows.start).cast(pa.int64())
+        if not indices.null_count:
+            return ids_V.index_select(0, from_arrow(indices) + 1)
+        # Not `fill_null`: making its Arrow scalar imports pandas where that is installed.
+        stored = pa.Array.from_buffers(pa.int64(), len(indices), [None, indices.buffers()[1]], offset=indices.offset)
+        return ids_V.index_select(0, torch.where(_present(indices), from_arrow(stored), -1) + 1)
+
+    return ids
 
 
-def fill_sequences(array: pa.Array[Any], buckets: int, ids_NL: Tensor) -> None:
-    """Fills ids_NL (int64) with the `bucket_ids` of the last L items of each list of a list column.
+def sequence_ids(array: pa.Array[Any], buckets: int, length: int) -> Ids:
+    """For each row the `bucket_ids` of the last L items of a list column. A shorter list is followed by 0, a null one all 0.
 
-    Shorter lists are followed by 0, and a null list is 0 throughout.
+    Raises ValueError for NaN and infinity.
     """
-    n, length = ids_NL.shape
-    if not n:
-        return
+    n = len(array)
     lists = cast("pa.ListArray[Any]", array)
     offsets = from_arrow(lists.offsets).long()
     starts_N = offsets[:n]
@@ -167,17 +171,20 @@ def fill_sequences(array: pa.Array[Any], buckets: int, ids_NL: Tensor) -> None:
     stops_N = starts_N + from_arrow(cast(Any, array).sizes) if views else offsets[1:]
     if array.null_count:  # a null list may have items in memory
         stops_N = torch.where(_present(array), stops_N, starts_N)
-    first = int(starts_N.min())
-    values = lists.values.slice(first, int(stops_N.max()) - first)
-    ids_I = torch.cat([torch.zeros(1, dtype=torch.int64), bucket_ids(values, buckets)])  # item 0 is the padding
+    first = int(starts_N.min()) if n else 0
+    values = lists.values.slice(first, int(stops_N.max()) - first if n else 0)
+    all_ids = bucket_ids(values, buckets)(slice(0, len(values)))
+    ids_I = torch.cat([torch.zeros(1, dtype=torch.int64), all_ids])  # item 0 is the padding
     used_N = (stops_N - starts_N).clamp(max=length)
     start_N = stops_N - used_N - (first - 1)
     steps_L = torch.arange(length)
-    block = max(1, BLOCK_IDS // length)
-    for at in range(0, n, block):
-        items_BL = start_N[at : at + block].unsqueeze(1) + steps_L
-        items_BL.masked_fill_(steps_L >= used_N[at : at + block].unsqueeze(1), 0)
-        ids_NL[at : at + block] = ids_I.index_select(0, items_BL.view(-1)).view_as(items_BL)
+
+    def ids(rows: slice) -> Tensor:
+        items_BL = start_N[rows].unsqueeze(1) + steps_L
+        items_BL.masked_fill_(steps_L >= used_N[rows].unsqueeze(1), 0)
+        return ids_I.index_select(0, items_BL.view(-1)).view_as(items_BL)
+
+    return ids
 
 
 def _bucket_of_each(values: Sequence[Any], buckets: int) -> list[int]:

@@ -17,11 +17,11 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from tasks.training.columns import Family, as_tensor, bucket_ids, family_of, fill_sequences, one_array
+from tasks.training.columns import Family, Ids, as_tensor, bucket_ids, family_of, one_array, sequence_ids
 from tasks.training.errors import ColumnError
 from tasks.training.groups import RowGroup, Split
 from tasks.training.moments import Moments
-from tasks.training.packing import pack
+from tasks.training.packing import blocks, pack
 from tasks.training.spec import Column, Spec, Task
 from tasks.training.statistics import Statistics
 
@@ -258,7 +258,7 @@ class Features:
             for i, name in enumerate(self.targets):
                 targets[i] = targets[i].merged(one_array(table.column(name)), None, rows_N)
                 _refuse_non_finite(targets[i].mean_K, name, group.name)
-            self._weights(table, group.name)  # only to refuse bad ones before training begins
+            self.weights(table, group.name)  # only to refuse bad ones before training begins
             if class_counts is not None:
                 class_counts += self._class_counts(table, group.name, rows_N)
         return rows, nulls, inputs, targets, class_counts
@@ -278,38 +278,43 @@ class Features:
         return None
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
-    def encode(
-        self,
-        table: pa.Table,
-        where: str,
-        *,
-        labelled: bool = True,
-        out_NF: Tensor | None = None,
-        out_NC: Tensor | None = None,
-    ) -> Encoded:
-        """Columns of a table as tensors; `where` names the table in messages.
+    def encode(self, table: pa.Table, where: str, *, labelled: bool = True) -> Encoded:
+        """Columns of a table as tensors; `where` names the table in messages. Without `labelled`, inputs alone.
 
-        A null number becomes the mean (0 once standardised; 0 too if not standardising), a null category id 0, a null
-        list no items. `out_NF`, if given, is contiguous float32 and becomes x_NF, and `out_NC`, int64, becomes ids_NC.
-        Without `labelled` neither targets nor weights are looked at.
         Raises ColumnError: NaN, infinity, a label that the task does not have, or a bad sample weight.
         """
-        assert self.fitted, "fit() comes before encode()"
-        x_NF = torch.empty(table.num_rows, self.numbers) if out_NF is None else out_NF
+        x_NF, ids_NC = self.room(table.num_rows)
+        self.fill(table, where, x_NF, ids_NC)
+        y_N, labelled_N = self.target(table, where) if labelled else (None, None)
+        return Encoded(x_NF, ids_NC, y_N, labelled_N, self.weights(table, where) if labelled else None)
+
+    def room(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """(x_NF, ids_NC) as in Encoded, for n rows, not filled."""
+        return torch.empty(n, self.numbers), torch.empty(n, self.ids, dtype=torch.int64) if self.ids else None
+
+    def fill(
+        self, table: pa.Table, where: str, x_NF: Tensor, ids_NC: Tensor | None, positions_N: Tensor | None = None
+    ) -> None:
+        """Fills `room` with the inputs of a table; with `positions_N` (int32 or int64, one for each row of the table) each row
+        goes there, or nowhere if that is negative.
+
+        A null number becomes the mean (0 once standardised; 0 too if not standardising), a null category id 0, a null
+        list no items. Raises ColumnError: NaN, infinity.
+        """
+        assert self.fitted, "fit() comes before fill()"
         columns = [(one_array(table.column(column.name)), column) for column in self.columns]
         if self.standardize_features and self.statistics is not None:
             center_F, scale_F = self.statistics.mean_F, self.statistics.std_F
         else:
             center_F, scale_F = torch.zeros(self.numbers).double(), torch.ones(self.numbers).double()
-        if not pack([(array, c.width) for array, c in columns if not c.buckets], center_F, scale_F, x_NF):
+        numbers = [(array, c.width) for array, c in columns if not c.buckets]
+        if not pack(numbers, center_F, scale_F, x_NF, positions_N):
+            if positions_N is not None:  # a window is shared with other tables
+                x_NF = torch.empty(table.num_rows, self.numbers)
+                pack(numbers, center_F, scale_F, x_NF)
             raise self._non_finite(x_NF, where)
-        ids_NC = out_NC
-        if ids_NC is None and self.ids:
-            ids_NC = torch.empty(table.num_rows, self.ids, dtype=torch.int64)
         if ids_NC is not None:
-            _fill_ids([(array, c) for array, c in columns if c.buckets], where, ids_NC)
-        y_N, labelled_N = self.target(table, where) if labelled else (None, None)
-        return Encoded(x_NF, ids_NC, y_N, labelled_N, self._weights(table, where) if labelled else None)
+            _fill_ids([(array, c) for array, c in columns if c.buckets], where, ids_NC, positions_N)
 
     def _non_finite(self, x_NF: Tensor, where: str) -> ColumnError:
         names = [column.name for column in self.columns for _ in range(column.numbers)]
@@ -355,7 +360,7 @@ class Features:
             classes_N = classes_N.index_select(0, rows_N)
         return classes_N.bincount(minlength=(self.classes or 2) + 1)[:-1]  # the last: no label
 
-    def _weights(self, table: pa.Table, where: str) -> Tensor | None:
+    def weights(self, table: pa.Table, where: str) -> Tensor | None:
         """w_N as in Encoded."""
         if self.sample_weight is None:
             return None
@@ -502,15 +507,21 @@ def _refuse_non_finite(summary: Tensor, name: str, where: str, exact: Tensor | N
         )
 
 
-def _fill_ids(columns: Sequence[tuple[pa.Array[Any], Input]], where: str, ids_NC: Tensor) -> None:
+def _fill_ids(
+    columns: Sequence[tuple[pa.Array[Any], Input]], where: str, ids_NC: Tensor, positions_N: Tensor | None
+) -> None:
     """Fills ids_NC as `Features.ids` lays it out, from categories and sequences in spec order."""
+    found: list[tuple[int | slice, Ids]] = []  # (place in a row, ids)
     at = 0
     for array, column in sorted(columns, key=lambda pair: pair[1].length > 0):  # stable: the order of the spec is kept
         try:
             if column.length:
-                fill_sequences(array, column.buckets, ids_NC[:, at : at + column.length])
+                found.append((slice(at, at + column.length), sequence_ids(array, column.buckets, column.length)))
             else:
-                ids_NC[:, at] = bucket_ids(array, column.buckets)
+                found.append((at, bucket_ids(array, column.buckets)))
         except ValueError as error:
             raise ColumnError(f"column {column.name!r} of {where}: {error}: write nulls for missing values") from error
         at += column.length or 1
+    for rows, ids_BC in blocks(len(columns[0][0]), ids_NC, positions_N):
+        for here, ids in found:
+            ids_BC[:, here] = ids(rows)

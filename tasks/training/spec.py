@@ -192,10 +192,10 @@ class Spec(_Settings):
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the initial weights, shuffling and dropout.")
     shuffle: bool = Field(default=True, description="Train on the rows in a random order, new in every epoch.")
     shuffle_bytes: int = Field(
-        default=48 * 2**20,
+        default=32 * 2**20,
         ge=1,
-        description="Memory for decoded rows on their way into training. A third of it is one window, whose rows are "
-        "shuffled together; the others are the window in use, and the shuffled copy of the next.",
+        description="Memory for decoded rows on their way into training. Half of it is one window, whose rows are shuffled "
+        "together; the other half is the window in use.",
     )
     standardize_features: bool = Field(
         default=True,
@@ -273,7 +273,7 @@ class Spec(_Settings):
     @property
     def window_bytes(self) -> int:
         """Bytes of the rows that are shuffled together."""
-        return max(1, self.shuffle_bytes // 3)
+        return max(1, self.shuffle_bytes // 2)
 
     @property
     def import_paths(self) -> tuple[str, ...]:

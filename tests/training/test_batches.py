@@ -39,9 +39,13 @@ def rows_of(batches):
     window_rows=st.integers(1, 100),
     shuffled=st.booleans(),
     fraction=st.sampled_from([None, 0.3]),
+    unlabelled=st.sets(st.integers(0, 30)),
 )
-def test_every_row_comes_once_in_full_batches(sizes, batch_size, window_rows, shuffled, fraction):
-    groups = cut(counted(sum(sizes)), *sizes)
+def test_every_labelled_row_comes_once_in_full_batches(sizes, batch_size, window_rows, shuffled, fraction, unlabelled):
+    unlabelled -= {0}  # some row has a label
+    table = counted(sum(sizes))
+    labels = [None if i in unlabelled else i for i in range(sum(sizes))]
+    groups = cut(table.set_column(1, "y", pa.array(labels, pa.float32())), *sizes)
     split = None if fraction is None else Split(fraction, held_out=False)
     batches = list(
         stream(
@@ -57,6 +61,7 @@ def test_every_row_comes_once_in_full_batches(sizes, batch_size, window_rows, sh
         wanted = [
             row for row, kept in zip(wanted, torch.cat([split.rows(g) for g in groups]).tolist(), strict=True) if kept
         ]
+    wanted = [row for row in wanted if row not in unlabelled]
     rows = rows_of(batches) if batches else []
     assert sorted(rows) == wanted
     assert shuffled or rows == wanted

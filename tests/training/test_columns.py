@@ -224,9 +224,9 @@ def test_sequences_are_those_of_a_plain_loop(lists, length, item, block, data):
     first = data.draw(st.integers(0, len(lists)))
     array = pa.array(lists, pa.list_(item))[first : first + data.draw(st.integers(0, len(lists)))]
     ids_NL = torch.full((len(array), length + 1), -1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columns, "BLOCK_IDS", block)
-        columns.fill_sequences(array, 50, ids_NL[:, :length])
+    ids = columns.sequence_ids(array, 50, length)
+    for at in range(0, len(array), block):
+        ids_NL[at : at + block, :length] = ids(slice(at, min(at + block, len(array))))
     expected = [
         [0 if item is None else 1 + hash_bucket(b"%d" % item, 50) for item in (row or [])[-length:]]
         for row in array.to_pylist()
@@ -238,7 +238,7 @@ def test_only_the_items_of_a_slice_are_hashed_and_each_distinct_one_once(monkeyp
     calls = []
     monkeypatch.setattr(columns, "hash_bucket", lambda data, buckets: calls.append(data) or len(data))
     array = pa.array([[i % 100, -(i % 7)] for i in range(10_000)])
-    columns.fill_sequences(array.slice(200, 10), 1000, torch.empty(10, 4, dtype=torch.int64))
+    columns.sequence_ids(array.slice(200, 10), 1000, 4)(slice(0, 10))
     assert sorted(calls) == sorted({b"%d" % item for pair in array.slice(200, 10).to_pylist() for item in pair})
 
 

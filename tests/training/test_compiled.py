@@ -68,7 +68,7 @@ def test_blocks_that_straddle_windows_hold_ids_weights_and_several_targets() -> 
         *(3,),
         features=["x0", "x1", "x2", {"name": "c", "kind": "category", "buckets": 8}],
         **{"target": ["y", "z"], "sample_weight": "w", "model": {"factory": "mlp", "arguments": {"hidden": [8]}}},
-        **{"shuffle": True, "shuffle_bytes": 3 * 100 * 32, "batch_size": 16, "loss": "huber"},
+        **{"shuffle": True, "shuffle_bytes": 2 * 100 * 32, "batch_size": 16, "loss": "huber"},
     )
     groups = cut(table, 130, 250)
     found = {}

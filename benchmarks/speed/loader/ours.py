@@ -33,14 +33,14 @@ def passes(work: Work, **settings: Any) -> Passes:
 
 @LOADERS.case("ours")
 def tidemill(work: Work) -> Passes:
-    """Tidemill: shuffled in its default window of 16 MiB, a third of `shuffle_bytes`."""
+    """Tidemill: shuffled in its default window of 16 MiB, half of `shuffle_bytes`."""
     return passes(work, **window(work))
 
 
 @LOADERS.case("ours")
 def tidemill_group_window(work: Work) -> Passes:
     """Tidemill with a window of one row group, as the streaming limit has."""
-    return passes(work, shuffle_bytes=3 * window_of_a_group(work))
+    return passes(work, shuffle_bytes=2 * window_of_a_group(work))
 
 
 def window(work: Work) -> dict[str, int]:
