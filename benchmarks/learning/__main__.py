@@ -5,7 +5,7 @@
     OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.learning --streams sea agrawal --seeds 2
 
 Needs the `bench` extra. Every learner has the same columns, the same shards, and its learning rate and epochs from the same
-grid, chosen on the batch part of the first seed's stream. Writes raw results (JSON lines), a table (Markdown) and a plot for
+grid, chosen on the batch parts of all seeds. Writes raw results (JSON lines), a table (Markdown) and a plot for
 each stream: OUT.jsonl, OUT.md, OUT-STREAM.png.
 """
 
@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.learning import protocol, report
 from benchmarks.learning.ours import Tidemill
-from benchmarks.learning.peers import RiverLinear, RiverLinearByRow, RiverTree, SklearnSGD
+from benchmarks.learning.peers import RiverLinear, RiverLinearByRow, RiverLinearTwice, RiverTree, SklearnSGD
 from benchmarks.learning.protocol import Make, Settings, choose, summary
 from benchmarks.learning.streams import STREAMS
 from tasks.training.spec import ReplayMemory
@@ -36,6 +36,7 @@ LEARNERS: Final[dict[str, tuple[Make, str | None]]] = {
     "online running": (partial(Tidemill, running=True), "online"),
     "linear online": (partial(Tidemill, factory="linear"), "linear online"),
     "river": (RiverLinear, "river"),
+    "river twice": (RiverLinearTwice, "river twice"),
     "river by row": (RiverLinearByRow, "river"),
     "sklearn": (SklearnSGD, "sklearn"),
     "river tree": (RiverTree, None),  # for orientation, first seed only: it takes longer than all others together
@@ -46,14 +47,14 @@ def run(name: str, seeds: int, rows: int, learners: list[str]) -> list[dict[str,
     """One result for each learner and seed."""
     results: list[dict[str, Any]] = []
     chosen: dict[str, Settings] = {}
-    for seed in range(seeds):
-        stream = STREAMS[name](seed, rows)
+    streams = [STREAMS[name](seed, rows) for seed in range(seeds)]
+    for seed, stream in enumerate(streams):
         for learner in learners:
             make, source = LEARNERS[learner]
             if source is None and seed:
                 continue
             if source is not None and source not in chosen:
-                chosen[source], _ = choose(LEARNERS[source][0], stream)
+                chosen[source] = choose(LEARNERS[source][0], streams)
             settings = Settings(0.0, 1) if source is None else chosen[source]
             began = time.process_time()
             found = summary(stream, protocol.run(make(stream, settings, seed), stream))

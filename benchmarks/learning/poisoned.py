@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.learning import poison
-from benchmarks.learning.ours import BUCKETS, Tidemill
+from benchmarks.learning.ours import BATCH_SIZE, BUCKETS, CLIP_NORM, PASSES, Tidemill
 from benchmarks.learning.protocol import Settings, choose
 from benchmarks.learning.streams import STREAMS, Stream, Y
 from storage.log import open_log
@@ -77,8 +77,8 @@ def spec_for(stream: Stream, settings: Settings, seed: int) -> Spec:
             "loss": stream.loss,
             "model": {"factory": "mlp"},
             "learning_rate": settings.rate,
-            "clip_norm": 1.0,
-            "batch_size": 32,
+            "clip_norm": CLIP_NORM["mlp"],
+            "batch_size": BATCH_SIZE["mlp"],
             "epochs": settings.epochs,
             "seed": seed,
             "standardize_target": stream.task == "regression",
@@ -110,7 +110,9 @@ def traced(stream: Stream, shards: Iterable[pa.Table], chosen: Settings, seed: i
     log = open_log(f"{root}/registry", "model")
     follower = online.open_run(
         *(f"{root}/inbox", f"{root}/registry", "model"),
-        OnlineSettings(max_shards=1, tolerance=TOLERANCE, holdout_dataset=f"{root}/holdout", device="cpu"),
+        OnlineSettings(
+            max_shards=1, passes=PASSES["mlp"], tolerance=TOLERANCE, holdout_dataset=f"{root}/holdout", device="cpu"
+        ),
     )
     champions = [0]
     for number, shard in enumerate(shards):
@@ -144,7 +146,7 @@ def main() -> None:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in given.streams:
-        chosen, _ = choose(Tidemill, STREAMS[name](0, given.rows))
+        chosen = choose(Tidemill, [STREAMS[name](seed, given.rows) for seed in range(given.seeds)])
         for what in poisons(STREAMS[name](0, given.rows)):
             found = []
             for seed in range(given.seeds):

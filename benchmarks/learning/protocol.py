@@ -1,11 +1,12 @@
 """Test, then train: every learner predicts a whole shard before it learns from it, and its settings are chosen before.
 
-Settings are chosen by the same protocol on the batch part alone: trained on its first 70%, scored on the rest. The learning
-rate is chosen with few epochs; then the best one and its neighbours are tried with many.
+Settings are chosen by the same protocol on the batch part alone: trained on its first 70%, scored on the rest, and averaged
+over the seeds, since one seed is mostly luck. The learning rate is chosen with few epochs; then the best one and its
+neighbours are tried with many.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -93,24 +94,26 @@ def targets(tables: Iterable[pa.Table]) -> np.ndarray:
     return np.concatenate([table[Y].to_numpy() for table in tables])
 
 
-def choose(make: Make, stream: Stream) -> tuple[Settings, float]:
-    """The settings with the lowest training loss on the last 30% of the batch part, and that loss."""
-    head = stream.head()
-    metric = {"mse": "rmse", "l1": "mae", "bce": "log_loss"}[stream.loss]
+def choose(make: Make, streams: Sequence[Stream]) -> Settings:
+    """The settings with the lowest training loss on the last 30% of the batch part, in the mean over the streams of all seeds."""
+    heads = [stream.head() for stream in streams]
+    metric = {"mse": "rmse", "l1": "mae", "bce": "log_loss"}[streams[0].loss]
 
     def loss(settings: Settings) -> float:
-        trace = run(make(head, settings, 0), head)
-        if trace is None:
-            return math.inf
-        return errors(head, np.concatenate(trace.shards), targets(head.shards))[metric]
+        total = 0.0
+        for seed, head in enumerate(heads):
+            trace = run(make(head, settings, seed), head)
+            if trace is None:
+                return math.inf
+            total += errors(head, np.concatenate(trace.shards), targets(head.shards))[metric]
+        return total / len(heads)
 
     few, many = EPOCHS
     found = {Settings(rate, few): loss(Settings(rate, few)) for rate in RATES}
     best = RATES.index(min(found, key=found.__getitem__).rate)
     for rate in RATES[max(0, best - 1) : best + 2]:
         found[Settings(rate, many)] = loss(Settings(rate, many))
-    settings = min(found, key=found.__getitem__)
-    return settings, found[settings]
+    return min(found, key=found.__getitem__)
 
 
 def summary(stream: Stream, trace: Trace | None) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     w_B: Tensor | None = None  # float32, sample weights; None: the spec has none
 
 
-_batch = partial(tuple.__new__, Batch)  # of a tuple of tensors; half the time of Batch._make
+_batch = partial(tuple.__new__, Batch)  # of a tuple of its fields; Batch(...) is a call of Python more
 
 
 class _Slice(NamedTuple):
