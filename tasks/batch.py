@@ -247,7 +247,7 @@ def describe(run: BatchRun, version: Version, *, trained: bool) -> VersionInfo:
 def run_key(dataset: Snapshot, spec: Spec, settings: BatchSettings) -> str:
     """What makes two batch runs the same run: same files, spec, split, model source and order of rows give the same bits."""
     identity = [
-        ORDER,
+        ORDER if spec.shuffle else None,
         dataset.ref.url,
         dataset.ref.fingerprint,
         spec.model_dump(mode="json"),

@@ -34,8 +34,8 @@ LEARNERS: Final[dict[str, tuple[Make, str | None]]] = {
     "replay": (partial(Tidemill, replay=REPLAY), "replay"),
     "retrain": (partial(Tidemill, policy="retrain"), "frozen"),
     "online running": (partial(Tidemill, running=True), "online"),
-    "linear online": (partial(Tidemill, factory="linear"), "linear online"),
     "river": (RiverLinear, "river"),
+    "linear online": (partial(Tidemill, factory="linear"), "river"),  # the same steps: at the same rate
     "river twice": (RiverLinearTwice, "river twice"),
     "river by row": (RiverLinearByRow, "river"),
     "sklearn": (SklearnSGD, "sklearn"),

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import cache, partial
-from itertools import groupby, repeat
+from itertools import count, repeat
 from typing import Final, NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -23,8 +23,10 @@ from tasks.training.packing import place
 __all__ = ["ORDER", "Batch", "RowGroup", "Split", "Stream", "ahead", "in_batches", "joined"]
 
 ORDER: Final = 2
-"""Number of the rule that makes the order of rows of a seed. Another rule needs another number: batch runs that were begun
-under the old one then start over, in place of going on with other bits."""
+"""Number of the rule that makes a shuffled order of a seed. Another rule needs another number: a batch run of one spec is then
+another run, and a replay says why it finds other bits."""
+PLACE_BYTES: Final = 4  # of a row while its window is filled: where it goes
+MOVED_ROWS: Final = 16_384  # at a time
 VIEWS: Final = 128
 """Batches that are cut at a time: so many objects that die as fast as they are made keep the garbage collector away."""
 
@@ -49,10 +51,8 @@ class _Slice(NamedTuple):
     group: RowGroup
     start: int
     stop: int
-
-    @property
-    def rows(self) -> int:
-        return self.stop - self.start
+    wanted_N: Tensor | None  # bool: rows on our side of the split; None: all of them
+    rows: int  # how many are wanted
 
 
 class Stream:
@@ -60,15 +60,15 @@ class Stream:
 
     Unshuffled (`shuffle_seed` None), the batches are those of a plain loop over the rows in order. Shuffled, the row
     groups come in a random order, as many of them as fit `window_bytes` once encoded are mixed row by row, and window
-    follows window. A row group that is larger than the window is cut into equal slices, which come in a random order,
-    so that the setting always bounds the encoded rows. Every random number derives from `shuffle_seed` and from the
-    position of a group or window in the pass.
+    follows window; rows that turn out to have no label leave their window smaller. A row group that is larger than the
+    window is cut into equal slices, which come in a random order, so that the setting always bounds the encoded rows.
+    Every random number derives from `shuffle_seed` and from the position of a group or window in the pass.
 
     A row group is read, and a window prepared, each in a thread while the one before it is used; rows are encoded right
     into their places in the window. In memory at a time: the Arrow tables of two row groups, the window being filled, and
     the window being used.
 
-    Iterating raises ColumnError (see `Features`); after the last batch, if a whole column turns out to be null.
+    Iterating raises ColumnError (see `Features`); before the last window, if a whole column turns out to be null.
     """
 
     def __init__(
@@ -84,10 +84,9 @@ class Stream:
         self._groups = groups
         self._features = features
         self._batch_size = batch_size
-        self._window_rows = max(1, window_bytes // features.row_bytes)
+        self._window_rows = max(1, window_bytes // (features.row_bytes + PLACE_BYTES))
         self._seed = shuffle_seed
         self._split = split
-        self._masked: tuple[RowGroup, Tensor] | None = None  # the row group whose rows of the split were found last
         self.rows = 0  # of the split, with a target; final after the last batch, like the next
         self.unlabelled = 0  # rows of the split left out because their target is null
 
@@ -102,74 +101,86 @@ class Stream:
         return len(self._groups) == 1 and self._groups[0].num_rows <= self._window_rows
 
     def _in_order(self) -> Generator[Batch]:
-        for piece, table in self._tables(self._slices()):
-            encoded = self._features.encode(table, piece.group.name)
-            assert encoded.y_N is not None, "encoded with labels"
-            block = Batch(encoded.x_NF, encoded.ids_NC, encoded.y_N, encoded.w_N)
-            wanted_N, labelled_N = self._wanted(piece), encoded.labelled_N
-            if labelled_N is not None:
-                missing_N = ~labelled_N if wanted_N is None else wanted_N & ~labelled_N
-                self.unlabelled += int(missing_N.sum())
-                wanted_N = labelled_N if wanted_N is None else wanted_N & labelled_N
-            if wanted_N is not None:
-                rows_N = wanted_N.nonzero().squeeze(1)
-                block = Batch._make(None if tensor is None else tensor.index_select(0, rows_N) for tensor in block)
-            self.rows += len(block.y_B)
-            yield block
+        for piece, table in self._tables():
+            yield self._encoded(piece, table)
+
+    def _encoded(self, piece: _Slice, table: pa.Table) -> Batch:
+        """The wanted and labelled rows of a slice, in order."""
+        features, where, kept_N = self._features, piece.group.name, piece.wanted_N
+        y_N, labelled_N = features.target(table, where)
+        w_N = features.weights(table, where)
+        if labelled_N is not None:
+            kept_N = labelled_N if kept_N is None else kept_N & labelled_N
+        places_N = None
+        rows = piece.rows
+        if kept_N is not None:
+            rows_N = kept_N.nonzero().squeeze(1)
+            rows = len(rows_N)
+            places_N = torch.full((len(kept_N),), -1, dtype=torch.int32)
+            places_N[rows_N] = torch.arange(rows, dtype=torch.int32)
+            y_N, w_N = y_N.index_select(0, rows_N), None if w_N is None else w_N.index_select(0, rows_N)
+        x_NF, ids_NC = features.room(rows)
+        features.fill(table, where, x_NF, ids_NC, places_N)
+        self.rows += rows
+        self.unlabelled += piece.rows - rows
+        return Batch(x_NF, ids_NC, y_N, w_N)
 
     def _windows(self, seed: tuple[str | int, ...]) -> Generator[Batch]:
-        slices = self._slices()
+        windows = _grouped(self._slices(), self._window_rows)
+        window = next(windows, None)
         # Closed whatever happens: the traceback of an error would keep its thread alive.
-        with closing(self._tables(slices)) as tables:
-            for number, pieces in enumerate(_windows_of(slices, self._window_rows)):
-                masks = [self._wanted(piece) for piece in pieces]
-                kept = [
-                    piece.rows if mask is None else int(mask.sum()) for piece, mask in zip(pieces, masks, strict=True)
-                ]
+        with closing(self._tables()) as tables:
+            for number in count():
+                if window is None:
+                    return
+                rows = sum(piece.rows for piece in window)
                 # int32: half the memory, and the time, of int64.
-                order_N = torch.randperm(sum(kept), generator=generator(*seed, "window", number), dtype=torch.int32)
-                window = _Window(self._features, order_N)
-                for mask in masks:
-                    piece, table = next(tables)
-                    window.add(table, piece.group.name, mask)
-                block = window.block()
+                order_N = torch.randperm(rows, generator=generator(*seed, "window", number), dtype=torch.int32)
+                filled = _Window(self._features, order_N)
+                for _ in window:
+                    filled.add(*next(tables))
+                block = filled.block()
+                del filled
                 self.rows += len(block.y_B)
-                self.unlabelled += len(order_N) - len(block.y_B)
+                self.unlabelled += rows - len(block.y_B)
+                window = next(windows, None)
+                if window is None and next(tables, None) is not None:  # it also says what is wrong with all of them
+                    raise AssertionError("a slice is in no window")
                 yield block
-            for _ in tables:  # what is to be said after the last row group
-                raise AssertionError("a slice is in no window")
 
-    def _slices(self) -> list[_Slice]:
-        """Row groups, in order or permuted, cut to at most a window each."""
-        slices: list[_Slice] = []
-        for at in self._order("groups", len(self._groups)):
-            group = self._groups[at]
-            count = -(-group.num_rows // self._window_rows)
-            size = -(-group.num_rows // count) if count else 0
-            order = self._order(f"slices of {group.name}", count)
-            slices += [_Slice(group, i * size, min((i + 1) * size, group.num_rows)) for i in order]
-        return slices
+    def _turns(self) -> list[RowGroup]:
+        """The row groups that have rows, in the order of the pass."""
+        groups = [self._groups[i] for i in self._order("groups", len(self._groups))]
+        return [group for group in groups if group.num_rows]
 
-    def _wanted(self, piece: _Slice) -> Tensor | None:
-        """bool [N]: which rows of the slice are on our side of the split. None: all of them."""
-        if self._split is None:
-            return None
-        if self._masked is None or self._masked[0] is not piece.group:
-            self._masked = piece.group, self._split.rows(piece.group)
-        return self._masked[1][piece.start : piece.stop]
+    def _slices(self) -> Iterator[_Slice]:
+        for group in self._turns():
+            yield from self._cut(group)
 
-    def _tables(self, slices: Sequence[_Slice]) -> Generator[tuple[_Slice, pa.Table]]:
+    def _cut(self, group: RowGroup) -> Iterator[_Slice]:
+        """A row group as slices of at most a window, in order or permuted."""
+        wanted_N = None if self._split is None else self._split.rows(group)
+        slices = -(-group.num_rows // self._window_rows)
+        size = -(-group.num_rows // slices)
+        for i in self._order(f"slices of {group.name}", slices):
+            start, stop = i * size, min((i + 1) * size, group.num_rows)
+            if wanted_N is None:
+                yield _Slice(group, start, stop, None, stop - start)
+            else:
+                yield _Slice(group, start, stop, wanted_N[start:stop], int(wanted_N[start:stop].sum()))
+
+    def _tables(self) -> Generator[tuple[_Slice, pa.Table]]:
         """The slices with their tables; each row group is read once, ahead of its use if it is not the only one."""
         columns = [column.name for column in self._features.columns]
         nulls, labels, rows = [0] * len(columns), 0, 0
-        groups = [list(pieces) for _, pieces in groupby(slices, lambda piece: id(piece.group))]
-        tables = self._read([pieces[0].group for pieces in groups])
-        for pieces, table in zip(groups, tables if len(groups) == 1 else ahead(tables), strict=True):
+        groups = self._turns()
+        tables = self._read(groups)
+        for group, table in zip(groups, tables if len(groups) <= 1 else ahead(tables), strict=True):
             nulls = [n + table.column(name).null_count for n, name in zip(nulls, columns, strict=True)]
             labels += self._features.labelled(table)
             rows += table.num_rows
-            for piece in pieces:
-                yield piece, table.slice(piece.start, piece.rows)
+            for piece in self._cut(group):
+                yield piece, table.slice(piece.start, piece.stop - piece.start)
         if rows and not labels:
             targets = " or ".join(map(repr, self._features.targets))
             raise ColumnError(f"target {targets} is null in all {rows} rows: write labels to it")
@@ -193,7 +204,7 @@ class Stream:
 
 
 class _Window:
-    """A window being filled: row i of those that are added and wanted goes to place order_N[i] (int32) of the block."""
+    """A window being filled: row i of the wanted ones that are added goes to place order_N[i] (int32) of the block."""
 
     def __init__(self, features: Features, order_N: Tensor) -> None:
         self._features, self._order_N = features, order_N
@@ -203,9 +214,9 @@ class _Window:
         self._added = 0
         self._holes: list[Tensor] = []  # places of rows without a label
 
-    def add(self, table: pa.Table, where: str, wanted_N: Tensor | None) -> None:
-        """Encodes the next table into the window; without `wanted_N` (bool) all of its rows."""
-        features, n = self._features, table.num_rows
+    def add(self, piece: _Slice, table: pa.Table) -> None:
+        """Encodes the next slice into the window."""
+        features, where, wanted_N = self._features, piece.group.name, piece.wanted_N
         y_N, labelled_N = features.target(table, where)
         w_N = features.weights(table, where)
         if self._y_N is None:
@@ -213,11 +224,10 @@ class _Window:
                 None if tensor is None else tensor.new_empty(len(self._order_N), *tensor.shape[1:])
                 for tensor in (y_N, w_N)
             )
-        count = n if wanted_N is None else int(wanted_N.sum())
-        places_N = self._order_N[self._added : self._added + count]
-        self._added += count
+        places_N = self._order_N[self._added : self._added + piece.rows]
+        self._added += piece.rows
         if wanted_N is not None:
-            places_N = torch.full((n,), -1, dtype=torch.int32).masked_scatter_(wanted_N, places_N)
+            places_N = torch.full((len(wanted_N),), -1, dtype=torch.int32).masked_scatter_(wanted_N, places_N)
         if labelled_N is not None:
             self._holes.append(places_N[~labelled_N])
         features.fill(table, where, self._x_NF, self._ids_NC, places_N)
@@ -226,22 +236,25 @@ class _Window:
                 place(tensor, places_N, room)
 
     def block(self) -> Batch:
-        """The window. Places of rows without a label are taken by the last rows: those are random ones, too."""
-        assert self._y_N is not None, "every window has a table"
+        """The window. Places of rows without a label are taken by its last rows: a random choice, as good as any."""
+        assert self._y_N is not None, "every window has a slice"
         whole = Batch(self._x_NF, self._ids_NC, self._y_N, self._w_N)
-        holes = torch.cat([*self._holes, self._order_N.new_empty(0)]).long()
+        if not self._holes:
+            return whole
+        holes = torch.cat(self._holes).long()
         holes = holes[holes >= 0]
         size = len(self._order_N) - len(holes)
-        left = torch.ones(len(holes), dtype=torch.bool)  # of the last rows, those that are no holes
+        left = torch.ones(len(holes), dtype=torch.bool)  # of the last rows, those that have a label
         left[holes[holes >= size] - size] = False
         free, moved = holes[holes < size], size + left.nonzero().squeeze(1)
         for tensor in whole:
             if tensor is not None:
-                tensor[free] = tensor[moved]
+                for to, at in zip(torch.split(free, MOVED_ROWS), torch.split(moved, MOVED_ROWS), strict=True):
+                    tensor[to] = tensor[at]
         return Batch._make(None if tensor is None else tensor[:size] for tensor in whole)
 
 
-def _windows_of(slices: Iterable[_Slice], window_rows: int) -> Iterator[list[_Slice]]:
+def _grouped(slices: Iterable[_Slice], window_rows: int) -> Iterator[list[_Slice]]:
     """Neighbouring slices, as many together as fit a window."""
     window: list[_Slice] = []
     rows = 0
@@ -301,17 +314,21 @@ def _rebatched(blocks: Iterator[Batch], size: int) -> Generator[Batch]:
             carried = []
         stop = rows - (rows - start) % size
         if start < stop:
-            whole = Batch._make(None if tensor is None else tensor[start:stop] for tensor in block)
-            yield from in_batches(whole, size)
+            yield from in_batches(_sliced(block, start, stop), size)
         if stop < rows:
             carried, missing = [_copied(block, stop, rows)], size - (rows - stop)
+        del block  # before the next one comes, which goes with a window being filled
     if carried:
         yield joined(carried)
 
 
 def _copied(block: Batch, start: int, stop: int) -> Batch:
     """Rows of a block as a copy, so that a few rows do not keep the whole block in memory."""
-    return Batch._make(None if tensor is None else tensor[start:stop].clone() for tensor in block)
+    return Batch._make(None if tensor is None else tensor.clone() for tensor in _sliced(block, start, stop))
+
+
+def _sliced(block: Batch, start: int, stop: int) -> Batch:
+    return Batch._make(None if tensor is None else tensor[start:stop] for tensor in block)
 
 
 def in_batches(block: Batch, size: int) -> Iterator[Batch]:

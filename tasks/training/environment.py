@@ -6,11 +6,13 @@ import platform
 import pyarrow as pa
 import torch
 
+from tasks.training.batches import ORDER
+
 VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_CBWR")  # each picks other kernels, so other roundings
 
 
 def environment() -> dict[str, str | int]:
-    """Versions, CPU capability and thread count: two runs with equal ones round alike."""
+    """Versions, CPU capability, thread count and rule of shuffling: two runs with equal ones have equal bits."""
     found: dict[str, str | int] = {
         "torch": torch.__version__,
         "pyarrow": pa.__version__,
@@ -18,6 +20,7 @@ def environment() -> dict[str, str | int]:
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "order": ORDER,
     }
     return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
 

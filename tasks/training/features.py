@@ -186,7 +186,9 @@ class Features:
 
     def labelled(self, table: pa.Table) -> int:
         """How many rows of a table have all targets."""
-        return table.select(list(self.targets)).drop_null().num_rows
+        targets = table.select(list(self.targets))
+        nulls = [column.null_count for column in targets.columns]
+        return table.num_rows - sum(nulls) if nulls.count(0) >= len(nulls) - 1 else targets.drop_null().num_rows
 
     # ---- learning the statistics -------------------------------------------------------------------------------------
     def fit(self, groups: Iterable[RowGroup], split: Split | None = None) -> Self:
@@ -283,10 +285,11 @@ class Features:
 
         Raises ColumnError: NaN, infinity, a label that the task does not have, or a bad sample weight.
         """
+        y_N, labelled_N = self.target(table, where) if labelled else (None, None)
+        w_N = self.weights(table, where) if labelled else None
         x_NF, ids_NC = self.room(table.num_rows)
         self.fill(table, where, x_NF, ids_NC)
-        y_N, labelled_N = self.target(table, where) if labelled else (None, None)
-        return Encoded(x_NF, ids_NC, y_N, labelled_N, self.weights(table, where) if labelled else None)
+        return Encoded(x_NF, ids_NC, y_N, labelled_N, w_N)
 
     def room(self, n: int) -> tuple[Tensor, Tensor | None]:
         """(x_NF, ids_NC) as in Encoded, for n rows, not filled."""
@@ -522,6 +525,6 @@ def _fill_ids(
         except ValueError as error:
             raise ColumnError(f"column {column.name!r} of {where}: {error}: write nulls for missing values") from error
         at += column.length or 1
-    for rows, ids_BC in blocks(len(columns[0][0]), ids_NC, positions_N):
+    for rows, ids_BC in blocks(len(columns[0][0]), ids_NC, positions_N, columns=len(columns)):
         for here, ids in found:
             ids_BC[:, here] = ids(rows)

@@ -6,7 +6,7 @@ Shape legend: N rows, F numbers of one row, K numbers of one column, B rows of a
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -17,10 +17,10 @@ from torch import Tensor
 from tasks.training.columns import as_tensor
 
 BLOCK_NUMBERS: Final = 262_144
-"""Numbers filled in at a time. So many are still in the cache when they are scaled and put in their places; of a smaller block,
-the calls for each of its columns would take longer than the copying."""
-BLOCK_ROWS: Final = 2048  # at least, of rows however wide
+"""Numbers filled in at a time. So many are still in the cache when they are scaled and put in their places."""
+CALL_NUMBERS: Final = 512  # at least, of one column on average: of less, the calls would take longer than the copying
 TILE_NUMBERS: Final = 256  # numbers that one loop scales, so that tables of few columns still vectorise
+PLACED_ROWS: Final = 65_536  # at a time
 
 
 def pack(
@@ -41,14 +41,14 @@ def pack(
     do not depend on its neighbours.
     """
     f = x_NF.shape[1]
-    n = len(columns[0][0]) if columns else 0
     center_F, scale_F = center_F.clone(), scale_F.clone()  # becomes (0, 1) where a column is scaled beforehand
-    parts: list[tuple[int | slice, np.ndarray]] = []  # (place in a row, values [N] or [N, K])
+    parts: list[
+        tuple[int | slice, Callable[[slice], np.ndarray]]
+    ] = []  # (place in a row, values [B] or [B, K] of rows)
     at = 0
     for array, width in columns:
         here = slice(at, at + (width or 1))
-        values = _prepared(array, width, center_F[here], scale_F[here]).numpy()
-        parts.append((at, values[:, 0]) if width is None else (here, values))
+        parts.append((here if width else at, _values(array, width, center_F[here], scale_F[here])))
         at = here.stop
 
     tile = max(1, TILE_NUMBERS // max(1, f))
@@ -57,10 +57,11 @@ def pack(
     if scaling:
         center_T, scale_T = center_F.repeat(tile), scale_F.repeat(tile)
     finite = True
-    for rows, x_BF in blocks(n, x_NF, positions_N, multiple=tile):
+    n = len(columns[0][0]) if columns else 0
+    for rows, x_BF in blocks(n, x_NF, positions_N, columns=len(columns), multiple=tile):
         x = x_BF.numpy()  # numpy copies into columns of rows faster than torch and Arrow do
         for column, values in parts:
-            x[:, column] = values[rows]
+            x[:, column] = values(rows)
         if scaling:
             whole = len(x_BF) // tile * tile
             x_BF[:whole].view(-1, tile * f).sub_(center_T).div_(scale_T)
@@ -70,14 +71,47 @@ def pack(
     return finite
 
 
-def blocks(n: int, out_NW: Tensor, positions_N: Tensor | None, *, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
+def _values(
+    array: pa.Array[Any], width: int | None, center_K: Tensor, scale_K: Tensor
+) -> Callable[[slice], np.ndarray]:
+    """Gives the float32 values of some rows of a column, [B], or [B, K] of vectors.
+
+    Either still to be scaled, with nulls at the centre, or scaled, with center_K and scale_K set to (0, 1) in place.
+    """
+
+    def shaped(values_BK: Tensor) -> np.ndarray:
+        return values_BK.numpy() if width else values_BK.squeeze(1).numpy()
+
+    if array.type == pa.float32() and not array.null_count:  # a view, made once
+        values = shaped(as_tensor(array, width)[0])
+        return lambda rows: values[rows]
+    kind = as_tensor(array.slice(0, 0), width)[0].dtype
+    center, scale = center_K.clone(), scale_K.clone()
+    if kind == torch.float64:
+        center_K.zero_()
+        scale_K.fill_(1.0)
+
+    def of(rows: slice) -> np.ndarray:
+        values_BK, present_BK = as_tensor(array.slice(rows.start, rows.stop - rows.start), width)
+        empty_K = center.float()
+        if kind == torch.float64:
+            values_BK, empty_K = values_BK.sub(center).div_(scale).float(), torch.zeros_like(empty_K)
+        return shaped(values_BK if present_BK is None else torch.where(present_BK, values_BK, empty_K))
+
+    return of
+
+
+def blocks(
+    n: int, out_NW: Tensor, positions_N: Tensor | None, *, columns: int, multiple: int = 1
+) -> Iterator[tuple[slice, Tensor]]:
     """(rows, tensor to fill with them) of some of n rows after the other, so few that they stay in the cache.
 
-    Filled, the tensor [B, W] is in its place in `out_NW`, or is put there by `place` before the next one comes. All blocks but
-    the last have a number of rows that `multiple` divides.
+    Filled by one call for each of the columns, the tensor [B, W] is in its place in `out_NW`, or is put there by `place` before
+    the next one comes. All blocks but the last have a number of rows that `multiple` divides.
     """
     width = max(1, out_NW.shape[1])
-    size = -(-max(BLOCK_ROWS, BLOCK_NUMBERS // width) // multiple) * multiple
+    size = max(1, BLOCK_NUMBERS // width, CALL_NUMBERS * columns // width)
+    size = -(-size // multiple) * multiple
     room_BW = None if positions_N is None else out_NW.new_empty(min(size, n), out_NW.shape[1])
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
@@ -94,23 +128,14 @@ def place(rows_N: Tensor, positions_N: Tensor, out: Tensor) -> None:
 
     numpy's `put` of whole rows as opaque items: faster than any gather, which waits for memory, as stores do not.
     """
-    positions, rows, places = positions_N.numpy(), rows_N.numpy(), out.numpy()
-    if positions.min(initial=0) < 0:
-        kept = positions >= 0
-        positions, rows = positions[kept], rows[kept]
-    if rows.size:
-        opaque = f"V{rows[0].nbytes}"
-        np.put(places.view(opaque), positions, rows.view(opaque), mode="clip")  # "raise" is slower; all are in range
-
-
-def _prepared(array: pa.Array[Any], width: int | None, center_K: Tensor, scale_K: Tensor) -> Tensor:
-    """float32 values [N, K] of one column; K is 1 if it is no vector.
-
-    Either still to be scaled, with nulls at the centre, or scaled, with center_K and scale_K set to (0, 1) in place.
-    """
-    values_NK, present_NK = as_tensor(array, width)
-    if values_NK.dtype == torch.float64:
-        values_NK = values_NK.sub(center_K).div_(scale_K).float()
-        center_K.zero_()
-        scale_K.fill_(1.0)
-    return values_NK if present_NK is None else torch.where(present_NK, values_NK, center_K.float())
+    every, places = positions_N.numpy(), out.numpy()
+    for at in range(0, len(every), PLACED_ROWS):  # numpy makes an int64 of every position
+        positions, rows = every[at : at + PLACED_ROWS], rows_N[at : at + PLACED_ROWS].numpy()
+        if positions.min() < 0:
+            kept = positions >= 0
+            positions, rows = positions[kept], rows[kept]
+        if rows.size:
+            opaque = f"V{rows[0].nbytes}"
+            np.put(
+                places.view(opaque), positions, rows.view(opaque), mode="clip"
+            )  # "raise" is slower; all are in range

@@ -1,20 +1,23 @@
 """Streaming: every row once, in an order that only the seed decides, with bounded windows."""
 
 import threading
+import weakref
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.training import packing
 from tasks.training.batches import Split, Stream, ahead
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.groups import stable_seed
 from tests.training.rows import TableGroup, cut, numbers_table, plain_spec, same_bits
 
-ROW_BYTES = 8  # one float32 feature and the target
+ROW_BYTES = 8 + 4  # one float32 feature, the target, and the place in the window
 
 
 def counted(rows, **more):
@@ -94,7 +97,7 @@ def test_windows_lie_where_torch_would_put_them():
     """Aligned, as torch's own memory: how a matrix product rounds may depend on it."""
     groups = cut(numbers_table(4000, 10), 1000, 1000, 1000)
     features = Features.resolve(plain_spec(), groups[0].schema)
-    window = 1000 * features.row_bytes
+    window = 1000 * (features.row_bytes + 4)
     for _ in range(5):
         batches = Stream(groups, features, batch_size=1000, window_bytes=window, shuffle_seed=(0, "epoch", 0))
         for batch in batches:
@@ -155,7 +158,7 @@ def test_long_sequences_count_in_the_window():
     table = counted(1000, s=pa.array([[i] for i in range(1000)]))
     spec = plain_spec(1, features=[{"name": "s", "length": 100}])
     features = Features.resolve(spec, table.schema)
-    found = Stream(cut(table), features, batch_size=50, window_bytes=100 * 804, shuffle_seed=(0,))
+    found = Stream(cut(table), features, batch_size=50, window_bytes=100 * 808, shuffle_seed=(0,))
     rows = rows_of(found)
     assert [len({row // 100 for row in rows[at : at + 100]}) for at in range(0, 1000, 100)] == [1] * 10
 
@@ -286,3 +289,65 @@ def test_seeds_are_stable_across_processes_and_keys_apart():
     assert stable_seed(0, "epoch", 1) == 5471977719921920884  # a change would change every model
     assert stable_seed(0, "epoch", 1) != stable_seed("0", "epoch", 1)
     assert stable_seed("ab", "c") != stable_seed("a", "bc")
+
+
+def test_two_windows_are_alive_and_no_more(monkeypatch):
+    """Also while a batch is in use that straddles two of them."""
+
+    class Memory(np.ndarray):
+        """An array that can be watched."""
+
+    alive: set[int] = set()
+    made = threading.Condition()
+    windows = 0
+
+    def watched(self, n):
+        nonlocal windows
+        memory = np.empty((n, self.numbers), np.float32).view(Memory)
+        weakref.finalize(memory, alive.discard, windows)
+        with made:
+            alive.add(windows)
+            windows += 1
+            made.notify_all()
+        return torch.from_numpy(memory), None
+
+    monkeypatch.setattr(Features, "room", watched)
+    groups = cut(counted(40_000), *[1000] * 39)
+    taken = 0
+    for batch in stream(groups, batch_size=3000, window_bytes=10_000 * ROW_BYTES, shuffle_seed=(0,)):
+        taken += len(batch.y_B)
+        ahead_of_it = min(4, -(-taken // 10_000) + 1)
+        with made:
+            assert made.wait_for(lambda wanted=ahead_of_it: windows >= wanted, timeout=30)
+        assert len(alive) <= 2
+    assert windows == 4
+
+
+def test_windows_are_filled_with_the_rows_of_the_split(monkeypatch):
+    sizes = []
+    room = Features.room
+    monkeypatch.setattr(Features, "room", lambda self, n: sizes.append(n) or room(self, n))
+    groups = cut(counted(1000), *[10] * 99)
+    found = stream(groups, window_bytes=100 * ROW_BYTES, shuffle_seed=(0,), split=Split(0.5, held_out=False))
+    assert len(rows_of(found)) == sum(sizes)
+    assert all(90 < size <= 100 for size in sizes[:-1])
+
+
+def test_columns_are_converted_a_block_at_a_time(monkeypatch):
+    """Else a window would be in memory once more, as float32 columns."""
+    lengths = set()
+    as_tensor = packing.as_tensor
+    monkeypatch.setattr(packing, "as_tensor", lambda array, width: lengths.add(len(array)) or as_tensor(array, width))
+    monkeypatch.setattr(packing, "BLOCK_NUMBERS", 1000)
+    table = pa.table({"x0": pa.array(range(5000)), "x1": pa.array([None, 1.0] * 2500, pa.float32()), "y": [0.0] * 5000})
+    features = Features.resolve(plain_spec(2), table.schema)
+    assert len(rows_of(Stream(cut(table), features, batch_size=50, window_bytes=2**20, shuffle_seed=(0,)))) == 5000
+    assert lengths == {0, 512, 5000 % 512}
+
+
+def test_the_error_of_a_whole_column_comes_before_the_last_window():
+    table = pa.table({"x0": pa.nulls(200, pa.float32()), "y": [1.0] * 200})
+    spec = plain_spec(1, standardize_features=True)
+    features = Features.resolve(spec, table.schema).fit(cut(table.set_column(0, "x0", pa.array([1.0] * 200))))
+    with pytest.raises(ColumnError, match="'x0' is null in all 200 rows"):
+        next(iter(Stream(cut(table), features, batch_size=10, window_bytes=2**20, shuffle_seed=(0,))))

@@ -49,5 +49,5 @@ def window(work: Work) -> dict[str, int]:
 
 
 def window_of_a_group(work: Work) -> int:
-    """Bytes of one row group as encoded: float32, the target included."""
-    return work.group_rows * 4 * (len(work.features) + 1)
+    """Bytes of one row group as encoded: float32, the target and the place of each row included."""
+    return work.group_rows * 4 * (len(work.features) + 2)
