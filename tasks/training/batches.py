@@ -317,7 +317,6 @@ def _rebatched(blocks: Iterator[Batch], size: int) -> Generator[Batch]:
             yield from in_batches(_sliced(block, start, stop), size)
         if stop < rows:
             carried, missing = [_copied(block, stop, rows)], size - (rows - stop)
-        del block  # before the next one comes, which goes with a window being filled
     if carried:
         yield joined(carried)
 
