@@ -17,7 +17,7 @@ from tasks.training.loop import predict, train_pass, train_shard
 from tasks.training.spec import Column, Model, ReplayMemory, Spec
 
 GROUP_ROWS: Final = 4096
-BUCKETS: Final = 1024
+BUCKETS: Final = 4096  # hardly any two values share one (of 102 destinations, two do): the others get one-hot columns
 RETRAININGS: Final = 3  # in a stream
 # Over each shard. Two learn more from a moving stream than one (docs/log.md); the linear learner takes one, as River does.
 PASSES: Final = {"mlp": 2, "linear": 1}
@@ -100,7 +100,7 @@ class Tidemill:
         return torch.cat(list(predict(self.learner, groups_of(table)))).double().numpy()
 
     def learn(self, table: pa.Table) -> None:
-        """As `tidemill follow`; or, a few times in a stream, as a new `tidemill train`."""
+        """As `tidemill follow --passes`; or, a few times in a stream, as a new `tidemill train`."""
         if self.policy == "online":
             train_shard(self.learner, groups_of(table), PASSES[self.factory])
         elif self.policy == "retrain":

@@ -92,7 +92,7 @@ class RiverLinearByRow(RiverLinear):
 
 
 class RiverLinearTwice(RiverLinear):
-    """The same, but each shard is gone over twice, as ours does: not River's way, and no worse for it where the world moves."""
+    """The same, but each shard is gone over twice, as by our net."""
 
     def learn(self, table: pa.Table) -> None:
         super().learn(table)
