@@ -1,7 +1,8 @@
 """Batch training, one unit at a time: snapshot a dataset, train epoch by epoch with a checkpoint after each, register.
 
-A run is known by its key: the dataset's fingerprint, the spec, the split, the model's source and the rule of shuffling. Killed and
-started again, the same run goes on from its last checkpoint, and one that had finished finds its version instead of training again.
+A run is known by its key: the dataset's fingerprint, the spec, the split, the model's source and the rule of shuffling.
+Killed and started again, the same run goes on from its last checkpoint, and one that had finished finds its version instead
+of training again.
 """
 
 import hashlib
