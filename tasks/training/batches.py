@@ -336,7 +336,7 @@ def in_batches(block: Batch, size: int) -> Iterator[Batch]:
         some = (
             repeat(None) if tensor is None else torch.split(tensor[at : at + size * VIEWS], size) for tensor in block
         )
-        yield from map(_batch, zip(*some))  # noqa: B905  # all have one length, but for None, which repeats
+        yield from map(_batch, zip(*some, strict=False))  # of one length, but for None, which repeats without end
 
 
 def joined(parts: Sequence[Batch]) -> Batch:

@@ -42,9 +42,8 @@ def pack(
     """
     f = x_NF.shape[1]
     center_F, scale_F = center_F.clone(), scale_F.clone()  # becomes (0, 1) where a column is scaled beforehand
-    parts: list[
-        tuple[int | slice, Callable[[slice], np.ndarray]]
-    ] = []  # (place in a row, values [B] or [B, K] of rows)
+    # (place in a row, values [B] or [B, K] of some rows)
+    parts: list[tuple[int | slice, Callable[[slice], np.ndarray]]] = []
     at = 0
     for array, width in columns:
         here = slice(at, at + (width or 1))
@@ -136,6 +135,5 @@ def place(rows_N: Tensor, positions_N: Tensor, out: Tensor) -> None:
             positions, rows = positions[kept], rows[kept]
         if rows.size:
             opaque = f"V{rows[0].nbytes}"
-            np.put(
-                places.view(opaque), positions, rows.view(opaque), mode="clip"
-            )  # "raise" is slower; all are in range
+            # All positions are in range; mode "raise" is slower.
+            np.put(places.view(opaque), positions, rows.view(opaque), mode="clip")
