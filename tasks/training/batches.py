@@ -3,6 +3,7 @@
 Shape legend: N rows of a row group, slice or window, B rows of a batch, F numbers and C ids of one row, T targets.
 """
 
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -101,7 +102,7 @@ class Stream:
         return len(self._groups) == 1 and self._groups[0].num_rows <= self._window_rows
 
     def _in_order(self) -> Generator[Batch]:
-        for piece, table in self._tables():
+        for piece, table in self._tables(self._cut()):
             yield self._encoded(piece, table)
 
     def _encoded(self, piece: _Slice, table: pa.Table) -> Batch:
@@ -126,10 +127,17 @@ class Stream:
         return Batch(x_NF, ids_NC, y_N, w_N)
 
     def _windows(self, seed: tuple[str | int, ...]) -> Generator[Batch]:
-        windows = _grouped(self._slices(), self._window_rows)
+        cut = deque[list[_Slice]]()  # of the row groups that are planned and not yet read
+
+        def planned() -> Iterator[_Slice]:
+            for pieces in self._cut():
+                cut.append(pieces)  # drawing the split of 131,072 rows takes 1 ms: once is enough
+                yield from pieces
+
+        windows = _grouped(planned(), self._window_rows)
         window = next(windows, None)
         # Closed whatever happens: the traceback of an error would keep its thread alive.
-        with closing(self._tables()) as tables:
+        with closing(self._tables(cut.popleft() for _ in self._turns())) as tables:
             for number in count():
                 if window is None:
                     return
@@ -153,33 +161,32 @@ class Stream:
         groups = [self._groups[i] for i in self._order("groups", len(self._groups))]
         return [group for group in groups if group.num_rows]
 
-    def _slices(self) -> Iterator[_Slice]:
+    def _cut(self) -> Iterator[list[_Slice]]:
+        """Each row group as slices of at most a window, in order or permuted."""
         for group in self._turns():
-            yield from self._cut(group)
+            wanted_N = None if self._split is None else self._split.rows(group)
+            slices = -(-group.num_rows // self._window_rows)
+            size = -(-group.num_rows // slices)
+            pieces = []
+            for i in self._order(f"slices of {group.name}", slices):
+                start, stop = i * size, min((i + 1) * size, group.num_rows)
+                if wanted_N is None:
+                    pieces.append(_Slice(group, start, stop, None, stop - start))
+                else:
+                    pieces.append(_Slice(group, start, stop, wanted_N[start:stop], int(wanted_N[start:stop].sum())))
+            yield pieces
 
-    def _cut(self, group: RowGroup) -> Iterator[_Slice]:
-        """A row group as slices of at most a window, in order or permuted."""
-        wanted_N = None if self._split is None else self._split.rows(group)
-        slices = -(-group.num_rows // self._window_rows)
-        size = -(-group.num_rows // slices)
-        for i in self._order(f"slices of {group.name}", slices):
-            start, stop = i * size, min((i + 1) * size, group.num_rows)
-            if wanted_N is None:
-                yield _Slice(group, start, stop, None, stop - start)
-            else:
-                yield _Slice(group, start, stop, wanted_N[start:stop], int(wanted_N[start:stop].sum()))
-
-    def _tables(self) -> Generator[tuple[_Slice, pa.Table]]:
-        """The slices with their tables; each row group is read once, ahead of its use if it is not the only one."""
+    def _tables(self, cut: Iterable[list[_Slice]]) -> Generator[tuple[_Slice, pa.Table]]:
+        """The slices (`_cut`) with their tables; each row group is read once, ahead of its use if it is not the only one."""
         columns = [column.name for column in self._features.columns]
         nulls, labels, rows = [0] * len(columns), 0, 0
         groups = self._turns()
         tables = self._read(groups)
-        for group, table in zip(groups, tables if len(groups) <= 1 else ahead(tables), strict=True):
+        for pieces, table in zip(cut, tables if len(groups) <= 1 else ahead(tables), strict=True):
             nulls = [n + table.column(name).null_count for n, name in zip(nulls, columns, strict=True)]
             labels += self._features.labelled(table)
             rows += table.num_rows
-            for piece in self._cut(group):
+            for piece in pieces:
                 yield piece, table.slice(piece.start, piece.stop - piece.start)
         if rows and not labels:
             targets = " or ".join(map(repr, self._features.targets))

@@ -296,9 +296,9 @@ class Features:
         return torch.empty(n, self.numbers), torch.empty(n, self.ids, dtype=torch.int64) if self.ids else None
 
     def fill(
-        self, table: pa.Table, where: str, x_NF: Tensor, ids_NC: Tensor | None, positions_N: Tensor | None = None
+        self, table: pa.Table, where: str, x_NF: Tensor, ids_NC: Tensor | None, places_N: Tensor | None = None
     ) -> None:
-        """Fills `room` with the inputs of a table; with `positions_N` (int32 or int64, one for each row of the table) each row
+        """Fills `room` with the inputs of a table; with `places_N` (int32 or int64, one for each row of the table) each row
         goes there, or nowhere if that is negative.
 
         A null number becomes the mean (0 once standardised; 0 too if not standardising), a null category id 0, a null
@@ -311,13 +311,13 @@ class Features:
         else:
             center_F, scale_F = torch.zeros(self.numbers).double(), torch.ones(self.numbers).double()
         numbers = [(array, c.width) for array, c in columns if not c.buckets]
-        if not pack(numbers, center_F, scale_F, x_NF, positions_N):
-            if positions_N is not None:  # a window is shared with other tables
+        if not pack(numbers, center_F, scale_F, x_NF, places_N):
+            if places_N is not None:  # a window is shared with other tables
                 x_NF = torch.empty(table.num_rows, self.numbers)
                 pack(numbers, center_F, scale_F, x_NF)
             raise self._non_finite(x_NF, where)
         if ids_NC is not None:
-            _fill_ids([(array, c) for array, c in columns if c.buckets], where, ids_NC, positions_N)
+            _fill_ids([(array, c) for array, c in columns if c.buckets], where, ids_NC, places_N)
 
     def _non_finite(self, x_NF: Tensor, where: str) -> ColumnError:
         names = [column.name for column in self.columns for _ in range(column.numbers)]
@@ -511,7 +511,7 @@ def _refuse_non_finite(summary: Tensor, name: str, where: str, exact: Tensor | N
 
 
 def _fill_ids(
-    columns: Sequence[tuple[pa.Array[Any], Input]], where: str, ids_NC: Tensor, positions_N: Tensor | None
+    columns: Sequence[tuple[pa.Array[Any], Input]], where: str, ids_NC: Tensor, places_N: Tensor | None
 ) -> None:
     """Fills ids_NC as `Features.ids` lays it out, from categories and sequences in spec order."""
     found: list[tuple[int | slice, Ids]] = []  # (place in a row, ids)
@@ -525,6 +525,6 @@ def _fill_ids(
         except ValueError as error:
             raise ColumnError(f"column {column.name!r} of {where}: {error}: write nulls for missing values") from error
         at += column.length or 1
-    for rows, ids_BC in blocks(len(columns[0][0]), ids_NC, positions_N, columns=len(columns)):
+    for rows, ids_BC in blocks(len(columns[0][0]), ids_NC, places_N, columns=len(columns)):
         for here, ids in found:
             ids_BC[:, here] = ids(rows)

@@ -28,11 +28,11 @@ def pack(
     center_F: Tensor,
     scale_F: Tensor,
     x_NF: Tensor,
-    positions_N: Tensor | None = None,
+    places_N: Tensor | None = None,
 ) -> bool:
     """Fills x_NF (contiguous float32) with (value - center) / scale, and 0 for nulls. Returns whether all is finite.
 
-    `columns` are (array, width of a vector or None); center_F and scale_F are float64. With `positions_N` the rows go
+    `columns` are (array, width of a vector or None); center_F and scale_F are float64. With `places_N` the rows go
     where `place` puts them.
 
     Types that are exact in float32 are copied as they are, a block at a time, and scaled while the block is in the
@@ -57,7 +57,7 @@ def pack(
         center_T, scale_T = center_F.repeat(tile), scale_F.repeat(tile)
     finite = True
     n = len(columns[0][0]) if columns else 0
-    for rows, x_BF in blocks(n, x_NF, positions_N, columns=len(columns), multiple=tile):
+    for rows, x_BF in blocks(n, x_NF, places_N, columns=len(columns), multiple=tile):
         x = x_BF.numpy()  # numpy copies into columns of rows faster than torch and Arrow do
         for column, values in parts:
             x[:, column] = values(rows)
@@ -101,7 +101,7 @@ def _values(
 
 
 def blocks(
-    n: int, out_NW: Tensor, positions_N: Tensor | None, *, columns: int, multiple: int = 1
+    n: int, out_NW: Tensor, places_N: Tensor | None, *, columns: int, multiple: int = 1
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, tensor to fill with them) of some of n rows after the other, so few that they stay in the cache.
 
@@ -111,29 +111,29 @@ def blocks(
     width = max(1, out_NW.shape[1])
     size = max(1, BLOCK_NUMBERS // width, CALL_NUMBERS * columns // width)
     size = -(-size // multiple) * multiple
-    room_BW = None if positions_N is None else out_NW.new_empty(min(size, n), out_NW.shape[1])
+    room_BW = None if places_N is None else out_NW.new_empty(min(size, n), out_NW.shape[1])
     for start in range(0, n, size):
         rows = slice(start, min(start + size, n))
-        if positions_N is None or room_BW is None:
+        if places_N is None or room_BW is None:
             yield rows, out_NW[rows]
         else:
             block_BW = room_BW[: rows.stop - start]
             yield rows, block_BW
-            place(block_BW, positions_N[rows], out_NW)
+            place(block_BW, places_N[rows], out_NW)
 
 
-def place(rows_N: Tensor, positions_N: Tensor, out: Tensor) -> None:
-    """out[positions_N[i]] = rows_N[i]. Rows at negative positions go nowhere. Both tensors are contiguous, of one dtype.
+def place(rows_N: Tensor, places_N: Tensor, out: Tensor) -> None:
+    """out[places_N[i]] = rows_N[i]. Rows of which the place is negative go nowhere. Both tensors are contiguous, of one dtype.
 
     numpy's `put` of whole rows as opaque items: faster than any gather, which waits for memory, as stores do not.
     """
-    every, places = positions_N.numpy(), out.numpy()
-    for at in range(0, len(every), PLACED_ROWS):  # numpy makes an int64 of every position
-        positions, rows = every[at : at + PLACED_ROWS], rows_N[at : at + PLACED_ROWS].numpy()
-        if positions.min() < 0:
-            kept = positions >= 0
-            positions, rows = positions[kept], rows[kept]
+    every, room = places_N.numpy(), out.numpy()
+    for at in range(0, len(every), PLACED_ROWS):  # numpy makes an int64 of every place
+        places, rows = every[at : at + PLACED_ROWS], rows_N[at : at + PLACED_ROWS].numpy()
+        if places.min() < 0:
+            kept = places >= 0
+            places, rows = places[kept], rows[kept]
         if rows.size:
             opaque = f"V{rows[0].nbytes}"
-            # All positions are in range; mode "raise" is slower.
-            np.put(places.view(opaque), positions, rows.view(opaque), mode="clip")
+            # All places are in range; mode "raise" is slower.
+            np.put(room.view(opaque), places, rows.view(opaque), mode="clip")
