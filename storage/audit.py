@@ -61,6 +61,7 @@ def audit(log: VersionLog) -> Audit:
     served = _aliased(log, len(numbers), result.findings)
     shards = _Shards(result.findings)
     before: Version | None = None
+    tombstones: BlobRef | None = None  # compared last: neighbours name one blob
     for number in numbers:
         try:
             version = log.version(number)
@@ -76,7 +77,10 @@ def audit(log: VersionLog) -> Audit:
                 shards.consumed(number, (part.inbox, part.key, part.sha256), part.last_modified.isoformat())
         for refused in manifest.rejected:
             shards.rejected(number, (refused.inbox, refused.key, refused.sha256), refused.last_modified.isoformat())
-        gone = [ref for ref in manifest.blobs.refs if not _is_whole(log, ref, number, result)]
+        refs = [ref for ref in manifest.blobs.refs if ref != tombstones]
+        gone = [ref for ref in refs if not _is_whole(log, ref, number, result)]
+        if manifest.blobs.tombstones not in gone:
+            tombstones = manifest.blobs.tombstones
         if gone and (number == numbers[-1] or number in served):
             named = "the head" if number == numbers[-1] else f"alias {served[number]!r}"
             result.findings.append(f"version {number}, {named}: {log.store.url}/{gone[0].key} is missing")
@@ -128,9 +132,23 @@ def _broken_links(log: VersionLog, before: Version, version: Version) -> Iterato
         yield f"a version of kind {manifest.kind!r} consumed shards"
     if manifest.kind == "rollback":
         yield from _broken_rollback(log, version)
-    remembered = older.blobs.tombstones
-    if manifest.kind != "online" and remembered != manifest.blobs.tombstones:
+    if not _carries_on(log, before, version):
         yield "it does not carry on the tombstones of the version before it"
+
+
+def _carries_on(log: VersionLog, before: Version, version: Version) -> bool:
+    """Whether a version names the tombstones of the one before it, or others that hold all of them."""
+    ref = version.manifest.blobs.tombstones
+    if ref in (before.manifest.blobs.tombstones, log.named_tombstones(before)):
+        return True
+    if ref is None or ref.version not in (None, version.number):
+        return False
+    if version.manifest.kind == "online":  # may have forgotten the oldest: what the head knows is looked at
+        return True
+    try:
+        return set(log.tombstones(before)) <= set(log.tombstones(version))
+    except (CorruptObject, UnknownVersion):
+        return True  # the first is a finding already, the second retention's work
 
 
 def _broken_rollback(log: VersionLog, version: Version) -> Iterator[str]:

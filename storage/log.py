@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import pairwise
 
 from storage.errors import (
     AlreadyExists,
@@ -28,10 +29,22 @@ from storage.errors import (
     UnknownModel,
     UnknownVersion,
 )
-from storage.manifest import BlobRef, Entry, Manifest, Parent, decode, encode, sha256
+from storage.manifest import (
+    BlobRef,
+    Blobs,
+    Entry,
+    Manifest,
+    Parent,
+    TombstonesRef,
+    consumed_objects,
+    decode,
+    encode,
+    sha256,
+)
+from storage.parallel import at_once
 from storage.probe import check_preconditions
 from storage.store import Store
-from storage.tombstones import Tombstones
+from storage.tombstones import Tombstones, due
 from storage.urls import open_store
 
 logger = logging.getLogger("tidemill.storage")
@@ -138,16 +151,23 @@ class VersionLog:
         """The version that `child` was made from; None before version 0."""
         if (parent := child.manifest.parent) is None:
             return None
+        found = self._older(parent.version)
+        self._check_link(found, child)
+        return found
+
+    def _older(self, number: int) -> Version:
+        """A version that must be there, because a later one is."""
         try:
-            found = self.version(parent.version)
+            return self.version(number)
         except UnknownVersion as error:
-            raise CorruptObject(f"{self.url}/log: version {parent.version} is gone. {_ALTERED}") from error
-        if found.sha256 != parent.sha256:
+            raise CorruptObject(f"{self.url}/log: version {number} is gone. {_ALTERED}") from error
+
+    def _check_link(self, parent: Version, child: Version) -> None:
+        if child.manifest.parent != Parent(version=parent.number, sha256=parent.sha256):
             raise CorruptObject(
-                f"{self.url}/log: version {child.number} was made from another version {parent.version} than the one "
+                f"{self.url}/log: version {child.number} was made from another version {parent.number} than the one "
                 f"stored. {_ALTERED}"
             )
-        return found
 
     def resolve(self, name: str) -> Version:
         """`head`, a version's number, or an alias.
@@ -193,11 +213,61 @@ class VersionLog:
             )
         return data
 
+    # ---- tombstones --------------------------------------------------------------------------------------------------
     def tombstones(self, version: Version | None) -> Tombstones:
-        """The shards that `version` remembers as consumed."""
-        if version is None or (ref := version.manifest.blobs.tombstones) is None:
+        """The shards that `version` remembers as consumed: those of the blob that it names, and of the manifests since.
+
+        Raises:
+            UnknownVersion: the blob is gone (retention).
+            CorruptObject: the blob or one of the manifests was altered.
+        """
+        if version is None:
             return Tombstones()
-        return Tombstones.decode(self.read_blob(ref), f"{self.store.url}/{ref.key}")
+        ref, stored = _stored_tombstones(version)
+        found = Tombstones() if ref is None else Tombstones.decode(self.read_blob(ref), f"{self.store.url}/{ref.key}")
+        if stored < version.number:
+            numbers = range(stored + 1, version.number)
+            since = [*at_once(self._older, numbers, self.store.concurrency), version]
+            for parent, child in pairwise(since):
+                self._check_link(parent, child)
+            for each in since:
+                for shard in consumed_objects(each.manifest.consumed):
+                    found.add(shard.inbox, shard.key, shard.sha256, shard.etag)
+        return found
+
+    def tombstones_due(self, parent: Version, loose: int = 0) -> bool:
+        """Whether a version after `parent` stores all tombstones, of which so many are in no blob, or names an older blob."""
+        _, stored = _stored_tombstones(parent)
+        return due(parent.number + 1 - stored, loose)
+
+    def write_tombstones(self, number: int, tombstones: Tombstones) -> TombstonesRef:
+        """Store all tombstones for version `number`, as `write_blob` does."""
+        ref = self.write_blob(number, "tombstones.jsonl", tombstones.encode())
+        tombstones.loose = 0
+        return TombstonesRef(**dict(ref), version=number)
+
+    def carried_tombstones(self, parent: Version | None) -> TombstonesRef | None:
+        """What a version after `parent` names that consumes nothing; stored anew if they are due.
+
+        Raises:
+            HeadMoved: others went on from `parent`, and retention removed its tombstones.
+        """
+        if parent is None:
+            return None
+        if not self.tombstones_due(parent):
+            return self.named_tombstones(parent)
+        try:
+            found = self.tombstones(parent)
+        except UnknownVersion as error:
+            if self.head().number == parent.number:
+                raise
+            raise HeadMoved(f"{self.url}: retention has removed version {parent.number}, the head before.") from error
+        return self.write_tombstones(parent.number + 1, found)
+
+    def named_tombstones(self, parent: Version) -> TombstonesRef | None:
+        """What a version after `parent` names that does not store tombstones."""
+        ref, stored = _stored_tombstones(parent)
+        return None if ref is None else ref.model_copy(update={"version": stored})
 
     # ---- committing --------------------------------------------------------------------------------------------------
     def commit(self, parent: Version | None, entry: Entry) -> Version:
@@ -248,11 +318,10 @@ class VersionLog:
         entry = Entry(
             kind="rollback",
             spec=target.manifest.spec,
-            blobs=head.manifest.blobs.model_copy(
-                update={
-                    "weights": self.write_blob(number, "safetensors", weights),
-                    "state": self.write_blob(number, "state.safetensors", state),
-                }
+            blobs=Blobs(
+                weights=self.write_blob(number, "safetensors", weights),
+                state=self.write_blob(number, "state.safetensors", state),
+                tombstones=self.carried_tombstones(head),
             ),
             owed=head.manifest.owed,
             new_columns=head.manifest.new_columns,
@@ -399,6 +468,14 @@ class VersionLog:
             f"{self.store.url} holds no model {self.model!r}.{hint} It holds: {', '.join(known) or 'none'}. "
             "A model begins with `tidemill train`; check the registry's URL and the name."
         )
+
+
+def _stored_tombstones(version: Version) -> tuple[TombstonesRef | None, int]:
+    """(the blob of tombstones that a version names, the last version whose shards it has)."""
+    ref = version.manifest.blobs.tombstones
+    if ref is None:
+        return None, -1
+    return ref, version.number if ref.version is None else ref.version
 
 
 def open_log(registry: str, model: str, *, writable: bool = True) -> VersionLog:

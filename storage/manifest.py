@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any, Literal
 
@@ -27,12 +28,20 @@ class BlobRef(Record):
     sha256: str
 
 
+class TombstonesRef(BlobRef):
+    """A blob of tombstones. Those of the shards that later versions consumed stand in the manifests of these."""
+
+    version: int | None = None
+    """The last version whose shards it has; None: the version that names it."""
+
+
 class Blobs(Record):
     """The blobs of one version."""
 
     weights: BlobRef
     state: BlobRef
-    tombstones: BlobRef | None = None
+    tombstones: TombstonesRef | None = None
+    """None: all that was ever consumed stands in the manifests."""
 
     @property
     def refs(self) -> tuple[BlobRef, ...]:
@@ -94,6 +103,14 @@ class Consumed(Record):
     labels: LabelShard | None = None
     """Where its targets came from, if they arrived later."""
     predicted: Predicted | None = None
+
+
+def consumed_objects(consumed: Iterable[Consumed]) -> Iterator[Consumed | LabelShard]:
+    """The shards, each followed by that of its labels."""
+    for shard in consumed:
+        yield shard
+        if shard.labels is not None:
+            yield shard.labels
 
 
 class Rejected(Record):

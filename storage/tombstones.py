@@ -1,6 +1,7 @@
 """Tombstones: which shards were consumed lately, so that a producer that sends one again does not train it twice.
 
-Stored as one blob of JSON lines, oldest first: `["<inbox>", "<key>", "<sha256>", "<etag>"]`.
+Stored now and then as a blob of JSON lines, oldest first: `["<inbox>", "<key>", "<sha256>", "<etag>"]`. What was consumed since
+stands in the manifests: writing 10,000 of them at each commit would cost more than training on a small shard.
 """
 
 import json
@@ -9,13 +10,24 @@ from collections.abc import Collection, Iterable, Iterator
 from storage.errors import CorruptObject
 
 WINDOW = 10_000
-"""How many of the last consumed shards are remembered. A shard that is still in the inbox is remembered in any case."""
+"""How many of the last consumed shards are remembered at least. One that is still in the inbox is remembered in any case."""
+WHOLE_VERSIONS = 32
+"""For so many versions the blob is not written again: a run that opens the log reads their manifests."""
+WHOLE_SHARDS = 2500
+"""After so many shards the blob is written again."""
+
+
+def due(versions: int, shards: int) -> bool:
+    """Whether the blob is written again, so many versions and shards after it was."""
+    return versions > WHOLE_VERSIONS or shards >= WHOLE_SHARDS
 
 
 class Tombstones:
     """The identities of consumed shards, in the order of their consumption."""
 
     def __init__(self) -> None:
+        self.loose = 0
+        """How many were added since these were stored as a whole."""
         self._lines: dict[tuple[str, str, str], tuple[str, bytes]] = {}
         self._etags: dict[tuple[str, str, str], str] = {}
 
@@ -31,6 +43,7 @@ class Tombstones:
                 self.add(*fields)
         except (ValueError, TypeError, RecursionError) as error:
             raise CorruptObject(f"{where} does not hold tombstones: {error}") from error
+        self.loose = 0
         return self
 
     def encode(self) -> bytes:
@@ -39,6 +52,7 @@ class Tombstones:
     def add(self, inbox: str, key: str, sha256: str, etag: str) -> None:
         line = json.dumps([inbox, key, sha256, etag]).encode() + b"\n"
         self._forget((inbox, key, sha256))  # so that one consumed again counts as recent
+        self.loose += 1
         self._lines[inbox, key, sha256] = etag, line
         self._etags[inbox, key, etag] = sha256
 
@@ -69,11 +83,6 @@ class Tombstones:
     def _forget(self, identity: tuple[str, str, str]) -> None:
         if (found := self._lines.pop(identity, None)) is not None:
             self._etags.pop((identity[0], identity[1], found[0]), None)
-
-    def copy(self) -> "Tombstones":
-        other = Tombstones()
-        other._lines, other._etags = dict(self._lines), dict(self._etags)
-        return other
 
     def __len__(self) -> int:
         return len(self._lines)

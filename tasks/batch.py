@@ -190,32 +190,32 @@ def register(run: BatchRun, result: Score) -> Version:
             return registered[0]
         parent = run.log.head() if run.log.exists() else None
         number = 0 if parent is None else parent.number + 1
-        # Written anew for each number: blobs of a number that another run has taken are garbage, and may be collected.
-        weights, state = run.learner.dump()
-        entry = Entry(
-            kind="batch",
-            spec=run.spec.model_dump(mode="json"),
-            blobs=Blobs(
-                weights=run.log.write_blob(number, "safetensors", weights),
-                state=run.log.write_blob(number, "state.safetensors", state),
-                tombstones=None if parent is None else parent.manifest.blobs.tombstones,
-            ),
-            owed=() if parent is None else parent.manifest.owed,
-            metrics={
-                "epoch_loss": list(run.losses),
-                **({"epoch_held_out": list(run.held_out), "best_epoch": run.best_epoch} if run.held_out else {}),
-                "holdout_rows": result.rows,
-                "holdout": {n: v for n, v in {"loss": result.loss, **result.metrics}.items() if math.isfinite(v)}
-                if result.rows
-                else {},
-            },
-            counters=asdict(run.learner.counters),
-            dataset=run.dataset.ref,
-            run=run.progress.key,
-            code=code_revision(),
-            environment=environment(),
-        )
         try:
+            # Written anew for each number: blobs of a number that another run has taken are garbage, and may be collected.
+            weights, state = run.learner.dump()
+            entry = Entry(
+                kind="batch",
+                spec=run.spec.model_dump(mode="json"),
+                blobs=Blobs(
+                    weights=run.log.write_blob(number, "safetensors", weights),
+                    state=run.log.write_blob(number, "state.safetensors", state),
+                    tombstones=run.log.carried_tombstones(parent),
+                ),
+                owed=() if parent is None else parent.manifest.owed,
+                metrics={
+                    "epoch_loss": list(run.losses),
+                    **({"epoch_held_out": list(run.held_out), "best_epoch": run.best_epoch} if run.held_out else {}),
+                    "holdout_rows": result.rows,
+                    "holdout": {n: v for n, v in {"loss": result.loss, **result.metrics}.items() if math.isfinite(v)}
+                    if result.rows
+                    else {},
+                },
+                counters=asdict(run.learner.counters),
+                dataset=run.dataset.ref,
+                run=run.progress.key,
+                code=code_revision(),
+                environment=environment(),
+            )
             return run.log.commit(parent, entry)
         except HeadMoved as moved:
             logger.info("%s Registering on top of it.", moved)

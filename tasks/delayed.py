@@ -81,6 +81,10 @@ class DelayedLabels:
         """Whether the labels of a shard of features have arrived."""
         return original_key(features.key) in self._waiting
 
+    def size(self, features: ObjectInfo) -> int:
+        """Bytes of the labels of a shard of features; 0 while they have not arrived."""
+        return found.size if (found := self._waiting.get(original_key(features.key))) is not None else 0
+
     def completed(self, shard: Shard, groups: Sequence[RowGroup], features: Features) -> Complete | None:
         """A shard of features with its labels; None if these went since they were listed, or are not whole yet.
 

@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from storage.errors import (
 )
 from storage.inbox import Inbox, quarantine_key, settle
 from storage.log import Alias, Version, VersionLog
-from storage.manifest import Blobs, Consumed, Entry, Gate, Owed
+from storage.manifest import Blobs, Consumed, Entry, Gate, Owed, TombstonesRef
 from storage.parallel import at_once
 from storage.probe import check_preconditions
 from storage.store import ObjectInfo, Store
@@ -56,6 +56,8 @@ logger = logging.getLogger("tidemill.online")
 
 LISTED_AHEAD = 10_000
 """How many shards one listing of the inbox hands to the following steps: listing again for each would cost O(inbox) a step."""
+PASSED_OVER = 1000
+"""After so many versions that only rejected shards, those before them are not looked for when a run is opened."""
 SETTLE_AGAIN_SECONDS = 60.0
 """How often a deletion that was denied is tried again."""
 
@@ -200,14 +202,19 @@ class OnlineRun:
         return loaded
 
     def _past(self, head: Version) -> tuple[deque[Consumed], Summary, Gate | None]:
-        """What was scored lately on the way to this head: the window, the summary of all, the last decision."""
+        """What was scored lately on the way to this head: the window, the summary of all, the last decision.
+
+        Versions that only rejected are passed over, but not without end: a history may hold any number of them.
+        """
         settings = self.settings
         size = max(settings.window_shards, settings.train_when.window if settings.train_when.by_score else 0)
         window: deque[Consumed] = deque(maxlen=size)
         gate: Gate | None = None
+        passed_over = 0
         for version in self.log.history(head):
-            if version.manifest.kind != "online" or len(window) == size:
+            if version.manifest.kind != "online" or len(window) == size or passed_over == PASSED_OVER:
                 break
+            passed_over += not version.manifest.consumed
             gate = gate or version.manifest.gate
             for shard in version.manifest.consumed[::-1][: size - len(window)]:
                 window.appendleft(shard)
@@ -227,7 +234,11 @@ class OnlineRun:
         self.report.waiting, self.report.oldest_waiting = listing.waiting, listing.oldest
         self._fired = self._why(loaded, shards, backlog=len(shards) == LISTED_AHEAD)
         read = partial(read_shard, self.inbox, self.delayed, loaded.learner.features)
-        self._reader = Reader(shards if self._fired else [], read, self.inbox.store.concurrency)
+        self._reader = Reader(shards if self._fired else [], read, self._size, self.inbox.store.concurrency)
+
+    def _size(self, info: ObjectInfo) -> int:
+        """Bytes that are read for a shard: its labels come with it."""
+        return info.size + (0 if self.delayed is None else self.delayed.size(info))
 
     def _can_be_used(self, info: ObjectInfo) -> bool:
         """Whether a shard in the inbox is small enough, and its labels have come."""
@@ -425,13 +436,8 @@ class OnlineRun:
         """
         loaded, number = work.loaded, work.loaded.version.number + 1
         owed = (*loaded.owed, *self._debts(work, number))
-        tombstones = loaded.tombstones.copy()
         for shard in work.consumed_objects:
-            tombstones.add(shard.inbox, shard.key, shard.sha256, shard.etag)
-        # What is in the inbox must be remembered: all that is kept, and what an earlier run has kept and is not removed yet.
-        if self.settings.after_commit != "keep" and self._listed_all_known:
-            mine = {self.inbox.url} | ({self.delayed.inbox.url} if self.delayed is not None else set())
-            tombstones.prune(mine, keep=((debt.inbox, debt.key, debt.sha256) for debt in owed))
+            loaded.tombstones.add(shard.inbox, shard.key, shard.sha256, shard.etag)
         weights, state = loaded.learner.dump()
         window = loaded.window.copy()
         window.extend(work.consumed)
@@ -439,9 +445,9 @@ class OnlineRun:
         cumulative.add(work.consumed)
         recent = list(window)[-self.settings.window_shards :]
         gate, holdout = self._decide(work, recent)
-        parts = [("safetensors", weights), ("state.safetensors", state), ("tombstones.jsonl", tombstones.encode())]
+        parts = [("safetensors", weights), ("state.safetensors", state)]
         refs = at_once(lambda part: self.log.write_blob(number, *part), parts, self.log.store.concurrency)
-        blobs = Blobs(weights=refs[0], state=refs[1], tombstones=refs[2])
+        blobs = Blobs(weights=refs[0], state=refs[1], tombstones=self._remember(loaded, number, owed))
         entry = Entry(
             kind="online",
             spec=loaded.version.manifest.spec,
@@ -460,13 +466,29 @@ class OnlineRun:
             environment=environment(),
         )
         version = self.log.commit(loaded.version, entry)
-        self._loaded = Loaded(
-            *(version, loaded.learner, tombstones, owed, time.monotonic(), window, cumulative, gate or loaded.gate)
+        self._loaded = replace(
+            loaded,
+            version=version,
+            owed=owed,
+            settled_at=time.monotonic(),
+            window=window,
+            cumulative=cumulative,
+            gate=gate or loaded.gate,
         )
         self.report.add(version.manifest)
         self.report.head = number
         self.report.waiting = max(0, self.report.waiting - len(work.consumed) - len(work.rejected))
         return version
+
+    def _remember(self, loaded: Loaded, number: int, owed: Sequence[Owed]) -> TombstonesRef | None:
+        """Where version `number` finds its tombstones; they are stored, and old ones forgotten, when that is due."""
+        if not self.log.tombstones_due(loaded.version, loaded.tombstones.loose):
+            return self.log.named_tombstones(loaded.version)
+        # What is in the inbox must be remembered: all that is kept, and what an earlier run has kept and is not removed yet.
+        if self.settings.after_commit != "keep" and self._listed_all_known:
+            mine = {self.inbox.url} | ({self.delayed.inbox.url} if self.delayed is not None else set())
+            loaded.tombstones.prune(mine, keep=((debt.inbox, debt.key, debt.sha256) for debt in owed))
+        return self.log.write_tombstones(number, loaded.tombstones)
 
     def _debts(self, work: Trained, number: int) -> list[Owed]:
         then, to = self.settings.after_commit, self.settings.archive_to
@@ -575,6 +597,7 @@ def step(run: OnlineRun) -> Step:
                 run.look(loaded)  # 4 the inbox, oldest first
                 looked = True
             work = run.train(loaded)  # 5 read and validate, 6 score, then train
+            loaded = work.loaded  # read anew if a shard was refused
             if work.consumed or work.rejected:
                 break
         version = run.commit(work)  # 7 blobs, 8 the manifest

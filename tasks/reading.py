@@ -20,9 +20,9 @@ from tasks.training.features import Features
 from tasks.training.groups import RowGroup
 
 AHEAD_BYTES: Final = 64 * 2**20
-"""Shards are read ahead for as long as they have no more bytes together than this; or one of them."""
+"""Shards are read ahead for as long as they and their labels have no more bytes together than this; or one of them."""
 DECODED_BYTES: Final = 4 * 2**20
-"""A shard that decodes to more is decoded piece by piece when it is used, as often as it is: there it costs little."""
+"""A shard that takes more when encoded is decoded piece by piece when it is used, as often as it is: there it costs little."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,16 @@ def read_shard(inbox: Inbox, delayed: DelayedLabels | None, features: Features, 
                 return Ready(shard, None)
             found = completed
         features.check(found.groups[0].schema, info.key)
-        return Ready(shard, replace(found, groups=_decoded(found.groups, features.names(labelled=True), info.size)))
+        return Ready(shard, replace(found, groups=_decoded(found.groups, features, info.size)))
     except (NotReady, BadLabels, ShardRejected, ColumnError) as problem:
         return Ready(shard, None, problem)
 
 
-def _decoded(groups: Sequence[RowGroup], columns: Sequence[str], size: int) -> Sequence[RowGroup]:
+def _decoded(groups: Sequence[RowGroup], features: Features, size: int) -> Sequence[RowGroup]:
     """The groups, decoded, if that takes no more than `DECODED_BYTES`; `size` is that of the file."""
-    if size > DECODED_BYTES or sum(group.num_rows for group in groups) * len(columns) > DECODED_BYTES:
+    if size > DECODED_BYTES or sum(group.num_rows for group in groups) * features.row_bytes > DECODED_BYTES:
         return groups  # values that compress well may be far more bytes than the file
+    columns = features.names(labelled=True)
     tables: list[pa.Table] = []
     for group in groups:
         tables.append(group.read(columns))
@@ -104,10 +105,16 @@ def _decoded(groups: Sequence[RowGroup], columns: Sequence[str], size: int) -> S
 class Reader:
     """Reads shards in order, some of them ahead of their turn; `workers` at once. With one worker, none is read ahead."""
 
-    def __init__(self, shards: Iterable[ObjectInfo], read: Callable[[ObjectInfo], Ready | None], workers: int) -> None:
-        """`read` may be called from any thread."""
+    def __init__(
+        self,
+        shards: Iterable[ObjectInfo],
+        read: Callable[[ObjectInfo], Ready | None],
+        size: Callable[[ObjectInfo], int],
+        workers: int,
+    ) -> None:
+        """`read` may be called from any thread; `size` tells how many bytes it will hold."""
         self._waiting = deque(shards)
-        self._read, self._ahead = read, 2 * workers if workers > 1 else 0
+        self._read, self._size, self._ahead = read, size, 2 * workers if workers > 1 else 0
         self._coming: deque[tuple[ObjectInfo, Future[Ready | None]]] = deque()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tidemill-reader")
 
@@ -133,9 +140,9 @@ class Reader:
         return info, coming.result()
 
     def _fill(self) -> None:
-        size = sum(info.size for info, _ in self._coming)
+        size = sum(self._size(info) for info, _ in self._coming)
         while self._waiting and len(self._coming) < self._ahead:
-            size += self._waiting[0].size
+            size += self._size(self._waiting[0])
             if self._coming and size > AHEAD_BYTES:
                 return
             info = self._waiting.popleft()

@@ -6,7 +6,7 @@ from typing import Any
 
 from storage.inbox import Shard
 from storage.log import Version
-from storage.manifest import Consumed, Gate, LabelShard, Owed, Predicted, Rejected
+from storage.manifest import Consumed, Gate, LabelShard, Owed, Predicted, Rejected, consumed_objects
 from storage.tombstones import Tombstones
 from tasks.scores import Summary
 from tasks.training.learner import Learner
@@ -92,7 +92,7 @@ class Trained:
     @property
     def consumed_objects(self) -> list[Consumed | LabelShard]:
         """The shards, and those of their labels."""
-        return [part for shard in self.consumed for part in (shard, shard.labels) if part is not None]
+        return list(consumed_objects(self.consumed))
 
     def metrics(self) -> dict[str, Any]:
         """Prequential metrics of this commit's shards, and the champion's on the same rows."""

@@ -23,9 +23,9 @@ Forward = Callable[[Callable[..., Tensor], Tensor, Tensor | None], Tensor]
 """(network, x_BF, ids_BC or None) to the network's outputs in float32."""
 
 STEPS: Final = 16  # of a call; twice as many gain little and double the time of compilation
-AUTO_STEPS: Final = 100_000
-"""Steps of a run from which `compile: auto` compiles. Compilation takes 10 to 30 s and saves about 0.4 ms of a small net's
-step; a larger net gains less, but so many of its steps take so long that half a minute does not matter."""
+AUTO_STEPS: Final = 200_000
+"""Steps of a run from which `compile: auto` compiles. Compilation takes 16 to 40 s the first time, 5 to 6 s from the cache; a
+compiled step saves 0.27 ms at least (docs/performance.md), so that 150,000 of them win 40 s back."""
 
 log = logging.getLogger("tidemill.training")
 

@@ -58,9 +58,13 @@ class Update:
 
     @staticmethod
     def serves(optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the arithmetic would be the same: not if the optimizer's arguments ask for another implementation."""
+        """Whether the arithmetic would be the same: not if the optimizer's arguments ask for another implementation.
+
+        On an accelerator torch's own choice is another one: all parameters at once.
+        """
         (group,) = optimizer.param_groups
-        return not any(group.get(name) for name in ("foreach", "fused", "capturable", "differentiable"))
+        chosen = any(group.get(name) for name in ("foreach", "fused", "capturable", "differentiable"))
+        return not chosen and all(parameter.device.type == "cpu" for parameter in group["params"])
 
     def step(self) -> None:
         """As `Optimizer.step`: changes the parameters by their gradients."""

@@ -68,6 +68,8 @@ SPEC = Spec.model_validate(
         "seed": 5,
     }
 )
+WHOLE_VERSIONS = 2
+"""Of `storage.tombstones`, so that short histories have both, tombstones in a blob and tombstones in manifests."""
 BATCH = BatchSettings(holdout=0.2)
 CLASSES = Spec.model_validate(
     SPEC.model_dump()

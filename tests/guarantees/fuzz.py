@@ -618,9 +618,10 @@ def version_target(_: Path) -> Check:
 
 def tombstones_target(_: Path) -> Check:
     """The blob of tombstones: refused by its sha256, and parsed all the same, either corrupt or lines of four strings."""
-    log, version, _ = registry()
-    ref = version.manifest.blobs.tombstones
-    assert ref is not None
+    log, parent, _ = registry()
+    ref = log.write_tombstones(2, log.tombstones(parent))
+    blobs = parent.manifest.blobs.model_copy(update={"tombstones": ref})
+    version = log.commit(parent, Entry(kind="online", spec=parent.manifest.spec, blobs=blobs))
     known = Tombstones()
     for i in range(8):
         known.add("s3://bucket/in", f"d/{i}\n.parquet", f"{i:064x}", f"{i:032x}")

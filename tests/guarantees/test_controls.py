@@ -21,6 +21,7 @@ from storage.inbox import settle
 from storage.log import Version, VersionLog
 from storage.manifest import BlobRef, Entry, decode, encode
 from storage.store import ObjectInfo, Store
+from storage.tombstones import Tombstones
 from tasks.online import OnlineRun, Trained
 from tests.guarantees.machine import BAD, GOOD, Fault, Meanwhile, Plan, Protocol, World
 from tests.storage.faults import Call, FaultStore
@@ -282,12 +283,27 @@ class NoTombstones(VersionLog):
         return super().write_blob(number, suffix, b"" if suffix.startswith("tombstones") else data)
 
 
+class BlobAlone(VersionLog):
+    """Takes the blob for all tombstones, and has none yet: what stands in manifests is not remembered."""
+
+    def tombstones_due(self, parent: Version, loose: int = 0) -> bool:
+        return False
+
+    def tombstones(self, version: Version | None) -> Tombstones:
+        if version is None or (ref := version.manifest.blobs.tombstones) is None:
+            return Tombstones()
+        return Tombstones.decode(self.read_blob(ref), ref.key)
+
+
 class BatchForgets(VersionLog):
     """A batch run begins anew: nothing is remembered, nothing is owed."""
 
     def commit(self, parent: Version | None, entry: Entry) -> Version:
-        if entry.kind == "batch":
-            entry = entry.model_copy(update={"blobs": entry.blobs.model_copy(update={"tombstones": None}), "owed": ()})
+        if entry.kind == "batch" and parent is not None:
+            nothing = self.write_tombstones(parent.number + 1, Tombstones())
+            entry = entry.model_copy(
+                update={"blobs": entry.blobs.model_copy(update={"tombstones": nothing}), "owed": ()}
+            )
         return super().commit(parent, entry)
 
 
@@ -296,9 +312,10 @@ class RollbackForgets(VersionLog):
 
     def commit(self, parent: Version | None, entry: Entry) -> Version:
         if entry.kind == "rollback":
-            target = self.version(entry.rolled_back_to).manifest
-            blobs = entry.blobs.model_copy(update={"tombstones": target.blobs.tombstones})
-            entry = entry.model_copy(update={"blobs": blobs, "owed": target.owed})
+            target = self.version(entry.rolled_back_to)
+            then = self.write_tombstones(parent.number + 1, self.tombstones(target))
+            blobs = entry.blobs.model_copy(update={"tombstones": then})
+            entry = entry.model_copy(update={"blobs": blobs, "owed": target.manifest.owed})
         return super().commit(parent, entry)
 
 
@@ -396,6 +413,7 @@ CONTROLS = {
     "listing from a cursor": Control(Protocol(run=ListsFromCursor), "failed", "inbox still holds"),
     "no parent check": Control(with_log(NoParentCheck), "altered", "went on from altered history"),
     "no tombstones": Control(with_log(NoTombstones), "sent_again", "was consumed twice"),
+    "blob alone": Control(with_log(BlobAlone), "sent_again", "was consumed twice"),
     "batch forgets": Control(with_log(BatchForgets), "sent_again", "was consumed twice"),
     "rollback forgets": Control(with_log(RollbackForgets), "sent_again", "a rollback dropped"),
     "overwritable commit": Control(Protocol(wrap=CommitsOverwrite), "overtaken", "was overwritten"),

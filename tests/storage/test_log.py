@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from storage import tombstones as tombstones_module
 from storage.errors import (
     AlreadyExists,
     CorruptObject,
@@ -30,7 +31,20 @@ from storage.errors import (
     UnsupportedStore,
 )
 from storage.log import HINT_EVERY, Version, VersionLog, list_models, open_log
-from storage.manifest import BlobRef, Blobs, Entry, Manifest, Owed, Parent, decode, encode, sha256
+from storage.manifest import (
+    BlobRef,
+    Blobs,
+    Consumed,
+    Entry,
+    Manifest,
+    Owed,
+    Parent,
+    checked,
+    consumed_objects,
+    decode,
+    encode,
+    sha256,
+)
 from storage.memory import MemoryStore
 from storage.retention import collect_garbage
 from storage.store import ObjectInfo, Store
@@ -60,7 +74,7 @@ def append(log: VersionLog, parent: Version | None, **fields: Any) -> Version:
     blobs = Blobs(
         weights=log.write_blob(number, "safetensors", f"weights {number}".encode()),
         state=log.write_blob(number, "state.safetensors", f"state {number}".encode()),
-        tombstones=log.write_blob(number, "tombstones.jsonl", tombstones.encode()),
+        tombstones=log.write_tombstones(number, tombstones),
     )
     return log.commit(parent, Entry(**{"kind": "online", "spec": {"n": number}, "blobs": blobs, **fields}))
 
@@ -469,6 +483,130 @@ def test_altered_tombstones_are_refused(memory: MemoryStore) -> None:
     memory.write(head.manifest.blobs.tombstones.key, b"")
     with pytest.raises(CorruptObject, match="not what was committed"):
         log.tombstones(head)
+
+
+def consume(log: VersionLog, parent: Version, *names: int) -> Version:
+    """A version that consumed these shards and stores no tombstones of its own unless they are due."""
+    number, remembered = parent.number + 1, log.tombstones(parent)
+    shards = [shard(name) for name in names]
+    for each in consumed_objects(shards):
+        remembered.add(each.inbox, each.key, each.sha256, each.etag)
+    due = log.tombstones_due(parent, remembered.loose)
+    blobs = Blobs(
+        weights=log.write_blob(number, "safetensors", b"w"),
+        state=log.write_blob(number, "state.safetensors", b"s"),
+        tombstones=log.write_tombstones(number, remembered) if due else log.named_tombstones(parent),
+    )
+    return log.commit(parent, Entry(kind="online", spec={}, blobs=blobs, consumed=tuple(shards)))
+
+
+def shard(name: int) -> Consumed:
+    """With labels if the name is odd."""
+    about = {"sha256": f"sha-{name}", "etag": f"etag-{name}", "size": 1, "last_modified": datetime.now(UTC)}
+    labels = (
+        {"inbox": "labels", "key": f"{name}.parquet", **about, "column": "id", "unmatched": 0} if name % 2 else None
+    )
+    rest = {"ordinal": name, "rows": 1, "unlabelled": 0, "score": {}, "labels": labels}
+    return Consumed.model_validate({"inbox": "s3://in", "key": f"{name}.parquet", **about, **rest})
+
+
+def first(log: VersionLog) -> Version:
+    blobs = Blobs(weights=log.write_blob(0, "safetensors", b"w"), state=log.write_blob(0, "state.safetensors", b"s"))
+    return log.commit(None, Entry(kind="batch", spec={}, blobs=blobs))
+
+
+def test_tombstones_are_those_of_an_older_blob_and_of_the_manifests_since(
+    memory: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tombstones_module, "WHOLE_VERSIONS", 3)
+    log = VersionLog(memory, "taxi")
+    version = first(log)
+    blobs: list[str | None] = []
+    for number in range(1, 10):
+        version = consume(log, version, number)
+        ref = version.manifest.blobs.tombstones
+        blobs.append(None if ref is None else ref.key)
+        expected = {("s3://in", f"{n}.parquet", f"sha-{n}") for n in range(1, number + 1)}
+        expected |= {("labels", key, digest) for _, key, digest in expected if int(key[0]) % 2}
+        assert set(log.tombstones(version)) == expected
+    assert blobs[:2] == [None, None]
+    assert len({*blobs}) == 1 + 2  # of versions 3 and 7
+    assert blobs[2] == blobs[5] != blobs[6] == blobs[8]
+
+
+def test_opening_tombstones_costs_the_manifests_since_the_blob_alone(
+    memory: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tombstones_module, "WHOLE_VERSIONS", 3)
+    log = VersionLog(memory, "taxi")
+    version = first(log)
+    for number in range(1, 30):
+        version = consume(log, version, number)
+    calls: list[Call] = []
+    VersionLog(FaultStore(memory, calls.append), "taxi").tombstones(version)
+    read = {call.key for call in calls if call.verb == "read" and "/log/" in call.key}
+    assert len(read) == version.number - 1 - 27
+
+
+def test_many_shards_are_stored_at_once(memory: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tombstones_module, "WHOLE_SHARDS", 4)
+    log = VersionLog(memory, "taxi")
+    version = consume(log, first(log), 2, 4)
+    assert version.manifest.blobs.tombstones is None
+    version = consume(log, version, 6, 8)
+    assert version.manifest.blobs.tombstones is not None
+    assert version.manifest.blobs.tombstones.version == 2
+    assert len(log.tombstones(version)) == 4
+
+
+def test_what_consumes_nothing_carries_tombstones_on_and_stores_them_when_due(
+    memory: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many retrainings and rollbacks there are, no run has to read them all."""
+    monkeypatch.setattr(tombstones_module, "WHOLE_VERSIONS", 3)
+    log = VersionLog(memory, "taxi")
+    consume(log, first(log), 2)
+    for _ in range(8):
+        back = log.rollback("1")
+        assert list(log.tombstones(back)) == [("s3://in", "2.parquet", "sha-2")]
+    ref = back.manifest.blobs.tombstones
+    assert ref is not None
+    assert ref.version is not None
+    assert ref.version > 6
+
+
+def test_tombstones_of_a_manifest_that_does_not_say_of_which_version_are_its_own(memory: MemoryStore) -> None:
+    """Registries of 2026-11-26 and before."""
+    log = VersionLog(memory, "taxi")
+    old = Tombstones()
+    old.add("s3://in", "1.parquet", "sha-1", "etag-1")
+    ref = log.write_tombstones(0, old).model_copy(update={"version": None})
+    blobs = Blobs(weights=log.write_blob(0, "safetensors", b"w"), state=log.write_blob(0, "s", b"s"), tombstones=ref)
+    version = log.commit(None, Entry(kind="batch", spec={}, blobs=blobs))
+    assert '"version": null' not in memory.read("taxi/log/00000000.json").decode()
+    assert len(log.tombstones(version)) == 1
+    version = consume(log, consume(log, version, 2), 4)
+    assert version.manifest.blobs.tombstones == ref.model_copy(update={"version": 0})
+    assert {key for _, key, _ in log.tombstones(version)} == {"1.parquet", "2.parquet", "4.parquet"}
+
+
+@pytest.mark.parametrize("change", ["altered", "gone"])
+def test_tombstones_are_refused_if_a_manifest_among_them_is_not_what_was_committed(
+    memory: MemoryStore, change: str
+) -> None:
+    log = VersionLog(memory, "taxi")
+    version = first(log)
+    for number in range(1, 5):
+        version = consume(log, version, number)
+    key = "taxi/log/00000002.json"
+    if change == "gone":
+        memory.delete(key)
+    else:
+        fields = json.loads(memory.read(key))
+        del fields["checksum"]
+        memory.write(key, checked(fields | {"consumed": []}))
+    with pytest.raises(CorruptObject, match="history was altered"):
+        log.tombstones(version)
 
 
 # ---- committing ----------------------------------------------------------------------------------------------------------

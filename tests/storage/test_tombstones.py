@@ -56,14 +56,12 @@ def test_any_key_keeps_to_its_line(key: str) -> None:
     assert Tombstones.decode(tombstones.encode(), "blob").has("in", key, "sha")
 
 
-def test_a_copy_is_independent() -> None:
-    tombstones = consumed(1)
-    other = tombstones.copy()
-    other.add("in", "2.parquet", "sha-2", "etag-2")
-    other.prune({"in"}, window=1)
-    assert list(tombstones) == [identity(1)]
-    assert list(other) == [identity(2)]
-    assert not tombstones.sha256_of("in", "2.parquet", "etag-2")
+def test_those_that_no_blob_has_are_counted() -> None:
+    tombstones = consumed(1, 2)
+    assert tombstones.loose == 2
+    back = Tombstones.decode(tombstones.encode(), "blob")
+    back.add("in", "3.parquet", "sha-3", "etag-3")
+    assert back.loose == 1
 
 
 def test_only_the_window_is_remembered() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from storage import tombstones
 from storage.audit import Audit, audit
 from storage.errors import UnknownModel
 from storage.log import VersionLog, open_log
@@ -56,8 +57,9 @@ def drain(inbox: str, registry: str, archive: str) -> None:
 
 
 @pytest.fixture
-def history() -> History:
+def history(monkeypatch: pytest.MonkeyPatch) -> History:
     """0 batch, 1 to 3 online (one shard rejected), 4 rollback to 1, 5 online, 6 batch, 7 online; and the archive's URL."""
+    monkeypatch.setattr(tombstones, "WHOLE_VERSIONS", 2)
     root = f"memory://{uuid.uuid4().hex}"
     inbox, registry, archive = f"{root}/inbox", f"{root}/registry", f"{root}/archive"
     train(registry, f"{root}/one", 1)
@@ -90,7 +92,7 @@ def test_a_sound_history(history: History) -> None:
     log, archive = history
     rows_in_all = sum(len(table) for table in (SHARDS | LATER).values()) + 20
     assert audit(log) == Audit(
-        model="model", versions=8, consumed=7, rejected=1, rows=rows_in_all, blobs=2 + 3 * 7, findings=[]
+        model="model", versions=8, consumed=7, rejected=1, rows=rows_in_all, blobs=2 * 8 + 2, findings=[]
     )
     again = replay(log, [open_store(archive)])
     assert (again.replayed, again.skipped, again.shards, again.findings) == (5, 0, 7, [])
@@ -110,7 +112,7 @@ def test_an_unknown_model_is_an_error_and_not_a_sound_history() -> None:
 
 
 def drop_tombstones(log: VersionLog) -> None:
-    ref = log.write_blob(8, "tombstones.jsonl", Tombstones().encode())
+    ref = log.write_tombstones(7, Tombstones())
     forge(log, 7, lambda m: {"blobs": m.blobs.model_copy(update={"tombstones": ref})})
 
 

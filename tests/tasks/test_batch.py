@@ -10,6 +10,7 @@ from storage.errors import CorruptObject, DatasetChanged, DatasetError, StoreNot
 from storage.log import VersionLog, open_log
 from storage.manifest import Entry
 from storage.retention import collect_garbage
+from storage.tombstones import Tombstones
 from storage.urls import open_store
 from tasks import batch
 from tasks.settings import BatchSettings
@@ -157,7 +158,9 @@ def test_an_edited_model_is_another_run(dataset: str, make_url: MakeUrl, tmp_pat
 def test_a_retrained_model_carries_what_the_head_owes_and_remembers(dataset: str, make_url: MakeUrl) -> None:
     log = train(dataset, make_url("registry"))
     head = log.head()
-    memory = log.write_blob(1, "tombstones.jsonl", b'["i", "k", "s", "e"]\n')
+    remembered = Tombstones()
+    remembered.add("i", "k", "s", "e")
+    memory = log.write_tombstones(1, remembered)
     owed = {"inbox": "memory://gone", "key": "k", "sha256": "s", "etag": "e", "then": "delete"}
     blobs = {**dict(head.manifest.blobs), "tombstones": memory}
     entry = Entry.model_validate({"kind": "online", "spec": head.manifest.spec, "blobs": blobs, "owed": [owed]})

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from storage import inbox as inboxes
+from storage import tombstones
 from storage.errors import (
     CorruptObject,
     PermissionDenied,
@@ -159,6 +160,7 @@ def test_what_was_kept_is_remembered_until_it_is_removed(
 ) -> None:
     """However much it is: more than the tombstones' window and than one listing."""
     monkeypatch.setattr(online, "LISTED_AHEAD", 2)
+    monkeypatch.setattr(tombstones, "WHOLE_VERSIONS", 1)
     monkeypatch.setattr(Tombstones, "prune", partialmethod(Tombstones.prune, window=1))
     put(memory_url("inbox"), days(7))
     drain(open_run(memory_url("inbox"), memory_registry, after_commit="keep"))
@@ -171,7 +173,9 @@ def test_what_was_kept_is_remembered_until_it_is_removed(
     drain(open_run(memory_url("inbox"), memory_registry))
     log = open_log(memory_registry, "model")
     assert log.head().manifest.counters["shards"] == 7 + 4 + 1
-    assert len(log.tombstones(log.head())) == 1  # the window: nothing else is in the inbox
+    put(memory_url("inbox"), days(1, start=21))
+    drain(open_run(memory_url("inbox"), memory_registry))
+    assert len(log.tombstones(log.head())) <= 2  # the window, and one since: nothing else is in the inbox
 
 
 def test_what_arrives_later_is_consumed_even_under_a_lower_key(registry: str, make_url: MakeUrl) -> None:
@@ -311,6 +315,44 @@ def test_a_bad_shard_is_rejected_once_and_the_others_are_trained(
     clean = open_log(memory_url("clean/registry"), "model").head().manifest.blobs
     assert log.head().manifest.blobs.weights.sha256 == clean.weights.sha256
     assert log.head().manifest.blobs.state.sha256 == clean.state.sha256
+
+
+def test_a_shard_mended_after_it_broke_the_training_is_trained_on_from_the_head(
+    memory_registry: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Overwritten between its first reading and the second one, which would have rejected it."""
+    put(memory_url("inbox"), {"00.parquet": rows(10, 1).set_column(2, "y", [[1e38] * 10])})
+    run = open_run(memory_url("inbox"), memory_registry)
+    run.look(run.load())  # as a follower does before a step
+    load = run.load
+
+    def mended_meanwhile() -> online.Loaded:
+        if run._loaded is None:
+            put(memory_url("inbox"), days(1))
+        return load()
+
+    monkeypatch.setattr(run, "load", mended_meanwhile)
+    report = drain(run)
+    assert (report.shards, report.rejected, report.rows) == (1, 0, 40)
+
+    begin(memory_url("clean/registry"), memory_url("clean/dataset"))
+    put(memory_url("clean/inbox"), days(1))
+    drain(open_run(memory_url("clean/inbox"), memory_url("clean/registry")))
+    mended, clean = (open_log(memory_url(where), "model").head().manifest for where in ("registry", "clean/registry"))
+    assert mended.blobs.weights.sha256 == clean.blobs.weights.sha256
+
+
+def test_versions_that_only_rejected_are_passed_over_not_without_end(
+    memory_registry: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(memory_url("inbox"), days(2))
+    drain(open_run(memory_url("inbox"), memory_registry))
+    put(memory_url("inbox"), {f"{i}.parquet": b"no Parquet" for i in range(4)})
+    drain(open_run(memory_url("inbox"), memory_registry, max_shards=1))
+    assert open_log(memory_registry, "model").head().number == 1 + 4
+    assert len(open_run(memory_url("inbox"), memory_registry).load().window) == 2
+    monkeypatch.setattr(online, "PASSED_OVER", 3)
+    assert len(open_run(memory_url("inbox"), memory_registry).load().window) == 0
 
 
 def test_a_shard_that_is_still_being_written_is_waited_for(memory_registry: str, memory_url: MakeUrl) -> None:

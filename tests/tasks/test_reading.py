@@ -23,6 +23,10 @@ def infos(count: int, size: int = 10) -> list[ObjectInfo]:
     return [ObjectInfo(f"{i:02}", size, "etag", datetime.now(UTC)) for i in range(count)]
 
 
+def size(info: ObjectInfo) -> int:
+    return info.size
+
+
 class Reads:
     """Notes what is read, and holds every read back until it is let through."""
 
@@ -46,7 +50,7 @@ class Reads:
 # ---- the reader ------------------------------------------------------------------------------------------------------
 def test_shards_come_in_order_whichever_is_read_first() -> None:
     reads, shards = Reads(), infos(4)
-    reader = Reader(shards, reads, workers=4)
+    reader = Reader(shards, reads, size, workers=4)
     threading.Thread(target=lambda: (reads.wait_for(4), reads.let("03", "02", "01", "00"))).start()
     assert [reader.take()[0] for _ in range(4)] == shards
     assert not reader
@@ -55,7 +59,7 @@ def test_shards_come_in_order_whichever_is_read_first() -> None:
 def test_twice_as_many_are_read_ahead_as_there_are_workers() -> None:
     reads = Reads()
     reads.let(*(info.key for info in infos(100)))
-    reader = Reader(infos(100), reads, workers=3)
+    reader = Reader(infos(100), reads, size, workers=3)
     reader.take()
     reads.wait_for(1 + 2 * 3)
     assert len(reader) == 99
@@ -67,17 +71,27 @@ def test_twice_as_many_are_read_ahead_as_there_are_workers() -> None:
 def test_their_bytes_are_bounded() -> None:
     reads = Reads()
     reads.let(*(info.key for info in infos(100)))
-    reader = Reader(infos(100, size=reading.AHEAD_BYTES // 2), reads, workers=4)
+    reader = Reader(infos(100, size=reading.AHEAD_BYTES // 2), reads, size, workers=4)
     reader.take()
     reads.wait_for(3)
     reader.close()
     assert len(reads.begun) == 3
 
 
+def test_labels_that_are_read_with_them_count() -> None:
+    reads = Reads()
+    reads.let(*(info.key for info in infos(100)))
+    reader = Reader(infos(100), reads, lambda info: info.size + reading.AHEAD_BYTES // 2, workers=4)
+    reader.take()
+    reads.wait_for(2)
+    reader.close()
+    assert len(reads.begun) == 2
+
+
 def test_one_that_is_larger_is_read_ahead_alone() -> None:
     reads = Reads()
     reads.let(*(info.key for info in infos(100)))
-    reader = Reader(infos(100, size=2 * reading.AHEAD_BYTES), reads, workers=4)
+    reader = Reader(infos(100, size=2 * reading.AHEAD_BYTES), reads, size, workers=4)
     reader.take()
     reads.wait_for(2)
     reader.close()
@@ -86,7 +100,7 @@ def test_one_that_is_larger_is_read_ahead_alone() -> None:
 
 def test_with_one_worker_each_is_read_in_its_turn_by_the_caller() -> None:
     threads = []
-    reader = Reader(infos(3), lambda info: threads.append(threading.current_thread()), workers=1)
+    reader = Reader(infos(3), lambda info: threads.append(threading.current_thread()), size, workers=1)
     reader.take()
     assert threads == [threading.current_thread()]
 
@@ -96,7 +110,7 @@ def test_an_error_comes_when_it_is_the_shards_turn() -> None:
         if info.key == "01":
             raise Unavailable("the store is away")
 
-    reader = Reader(infos(3), read, workers=4)
+    reader = Reader(infos(3), read, size, workers=4)
     assert reader.take()[0].key == "00"
     with pytest.raises(Unavailable):
         reader.take()
@@ -105,7 +119,7 @@ def test_an_error_comes_when_it_is_the_shards_turn() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_is_put_back_comes_again_before_the_others(workers: int) -> None:
-    reader = Reader(infos(6), lambda info: None, workers)
+    reader = Reader(infos(6), lambda info: None, size, workers)
     taken = [reader.take()[0] for _ in range(3)]
     reader.put_back(taken[1:])
     assert [reader.take()[0].key for _ in range(5)] == ["01", "02", "03", "04", "05"]
@@ -114,7 +128,7 @@ def test_what_is_put_back_comes_again_before_the_others(workers: int) -> None:
 
 def test_closing_waits_for_what_is_being_read() -> None:
     reads = Reads()
-    reader = Reader(infos(9), reads, workers=2)
+    reader = Reader(infos(9), reads, size, workers=2)
     reads.let("00")
     reader.take()
     closing = threading.Thread(target=reader.close)
@@ -160,7 +174,7 @@ def test_what_compresses_well_is_not_decoded_ahead(inbox: Inbox, monkeypatch: py
     groups = shard.row_groups()
     assert shard.info.size < reading.DECODED_BYTES
     monkeypatch.delattr(RowGroup, "read")
-    assert reading._decoded(groups, ["a"], shard.info.size) is groups
+    assert reading._decoded(groups, FEATURES, shard.info.size) is groups
 
 
 def test_columns_that_nobody_expected_are_decoded_when_asked_for(inbox: Inbox) -> None:

@@ -32,6 +32,10 @@ def test_another_implementation_that_was_asked_for_is_left_to_torch(name: str) -
     assert not Update.serves(torch.optim.SGD(weights, **{name: True}))
 
 
+def test_an_accelerator_takes_all_parameters_at_once_as_torch_does() -> None:
+    assert not Update.serves(torch.optim.SGD([nn.Parameter(torch.ones(2, device="meta"))]))
+
+
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda value: str(value))
 def test_same_bits_as_torchs_step(name: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
