@@ -23,6 +23,9 @@ MAGIC = b"PAR1"
 MAX_DECODED_BYTES = 2 * 2**30
 """The most that one row group may expand to. A file of 700 kB can claim 100 million rows; without a bound it takes all memory."""
 
+_CALLS_OF_A_READER = 4
+"""Of the calls that are worth having under way, so many are left to the ranges of one row group: S3 gets two readers of row
+groups, a local disk one, which decoding keeps busy."""
 _FOOTER_GUESS = 64 * 1024
 _COALESCE_GAP = 256 * 1024  # reading this much for nothing is cheaper than another request
 _COALESCED_BYTES = 32 * 2**20  # as Arrow does: then several requests at once are faster than a larger one
@@ -91,6 +94,8 @@ class RowGroup:
     num_rows: int
     schema: pa.Schema
     """Of the whole file, hive partition columns included."""
+    readers: int
+    """How many row groups from the same store are worth reading at once."""
     _open: Callable[[], "ParquetFile"]
     _index: int
 
@@ -146,6 +151,7 @@ class ParquetFile:
         """
         self.name, self._error, self._partitions = name, error, partitions or {}
         self._concurrency = concurrency
+        self.readers = max(1, concurrency // _CALLS_OF_A_READER)
         self._selections: dict[tuple[str, ...], _Selection] = {}
         if size < 12:
             raise NotReady(f"{name} has {size} bytes; no Parquet file is that short.")
@@ -284,7 +290,7 @@ def row_groups(file: ParquetFile, reopen: Callable[[], ParquetFile] | None = Non
     """The row groups of a file that have rows. They read through `reopen()`, or through `file` itself, which they then keep."""
     source = reopen or (lambda: file)
     return [
-        RowGroup(f"{file.name} row group {i}", file.name, rows, file.schema, source, i)
+        RowGroup(f"{file.name} row group {i}", file.name, rows, file.schema, file.readers, source, i)
         for i, rows in enumerate(file.group_rows)
         if rows
     ]

@@ -8,7 +8,8 @@ from __future__ import annotations  # pa.Array[Any] takes its type parameter in 
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal, NamedTuple, Self, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from tasks.training.columns import Family, Ids, as_tensor, bucket_ids, family_of, one_array, sequence_ids
 from tasks.training.errors import ColumnError
-from tasks.training.groups import RowGroup, Split
+from tasks.training.groups import RowGroup, Split, read_ahead
 from tasks.training.moments import Moments
 from tasks.training.packing import blocks, pack
 from tasks.training.spec import Column, Spec, Task
@@ -184,6 +185,21 @@ class Features:
                     f"write the old type, or begin a new model"
                 )
 
+    def tables(self, groups: Iterable[RowGroup]) -> Generator[pa.Table]:
+        """The columns that training reads of each group, in order, read ahead (`read_ahead`: to be closed).
+
+        Raises ColumnError when a group has its turn whose schema is bad (`check`).
+        """
+        names = self.names(labelled=True)
+
+        def read(group: RowGroup) -> pa.Table:
+            self.check(group.schema, group.name)
+            table = group.read(names)
+            assert table.num_rows == group.num_rows, f"{group.name} announced another number of rows than it read"
+            return table
+
+        return read_ahead(groups, read)
+
     def labelled(self, table: pa.Table) -> int:
         """How many rows of a table have all targets."""
         targets = table.select(list(self.targets))
@@ -245,24 +261,23 @@ class Features:
         targets = [Moments.zero(1) for _ in self.targets]
         class_counts = torch.zeros(self.classes or 2, dtype=torch.int64) if self.class_weighting == "balanced" else None
         nulls = [0] * len(self.columns)
-        rows = 0
-        for group in groups:
-            self.check(group.schema, group.name)
-            table = group.read(self.names(labelled=True))
-            rows_N = None if split is None else split.rows(group).nonzero().squeeze(1)
-            rows += group.num_rows if rows_N is None else len(rows_N)
-            for i, column in enumerate(self.columns):
-                array = one_array(table.column(column.name))
-                nulls[i] += _null_count(array, rows_N)
-                if not column.buckets:
-                    inputs[i] = inputs[i].merged(array, column.width, rows_N)
-                    _refuse_non_finite(inputs[i].mean_K, column.name, group.name)
-            for i, name in enumerate(self.targets):
-                targets[i] = targets[i].merged(one_array(table.column(name)), None, rows_N)
-                _refuse_non_finite(targets[i].mean_K, name, group.name)
-            self.weights(table, group.name)  # only to refuse bad ones before training begins
-            if class_counts is not None:
-                class_counts += self._class_counts(table, group.name, rows_N)
+        rows, groups = 0, list(groups)
+        with closing(self.tables(groups)) as tables:
+            for group, table in zip(groups, tables, strict=True):
+                rows_N = None if split is None else split.rows(group).nonzero().squeeze(1)
+                rows += group.num_rows if rows_N is None else len(rows_N)
+                for i, column in enumerate(self.columns):
+                    array = one_array(table.column(column.name))
+                    nulls[i] += _null_count(array, rows_N)
+                    if not column.buckets:
+                        inputs[i] = inputs[i].merged(array, column.width, rows_N)
+                        _refuse_non_finite(inputs[i].mean_K, column.name, group.name)
+                for i, name in enumerate(self.targets):
+                    targets[i] = targets[i].merged(one_array(table.column(name)), None, rows_N)
+                    _refuse_non_finite(targets[i].mean_K, name, group.name)
+                self.weights(table, group.name)  # only to refuse bad ones before training begins
+                if class_counts is not None:
+                    class_counts += self._class_counts(table, group.name, rows_N)
         return rows, nulls, inputs, targets, class_counts
 
     def improbably_null(self, nulls: Sequence[int], rows: int) -> str | None:
