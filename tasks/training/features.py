@@ -53,13 +53,10 @@ class SequenceInput(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Rows as tensors. Read only: they may be views of Arrow's memory."""
+    """The inputs of rows as tensors."""
 
     x_NF: Tensor  # float32, row-major
     ids_NC: Tensor | None  # int64, row-major, laid out as `Features.ids` says; None: no categories and no sequences
-    y_N: Tensor | None  # float32 ([N, T] of several targets), int64 class numbers for multiclass; None: no target read
-    labelled_N: Tensor | None  # bool; None: every row has all targets
-    w_N: Tensor | None  # float32, sample weights; None: the spec has none, or encoded without the target
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -185,15 +182,15 @@ class Features:
                     f"write the old type, or begin a new model"
                 )
 
-    def tables(self, groups: Iterable[RowGroup]) -> Generator[pa.Table]:
-        """The columns that training reads of each group, in order, read ahead (`read_ahead`: to be closed).
+    def tables(self, groups: Iterable[RowGroup], *, labelled: bool = True) -> Generator[pa.Table]:
+        """The columns to read (`names`) of each group, in order, read ahead (`read_ahead`: to be closed).
 
         Raises ColumnError when a group has its turn whose schema is bad (`check`).
         """
-        names = self.names(labelled=True)
+        names = self.names(labelled=labelled)
 
         def read(group: RowGroup) -> pa.Table:
-            self.check(group.schema, group.name)
+            self.check(group.schema, group.name, labelled=labelled)
             table = group.read(names)
             assert table.num_rows == group.num_rows, f"{group.name} announced another number of rows than it read"
             return table
@@ -295,20 +292,16 @@ class Features:
         return None
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
-    def encode(self, table: pa.Table, where: str, *, labelled: bool = True) -> Encoded:
-        """Columns of a table as tensors; `where` names the table in messages. Without `labelled`, inputs alone.
+    def encode(self, table: pa.Table, where: str) -> Encoded:
+        """The inputs of a table, as `fill` makes them; `where` names the table in messages. Raises ColumnError: NaN, infinity."""
+        inputs = self.room(table.num_rows)
+        self.fill(table, where, *inputs)
+        return inputs
 
-        Raises ColumnError: NaN, infinity, a label that the task does not have, or a bad sample weight.
-        """
-        y_N, labelled_N = self.target(table, where) if labelled else (None, None)
-        w_N = self.weights(table, where) if labelled else None
-        x_NF, ids_NC = self.room(table.num_rows)
-        self.fill(table, where, x_NF, ids_NC)
-        return Encoded(x_NF, ids_NC, y_N, labelled_N, w_N)
-
-    def room(self, n: int) -> tuple[Tensor, Tensor | None]:
-        """(x_NF, ids_NC) as in Encoded, for n rows, not filled."""
-        return torch.empty(n, self.numbers), torch.empty(n, self.ids, dtype=torch.int64) if self.ids else None
+    def room(self, n: int) -> Encoded:
+        """For n rows, not filled."""
+        ids_NC = torch.empty(n, self.ids, dtype=torch.int64) if self.ids else None
+        return Encoded(torch.empty(n, self.numbers), ids_NC)
 
     def fill(
         self, table: pa.Table, where: str, x_NF: Tensor, ids_NC: Tensor | None, places_N: Tensor | None = None
@@ -345,7 +338,11 @@ class Features:
         )
 
     def target(self, table: pa.Table, where: str) -> tuple[Tensor, Tensor | None]:
-        """(y_N, labelled_N) as in Encoded; y is 0 where it is null."""
+        """(y_N, labelled_N), read only: they may be views of Arrow's memory. `where` names the table in messages.
+
+        y_N: float32 ([N, T] of several targets), int64 class numbers for multiclass; 0 where it is null. labelled_N: bool; None:
+        every row has all targets. Raises ColumnError: NaN, infinity, or a label that the task does not have.
+        """
         found = [self._one_target(i, one_array(table.column(name)), where) for i, name in enumerate(self.targets)]
         if len(found) == 1:
             return found[0]
@@ -379,7 +376,7 @@ class Features:
         return classes_N.bincount(minlength=(self.classes or 2) + 1)[:-1]  # the last: no label
 
     def weights(self, table: pa.Table, where: str) -> Tensor | None:
-        """w_N as in Encoded."""
+        """float32 [N], sample weights, read only; None: the spec has none. Raises ColumnError: a bad weight."""
         if self.sample_weight is None:
             return None
         values_NK, present_NK = as_tensor(one_array(table.column(self.sample_weight)), None)

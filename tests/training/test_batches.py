@@ -20,7 +20,7 @@ from tasks.training.batches import Split, Stream, ahead
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.groups import read_ahead, stable_seed
-from tests.training.rows import TableGroup, cut, numbers_table, plain_spec, same_bits
+from tests.training.rows import TableGroup, cut, encoded, numbers_table, plain_spec, same_bits
 
 ROW_BYTES = 8 + 4  # one float32 feature, the target, and the place in the window
 
@@ -143,7 +143,7 @@ def test_sequences_weights_and_targets_travel_with_their_rows():
     features_ = ["x0", {"name": "s", "length": 3}, {"name": "c", "buckets": 10**9}]
     spec = plain_spec(1, features=features_, target=["y", "z"], sample_weight="w")
     features = Features.resolve(spec, table.schema)
-    whole = features.encode(table, "all")
+    whole = encoded(features, table)
     kept = [i for i in range(100) if i % 10 != 3]
     for seed in (None, (0,)):
         for sizes in ((), (33, 33), (1, 60)):  # how the file is cut decides nothing but the order
