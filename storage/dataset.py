@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ import pyarrow as pa
 
 from storage.errors import DatasetChanged, DatasetError, NotFound, NotReady, PreconditionFailed, StoreNotFound
 from storage.manifest import DatasetRef
-from storage.parquet import ParquetFile, RowGroup, row_groups
+from storage.parquet import Findings, ParquetFile, RowGroup, row_groups
 from storage.store import ObjectInfo, Store
 from storage.urls import open_store
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 
-_OPEN_FILES = 64  # footers held parsed; row groups are shuffled across files, and a footer costs one request
+_OPEN_FILES = 64
+"""Footers held parsed. Row groups are shuffled across files: of more files, nearly every read opens its file again, which costs a
+request for the footer, and parsing. Opened for the first time, a file also costs a request for its first bytes, and one more if
+the footer is long."""
 _FOOTER_READERS = 8
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
@@ -85,7 +89,14 @@ class _Opener:
     def __init__(self, store: Store, infos: list[ObjectInfo]) -> None:
         self._store, self._infos = store, infos
         self._kinds = _partition_kinds(info.key for info in infos)
-        self.cached = functools.lru_cache(_OPEN_FILES)(self.open)
+        self._findings = Findings()
+        self._cached = functools.lru_cache(_OPEN_FILES)(self.open)
+        self._opening = [threading.Lock() for _ in range(_OPEN_FILES)]
+
+    def cached(self, number: int) -> ParquetFile:
+        """The file, open. Several readers that need the same one open it once."""
+        with self._opening[number % _OPEN_FILES]:
+            return self._cached(number)
 
     def _partitions(self, key: str) -> dict[str, "pa.Scalar[Any]"]:
         return {
@@ -108,7 +119,7 @@ class _Opener:
 
         try:
             partitions, concurrency = self._partitions(info.key), self._store.concurrency
-            return ParquetFile(info.key, info.size, fetch, DatasetError, partitions, concurrency)
+            return ParquetFile(info.key, info.size, fetch, DatasetError, partitions, concurrency, self._findings)
         except NotReady as error:
             raise DatasetError(
                 f"{self._store.url}/{info.key} is no Parquet file: {error} Remove or repair it."

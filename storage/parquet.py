@@ -7,9 +7,13 @@ comes through a `fetch` that pins the object's etag, and decoding never calls th
 import contextlib
 import io
 import mmap
+import sys
+import threading
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from typing import IO, Any, Protocol, cast
 
 import pyarrow as pa
@@ -23,9 +27,14 @@ MAGIC = b"PAR1"
 MAX_DECODED_BYTES = 2 * 2**30
 """The most that one row group may expand to. A file of 700 kB can claim 100 million rows; without a bound it takes all memory."""
 
+_CALLS_OF_A_READER = 4
+"""Of the calls that are worth having under way, so many are left to the ranges of one row group: S3 gets two readers of row
+groups, a local disk one, which decoding keeps busy."""
 _FOOTER_GUESS = 64 * 1024
 _COALESCE_GAP = 256 * 1024  # reading this much for nothing is cheaper than another request
 _COALESCED_BYTES = 32 * 2**20  # as Arrow does: then several requests at once are faster than a larger one
+_KEPT_BYTES = 64 * 2**20  # of what was found out about row groups: 190,000 of them, if each is one range
+_ENTRY_BYTES = 176  # of one of them besides its ranges and names, measured
 _WIDTH = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
 _DELTA = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
 
@@ -91,6 +100,8 @@ class RowGroup:
     num_rows: int
     schema: pa.Schema
     """Of the whole file, hive partition columns included."""
+    readers: int
+    """How many row groups from the same store are worth reading at once."""
     _open: Callable[[], "ParquetFile"]
     _index: int
 
@@ -103,13 +114,41 @@ class RowGroup:
         return self._open().read(self._index, columns)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Checked:
-    """What was found out about some columns of one row group when they were read for the first time; the bytes are pinned."""
+    """What was found out about some columns of one row group when they were read for the first time."""
 
-    ranges: list[tuple[int, int]]
+    bounds: "array[int]"
+    """Start and stop of each range."""
     delta: dict[str, int]
     """Strings that Arrow cannot decode into dictionaries by itself, with their encoded bytes."""
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        return list(zip(self.bounds[::2], self.bounds[1::2], strict=True))
+
+
+class Findings:
+    """What was found out about files when they were read for the first time, for when they are opened again: the bytes are
+    pinned. What it keeps of row groups is bounded. Threads may share it.
+    """
+
+    def __init__(self) -> None:
+        self.footers: dict[str, int] = {}
+        """Bytes of the footer of each file that is whole and Parquet."""
+        self._checked: dict[tuple[str, ...], dict[tuple[str, int], _Checked]] = {}
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def checked(self, columns: tuple[str, ...], file: str, index: int) -> _Checked | None:
+        return self._checked.get(columns, {}).get((file, index))
+
+    def keep(self, columns: tuple[str, ...], file: str, index: int, checked: _Checked) -> None:
+        """Keeps it if there is room: each pass reads all row groups, so the first are as good as the last."""
+        with self._lock:
+            if self._bytes < _KEPT_BYTES:
+                self._bytes += _ENTRY_BYTES + sys.getsizeof(checked.bounds) + sys.getsizeof(checked.delta)
+                self._checked.setdefault(columns, {})[file, index] = checked
 
 
 @dataclass(frozen=True)
@@ -122,8 +161,6 @@ class _Selection:
     leaves: list[int]
     strings: list[str]
     """Paths of the leaves that are text or bytes."""
-    checked: dict[int, _Checked] = field(default_factory=dict)
-    """By row group."""
 
 
 class ParquetFile:
@@ -137,21 +174,26 @@ class ParquetFile:
         error: type[StorageError],
         partitions: Mapping[str, "pa.Scalar[Any]"] | None = None,
         concurrency: int = 1,
+        findings: Findings | None = None,
     ) -> None:
         """`error` is what bad bytes raise; `partitions` are constant columns that the file's path adds; `concurrency` is how
-        many calls of `fetch` are worth having under way.
+        many calls of `fetch` are worth having under way; `findings` is what is known of a dataset's files, and learns.
 
         Raises:
             NotReady: the magic bytes are missing at either end: not a Parquet file, or not a whole one yet.
         """
         self.name, self._error, self._partitions = name, error, partitions or {}
         self._concurrency = concurrency
+        self.readers = max(1, concurrency // _CALLS_OF_A_READER)
         self._selections: dict[tuple[str, ...], _Selection] = {}
         if size < 12:
             raise NotReady(f"{name} has {size} bytes; no Parquet file is that short.")
-        tail = fetch(max(0, size - _FOOTER_GUESS), min(size, _FOOTER_GUESS))
-        head = tail[:4] if len(tail) == size else fetch(0, 4)
-        if head != MAGIC or tail[-4:] != MAGIC:
+        self._findings = findings or Findings()
+        known = self._findings.footers.get(name)
+        held = min(size, max(_FOOTER_GUESS, known or 0))
+        tail = fetch(size - held, held)
+        begins = known is not None or (tail[:4] if held == size else fetch(0, 4)) == MAGIC
+        if not begins or tail[-4:] != MAGIC:
             raise NotReady(f"{name} does not begin and end with {MAGIC.decode()}: not Parquet, or not fully written.")
         footer = int.from_bytes(tail[-8:-4], "little") + 8
         self._size, self._fetch = size, fetch
@@ -169,15 +211,17 @@ class ParquetFile:
             self.group_rows = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
             if min(self.group_rows, default=0) < 0:
                 raise ValueError("it claims a negative number of rows")
+        self._findings.footers[name] = footer
 
     def read(self, index: int, columns: Sequence[str]) -> pa.Table:
         """Decode the named columns of one row group. Nothing of them stays in memory here."""
         with self._decoding(f"row group {index}"):
-            chosen = self._selected(tuple(columns))
-            checked = chosen.checked.get(index)
+            names = tuple(columns)
+            chosen, checked = self._selected(names), self._findings.checked(names, self.name, index)
             file = self._file()
             if checked is None:
-                checked = chosen.checked[index] = self._checked(index, chosen, file)
+                checked = self._checked(index, chosen, file)
+                self._findings.keep(names, self.name, index, checked)
             else:
                 file.load(checked.ranges, self._concurrency)
             parquet = self._parquet(file, [c for c in chosen.strings if c not in checked.delta])
@@ -221,7 +265,7 @@ class ParquetFile:
         file.load(ranges, self._concurrency)
         decoded += sum(self._hidden(file, index, i) for i in chosen.leaves)
         _refuse_beyond_bound(decoded)
-        return _Checked(ranges, delta)
+        return _Checked(array("q", chain.from_iterable(ranges)), delta)
 
     def _ranges(self, index: int, leaves: list[int]) -> list[tuple[int, int]]:
         """What Arrow will read to decode these columns: it opens them on a file of zeros that notes what is asked for."""
@@ -284,7 +328,7 @@ def row_groups(file: ParquetFile, reopen: Callable[[], ParquetFile] | None = Non
     """The row groups of a file that have rows. They read through `reopen()`, or through `file` itself, which they then keep."""
     source = reopen or (lambda: file)
     return [
-        RowGroup(f"{file.name} row group {i}", file.name, rows, file.schema, source, i)
+        RowGroup(f"{file.name} row group {i}", file.name, rows, file.schema, file.readers, source, i)
         for i, rows in enumerate(file.group_rows)
         if rows
     ]

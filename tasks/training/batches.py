@@ -7,18 +7,17 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import cache, partial
-from itertools import count, repeat
+from functools import partial
+from itertools import count, repeat, starmap
 from typing import Final, NamedTuple, TypeVar
 
 import pyarrow as pa
 import torch
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # ships no type hints
 from torch import Tensor
 
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
-from tasks.training.groups import RowGroup, Split, generator
+from tasks.training.groups import THREADS, RowGroup, Split, generator, work_alone
 from tasks.training.packing import place
 
 __all__ = ["ORDER", "Batch", "RowGroup", "Split", "Stream", "ahead", "in_batches", "joined"]
@@ -66,8 +65,8 @@ class Stream:
     Every random number derives from `shuffle_seed` and from the position of a group or window in the pass.
 
     A row group is read, and a window prepared, each in a thread while the one before it is used; rows are encoded right
-    into their places in the window. In memory at a time: the Arrow tables of two row groups, the window being filled, and
-    the window being used.
+    into their places in the window. In memory at a time: the Arrow tables of two row groups (of more, within the bounds of
+    `groups.read_ahead`, if they come from far away), the window being filled, and the window being used.
 
     Iterating raises ColumnError (see `Features`); before the last window, if a whole column turns out to be null.
     """
@@ -102,8 +101,7 @@ class Stream:
         return len(self._groups) == 1 and self._groups[0].num_rows <= self._window_rows
 
     def _in_order(self) -> Generator[Batch]:
-        for piece, table in self._tables(self._cut()):
-            yield self._encoded(piece, table)
+        yield from starmap(self._encoded, self._tables(self._cut()))
 
     def _encoded(self, piece: _Slice, table: pa.Table) -> Batch:
         """The wanted and labelled rows of a slice, in order."""
@@ -180,14 +178,17 @@ class Stream:
         """The slices (`_cut`) with their tables; each row group is read once, ahead of its use if it is not the only one."""
         columns = [column.name for column in self._features.columns]
         nulls, labels, rows = [0] * len(columns), 0, 0
-        groups = self._turns()
-        tables = self._read(groups)
-        for pieces, table in zip(cut, tables if len(groups) <= 1 else ahead(tables), strict=True):
-            nulls = [n + table.column(name).null_count for n, name in zip(nulls, columns, strict=True)]
-            labels += self._features.labelled(table)
-            rows += table.num_rows
-            for piece in pieces:
-                yield piece, table.slice(piece.start, piece.stop - piece.start)
+        with closing(self._features.tables(self._turns())) as tables:
+            for pieces in cut:
+                table = next(tables)
+                nulls = [n + table.column(name).null_count for n, name in zip(nulls, columns, strict=True)]
+                labels += self._features.labelled(table)
+                rows += table.num_rows
+                for piece in pieces:
+                    yield piece, table.slice(piece.start, piece.stop - piece.start)
+                del table  # before the next is awaited
+            if next(tables, None) is not None:
+                raise AssertionError("a row group is not cut")
         if rows and not labels:
             targets = " or ".join(map(repr, self._features.targets))
             raise ColumnError(f"target {targets} is null in all {rows} rows: write labels to it")
@@ -195,14 +196,6 @@ class Stream:
             raise ColumnError(
                 f"column {column!r} is null in all {rows} rows: was it renamed, or does its producer fail?"
             )
-
-    def _read(self, groups: Iterable[RowGroup]) -> Generator[pa.Table]:
-        names = self._features.names(labelled=True)
-        for group in groups:
-            self._features.check(group.schema, group.name)
-            table = group.read(names)
-            assert table.num_rows == group.num_rows, f"{group.name} announced another number of rows than it read"
-            yield table
 
     def _order(self, what: str, count: int) -> Iterable[int]:
         if self._seed is None:
@@ -282,27 +275,11 @@ def ahead(items: Generator[T]) -> Iterator[T]:
     and in a thread of its choice. Joining a thread while another one starts is a deadlock in CPython 3.11.
     """
     end = object()
-    name = "tidemill-ahead"
-    with closing(items), ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_work_alone) as executor:
+    with closing(items), ThreadPoolExecutor(1, thread_name_prefix=THREADS, initializer=work_alone) as executor:
         coming = executor.submit(next, items, end)
         while (item := coming.result()) is not end:
             coming = executor.submit(next, items, end)
             yield item  # type: ignore[misc]  # only `end` is no T
-
-
-def _work_alone() -> None:
-    """Lets torch's operators in this thread use no other one.
-
-    OpenMP gives every thread its own helpers. Where there are more of all of them than cores, helpers sleep between operators in
-    place of spinning: training a net of 256 hidden units with 2 threads on 2 cores fell to 0.74 of its speed.
-    """
-    torch.get_num_threads()  # torch sets a thread up at its first use, which would undo the limit
-    _openmp().limit(limits=1, user_api="openmp")  # of this thread, by OpenMP's rules
-
-
-@cache
-def _openmp() -> ThreadpoolController:
-    return ThreadpoolController()
 
 
 def _rebatched(blocks: Iterator[Batch], size: int) -> Generator[Batch]:

@@ -8,7 +8,8 @@ from __future__ import annotations  # pa.Array[Any] takes its type parameter in 
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal, NamedTuple, Self, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from tasks.training.columns import Family, Ids, as_tensor, bucket_ids, family_of, one_array, sequence_ids
 from tasks.training.errors import ColumnError
-from tasks.training.groups import RowGroup, Split
+from tasks.training.groups import RowGroup, Split, read_ahead
 from tasks.training.moments import Moments
 from tasks.training.packing import blocks, pack
 from tasks.training.spec import Column, Spec, Task
@@ -52,13 +53,10 @@ class SequenceInput(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """Rows as tensors. Read only: they may be views of Arrow's memory."""
+    """The inputs of rows as tensors."""
 
     x_NF: Tensor  # float32, row-major
     ids_NC: Tensor | None  # int64, row-major, laid out as `Features.ids` says; None: no categories and no sequences
-    y_N: Tensor | None  # float32 ([N, T] of several targets), int64 class numbers for multiclass; None: no target read
-    labelled_N: Tensor | None  # bool; None: every row has all targets
-    w_N: Tensor | None  # float32, sample weights; None: the spec has none, or encoded without the target
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -184,6 +182,21 @@ class Features:
                     f"write the old type, or begin a new model"
                 )
 
+    def tables(self, groups: Iterable[RowGroup], *, labelled: bool = True) -> Generator[pa.Table]:
+        """The columns to read (`names`) of each group, in order, read ahead (`read_ahead`: to be closed).
+
+        Raises ColumnError when a group has its turn whose schema is bad (`check`).
+        """
+        names = self.names(labelled=labelled)
+
+        def read(group: RowGroup) -> pa.Table:
+            self.check(group.schema, group.name, labelled=labelled)
+            table = group.read(names)
+            assert table.num_rows == group.num_rows, f"{group.name} announced another number of rows than it read"
+            return table
+
+        return read_ahead(groups, read)
+
     def labelled(self, table: pa.Table) -> int:
         """How many rows of a table have all targets."""
         targets = table.select(list(self.targets))
@@ -245,24 +258,23 @@ class Features:
         targets = [Moments.zero(1) for _ in self.targets]
         class_counts = torch.zeros(self.classes or 2, dtype=torch.int64) if self.class_weighting == "balanced" else None
         nulls = [0] * len(self.columns)
-        rows = 0
-        for group in groups:
-            self.check(group.schema, group.name)
-            table = group.read(self.names(labelled=True))
-            rows_N = None if split is None else split.rows(group).nonzero().squeeze(1)
-            rows += group.num_rows if rows_N is None else len(rows_N)
-            for i, column in enumerate(self.columns):
-                array = one_array(table.column(column.name))
-                nulls[i] += _null_count(array, rows_N)
-                if not column.buckets:
-                    inputs[i] = inputs[i].merged(array, column.width, rows_N)
-                    _refuse_non_finite(inputs[i].mean_K, column.name, group.name)
-            for i, name in enumerate(self.targets):
-                targets[i] = targets[i].merged(one_array(table.column(name)), None, rows_N)
-                _refuse_non_finite(targets[i].mean_K, name, group.name)
-            self.weights(table, group.name)  # only to refuse bad ones before training begins
-            if class_counts is not None:
-                class_counts += self._class_counts(table, group.name, rows_N)
+        rows, groups = 0, list(groups)
+        with closing(self.tables(groups)) as tables:
+            for group, table in zip(groups, tables, strict=True):
+                rows_N = None if split is None else split.rows(group).nonzero().squeeze(1)
+                rows += group.num_rows if rows_N is None else len(rows_N)
+                for i, column in enumerate(self.columns):
+                    array = one_array(table.column(column.name))
+                    nulls[i] += _null_count(array, rows_N)
+                    if not column.buckets:
+                        inputs[i] = inputs[i].merged(array, column.width, rows_N)
+                        _refuse_non_finite(inputs[i].mean_K, column.name, group.name)
+                for i, name in enumerate(self.targets):
+                    targets[i] = targets[i].merged(one_array(table.column(name)), None, rows_N)
+                    _refuse_non_finite(targets[i].mean_K, name, group.name)
+                self.weights(table, group.name)  # only to refuse bad ones before training begins
+                if class_counts is not None:
+                    class_counts += self._class_counts(table, group.name, rows_N)
         return rows, nulls, inputs, targets, class_counts
 
     def improbably_null(self, nulls: Sequence[int], rows: int) -> str | None:
@@ -280,20 +292,16 @@ class Features:
         return None
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
-    def encode(self, table: pa.Table, where: str, *, labelled: bool = True) -> Encoded:
-        """Columns of a table as tensors; `where` names the table in messages. Without `labelled`, inputs alone.
+    def encode(self, table: pa.Table, where: str) -> Encoded:
+        """The inputs of a table, as `fill` makes them; `where` names the table in messages. Raises ColumnError: NaN, infinity."""
+        inputs = self.room(table.num_rows)
+        self.fill(table, where, *inputs)
+        return inputs
 
-        Raises ColumnError: NaN, infinity, a label that the task does not have, or a bad sample weight.
-        """
-        y_N, labelled_N = self.target(table, where) if labelled else (None, None)
-        w_N = self.weights(table, where) if labelled else None
-        x_NF, ids_NC = self.room(table.num_rows)
-        self.fill(table, where, x_NF, ids_NC)
-        return Encoded(x_NF, ids_NC, y_N, labelled_N, w_N)
-
-    def room(self, n: int) -> tuple[Tensor, Tensor | None]:
-        """(x_NF, ids_NC) as in Encoded, for n rows, not filled."""
-        return torch.empty(n, self.numbers), torch.empty(n, self.ids, dtype=torch.int64) if self.ids else None
+    def room(self, n: int) -> Encoded:
+        """For n rows, not filled."""
+        ids_NC = torch.empty(n, self.ids, dtype=torch.int64) if self.ids else None
+        return Encoded(torch.empty(n, self.numbers), ids_NC)
 
     def fill(
         self, table: pa.Table, where: str, x_NF: Tensor, ids_NC: Tensor | None, places_N: Tensor | None = None
@@ -330,7 +338,11 @@ class Features:
         )
 
     def target(self, table: pa.Table, where: str) -> tuple[Tensor, Tensor | None]:
-        """(y_N, labelled_N) as in Encoded; y is 0 where it is null."""
+        """(y_N, labelled_N), read only: they may be views of Arrow's memory. `where` names the table in messages.
+
+        y_N: float32 ([N, T] of several targets), int64 class numbers for multiclass; 0 where it is null. labelled_N: bool; None:
+        every row has all targets. Raises ColumnError: NaN, infinity, or a label that the task does not have.
+        """
         found = [self._one_target(i, one_array(table.column(name)), where) for i, name in enumerate(self.targets)]
         if len(found) == 1:
             return found[0]
@@ -364,7 +376,7 @@ class Features:
         return classes_N.bincount(minlength=(self.classes or 2) + 1)[:-1]  # the last: no label
 
     def weights(self, table: pa.Table, where: str) -> Tensor | None:
-        """w_N as in Encoded."""
+        """float32 [N], sample weights, read only; None: the spec has none. Raises ColumnError: a bad weight."""
         if self.sample_weight is None:
             return None
         values_NK, present_NK = as_tensor(one_array(table.column(self.sample_weight)), None)

@@ -270,25 +270,25 @@ def score(learner: Learner | Frozen, groups: Sequence[RowGroup], split: Split | 
     return Score(stream.rows, total.item() / stream.rows, found)
 
 
-def predict(learner: Learner | Frozen, groups: Sequence[RowGroup]) -> Iterator[Tensor]:
+def predict(learner: Learner | Frozen, groups: Sequence[RowGroup]) -> Generator[Tensor]:
     """One tensor for each row group, rows in file order: nothing is left out, and no target is needed.
 
     Regression: float32 [N] in units of the target. Binary: probability of class 1, float32 [N]. Multiclass:
-    probabilities, float32 [N, O]. Raises ColumnError and OutputShapeError.
+    probabilities, float32 [N, O].
+
+    Row groups are read as for training, and encoded in slices of at most `window_bytes`, one slice ahead of its use. To be
+    closed as `ahead` is. Raises ColumnError and OutputShapeError.
     """
     features = learner.features
-    names = features.names(labelled=False)
     piece = max(
         1, learner.spec.window_bytes // features.row_bytes
     )  # encoded sequences may be far larger than the table
 
     def encoded() -> Generator[tuple[Encoded, bool]]:
-        for group in groups:
-            features.check(group.schema, group.name, labelled=False)
-            table = group.read(names)
-            for at in range(0, max(table.num_rows, 1), piece):
-                part = features.encode(table.slice(at, piece), group.name, labelled=False)
-                yield part, at + piece >= table.num_rows
+        with closing(features.tables(groups, labelled=False)) as tables:
+            for group, table in zip(groups, tables, strict=True):
+                for at in range(0, max(table.num_rows, 1), piece):
+                    yield features.encode(table.slice(at, piece), group.name), at + piece >= table.num_rows
 
     learner.served.eval()
     done: list[Tensor] = []

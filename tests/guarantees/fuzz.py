@@ -430,8 +430,9 @@ def encoded(features: Features, groups: list[RowGroup]) -> int:
     """Decode and encode every row, as training does. What comes out must be what tensors of this shape may hold."""
     features.check(groups[0].schema, "a.parquet")
     for group in groups:
-        x_NF, ids_NC, y_N, *_ = features.encode(group.read(features.names(labelled=True)), group.name)
-        assert y_N is not None
+        table = group.read(features.names(labelled=True))
+        y_N, _ = features.target(table, group.name)
+        x_NF, ids_NC = features.encode(table, group.name)
         assert ids_NC is not None
         assert x_NF.shape == (group.num_rows, features.numbers)
         assert y_N.shape == (group.num_rows,)

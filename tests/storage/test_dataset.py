@@ -3,15 +3,19 @@
 import gc
 import io
 import sys
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from storage import parquet
 from storage.dataset import Snapshot, snapshot
 from storage.errors import DatasetChanged, DatasetError, StoreNotFound, Unavailable
 from storage.memory import MemoryStore
@@ -310,7 +314,99 @@ def test_reading_keeps_few_footers_and_fetches_each_seldom(memory: MemoryStore) 
     calls.clear()
     assert len(xs(taken)) == 200
     assert calls["read before"] == 100 + 200  # each footer again, once, and each row group's column
-    assert taken.row_groups[0]._open.func.cache_info().currsize <= 64  # type: ignore[attr-defined]
+    assert taken.row_groups[0]._open.func.__self__._cached.cache_info().currsize <= 64  # type: ignore[attr-defined]
+
+
+def requests_of(memory: MemoryStore) -> tuple[Counter[str], Snapshot]:
+    """Counts the reads from now on, by whether they are of a file's head, its footer or its row groups."""
+    reads: Counter[str] = Counter()
+    read = MemoryStore.read
+
+    class Counting(MemoryStore):
+        def read(self, key: str, **where: Any) -> bytes:
+            start, length = where["start"], where["length"]
+            at_end = start + length == memory.stat(key).size
+            reads["footer" if at_end else "head" if (start, length) == (0, 4) else "row group"] += 1
+            return read(self, key, **where)
+
+    taken = snapshot(memory.url, lambda url: Counting(*url.removeprefix("memory://").split("/", 1)))
+    return reads, taken
+
+
+def noise(rows: int) -> bytes:
+    return written(
+        pa.table({"x": pa.array(np.random.default_rng(rows).integers(0, 2**60, rows))}), use_dictionary=False
+    )
+
+
+def test_what_was_found_out_about_many_files_is_known_when_they_are_opened_again(
+    memory: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(70):
+        memory.write(f"{i:03d}.parquet", noise(10_000 + i))
+    checks: list[int] = []
+    decoded_bytes = parquet.decoded_bytes
+    monkeypatch.setattr(parquet, "decoded_bytes", lambda *args: checks.append(1) or decoded_bytes(*args))  # type: ignore[func-returns-value]
+    reads, taken = requests_of(memory)
+    assert reads == {"head": 70, "footer": 70}
+    reads.clear()
+    first = xs(taken)
+    assert reads == {"footer": 70, "row group": 70}
+    assert len(checks) == 70
+    reads.clear()
+    assert xs(taken) == first
+    assert reads == {"footer": 70, "row group": 70}
+    assert len(checks) == 70
+
+
+def test_a_long_footer_is_one_request_when_its_file_is_opened_again(memory: MemoryStore) -> None:
+    long = written(pa.table({f"a column whose name is long {i:0100}": range(3) for i in range(400)}))
+    for i in range(65):
+        memory.write(f"{i:03d}.parquet", long)
+    assert int.from_bytes(long[-8:-4], "little") > 64 * 1024
+    reads, taken = requests_of(memory)
+    assert reads["footer"] == 65
+    assert reads["row group"] > 0  # the rest of the footers
+    reads.clear()
+    assert xs(taken, f"a column whose name is long {7:0100}") == [0, 1, 2] * 65
+    assert reads == {"footer": 65, "row group": 65}
+
+
+def test_what_is_found_out_is_kept_of_a_bounded_number_of_row_groups(
+    memory: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.write("a.parquet", rows(*range(100), row_group_size=1))
+    checks: list[int] = []
+    decoded_bytes = parquet.decoded_bytes
+    monkeypatch.setattr(parquet, "decoded_bytes", lambda *args: checks.append(1) or decoded_bytes(*args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(parquet, "_KEPT_BYTES", 10_000)
+    taken = snapshot(memory.url)
+    for _ in range(3):
+        assert xs(taken) == list(range(100))
+    assert 100 + 2 * 60 < len(checks) < 100 + 2 * 80  # the first 20 to 40 are kept
+
+
+def test_several_readers_open_a_file_once(memory: MemoryStore) -> None:
+    for i in range(70):
+        memory.write(f"{i:03d}.parquet", rows(*range(4), row_group_size=1))
+    calls: Counter[str] = Counter()
+    slow = threading.Event()
+
+    def hook(call: Call) -> None:
+        calls[f"{call.verb} {call.phase}"] += 1
+        slow.wait(0.001)
+
+    taken = snapshot(memory.url, lambda url: FaultStore(open_store(url), hook))
+    calls.clear()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda group: group.read(["x"])["x"].to_pylist(), taken.row_groups))
+    assert found == [[0], [1], [2], [3]] * 70
+    assert calls["read before"] == 70 + 280
+
+
+def test_several_row_groups_are_worth_reading_at_once_if_they_come_over_a_network(store: Store) -> None:
+    store.write("a.parquet", rows(1, 2, row_group_size=1))
+    assert [group.readers for group in snapshot(store.url).row_groups] == [2 if store.url.startswith("s3:") else 1] * 2
 
 
 def test_a_store_is_opened_by_the_given_factory(make_url: Callable[[str], str]) -> None:

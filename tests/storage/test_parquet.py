@@ -7,6 +7,8 @@ import random
 import subprocess
 import sys
 import threading
+import tracemalloc
+from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime, time, timedelta
@@ -353,6 +355,18 @@ def test_an_open_file_keeps_no_data(wide: bytes) -> None:
     # pool may take a moment longer to let go.
     assert len(source.given) == 4
     wait_until(lambda: [sys.getrefcount(source.given[i]) for i in (2, 3)] == [2, 2])
+
+
+def test_what_is_kept_of_a_row_group_is_as_small_as_is_counted() -> None:
+    kept = parquet.Findings()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for i in range(20_000):
+            kept.keep(("a", "b"), "a/part.parquet", i, parquet._Checked(array("q", [i << 20, (i + 1) << 20]), {}))
+        assert 0.8 < kept._bytes / (tracemalloc.get_traced_memory()[0] - before) < 1.25
+    finally:
+        tracemalloc.stop()
 
 
 def test_threads_may_read_the_same_file(wide: bytes) -> None:

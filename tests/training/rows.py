@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -74,10 +74,25 @@ def begin(spec: Spec, groups: Sequence[RowGroup]) -> Learner:
     return Learner.create(spec, Features.resolve(spec, groups[0].schema).fit(groups))
 
 
-def encode(spec: Spec, table: pa.Table, where: str = WHERE) -> Any:
+class Rows(NamedTuple):
+    """All that is made of a table."""
+
+    x_NF: Tensor
+    ids_NC: Tensor | None
+    y_N: Tensor
+    labelled_N: Tensor | None
+    w_N: Tensor | None
+
+
+def encoded(features: Features, table: pa.Table, where: str = WHERE) -> Rows:
+    y_N, labelled_N = features.target(table, where)
+    w_N = features.weights(table, where)
+    return Rows(*features.encode(table, where), y_N, labelled_N, w_N)
+
+
+def encode(spec: Spec, table: pa.Table) -> Rows:
     """The table encoded with statistics of its own."""
-    features = Features.resolve(spec, table.schema).fit([TableGroup(where, table)])
-    return features.encode(table, where)
+    return encoded(Features.resolve(spec, table.schema).fit([TableGroup(WHERE, table)]), table)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

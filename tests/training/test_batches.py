@@ -1,7 +1,11 @@
 """Streaming: every row once, in an order that only the seed decides, with bounded windows."""
 
 import threading
+import time
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
 
 import numpy as np
 import pyarrow as pa
@@ -10,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.training import groups as groups_module
 from tasks.training import packing
 from tasks.training.batches import Split, Stream, ahead
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
-from tasks.training.groups import stable_seed
-from tests.training.rows import TableGroup, cut, numbers_table, plain_spec, same_bits
+from tasks.training.groups import read_ahead, stable_seed
+from tests.training.rows import TableGroup, cut, encoded, numbers_table, plain_spec, same_bits
 
 ROW_BYTES = 8 + 4  # one float32 feature, the target, and the place in the window
 
@@ -138,7 +143,7 @@ def test_sequences_weights_and_targets_travel_with_their_rows():
     features_ = ["x0", {"name": "s", "length": 3}, {"name": "c", "buckets": 10**9}]
     spec = plain_spec(1, features=features_, target=["y", "z"], sample_weight="w")
     features = Features.resolve(spec, table.schema)
-    whole = features.encode(table, "all")
+    whole = encoded(features, table)
     kept = [i for i in range(100) if i % 10 != 3]
     for seed in (None, (0,)):
         for sizes in ((), (33, 33), (1, 60)):  # how the file is cut decides nothing but the order
@@ -267,6 +272,179 @@ def test_ahead_makes_one_item_at_a_time_and_keeps_their_order():
     for item in ahead(items()):
         assert item == made[item]
         assert len(made) <= item + 2 <= 6 or item == 4
+
+
+# ---- reading ahead -------------------------------------------------------------------------------------------------------
+class Reads:
+    """What has happened to the row groups that share it."""
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.begun, self.threads = [], set()
+        self.under_way = self.most_under_way = self.alive = self.most_alive = 0
+
+    def let_go(self):
+        with self.changed:
+            self.alive -= 1
+
+
+@dataclass
+class FarGroup(TableGroup):
+    """A row group that is worth reading beside others."""
+
+    readers: int = 2
+    seen: Reads = field(default_factory=Reads)
+    wait: Callable[[], None] = lambda: None  # while it is read
+
+    def read(self, columns):
+        class Memory(np.ndarray):
+            """An array that can be watched."""
+
+        seen = self.seen
+        with seen.changed:
+            seen.begun.append(self.name)
+            seen.threads.add(threading.current_thread())
+            seen.under_way, seen.alive = seen.under_way + 1, seen.alive + 1
+            seen.most_under_way = max(seen.most_under_way, seen.under_way)
+            seen.most_alive = max(seen.most_alive, seen.alive)
+            seen.changed.notify_all()
+        try:
+            self.wait()
+            arrays = {}
+            for column in columns:
+                arrays[column] = self.table.column(column).to_numpy().copy().view(Memory)
+            weakref.finalize(arrays[columns[0]], seen.let_go)
+            return pa.table(
+                {
+                    name: pa.Array.from_buffers(pa.float32(), len(array), [None, pa.py_buffer(array)])
+                    for name, array in arrays.items()
+                }
+            )
+        finally:
+            with seen.changed:
+                seen.under_way -= 1
+
+
+def far(groups, **settings):
+    """The groups, as far away ones that share what is seen of them."""
+    seen = Reads()
+    return seen, [FarGroup(group.name, group.table, seen=seen, **settings) for group in groups]
+
+
+def no_thread_works_ahead():
+    return not [thread for thread in threading.enumerate() if thread.name.startswith("tidemill-ahead")]
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3])
+@pytest.mark.parametrize("shuffle_seed", [None, (0, "epoch", 0)])
+def test_several_readers_give_the_bits_of_one(readers, shuffle_seed):
+    near = cut(numbers_table(3000, 3), *[100] * 25)
+    random = Random(0)
+    seen, groups = far(near, readers=readers, wait=lambda: time.sleep(random.random() / 500))
+    spec = plain_spec(3, standardize_features=True)
+    unfitted = Features.resolve(spec, near[0].schema)
+    features = unfitted.fit(near, Split(0.2, held_out=False))
+    assert unfitted.fit(groups, Split(0.2, held_out=False)).state()[1] == features.state()[1]
+    for tensor, expected in zip(*(unfitted.fit(some).state()[0].values() for some in (near, groups)), strict=True):
+        assert same_bits(tensor, expected)
+    arguments = {"batch_size": 64, "window_bytes": 700 * 20, "shuffle_seed": shuffle_seed}
+    one, several = (list(Stream(some, features, **arguments)) for some in (near, groups))
+    assert len(one) == len(several) == 47
+    for batch, expected in zip(several, one, strict=True):
+        assert same_bits(batch.x_BF, expected.x_BF)
+        assert same_bits(batch.y_B, expected.y_B)
+    assert len(seen.begun) == 3 * len(groups)
+    assert seen.most_under_way <= readers
+
+
+@pytest.mark.parametrize("readers", [1, 2, 3])
+@pytest.mark.parametrize("shuffle_seed", [None, (0,)])
+def test_in_memory_is_the_table_in_use_and_one_for_each_reader(readers, shuffle_seed):
+    random = Random(0)
+    seen, groups = far(cut(counted(4000), *[100] * 39), readers=readers, wait=lambda: time.sleep(random.random() / 500))
+    for _ in stream(groups, shuffle_seed=shuffle_seed, window_bytes=100 * ROW_BYTES, batch_size=100):
+        time.sleep(random.random() / 500)
+    assert len(seen.begun) == 40
+    assert seen.most_under_way <= readers
+    assert seen.most_alive <= readers + 1
+    assert len(seen.threads) == readers
+
+
+def test_readers_work_at_the_same_time():
+    together = threading.Barrier(3)
+    seen, groups = far(cut(counted(40), *[10] * 3), readers=3)
+    for group in groups[1:]:
+        group.wait = lambda: together.wait(60)
+    assert rows_of(stream(groups)) == list(range(40))
+    assert seen.most_under_way == 3
+
+
+TABLE_BYTES = 2 * 4 * 100
+
+
+@pytest.mark.parametrize(
+    ("allowed", "ahead_of_use"),
+    [(0, 1), (2 * TABLE_BYTES - 1, 1), (2 * TABLE_BYTES, 2), (3 * TABLE_BYTES, 3), (2**20, 4)],
+)
+def test_large_tables_are_read_one_at_a_time(monkeypatch, allowed, ahead_of_use):
+    monkeypatch.setattr(groups_module, "AHEAD_BYTES", allowed)
+    seen, groups = far(cut(counted(1000), *[100] * 9), readers=4)
+    names = [group.name for group in groups]
+    for used, _ in enumerate(read_ahead(groups, lambda group: group.read(["x0", "y"])), 1):
+        begun = min(max(used + ahead_of_use, 2), 10)
+        with seen.changed:
+            assert seen.changed.wait_for(lambda begun=begun: len(seen.begun) >= begun, timeout=30)
+            assert sorted(seen.begun) == names[:begun]
+    assert used == 10
+
+
+def test_the_error_of_a_row_group_comes_in_its_turn_after_the_same_reads():
+    expected = None
+    for attempt in range(20):
+        random = Random(attempt)
+        wait = lambda random=random: time.sleep(random.random() / 1000)  # noqa: E731
+        seen, groups = far(cut(counted(100), *[10] * 9), readers=3, wait=wait)
+        groups[4].table = groups[4].table.drop_columns(["x0"])
+        done = []
+        with pytest.raises(ColumnError, match=r"'x0' is missing from part-0.parquet row group 4") as caught:
+            done.extend(stream(groups))
+        assert caught.value.__traceback__ is not None
+        assert no_thread_works_ahead()
+        expected = expected or sorted(seen.begun)
+        assert sorted(seen.begun) == expected == [f"part-0.parquet row group {i}" for i in (0, 1, 2, 3, 5, 6)]
+
+
+def test_batches_before_an_error_are_handed_out():
+    _, groups = far(cut(counted(100), *[10] * 9), readers=3)
+    groups[4].table = groups[4].table.drop_columns(["x0"])
+    batches = iter(stream(groups))
+    assert rows_of(next(batches) for _ in range(4)) == list(range(40))
+    with pytest.raises(ColumnError, match="row group 4"):
+        next(batches)
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, (0,)])
+def test_leaving_early_ends_all_readers(shuffle_seed):
+    _, groups = far(cut(counted(1000), *[10] * 99), readers=3)
+    batches = iter(stream(groups, shuffle_seed=shuffle_seed, window_bytes=100))
+    next(batches)
+    batches.close()
+    assert no_thread_works_ahead()
+
+
+def test_an_error_of_the_statistics_ends_all_readers():
+    _, groups = far(cut(counted(1000), *[10] * 99), readers=3)
+    groups[7].table = groups[7].table.set_column(0, "x0", pa.array([float("inf")] * 10, pa.float32()))
+    with pytest.raises(ColumnError, match="NaN, infinity") as caught:
+        Features.resolve(plain_spec(1, standardize_features=True), groups[0].schema).fit(groups)
+    assert caught.value.__traceback__ is not None
+    assert no_thread_works_ahead()
+
+
+def test_a_single_row_group_needs_no_thread():
+    seen, groups = far(cut(counted(10)), readers=3)
+    assert rows_of(stream(groups, shuffle_seed=(0,)))
+    assert seen.threads == {threading.current_thread()}
 
 
 # ---- the split -------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tests.training.rows import (
     TableGroup,
     cut,
     encode,
+    encoded,
     numbers_table,
     plain_spec,
     same_bits,
@@ -183,7 +184,7 @@ def test_nan_and_infinity_are_refused(bad, kind, column):
     with pytest.raises(ColumnError, match=message):
         features.fit([TableGroup(WHERE, pa.table(broken))])
     with pytest.raises(ColumnError, match=message):
-        features.encode(pa.table(broken), WHERE)
+        encoded(features, pa.table(broken))
 
 
 def test_nan_as_a_category_is_refused():
@@ -377,7 +378,7 @@ def test_other_labels_are_refused(task, bad, message):
     spec = spec_of("a", task=task, classes=3 if task == "multiclass" else None)
     table = pa.table({"a": [1, 2], "y": [1.0, bad]})
     with pytest.raises(ColumnError, match=f"target 'y' of {WHERE} {message}"):
-        Features.resolve(spec, table.schema).encode(table, WHERE)
+        encoded(Features.resolve(spec, table.schema), table)
 
 
 # ---- several targets -------------------------------------------------------------------------------------------------
@@ -399,10 +400,10 @@ def test_each_target_is_scaled_by_its_own_statistics():
     table = pa.table(HOLED)
     spec = spec_of("a", target=["y", "z"], standardize_target=True)
     features = Features.resolve(spec, table.schema).fit(cut(table, 1))
-    y_NT = features.encode(table, WHERE).y_N
+    y_NT = encoded(features, table).y_N
     for i, name in enumerate(spec.targets):
         alone = Features.resolve(spec_of("a", target=name, standardize_target=True), table.schema).fit(cut(table, 1))
-        assert same_bits(y_NT[:, i].contiguous(), alone.encode(table, WHERE).y_N)
+        assert same_bits(y_NT[:, i].contiguous(), encoded(alone, table).y_N)
         assert same_bits(features.statistics.target_mean[i : i + 1], alone.statistics.target_mean)
         assert same_bits(features.statistics.target_std[i : i + 1], alone.statistics.target_std)
 
@@ -440,7 +441,7 @@ def test_weights_of_any_number_type(kind):
     assert encoded.w_N.tolist() == [0, 1, 1]
     features = Features.resolve(spec, table.schema)
     assert features.row_bytes == 12
-    assert features.encode(table.drop_columns(["w", "y"]), WHERE, labelled=False).w_N is None
+    assert features.encode(table.drop_columns(["w", "y"]), WHERE).x_NF.tolist() == [[1], [2], [3]]
 
 
 def test_a_weight_may_be_a_feature_too_and_is_read_once():
@@ -448,8 +449,8 @@ def test_a_weight_may_be_a_feature_too_and_is_read_once():
     features = Features.resolve(spec, table.schema)
     assert features.names(labelled=True) == ["w", "a", "y"]
     assert features.names(labelled=False) == ["w", "a"]
-    encoded = features.encode(table, WHERE)
-    assert encoded.w_N.tolist() == encoded.x_NF[:, 0].tolist() == [0.5, 0.25, 2.0]
+    rows = encoded(features, table)
+    assert rows.w_N.tolist() == rows.x_NF[:, 0].tolist() == [0.5, 0.25, 2.0]
     alone = Features.resolve(spec_of("a", sample_weight="w"), table.schema)
     assert (alone.names(labelled=True), alone.names(labelled=False)) == (["a", "y", "w"], ["a"])
 
@@ -467,7 +468,7 @@ def test_a_weight_may_be_a_feature_too_and_is_read_once():
 def test_bad_weights_are_refused(weights, message):
     spec, table = weighted(weights)
     features = Features.resolve(spec, table.schema)
-    for refusing in (lambda: features.encode(table, WHERE), lambda: features.fit(cut(table))):
+    for refusing in (lambda: encoded(features, table), lambda: features.fit(cut(table))):
         with pytest.raises(ColumnError, match=f"sample_weight 'w' of {WHERE} {message}"):
             refusing()
 
@@ -550,7 +551,7 @@ def test_the_state_brings_back_the_same_features(standardize):
     features = Features.resolve(spec, SCHEMA).fit(cut(table))
     tensors, config = features.state()
     again = Features.from_state(tensors, json.loads(json.dumps(config)))
-    for before, after in zip(features.encode(table, WHERE)[:3], again.encode(table, WHERE)[:3], strict=True):
+    for before, after in zip(encoded(features, table)[:3], encoded(again, table)[:3], strict=True):
         assert same_bits(before, after)
     assert (again.columns, again.numbers, again.buckets, again.row_bytes) == (features.columns, 4, (1000,), 44)
     assert again.sequences == ((2, 1000),)

@@ -12,7 +12,7 @@ from tasks.training.groups import generator
 from tasks.training.learner import Learner
 from tasks.training.loop import train_pass, train_shard
 from tasks.training.memory import Memory, mixed
-from tests.training.rows import begin, cut, numbers_table, plain_spec, same_bits
+from tests.training.rows import begin, cut, encoded, numbers_table, plain_spec, same_bits
 
 
 def empty(rows: int = 100, classes: int = 0, **replay) -> Memory:
@@ -172,11 +172,11 @@ def test_kept_rows_follow_the_running_statistics():
     spec = plain_spec(1, replay={"rows": 8}, **scaled)
     raw = pa.table({"x0": pa.array([1, 2, 3, None], pa.float32()), "y": pa.array([10, 20, 30, 40], pa.float32())})
     learner = begin(spec, cut(raw))
-    encoded = learner.features.encode(raw, "here")
-    learner.memory.offer(Batch(encoded.x_NF, None, encoded.y_N), generator(0))
+    rows = encoded(learner.features, raw)
+    learner.memory.offer(Batch(rows.x_NF, None, rows.y_N), generator(0))
     learner.memory.settle(generator(0))
     learner.follow(cut(far))
-    today = learner.features.encode(raw, "here")
+    today = encoded(learner.features, raw)
     kept = learner.memory.state()
     torch.testing.assert_close(kept["x_BF"][:3], today.x_NF[:3])
     torch.testing.assert_close(kept["y_B"], today.y_N)
