@@ -81,13 +81,13 @@ def side_by_side_section(suite: str) -> Callable[[Sequence[Line]], str]:
 def _case_table(table: Table) -> str:
     rows = []
     for case in table.cases():
-        lines, spread = table.lines(case), table.spread(case)
+        lines, (low, high) = table.lines[case], table.spread(case)
         rows.append(
             [
                 f"**{case}**" if case.startswith("tidemill") else case,
                 SUITES[table.suite].cases[case].about,
                 number(table.median(case)),
-                "" if spread is None else f"{number(spread[0])}–{number(spread[1])}",
+                f"{number(low)}–{number(high)}",
                 number(table.ratio(case)),
                 number(table.median(case, "rows_per_cpu_s")),
                 number(table.median(case, "startup_s")),
@@ -103,7 +103,7 @@ def _case_table(table: Table) -> str:
         rows = [[*row[:7], *row[9:]] for row in rows]
     text = f"### {title(table.setup)}\n\n" + rendered(head, rows)
     for case, note in table.notes.items():
-        text += f"\n\nNot measured: {case} ({note})."
+        text += f"\n\n{'Given up' if case in table.lines else 'Not measured'}: {case} ({note})."
     return text
 
 
