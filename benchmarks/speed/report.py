@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.speed import claims, memory, plots, profile
+from benchmarks.speed import claims, memory, profile
 from benchmarks.speed.processes import ROOT
 from benchmarks.speed.suites import SUITES, Setup
 from benchmarks.speed.summary import Table, tables
@@ -24,15 +24,22 @@ PAGE: Final = ROOT / "docs" / "performance.md"
 
 def write(results: Path, page: Path = PAGE) -> None:
     """Fill the page and draw its pictures. Raises SystemExit if the page lacks a section."""
+    from benchmarks.speed import plots  # needs matplotlib
+
     lines = [json.loads(text) for text in results.read_text().splitlines()]
-    text = page.read_text()
-    for name, section in SECTIONS.items():
-        text = replaced(text, name, section(lines))
-    page.write_text(text)
+    fill(lines, page)
     plots.draw(lines, page.parent)
     raw = page.with_suffix(".jsonl")
     if raw.resolve() != results.resolve():
         shutil.copy(results, raw)
+
+
+def fill(lines: Sequence[Line], page: Path) -> None:
+    """The sections of the page."""
+    text = page.read_text()
+    for name, section in SECTIONS.items():
+        text = replaced(text, name, section(lines))
+    page.write_text(text)
 
 
 def replaced(text: str, name: str, content: str) -> str:
