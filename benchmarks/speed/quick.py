@@ -10,6 +10,7 @@ measuring; the scripts run beside it.
 import copy
 import json
 import math
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ OURS: Final = (
 SCRIPTS: Final = {
     "online": "small history --shards 4 --rows 200 --repeat 1 --versions 20 --runs 1 --steps 3",
     "s3": "--megabytes 2 --file-megabytes 1 --threads 2 --repeat 1",
-    "startup": "--only log --repeat 1",
+    "startup": "--only log 'follow, no Prefect' --repeat 1",
 }
 # The claims of which something was measured.
 CLAIMED: Final = (
@@ -74,7 +75,7 @@ def main() -> None:
 
 def script(name: str) -> Iterator[dict[str, Any]]:
     """What one of the scripts prints in its smallest size."""
-    return siblings.measurements(name, SCRIPTS[name].split())
+    return siblings.measurements(name, shlex.split(SCRIPTS[name]))
 
 
 def check(lines: list[dict[str, Any]]) -> None:
@@ -112,6 +113,7 @@ def check_page(lines: list[dict[str, Any]], folder: Path) -> None:
         section = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0]
         assert ("torch" if name == "machine" else "| --- |") in section, f"section {name} lacks its table"
         assert "Not measured." not in section, f"a table of section {name} is empty"
+    assert "Line by line, `follow`" in text, "section startup lacks the lines of a run"
 
 
 def same_arithmetic() -> None:

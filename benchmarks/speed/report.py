@@ -136,18 +136,29 @@ def memory_section(lines: Sequence[Line]) -> str:
 
 
 def startup_section(lines: Sequence[Line]) -> str:
+    """Whole commands; then the lines of a run, a table for each kind of run, in which ways to run it are columns."""
     summaries = [line["line"] for line in lines if line["suite"] == "startup" and "median of" in line.get("line", {})]
-    found = list({line["median of"]: line for line in summaries}.values())  # the newest of each
-    rows = [
-        [line["median of"], number(line["wall"]), number(line["cpu"]), ", ".join(line.get("imports", []))]
-        for line in found
-    ]
-    text = rendered(["command", "seconds", "CPU seconds", "of the heavy packages imports"], rows)
-    for line in found:
-        if "lines" in line:
-            parts = [[name, number(seconds)] for name, seconds in line["lines"].items()]
-            text += f"\n\n{line['median of'].capitalize()}:\n\n" + rendered(["line", "seconds"], parts)
+    found = {line["median of"]: line for line in summaries}  # the newest of each
+    text = rendered(
+        ["command", "seconds", "CPU seconds", "of the heavy packages imports"],
+        [
+            [name, number(line["wall"]), number(line["cpu"]), ", ".join(line.get("imports", []))]
+            for name, line in found.items()
+            if "lines" not in line
+        ],
+    )
+    for kind in ("train", "follow"):
+        ways = {name: line["lines"] for name, line in found.items() if "lines" in line and name.startswith(kind)}
+        order = dict.fromkeys(part for way in ways.values() for part in way if part != "exit")
+        rows = [[part, *(_wall_and_cpu(way.get(part)) for way in ways.values())] for part in [*order, "exit"]]
+        heads = [name.removeprefix(f"{kind}, ").removesuffix(", lines") for name in ways]
+        if ways:
+            text += f"\n\nLine by line, `{kind}`: seconds (CPU seconds)\n\n" + rendered(["line", *heads], rows)
     return text
+
+
+def _wall_and_cpu(seconds: Sequence[float] | None) -> str:
+    return "" if seconds is None else f"{number(seconds[0])} ({number(seconds[1])})"
 
 
 def script_section(script: str) -> Callable[[Sequence[Line]], str]:
