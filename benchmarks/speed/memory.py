@@ -54,13 +54,17 @@ def measurements(
             yield about | {"repetition": repetition} | rounded(measured_apart("memory", "tidemill", work, timeout))
 
 
+def newest(lines: Iterable[dict[str, Any]], by: str) -> list[dict[str, Any]]:
+    """The measurements of the newest run."""
+    found = [line for line in lines if line["suite"] == "memory" and line["by"] == by and "peak_mb" in line]
+    return [line for line in found if line["run"] == found[-1]["run"]]
+
+
 def medians(lines: Iterable[dict[str, Any]], by: str) -> dict[int, float]:
-    """Peak MB of the newest run by number of rows (`rows`), or by MiB of `shuffle_bytes` (`shuffle`)."""
+    """Peak MB by number of rows (`rows`), or by MiB of `shuffle_bytes` (`shuffle`)."""
     found: dict[int, list[float]] = {}
-    measured = [line for line in lines if line["suite"] == "memory" and line["by"] == by and "peak_mb" in line]
-    for line in measured:
-        if line["run"] == measured[-1]["run"]:
-            found.setdefault(line["rows" if by == "rows" else "shuffle_mb"], []).append(line["peak_mb"])
+    for line in newest(lines, by):
+        found.setdefault(line["rows" if by == "rows" else "shuffle_mb"], []).append(line["peak_mb"])
     return {key: statistics.median(values) for key, values in sorted(found.items())}
 
 

@@ -17,6 +17,7 @@ class Table:
 
     suite: str
     setup: Setup
+    run: str  # when it began
     lines: dict[str, list[Line]] = field(default_factory=dict)  # by case, in the order of measurement
     notes: dict[str, str] = field(default_factory=dict)  # by case, why there is no measurement
 
@@ -70,17 +71,16 @@ def runs(lines: Iterable[Line]) -> dict[tuple[str, Setup], list[Table]]:
     for line in lines:
         if line["suite"] in SUITES:
             setup = Setup(*(line[name] for name in Setup.__dataclass_fields__))
-            table = found[line["suite"], setup].setdefault(line["run"], Table(line["suite"], setup))
+            table = found[line["suite"], setup].setdefault(line["run"], Table(line["suite"], setup, line["run"]))
             if note := line.get("skipped") or line.get("error"):
                 table.notes[line["case"]] = note
             else:
                 table.lines.setdefault(line["case"], []).append(line)
 
-    def size(run: tuple[str, Table]) -> tuple[int, int, str]:
-        began, table = run
-        return len(table.lines), sum(map(len, table.lines.values())), began
+    def size(table: Table) -> tuple[int, int, str]:
+        return len(table.lines), sum(map(len, table.lines.values())), table.run
 
-    return {key: [table for _, table in sorted(of.items(), key=size, reverse=True)] for key, of in found.items() if of}
+    return {key: sorted(of.values(), key=size, reverse=True) for key, of in found.items() if of}
 
 
 def tables(lines: Iterable[Line]) -> list[Table]:
