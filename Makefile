@@ -19,10 +19,10 @@ prove: $(VENV)/installed
 chaos: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.guarantees.chaos $(ARGS)
 
-# Speed and memory beside peers and the machine's limits (docs/performance.md): hours. ARGS chooses suites, cases and sizes.
+# Speed and memory beside peers and the machine's limits, into docs/performance.md: hours. ARGS chooses suites, cases and sizes.
 # An environment of its own: the peers pull in half of PyPI.
 bench: .venv-bench/installed
-	.venv-bench/bin/python -m benchmarks.speed $(or $(ARGS),loader training memory profile startup s3 online)
+	.venv-bench/bin/python -m benchmarks.speed $(or $(ARGS),loader training memory profile startup s3 online report)
 
 # That the same runs, on small data: CI calls it.
 bench-quick: $(VENV)/installed

@@ -1,13 +1,16 @@
-"""Row groups from S3: what Tidemill reads, beside the limit of the same client.
+"""Rows from S3: how fast Tidemill's stream of batches is, beside the limit of the same client.
 
     .venv/bin/python benchmarks/s3.py                       # 512 MB in files of 32 MB, 11 and 100 columns
     .venv/bin/python benchmarks/s3.py --megabytes 64 --repeat 1
 
-The limit GETs the bytes of the column chunks of each row group, known beforehand, pinned by etag, with the same s3fs client from
-several threads, and decodes them with pyarrow alone. Ours takes a snapshot's row groups through `RowGroup.read`, which also reads
-footers, bounds what a row group may decode to, and checks page headers. Each is given the number of threads at which it is
-fastest. `projected` reads one column in four. Ours and the limit take turns, in this process, on an S3 server that is started
-here. Prints one JSON line for each measurement, then the medians and their ratio.
+The limit GETs the bytes of the column chunks of each row group, known beforehand, pinned by etag, with the same s3fs client
+from several threads, and decodes them with pyarrow alone; it is given the number of threads at which it is fastest. Ours is what
+training iterates over, `Stream` in batches of 1024, in order and shuffled, with its default window: it bounds what a row group
+may decode to, checks page headers, encodes and permutes. `groups` is its reading alone, `RowGroup.read`, from as many threads as
+the limit. `projected` reads one column in four. The server is started here and shares the machine's cores.
+
+The cases of a round take turns, in this process. Megabytes are those of the values, 4 bytes each. Prints one JSON line for each
+measurement, then medians, and ratios to the limit: within a round, median over the rounds.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import truediv
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,14 +113,35 @@ class Limit:
         return len(self.groups)
 
 
-def measured(read: Callable[[int], pa.Table], count: int, threads: int) -> dict[str, float]:
-    started, cpu, size = time.perf_counter(), time.process_time(), 0
-    for table in in_order(read, range(count), threads):
-        size += table.nbytes
+def tables(read: Callable[[int], pa.Table], count: int, threads: int) -> int:
+    """Read all row groups; the number of rows."""
+    return sum(table.num_rows for table in in_order(read, range(count), threads))
+
+
+def passes(groups: Sequence[Any], names: Sequence[str], *, shuffled: bool) -> Callable[[int], int]:
+    """Takes all batches of a pass of training, by its number; the number of rows."""
+    from tasks.training.batches import Stream
+    from tasks.training.features import Features
+    from tasks.training.spec import Spec
+
+    spec = Spec(features=[*names[:-1]], target=names[-1], batch_size=1024, standardize_features=False)
+    features = Features.resolve(spec, groups[0].schema).fit(groups, None)
+    settings = {"batch_size": spec.batch_size, "window_bytes": spec.window_bytes}
+
+    def one(number: int) -> int:
+        seed = (spec.seed, "epoch", number) if shuffled else None
+        return sum(len(batch.y_B) for batch in Stream(groups, features, **settings, shuffle_seed=seed))
+
+    return one
+
+
+def measured(work: Callable[[int], int], number: int, columns: int) -> dict[str, float]:
+    started, cpu = time.perf_counter(), time.process_time()
+    megabytes = 4 * columns * work(number) / 2**20
     seconds = time.perf_counter() - started
     return {
-        **{"megabytes": size / 2**20, "seconds": round(seconds, 3), "mb_a_second": round(size / 2**20 / seconds, 1)},
-        "cpu_seconds": round(time.process_time() - cpu, 3),
+        **{"megabytes": round(megabytes, 1), "seconds": round(seconds, 3)},
+        **{"mb_a_second": round(megabytes / seconds, 1), "cpu_seconds": round(time.process_time() - cpu, 3)},
     }
 
 
@@ -125,7 +150,8 @@ def say(case: str, **about: Any) -> None:
 
 
 def main() -> None:
-    from storage.dataset import snapshot
+    import torch
+
     from storage.urls import open_store
     from tests.s3_server import running_server
 
@@ -135,6 +161,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    pa.set_cpu_count(os.cpu_count() or 1)  # whatever OMP_NUM_THREADS is
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder)) as server:
         os.environ |= server.s3.environment()
         with server.s3.client() as client:
@@ -145,26 +173,40 @@ def main() -> None:
                 data = file_of(options.file_megabytes, columns, group_rows, number)
                 open_store(url).write(f"{number:05}.parquet", data)
             for case, step in (("all", 1), ("projected", 4)):
-                names = [f"c{i}" for i in range(0, columns, step)]
-                limit, taken = Limit(url, names), snapshot(url)
-                readers: dict[str, Callable[[int], pa.Table]] = {
-                    "limit": limit.read,
-                    "ours": lambda i, groups=taken.row_groups, names=names: groups[i].read(names),
-                }
-                found: dict[tuple[str, int], list[float]] = {}
-                for number in range(options.repeat):
-                    for who in ("limit", "ours") if number % 2 == 0 else ("ours", "limit"):
-                        for threads in options.threads:
-                            one = measured(readers[who], len(limit), threads)
-                            found.setdefault((who, threads), []).append(one["mb_a_second"])
-                            say(who, columns=columns, reads=case, threads=threads, **one)
-                medians = {key: statistics.median(rates) for key, rates in found.items()}
-                best = {who: max((m, t) for (w, t), m in medians.items() if w == who) for who in readers}
-                say(
-                    *("summary",),
-                    **{"columns": columns, "reads": case, "best": best},
-                    ours_to_limit=round(best["ours"][0] / best["limit"][0], 3),
-                )
+                compare(url, [f"c{i}" for i in range(0, columns, step)], options, columns=columns, reads=case)
+
+
+def compare(url: str, names: Sequence[str], options: argparse.Namespace, **about: Any) -> None:
+    """All cases on some columns of one dataset, round after round."""
+    from storage.dataset import snapshot
+
+    limit, groups = Limit(url, names), snapshot(url).row_groups
+    cases: dict[tuple[str, int], Callable[[int], int]] = {}  # by name and threads: does one round, gives its rows
+    for threads in options.threads:
+        cases["limit", threads] = lambda _, n=threads: tables(limit.read, len(limit), n)
+        cases["groups", threads] = lambda _, n=threads: tables(lambda i: groups[i].read(names), len(limit), n)
+    for name, shuffled in (("stream", False), ("shuffled stream", True)):
+        cases[name, 1] = passes(groups, names, shuffled=shuffled)
+    rates: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    for number in range(options.repeat):
+        for case in list(cases)[:: 1 if number % 2 == 0 else -1]:
+            one = measured(cases[case], number, len(names))
+            rates[case].append(one["mb_a_second"])
+            say(case[0], **about, **({} if "stream" in case[0] else {"threads": case[1]}), **one)
+    medians = {case: statistics.median(found) for case, found in rates.items()}
+    best = {name: max((case for case in cases if case[0] == name), key=medians.__getitem__) for name, _ in cases}
+    say(
+        "summary",
+        **about,
+        megabytes=one["megabytes"],
+        mb_a_second={name: medians[case] for name, case in best.items()},
+        threads={name: best[name][1] for name in ("limit", "groups")},
+        to_limit={
+            name: round(statistics.median(map(truediv, rates[case], rates[best["limit"]])), 3)
+            for name, case in best.items()
+            if name != "limit"
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a command costs before it does its work: the light commands, and a batch and an online run line by line.
 
-    .venv/bin/python benchmarks/startup.py                                  # the tables of docs/performance.md
+    .venv/bin/python benchmarks/startup.py                                  # all that docs/performance.md shows
     .venv/bin/python benchmarks/startup.py --only help status --repeat 3
 
 Every measurement is a process of its own, on a dataset of 400 rows, an empty inbox and a registry in a local folder; kinds take
@@ -13,7 +13,9 @@ the temporary server among them; that of a line counts the process alone. On a b
 """
 
 import argparse
+import atexit
 import contextlib
+import gc
 import importlib
 import itertools
 import json
@@ -53,6 +55,7 @@ class Lines:
     """What the time went into, from the start of the process on."""
 
     def __init__(self) -> None:
+        atexit.register(gc.freeze)  # as the command line does
         self._last = (float(os.environ["STARTUP_BEGAN"]), 0.0)
         self._seconds: dict[str, tuple[float, float]] = {}
 
@@ -144,7 +147,7 @@ def _import(lines: Lines, *, prefect: bool = True) -> None:
         ("torch", ["torch"]),
         ("torchmetrics", ["torchmetrics"]),
         ("our tasks, pyarrow", ["tasks.online"]),
-        ("Prefect", ["prefect.flows", "prefect.flow_engine", "prefect.task_engine"] if prefect else []),
+        *([("Prefect", ["prefect.flows", "prefect.flow_engine", "prefect.task_engine"])] if prefect else []),
     ):
         for module in modules:
             importlib.import_module(module)
@@ -267,6 +270,7 @@ def main() -> None:
             "PREFECT_HOME": made,
             "DO_NOT_TRACK": "1",
             "OMP_NUM_THREADS": "1",
+            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",  # as the command line does
         }
         prepare(folder, offline)
         online = dict(offline)

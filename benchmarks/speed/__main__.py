@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.speed import claims, data, machine, memory, profile, siblings, summary
+from benchmarks.speed import claims, data, machine, memory, profile, report, siblings, summary
 from benchmarks.speed.rounds import measurements
 from benchmarks.speed.suites import SUITES, Setup, Suite
 
@@ -28,8 +28,6 @@ def main() -> None:
     if suites := [name for name in chosen.suites if name != "report"]:
         measure(suites, chosen)
     if "report" in chosen.suites:
-        from benchmarks.speed import report  # needs matplotlib
-
         report.write(chosen.results)
 
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -13,6 +14,7 @@ from typing import Any
 
 def measured(suite: str, case: str, work: dict[str, Any]) -> dict[str, Any]:
     """What the case measures. The time to import torch, which nearly all of them need, does not count."""
+    import pyarrow as pa
     import torch
 
     from benchmarks.speed import memory, profile
@@ -20,6 +22,7 @@ def measured(suite: str, case: str, work: dict[str, Any]) -> dict[str, Any]:
     from benchmarks.speed.work import Work
 
     torch.set_num_threads(work["threads"])
+    pa.set_cpu_count(os.cpu_count() or 1)  # else as many threads decode as OMP_NUM_THREADS gives torch
     single = {"memory": memory.measure, "profile": profile.measure}
     measure = single[suite] if suite in single else SUITES[suite].measure
     return measure(case, Work(**work), time.perf_counter())

@@ -20,7 +20,7 @@ COLOURS: Final = {"ours": "#1f77b4", "limit": "#9a9a9a", "peer": "#d9b26a"}
 def draw(lines: Sequence[Line], folder: Path) -> None:
     """performance-NAME.png for each suite that was measured."""
     for suite in ("loader", "training"):
-        if found := [table for table in tables(lines) if table.suite == suite and table.runs]:
+        if found := [table for table in tables(lines) if table.suite == suite and table.lines]:
             _save(_side_by_side(found), folder / f"performance-{suite}.png")
     if any(line["suite"] == "memory" for line in lines):
         _save(_memory(lines), folder / "performance-memory.png")
@@ -38,12 +38,12 @@ def _side_by_side(found: list[Table]) -> Figure:
     for table, axes in zip(found, panels, strict=False):
         cases = sorted(table.cases(), key=lambda case: table.median(case) or 0.0)
         medians = [table.median(case) or 0.0 for case in cases]
-        spreads = [table.spread(case) or (0.0, 0.0) for case in cases]
+        spreads = [table.spread(case) for case in cases]
         errors = [
             [middle - low for middle, (low, _) in zip(medians, spreads, strict=True)],
             [high - middle for middle, (_, high) in zip(medians, spreads, strict=True)],
         ]
-        colours = [COLOURS[table.lines(case)[0]["kind"]] for case in cases]
+        colours = [COLOURS[table.lines[case][0]["kind"]] for case in cases]
         axes.barh(cases, medians, color=colours, xerr=errors, error_kw={"linewidth": 0.8})
         setup = table.setup
         net = "" if setup.net is None else f"{setup.net}, "

@@ -1,24 +1,29 @@
-"""That the benchmark runs, in under a minute: no figure of it means anything.
+"""That the benchmark runs, in about a minute: no figure of it means anything.
 
     make bench-quick
 
-Each suite measures ours and its reference once, on small data, and every line must have the fields that the report reads. All of
-it happens in this process, since starting others would take longer than measuring.
+Each suite measures ours and its references once, on small data. Every line must have the fields that the report reads, and the
+page, of which a copy is filled, all of its tables. Cases run in this process, since starting others would take longer than
+measuring; the scripts run beside it.
 """
 
 import copy
 import json
 import math
+import shlex
+import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from benchmarks.speed import child, claims, data, machine, summary
+from benchmarks.speed import child, claims, data, machine, report, siblings, summary
 from benchmarks.speed.suites import SUITES, Setup
 from benchmarks.speed.training.limits import hand_written
 from benchmarks.speed.training.nets import eager
@@ -31,19 +36,84 @@ FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "memory": ("before_mb", "peak_mb"),
     "profile": ("samples",),
 }
-CASES: Final = {"loader": ("tidemill", "streaming"), "training": ("tidemill", "eager_in_memory")}
-SETUPS: Final = {"loader": Setup("narrow", 64), "training": Setup("narrow", 64, net="net")}
+OURS: Final = (
+    ("loader", Setup("narrow", 64), "tidemill"),
+    ("training", Setup("narrow", 64, net="net"), "tidemill"),
+    ("training", Setup("narrow", 64, net="linear"), "tidemill_compiled"),  # compiles fastest, and that in 20 s
+)
+SCRIPTS: Final = {
+    "online": "small history --shards 4 --rows 200 --repeat 1 --versions 20 --runs 1 --steps 3",
+    "s3": "--megabytes 2 --file-megabytes 1 --threads 2 --repeat 1",
+    "startup": "--only log 'follow, no Prefect' --repeat 1",
+}
+# The claims of which something was measured.
+CLAIMED: Final = (
+    "Loader to the streaming limit, 11 columns, batch 64",
+    "Training to the eager loop in memory, example Net, batch 64",
+    "Peak memory",
+    "Memory for each byte of `shuffle_bytes`, at least",
+    "Memory for each byte of `shuffle_bytes`, at most",
+    "Loader, shuffled, from S3 to raw ranged GETs and decoding, 11 columns",
+    "Loader, shuffled, from S3 to raw ranged GETs and decoding, 100 columns",
+    "Online to a bare script on S3, small",
+    "Mean time of an online step",
+)
 
 
 def main() -> None:
     same_arithmetic()
-    with tempfile.TemporaryDirectory(prefix="tidemill-bench-") as scratch:
-        lines = [{"run": "quick", **line} for line in (machine.about(), *measurements(Path(scratch)))]
+    with tempfile.TemporaryDirectory(prefix="tidemill-bench-") as scratch, ThreadPoolExecutor(1) as beside:
+        scripts = beside.submit(lambda: [line for name in SCRIPTS for line in script(name)])
+        lines = [machine.about(), *measurements(Path(scratch)), *scripts.result()]
+        lines = [{"run": "quick", **line} for line in lines]
+        for line in lines:
+            print(json.dumps(line))
+        check(lines)
+        check_page(lines, Path(scratch))
+    print(summary.text(lines), claims.text(lines), sep="\n\n")
+
+
+def script(name: str) -> Iterator[dict[str, Any]]:
+    """What one of the scripts prints in its smallest size."""
+    return siblings.measurements(name, shlex.split(SCRIPTS[name]))
+
+
+def check(lines: list[dict[str, Any]]) -> None:
+    """Every line is whole, every ratio and claim was computed."""
     for line in lines:
-        print(json.dumps(line))
+        assert "error" not in line, line["error"]
         for field in FIELDS.get(line["suite"], ()):
             assert math.isfinite(line[field]), f"{field} is {line[field]} in {line}"
-    print(summary.text(lines), claims.text(lines), sep="\n\n")
+    for table in summary.tables(lines):
+        for case in table.cases():
+            assert table.ratio(case) is not None, f"{case} is compared with nothing"
+    found = {claim.what: claim.measured for claim in claims.claims(lines) if claim.measured is not None}
+    for what in CLAIMED:
+        measured = [value for name, value in found.items() if name.startswith(what)]
+        assert any(map(math.isfinite, measured)), f"{what}: measured {measured}"
+
+
+def check_page(lines: list[dict[str, Any]], folder: Path) -> None:
+    """A copy of the page is filled, each section with rows of a table.
+
+    Its pictures are drawn where matplotlib is installed. `.venv` is without: torchmetrics imports it where it can, at a cost to
+    every process of the tests.
+    """
+    results, page = folder / "results.jsonl", folder / report.PAGE.name
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shutil.copy(report.PAGE, page)
+    if find_spec("matplotlib"):
+        report.write(results, page)
+        for picture in ("loader", "training", "memory", "profile"):
+            assert (folder / f"performance-{picture}.png").stat().st_size > 10_000, picture
+    else:
+        report.fill(lines, page)
+    text = page.read_text()
+    for name in report.SECTIONS:
+        section = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0]
+        assert ("torch" if name == "machine" else "| --- |") in section, f"section {name} lacks its table"
+        assert "Not measured." not in section, f"a table of section {name} is empty"
+    assert "Line by line, `follow`" in text, "section startup lacks the lines of a run"
 
 
 def same_arithmetic() -> None:
@@ -65,20 +135,16 @@ def measurements(folder: Path) -> Iterator[dict[str, Any]]:
     """One line for each suite and case."""
     place = data.made(data.dataset("narrow", small=True), folder)
     work = Work(str(place), 64, 0.2, 1, scratch=str(folder), shuffle_bytes=2 * 2**18)
-    for suite, setup in SETUPS.items():
-        for case in CASES[suite]:
-            about = {
-                "suite": suite,
-                "case": case,
-                "kind": SUITES[suite].cases[case].kind,
-                **asdict(setup),
-                "data": place.name,
-                "repetition": 0,
-            }
-            yield about | child.measured(suite, case, asdict(work))
-    about = {"suite": "memory", "by": "rows", "rows": work.rows, "shuffle_mb": None}
-    yield about | child.measured("memory", "tidemill", asdict(work))
-    yield {"suite": "profile", "case": "tidemill"} | child.measured("profile", "tidemill", asdict(work))
+    for suite, setup, ours in OURS:
+        for case in (ours, *SUITES[suite].references):
+            about = {"suite": suite, "case": case, "kind": SUITES[suite].cases[case].kind, **asdict(setup)}
+            about |= {"data": place.name, "repetition": 0}
+            yield about | child.measured(suite, case, asdict(replace(work, net=setup.net or "net")))
+    for by, rows, megabytes in (("rows", 1, None), ("rows", 2, None), ("shuffle", 1, 1), ("shuffle", 1, 2)):
+        about = {"suite": "memory", "by": by, "rows": rows * work.rows, "shuffle_mb": megabytes}
+        yield about | child.measured("memory", "tidemill", asdict(work))
+    about = {"suite": "profile", "case": "tidemill", "net": "net", "batch": 64}
+    yield about | child.measured("profile", "tidemill", asdict(work))
 
 
 if __name__ == "__main__":

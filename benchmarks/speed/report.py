@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.speed import claims, memory, plots, profile
+from benchmarks.speed import claims, memory, profile
 from benchmarks.speed.processes import ROOT
 from benchmarks.speed.suites import SUITES, Setup
 from benchmarks.speed.summary import Table, tables
@@ -24,15 +24,22 @@ PAGE: Final = ROOT / "docs" / "performance.md"
 
 def write(results: Path, page: Path = PAGE) -> None:
     """Fill the page and draw its pictures. Raises SystemExit if the page lacks a section."""
+    from benchmarks.speed import plots  # needs matplotlib
+
     lines = [json.loads(text) for text in results.read_text().splitlines()]
-    text = page.read_text()
-    for name, section in SECTIONS.items():
-        text = replaced(text, name, section(lines))
-    page.write_text(text)
+    fill(lines, page)
     plots.draw(lines, page.parent)
     raw = page.with_suffix(".jsonl")
     if raw.resolve() != results.resolve():
         shutil.copy(results, raw)
+
+
+def fill(lines: Sequence[Line], page: Path) -> None:
+    """The sections of the page."""
+    text = page.read_text()
+    for name, section in SECTIONS.items():
+        text = replaced(text, name, section(lines))
+    page.write_text(text)
 
 
 def replaced(text: str, name: str, content: str) -> str:
@@ -56,17 +63,34 @@ def claims_section(lines: Sequence[Line]) -> str:
 
 
 def machine_section(lines: Sequence[Line]) -> str:
-    """Of every machine and commit that the results are from."""
-    found: dict[str, None] = {}
+    """Every machine and run that the results are from."""
+    found = [line for line in lines if line["suite"] == "machine"]
+    machines = dict.fromkeys(
+        f"- {line['cpu']}, {line['cores']} cores, {line['memory_gb']:g} GB; Python {line['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in line["versions"].items())
+        for line in found
+    )
+    suites: dict[str, dict[str, None]] = {}
     for line in lines:
-        if line["suite"] == "machine":
-            versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items())
-            found[
-                f"{line['cpu']}, {line['cores']} cores, {line['memory_gb']:g} GB; Python {line['python']}, {versions}; "
-                f"commit {line['commit']}"
-            ] = None
-    loads = [line["load"] for line in lines if line["suite"] == "machine"]
-    return "\n".join(f"- {text}" for text in found) + (f"\n- load before each suite: {loads}" if loads else "")
+        if line["suite"] != "machine":
+            suites.setdefault(line["run"], {})[line["suite"]] = None
+    rows = [
+        [when(line["run"]), ", ".join(suites[line["run"]]), line["commit"], f"{line['load']:g}"]
+        for line in found
+        if line["run"] in suites
+    ]
+    return "\n".join(machines) + "\n\n" + rendered(["run", "suites", "commit", "load before"], rows)
+
+
+def when(run: str) -> str:
+    """A run is named by the time at which it began."""
+    return run[:16].replace("T", " ")
+
+
+def from_runs(lines: Sequence[Line]) -> str:
+    """Says which runs the lines are of."""
+    names = dict.fromkeys(when(line["run"]) for line in lines)
+    return f"Of the run{'' if len(names) == 1 else 's'} {', '.join(names)}.\n\n" if names else ""
 
 
 def side_by_side_section(suite: str) -> Callable[[Sequence[Line]], str]:
@@ -81,13 +105,13 @@ def side_by_side_section(suite: str) -> Callable[[Sequence[Line]], str]:
 def _case_table(table: Table) -> str:
     rows = []
     for case in table.cases():
-        lines, spread = table.lines(case), table.spread(case)
+        lines, (low, high) = table.lines[case], table.spread(case)
         rows.append(
             [
                 f"**{case}**" if case.startswith("tidemill") else case,
                 SUITES[table.suite].cases[case].about,
                 number(table.median(case)),
-                "" if spread is None else f"{number(spread[0])}–{number(spread[1])}",
+                f"{number(low)}–{number(high)}",
                 number(table.ratio(case)),
                 number(table.median(case, "rows_per_cpu_s")),
                 number(table.median(case, "startup_s")),
@@ -101,9 +125,9 @@ def _case_table(table: Table) -> str:
     head = ["case", "", "rows/s", "lowest–highest", "to limit", "rows/CPU s", "start-up s", *once, "peak MB", "n"]
     if not once:
         rows = [[*row[:7], *row[9:]] for row in rows]
-    text = f"### {title(table.setup)}\n\n" + rendered(head, rows)
+    text = f"### {title(table.setup)}\n\nOf the run {when(table.run)}.\n\n" + rendered(head, rows)
     for case, note in table.notes.items():
-        text += f"\n\nNot measured: {case} ({note})."
+        text += f"\n\n{'Given up' if case in table.lines else 'Not measured'}: {case} ({note})."
     return text
 
 
@@ -117,7 +141,8 @@ def title(setup: Setup) -> str:
 
 def memory_section(lines: Sequence[Line]) -> str:
     by_rows, by_setting = memory.medians(lines, "rows"), memory.medians(lines, "shuffle")
-    text = rendered(["rows", "peak MB"], [[f"{rows:,}", number(peak)] for rows, peak in by_rows.items()])
+    text = from_runs(memory.newest(lines, "rows") + memory.newest(lines, "shuffle"))
+    text += rendered(["rows", "peak MB"], [[f"{rows:,}", number(peak)] for rows, peak in by_rows.items()])
     text += "\n\n" + rendered(
         ["shuffle_bytes, MB", "peak MB"], [[f"{w}", number(peak)] for w, peak in by_setting.items()]
     )
@@ -129,34 +154,51 @@ def memory_section(lines: Sequence[Line]) -> str:
 
 
 def startup_section(lines: Sequence[Line]) -> str:
-    summaries = [line["line"] for line in lines if line["suite"] == "startup" and "median of" in line.get("line", {})]
-    found = list({line["median of"]: line for line in summaries}.values())  # the newest of each
-    rows = [
-        [line["median of"], number(line["wall"]), number(line["cpu"]), ", ".join(line.get("imports", []))]
-        for line in found
-    ]
-    text = rendered(["command", "seconds", "CPU seconds", "of the heavy packages imports"], rows)
-    for line in found:
-        if "lines" in line:
-            parts = [[name, number(seconds)] for name, seconds in line["lines"].items()]
-            text += f"\n\n{line['median of'].capitalize()}:\n\n" + rendered(["line", "seconds"], parts)
+    """Whole commands; then the lines of a run, a table for each kind of run, in which ways to run it are columns."""
+    newest = {
+        line["line"]["median of"]: line
+        for line in lines
+        if line["suite"] == "startup" and "median of" in line.get("line", {})
+    }
+    found = {name: line["line"] for name, line in newest.items()}
+    text = from_runs([*newest.values()]) + rendered(
+        ["command", "seconds", "CPU seconds", "of the heavy packages imports"],
+        [
+            [name, number(line["wall"]), number(line["cpu"]), ", ".join(line.get("imports", []))]
+            for name, line in found.items()
+            if "lines" not in line
+        ],
+    )
+    for kind in ("train", "follow"):
+        ways = {name: line["lines"] for name, line in found.items() if "lines" in line and name.startswith(kind)}
+        order = dict.fromkeys(part for way in ways.values() for part in way if part != "exit")
+        rows = [[part, *(_wall_and_cpu(way.get(part)) for way in ways.values())] for part in [*order, "exit"]]
+        heads = [name.removeprefix(f"{kind}, ").removesuffix(", lines") for name in ways]
+        if ways:
+            text += f"\n\nLine by line, `{kind}`: seconds (CPU seconds)\n\n" + rendered(["line", *heads], rows)
     return text
+
+
+def _wall_and_cpu(seconds: Sequence[float] | None) -> str:
+    return "" if seconds is None else f"{number(seconds[0])} ({number(seconds[1])})"
 
 
 def script_section(script: str) -> Callable[[Sequence[Line]], str]:
     """The summaries that a script prints, field by field."""
 
     def section(lines: Sequence[Line]) -> str:
-        printed = [line["line"] for line in lines if line["suite"] == script and "line" in line]
-        summaries = [line for line in printed if line.get("case") == "summary"]
-        found = {tuple(line.get(name) for name in WHICH): line for line in summaries}  # the newest of each
+        newest = {
+            tuple(line["line"].get(name) for name in WHICH): line
+            for line in lines
+            if line["suite"] == script and line.get("line", {}).get("case") == "summary"
+        }
         rows = [
             [", ".join(str(line[name]) for name in WHICH if name in line), field, _plain(value)]
-            for line in found.values()
+            for line in (outer["line"] for outer in newest.values())
             for field, value in line.items()
             if field not in (*WHICH, "case")
         ]
-        return rendered(["part", "field", "value"], rows)
+        return from_runs([*newest.values()]) + rendered(["part", "field", "value"], rows)
 
     return section
 
@@ -175,7 +217,7 @@ def profile_section(lines: Sequence[Line]) -> str:
         for line in profile.newest(lines)
         for place in ("main", "background")
     ]
-    return rendered(["training", "thread", "share of the time of one core"], rows)
+    return from_runs(profile.newest(lines)) + rendered(["training", "thread", "share of the time of one core"], rows)
 
 
 def _shares(shares: dict[str, float]) -> str:
