@@ -4,7 +4,7 @@ Shape legend: N rows of a row group, slice or window, B rows of a batch, F numbe
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -101,7 +101,7 @@ class Stream:
         return len(self._groups) == 1 and self._groups[0].num_rows <= self._window_rows
 
     def _in_order(self) -> Generator[Batch]:
-        yield from starmap(self._encoded, self._tables(self._cut()))
+        yield from starmap(self._encoded, self._tables(self._wanted))
 
     def _encoded(self, piece: _Slice, table: pa.Table) -> Batch:
         """The wanted and labelled rows of a slice, in order."""
@@ -125,17 +125,17 @@ class Stream:
         return Batch(x_NF, ids_NC, y_N, w_N)
 
     def _windows(self, seed: tuple[str | int, ...]) -> Generator[Batch]:
-        cut = deque[list[_Slice]]()  # of the row groups that are planned and not yet read
+        drawn = deque[Tensor | None]()  # of the row groups that are planned and not yet read
 
         def planned() -> Iterator[_Slice]:
-            for pieces in self._cut():
-                cut.append(pieces)  # drawing the split of 131,072 rows takes 1 ms: once is enough
-                yield from pieces
+            for group in self._turns():
+                drawn.append(self._wanted(group))  # of 131,072 rows this takes 1 ms: once is enough
+                yield from self._cut(group, drawn[-1])
 
         windows = _grouped(planned(), self._window_rows)
         window = next(windows, None)
         # Closed whatever happens: the traceback of an error would keep its thread alive.
-        with closing(self._tables(cut.popleft() for _ in self._turns())) as tables:
+        with closing(self._tables(lambda _: drawn.popleft())) as tables:
             for number in count():
                 if window is None:
                     return
@@ -159,36 +159,38 @@ class Stream:
         groups = [self._groups[i] for i in self._order("groups", len(self._groups))]
         return [group for group in groups if group.num_rows]
 
-    def _cut(self) -> Iterator[list[_Slice]]:
-        """Each row group as slices of at most a window, in order or permuted."""
-        for group in self._turns():
-            wanted_N = None if self._split is None else self._split.rows(group)
-            slices = -(-group.num_rows // self._window_rows)
-            size = -(-group.num_rows // slices)
-            pieces = []
-            for i in self._order(f"slices of {group.name}", slices):
-                start, stop = i * size, min((i + 1) * size, group.num_rows)
-                if wanted_N is None:
-                    pieces.append(_Slice(group, start, stop, None, stop - start))
-                else:
-                    pieces.append(_Slice(group, start, stop, wanted_N[start:stop], int(wanted_N[start:stop].sum())))
-            yield pieces
+    def _wanted(self, group: RowGroup) -> Tensor | None:
+        """bool [N]: rows on our side of the split; None: all of them."""
+        return None if self._split is None else self._split.rows(group)
 
-    def _tables(self, cut: Iterable[list[_Slice]]) -> Generator[tuple[_Slice, pa.Table]]:
-        """The slices (`_cut`) with their tables; each row group is read once, ahead of its use if it is not the only one."""
+    def _cut(self, group: RowGroup, wanted_N: Tensor | None) -> Iterator[_Slice]:
+        """A row group as slices of at most a window, in order or permuted."""
+        slices = -(-group.num_rows // self._window_rows)
+        size = -(-group.num_rows // slices)
+        for i in self._order(f"slices of {group.name}", slices):
+            start, stop = i * size, min((i + 1) * size, group.num_rows)
+            if wanted_N is None:
+                yield _Slice(group, start, stop, None, stop - start)
+            else:
+                yield _Slice(group, start, stop, wanted_N[start:stop], int(wanted_N[start:stop].sum()))
+
+    def _tables(self, wanted: Callable[[RowGroup], Tensor | None]) -> Generator[tuple[_Slice, pa.Table]]:
+        """The slices with their tables; each row group is read once, ahead of its use if it is not the only one.
+
+        `wanted` is asked about a row group after it was read: one that cannot be read may claim any number of rows.
+        """
         columns = [column.name for column in self._features.columns]
         nulls, labels, rows = [0] * len(columns), 0, 0
-        with closing(self._features.tables(self._turns())) as tables:
-            for pieces in cut:
+        groups = self._turns()
+        with closing(self._features.tables(groups)) as tables:
+            for group in groups:
                 table = next(tables)
                 nulls = [n + table.column(name).null_count for n, name in zip(nulls, columns, strict=True)]
                 labels += self._features.labelled(table)
                 rows += table.num_rows
-                for piece in pieces:
+                for piece in self._cut(group, wanted(group)):
                     yield piece, table.slice(piece.start, piece.stop - piece.start)
                 del table  # before the next is awaited
-            if next(tables, None) is not None:
-                raise AssertionError("a row group is not cut")
         if rows and not labels:
             targets = " or ".join(map(repr, self._features.targets))
             raise ColumnError(f"target {targets} is null in all {rows} rows: write labels to it")
