@@ -27,9 +27,9 @@ MAGIC = b"PAR1"
 MAX_DECODED_BYTES = 2 * 2**30
 """The most that one row group may expand to. A file of 700 kB can claim 100 million rows; without a bound it takes all memory."""
 
-_CALLS_OF_A_READER = 4
-"""Of the calls that are worth having under way, so many are left to the ranges of one row group: S3 gets two readers of row
-groups, a local disk one, which decoding keeps busy."""
+_FAR = 8  # a store of which so many calls are worth having under way is across a network; a local folder's four are not
+_READERS = 3
+"""Row groups that are worth reading at once from there: at 30 ms a request, 2.7 times the rate of one; two have 1.9, four 3.1."""
 _FOOTER_GUESS = 64 * 1024
 _COALESCE_GAP = 256 * 1024  # reading this much for nothing is cheaper than another request
 _COALESCED_BYTES = 32 * 2**20  # as Arrow does: then several requests at once are faster than a larger one
@@ -184,7 +184,7 @@ class ParquetFile:
         """
         self.name, self._error, self._partitions = name, error, partitions or {}
         self._concurrency = concurrency
-        self.readers = max(1, concurrency // _CALLS_OF_A_READER)
+        self.readers = _READERS if concurrency >= _FAR else 1
         self._selections: dict[tuple[str, ...], _Selection] = {}
         if size < 12:
             raise NotReady(f"{name} has {size} bytes; no Parquet file is that short.")

@@ -406,7 +406,7 @@ def test_several_readers_open_a_file_once(memory: MemoryStore) -> None:
 
 def test_several_row_groups_are_worth_reading_at_once_if_they_come_over_a_network(store: Store) -> None:
     store.write("a.parquet", rows(1, 2, row_group_size=1))
-    assert [group.readers for group in snapshot(store.url).row_groups] == [2 if store.url.startswith("s3:") else 1] * 2
+    assert [group.readers for group in snapshot(store.url).row_groups] == [3 if store.url.startswith("s3:") else 1] * 2
 
 
 def test_a_store_is_opened_by_the_given_factory(make_url: Callable[[str], str]) -> None:
