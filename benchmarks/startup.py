@@ -9,7 +9,8 @@ processes, which do the same in the same order and look at the clock in between:
 database exists already. `DO_NOT_TRACK=1`, `OMP_NUM_THREADS=1`.
 
 Prints one JSON line for each measurement, then the medians of each kind. `cpu` counts the children that the process waited for,
-the temporary server among them; that of a line counts the process alone. On a busy machine it is the steadier of the two.
+the temporary server among them; that of a line counts the process alone, but for `exit`, which has the children's. On a busy
+machine it is the steadier of the two.
 """
 
 import argparse
