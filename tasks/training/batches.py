@@ -18,7 +18,7 @@ from torch import Tensor
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.groups import THREADS, RowGroup, Split, generator, work_alone
-from tasks.training.packing import place
+from tasks.training.packing import Reused, place
 
 __all__ = ["ORDER", "Batch", "RowGroup", "Split", "Stream", "ahead", "in_batches", "joined"]
 
@@ -134,6 +134,7 @@ class Stream:
 
         windows = _grouped(planned(), self._window_rows)
         window = next(windows, None)
+        memory = Reused()
         # Closed whatever happens: the traceback of an error would keep its thread alive.
         with closing(self._tables(lambda _: drawn.popleft())) as tables:
             for number in count():
@@ -142,7 +143,7 @@ class Stream:
                 rows = sum(piece.rows for piece in window)
                 # int32: half the memory, and the time, of int64.
                 order_N = torch.randperm(rows, generator=generator(*seed, "window", number), dtype=torch.int32)
-                filled = _Window(self._features, order_N)
+                filled = _Window(self._features, order_N, memory)
                 for _ in window:
                     filled.add(*next(tables))
                 block = filled.block()
@@ -208,9 +209,9 @@ class Stream:
 class _Window:
     """A window being filled: row i of the wanted ones that are added goes to place order_N[i] (int32) of the block."""
 
-    def __init__(self, features: Features, order_N: Tensor) -> None:
+    def __init__(self, features: Features, order_N: Tensor, memory: Reused) -> None:
         self._features, self._order_N = features, order_N
-        self._x_NF, self._ids_NC = features.room(len(order_N))
+        self._x_NF, self._ids_NC = features.room(len(order_N), memory.empty)
         self._y_N: Tensor | None = None  # made for the first table, which has its type, as the weights
         self._w_N: Tensor | None = None
         self._added = 0

@@ -6,6 +6,7 @@ Shape legend: N rows, F numbers of one row, K numbers of one column, B rows of a
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ BLOCK_NUMBERS: Final = 262_144
 CALL_NUMBERS: Final = 512  # at least, of one column on average: of less, the calls would take longer than the copying
 TILE_NUMBERS: Final = 256  # numbers that one loop scales, so that tables of few columns still vectorise
 PLACED_ROWS: Final = 65_536  # at a time
+WINDOWS: Final = 2  # in memory at a time
 
 
 def pack(
@@ -100,6 +102,37 @@ def _values(
     return of
 
 
+def new(n: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[n, width], not filled."""
+    return torch.empty(n, width, dtype=dtype)
+
+
+class Reused:
+    """Memory of two windows, used again when no batch of a window refers to it any more.
+
+    What the system has just mapped is in no cache: filling a window of fresh memory takes a third longer.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: dict[torch.dtype, list[np.ndarray]] = {}
+
+    def empty(self, n: int, width: int, dtype: torch.dtype) -> Tensor:
+        """[n, width], not filled. Its memory is that of an earlier one, if all views of that are gone."""
+        arrays, size = self._arrays.setdefault(dtype, []), n * width
+        # Every tensor that views an array holds a reference to it; beside them there are the list and the argument.
+        free = [i for i in range(len(arrays)) if sys.getrefcount(arrays[i]) == 2]
+        at = next((i for i in free if arrays[i].size >= size), None)
+        if at is None:
+            if free:
+                at = free[0]
+                del arrays[at]
+            elif len(arrays) == WINDOWS:  # somebody keeps batches
+                return new(n, width, dtype)
+            at = len(arrays)
+            arrays.append(torch.empty(size, dtype=dtype).numpy())  # aligned by torch: numpy's own memory may be less
+        return torch.from_numpy(arrays[at])[:size].view(n, width)
+
+
 def blocks(
     n: int, out_NW: Tensor, places_N: Tensor | None, *, columns: int, multiple: int = 1
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -128,12 +161,14 @@ def place(rows_N: Tensor, places_N: Tensor, out: Tensor) -> None:
     numpy's `put` of whole rows as opaque items: faster than any gather, which waits for memory, as stores do not.
     """
     every, room = places_N.numpy(), out.numpy()
-    for at in range(0, len(every), PLACED_ROWS):  # numpy makes an int64 of every place
+    for at in range(0, len(every), PLACED_ROWS):  # an int64 is made of every place
         places, rows = every[at : at + PLACED_ROWS], rows_N[at : at + PLACED_ROWS].numpy()
         if places.min() < 0:
             kept = places >= 0
             places, rows = places[kept], rows[kept]
-        if rows.size:
+        if out.dim() == 1:  # of single numbers, this is the fastest
+            out.scatter_(0, torch.from_numpy(places).long(), torch.from_numpy(rows))
+        elif rows.size:
             opaque = f"V{rows[0].nbytes}"
             # All places are in range; mode "raise" is slower.
             np.put(room.view(opaque), places, rows.view(opaque), mode="clip")

@@ -479,7 +479,7 @@ def test_two_windows_are_alive_and_no_more(monkeypatch):
     made = threading.Condition()
     windows = 0
 
-    def watched(self, n):
+    def watched(self, n, empty):
         nonlocal windows
         memory = np.empty((n, self.numbers), np.float32).view(Memory)
         weakref.finalize(memory, alive.discard, windows)
@@ -504,7 +504,7 @@ def test_two_windows_are_alive_and_no_more(monkeypatch):
 def test_windows_are_filled_with_the_rows_of_the_split(monkeypatch):
     sizes = []
     room = Features.room
-    monkeypatch.setattr(Features, "room", lambda self, n: sizes.append(n) or room(self, n))
+    monkeypatch.setattr(Features, "room", lambda self, n, empty: sizes.append(n) or room(self, n, empty))
     groups = cut(counted(1000), *[10] * 99)
     found = stream(groups, window_bytes=100 * ROW_BYTES, shuffle_seed=(0,), split=Split(0.5, held_out=False))
     assert len(rows_of(found)) == sum(sizes)
@@ -529,3 +529,34 @@ def test_the_error_of_a_whole_column_comes_before_the_last_window():
     features = Features.resolve(spec, table.schema).fit(cut(table.set_column(0, "x0", pa.array([1.0] * 200))))
     with pytest.raises(ColumnError, match="'x0' is null in all 200 rows"):
         next(iter(Stream(cut(table), features, batch_size=10, window_bytes=2**20, shuffle_seed=(0,))))
+
+
+# ---- the memory of windows -------------------------------------------------------------------------------------------
+def test_batches_that_are_kept_are_not_written_over():
+    groups = cut(counted(1000), *[100] * 10)
+    kept = list(stream(groups, window_bytes=100 * ROW_BYTES, shuffle_seed=("seed",)))
+    assert sorted(rows_of(kept)) == list(range(1000))
+    for batch in kept:
+        assert batch.x_BF.squeeze(1).equal(batch.y_B)
+
+
+def test_memory_is_used_again_when_no_view_of_it_is_left():
+    memory = packing.Reused()
+    first = memory.empty(10, 2, torch.float32)
+    place, view = first.data_ptr(), first[3:].split(2)
+    del first
+    second = memory.empty(10, 2, torch.float32)
+    assert second.data_ptr() != place
+    del view
+    assert memory.empty(8, 2, torch.float32).data_ptr() == place
+    assert memory.empty(20, 2, torch.float32).shape == (20, 2)  # too large for it
+    assert memory.empty(10, 2, torch.int64).dtype == torch.int64
+    assert second.data_ptr() % 64 == 0
+
+
+def test_what_somebody_keeps_is_not_held_twice():
+    memory = packing.Reused()
+    kept = [memory.empty(10, 1, torch.float32).fill_(i) for i in range(5)]
+    assert [tensor.sum().item() for tensor in kept] == [0, 10, 20, 30, 40]
+    assert len({tensor.data_ptr() for tensor in kept}) == 5
+    assert sum(map(len, memory._arrays.values())) == packing.WINDOWS
