@@ -4,10 +4,11 @@
     .venv/bin/python benchmarks/s3.py --megabytes 64 --repeat 1
 
 The limit GETs the bytes of the column chunks of each row group, known beforehand, pinned by etag, with the same s3fs client
-from several threads, and decodes them with pyarrow alone; it is given the number of threads at which it is fastest. Ours is what
-training iterates over, `Stream` in batches of 1024, in order and shuffled, with its default window: it bounds what a row group
-may decode to, checks page headers, encodes and permutes. `groups` is its reading alone, `RowGroup.read`, from as many threads as
-the limit. `projected` reads one column in four. The server is started here and shares the machine's cores.
+from several threads, and decodes them with pyarrow alone; it is given the number of threads at which it is fastest. The shuffled
+limit goes on as the streaming limit of `benchmarks.speed` does: row-major, permuted, sliced. Ours is what training iterates
+over, `Stream` in batches of 1024, in order and shuffled, with its default window: it bounds what a row group may decode to,
+checks page headers, encodes and permutes. `reading` is its reading alone. `projected` reads one column in four. The server is
+started here and shares the machine's cores.
 
 The cases of a round take turns, in this process. Megabytes are those of the values, 4 bytes each. Prints one JSON line for each
 measurement, then medians, and ratios to the limit: within a round, median over the rounds.
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import truediv
 from pathlib import Path
@@ -33,6 +34,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 BUCKET = "benchmark"
+OURS = 0  # threads of what chooses them itself
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -47,7 +49,7 @@ def file_of(megabytes: int, columns: int, group_rows: int, seed: int) -> bytes:
     return bytes(sink.getvalue())
 
 
-def in_order(function: Callable[[T], R], items: Sequence[T], threads: int) -> Iterator[R]:
+def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     """`function` of each item, in order, by so many threads; no more results than threads wait to be used."""
     with ThreadPoolExecutor(threads) as pool:
         coming: deque[Future[R]] = deque()
@@ -118,18 +120,43 @@ def tables(read: Callable[[int], pa.Table], count: int, threads: int) -> int:
     return sum(table.num_rows for table in in_order(read, range(count), threads))
 
 
-def passes(groups: Sequence[Any], names: Sequence[str], *, shuffled: bool) -> Callable[[int], int]:
-    """Takes all batches of a pass of training, by its number; the number of rows."""
-    from tasks.training.batches import Stream
+def batches(read: Callable[[int], pa.Table], count: int, threads: int, names: Sequence[str]) -> int:
+    """The same, each row group permuted in a thread and sliced, as the streaming limit does."""
+    from benchmarks.speed.loader.limits import permuted, row_major, views
+
+    def block(table: pa.Table) -> Any:
+        return permuted(row_major(table.rename_columns([*names[:-1], "y"]), [*names[:-1]]))
+
+    blocks = in_order(block, in_order(read, range(count), threads), 1)
+    return sum(len(y) for x_y in blocks for _, y in views(x_y, 1024))
+
+
+def reading(groups: Sequence[Any], names: Sequence[str]) -> Callable[[int], int]:
+    """Takes the tables that the stream of batches is made of; the number of rows."""
+    features = features_of(groups, names)
+    return lambda _: sum(table.num_rows for table in features.tables(groups))
+
+
+def features_of(groups: Sequence[Any], names: Sequence[str]) -> Any:
+    """The last column is the target."""
     from tasks.training.features import Features
     from tasks.training.spec import Spec
 
-    spec = Spec(features=[*names[:-1]], target=names[-1], batch_size=1024, standardize_features=False)
-    features = Features.resolve(spec, groups[0].schema).fit(groups, None)
-    settings = {"batch_size": spec.batch_size, "window_bytes": spec.window_bytes}
+    spec = Spec(features=[*names[:-1]], target=names[-1], standardize_features=False)
+    return Features.resolve(spec, groups[0].schema)
+
+
+def passes(groups: Sequence[Any], names: Sequence[str], *, shuffled: bool) -> Callable[[int], int]:
+    """Takes all batches of a pass of training, by its number; the number of rows."""
+    from tasks.training.batches import Stream
+    from tasks.training.spec import Spec
+
+    features = features_of(groups, names)
+    default = Spec(features=["x"], target="y")
+    settings = {"batch_size": 1024, "window_bytes": default.window_bytes}
 
     def one(number: int) -> int:
-        seed = (spec.seed, "epoch", number) if shuffled else None
+        seed = (default.seed, "epoch", number) if shuffled else None
         return sum(len(batch.y_B) for batch in Stream(groups, features, **settings, shuffle_seed=seed))
 
     return one
@@ -184,15 +211,16 @@ def compare(url: str, names: Sequence[str], options: argparse.Namespace, **about
     cases: dict[tuple[str, int], Callable[[int], int]] = {}  # by name and threads: does one round, gives its rows
     for threads in options.threads:
         cases["limit", threads] = lambda _, n=threads: tables(limit.read, len(limit), n)
-        cases["groups", threads] = lambda _, n=threads: tables(lambda i: groups[i].read(names), len(limit), n)
+        cases["shuffled limit", threads] = lambda _, n=threads: batches(limit.read, len(limit), n, names)
+    cases["reading", OURS] = reading(groups, names)
     for name, shuffled in (("stream", False), ("shuffled stream", True)):
-        cases[name, 1] = passes(groups, names, shuffled=shuffled)
+        cases[name, OURS] = passes(groups, names, shuffled=shuffled)
     rates: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     for number in range(options.repeat):
         for case in list(cases)[:: 1 if number % 2 == 0 else -1]:
             one = measured(cases[case], number, len(names))
             rates[case].append(one["mb_a_second"])
-            say(case[0], **about, **({} if "stream" in case[0] else {"threads": case[1]}), **one)
+            say(case[0], **about, **({} if case[1] == OURS else {"threads": case[1]}), **one)
     medians = {case: statistics.median(found) for case, found in rates.items()}
     best = {name: max((case for case in cases if case[0] == name), key=medians.__getitem__) for name, _ in cases}
     say(
@@ -200,13 +228,15 @@ def compare(url: str, names: Sequence[str], options: argparse.Namespace, **about
         **about,
         megabytes=one["megabytes"],
         mb_a_second={name: medians[case] for name, case in best.items()},
-        threads={name: best[name][1] for name in ("limit", "groups")},
-        to_limit={
-            name: round(statistics.median(map(truediv, rates[case], rates[best["limit"]])), 3)
-            for name, case in best.items()
-            if name != "limit"
-        },
+        threads={name: threads for name, threads in best.values() if threads != OURS},
+        to_limit={name: ratio(rates[case], rates[best["limit"]]) for name, case in best.items() if name != "limit"},
+        to_shuffled_limit=ratio(rates["shuffled stream", OURS], rates[best["shuffled limit"]]),
     )
+
+
+def ratio(ours: Sequence[float], others: Sequence[float]) -> float:
+    """Of the same round, the median."""
+    return round(statistics.median(map(truediv, ours, others)), 3)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,9 @@ SUITES: Final = {
             LOADERS,
             ("ours", "limits", "peers"),
             tuple(Setup(width, batch) for width in ("narrow", "wide") for batch in (64, 1024)),
-            ("streaming",),  # as it is written by hand; `streaming_scattered` is what was found while ours was made faster
+            (
+                "streaming",
+            ),  # as it is written by hand; `streaming_scattered` is what was found while ours was made faster
             load,
         ),
         Suite(
