@@ -8,6 +8,7 @@ from __future__ import annotations  # pa.Array[Any] takes its type parameter in 
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
@@ -15,10 +16,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from tasks.training.columns import as_tensor
+from tasks.training.columns import as_tensor, from_arrow
 
-BLOCK_NUMBERS: Final = 262_144
-"""Numbers filled in at a time. So many are still in the cache when they are scaled and put in their places."""
+BLOCK_ROWS: Final = 8192
+"""Rows filled in at a time, at most; as many numbers, at most, as follow. Of more, a column's values and the block do not stay in
+the cache together."""
+BLOCK_NUMBERS: Final = 524_288
+TOGETHER: Final = 32
+"""So many plain columns side by side are made row-major by Arrow, in one call; of fewer, numpy is faster, column by column."""
 CALL_NUMBERS: Final = 512  # at least, of one column on average: of less, the calls would take longer than the copying
 TILE_NUMBERS: Final = 256  # numbers that one loop scales, so that tables of few columns still vectorise
 PLACED_ROWS: Final = 65_536  # at a time
@@ -47,10 +52,16 @@ def pack(
     # (place in a row, values [B] or [B, K] of some rows)
     parts: list[tuple[int | slice, Callable[[slice], np.ndarray]]] = []
     at = 0
-    for array, width in columns:
-        here = slice(at, at + (width or 1))
-        parts.append((here if width else at, _values(array, width, center_F[here], scale_F[here])))
-        at = here.stop
+    for plain, some in groupby(columns, key=_is_plain):
+        run = list(some)
+        if plain and len(run) >= TOGETHER:
+            parts.append((slice(at, at + len(run)), _together([array for array, _ in run])))
+            at += len(run)
+            continue
+        for array, width in run:
+            here = slice(at, at + (width or 1))
+            parts.append((here if width else at, _values(array, width, center_F[here], scale_F[here])))
+            at = here.stop
 
     tile = max(1, TILE_NUMBERS // max(1, f))
     center_F, scale_F = center_F.float(), scale_F.float()
@@ -72,6 +83,18 @@ def pack(
     return finite
 
 
+def _is_plain(column: tuple[pa.Array[Any], int | None]) -> bool:
+    """Whether the values of a column are copied as they are."""
+    array, width = column
+    return not width and array.type == pa.float32() and not array.null_count
+
+
+def _together(arrays: Sequence[pa.Array[Any]]) -> Callable[[slice], np.ndarray]:
+    """Gives the values [B, K] of some rows of K plain columns: Arrow makes them row-major in one call."""
+    batch = pa.record_batch(list(arrays), names=[str(i) for i in range(len(arrays))])
+    return lambda rows: batch.slice(rows.start, rows.stop - rows.start).to_tensor(row_major=True).to_numpy()
+
+
 def _values(
     array: pa.Array[Any], width: int | None, center_K: Tensor, scale_K: Tensor
 ) -> Callable[[slice], np.ndarray]:
@@ -83,8 +106,8 @@ def _values(
     def shaped(values_BK: Tensor) -> np.ndarray:
         return values_BK.numpy() if width else values_BK.squeeze(1).numpy()
 
-    if array.type == pa.float32() and not array.null_count:  # a view, made once
-        values = shaped(as_tensor(array, width)[0])
+    if _is_plain((array, width)):  # a view, made once
+        values = from_arrow(array).numpy()
         return lambda rows: values[rows]
     kind = as_tensor(array.slice(0, 0), width)[0].dtype
     center, scale = center_K.clone(), scale_K.clone()
@@ -142,7 +165,7 @@ def blocks(
     the next one comes. All blocks but the last have a number of rows that `multiple` divides.
     """
     width = max(1, out_NW.shape[1])
-    size = max(1, BLOCK_NUMBERS // width, CALL_NUMBERS * columns // width)
+    size = max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // width), CALL_NUMBERS * columns // width)
     size = -(-size // multiple) * multiple
     room_BW = None if places_N is None else out_NW.new_empty(min(size, n), out_NW.shape[1])
     for start in range(0, n, size):

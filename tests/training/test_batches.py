@@ -560,3 +560,25 @@ def test_what_somebody_keeps_is_not_held_twice():
     assert [tensor.sum().item() for tensor in kept] == [0, 10, 20, 30, 40]
     assert len({tensor.data_ptr() for tensor in kept}) == 5
     assert sum(map(len, memory._arrays.values())) == packing.WINDOWS
+
+
+# ---- many columns ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("standardize", [False, True])
+def test_plain_columns_are_packed_together_with_the_bits_of_each_by_itself(monkeypatch, standardize):
+    random = np.random.default_rng(0)
+    columns = {f"x{i}": pa.array(random.standard_normal(400, np.float32)) for i in range(80)}
+    columns["x40"] = pa.array([None if i % 3 else i for i in range(400)], pa.float32())
+    columns["x41"] = pa.array(random.standard_normal(400))
+    table = pa.table({**columns, "y": columns["x0"]})
+    monkeypatch.setattr(packing, "BLOCK_ROWS", 64)
+
+    def batches():
+        features = Features.resolve(plain_spec(80, standardize_features=standardize), table.schema)
+        groups = cut(table.slice(13, 300), 100, 150)
+        settings = {"batch_size": 100, "window_bytes": 2**20, "shuffle_seed": ("seed",)}
+        return torch.cat([batch.x_BF for batch in Stream(groups, features.fit(groups), **settings)])
+
+    together = batches()
+    monkeypatch.setattr(packing, "TOGETHER", 1000)
+    assert together.equal(batches())
+    assert together.isfinite().all()
