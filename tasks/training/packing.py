@@ -138,12 +138,14 @@ class Reused:
 
     def __init__(self) -> None:
         self._arrays: dict[torch.dtype, list[np.ndarray]] = {}
+        unused = [np.empty(0)]
+        self._unused = sys.getrefcount(unused[0])  # Pythons count the references of a call differently
 
     def empty(self, n: int, width: int, dtype: torch.dtype) -> Tensor:
         """[n, width], not filled. Its memory is that of an earlier one, if all views of that are gone."""
         arrays, size = self._arrays.setdefault(dtype, []), n * width
-        # Every tensor that views an array holds a reference to it; beside them there are the list and the argument.
-        free = [i for i in range(len(arrays)) if sys.getrefcount(arrays[i]) == 2]
+        # Every tensor that views an array holds a reference to it, beside those of the list and of this call.
+        free = [i for i in range(len(arrays)) if sys.getrefcount(arrays[i]) == self._unused]
         at = next((i for i in free if arrays[i].size >= size), None)
         if at is None:
             if free:
