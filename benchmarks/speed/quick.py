@@ -53,8 +53,8 @@ CLAIMED: Final = (
     "Peak memory",
     "Memory for each byte of `shuffle_bytes`, at least",
     "Memory for each byte of `shuffle_bytes`, at most",
-    "Loader, shuffled, from S3 to raw ranged GETs and decoding, 11 columns",
-    "Loader, shuffled, from S3 to raw ranged GETs and decoding, 100 columns",
+    "Reading from S3 to raw ranged GETs and decoding, 11 columns",
+    "Loader from S3 to raw ranged GETs, decoding, permuting, 100 columns",
     "Online to a bare script on S3, small",
     "Mean time of an online step",
 )
