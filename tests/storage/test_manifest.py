@@ -21,6 +21,7 @@ from storage.manifest import (
     Owed,
     Parent,
     Rejected,
+    TombstonesRef,
     decode,
     encode,
     sha256,
@@ -40,7 +41,7 @@ def manifest(**changes: Any) -> Manifest:
     fields: dict[str, Any] = {
         "kind": "online",
         "spec": {"model": {"factory": "a:b"}, "passes": 1, "clip": None},
-        "blobs": Blobs(weights=blob("w"), state=blob("s"), tombstones=blob("t")),
+        "blobs": Blobs(weights=blob("w"), state=blob("s"), tombstones=TombstonesRef(**dict(blob("t")), version=40)),
         "consumed": (Consumed(**shard, size=1, ordinal=7, rows=8, unlabelled=1, score={"mae": 0.1}, loss=1 / 3),),
         "rejected": (Rejected(**shard, size=1, reason="no rows"),),
         "owed": (Owed(inbox="s3://in", key="k", sha256="5", etag="e", then="archive", to="s3://old", reason="r"),),
