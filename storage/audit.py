@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from storage.errors import CorruptObject, StorageError, UnknownVersion, UnsupportedFormat
 from storage.log import Version, VersionLog
-from storage.manifest import BlobRef
+from storage.manifest import BlobRef, consumed_objects
 from storage.tombstones import WINDOW
 
 _MANIFEST = re.compile(r"(\d{8,})\.json")
@@ -72,9 +72,8 @@ def audit(log: VersionLog) -> Audit:
         manifest = version.manifest
         if number and before is not None:
             result.findings += [f"version {number}: {what}" for what in _broken_links(log, before, version)]
-        for shard in manifest.consumed:
-            for part in (shard,) if shard.labels is None else (shard, shard.labels):
-                shards.consumed(number, (part.inbox, part.key, part.sha256), part.last_modified.isoformat())
+        for shard in consumed_objects(manifest.consumed):
+            shards.consumed(number, (shard.inbox, shard.key, shard.sha256), shard.last_modified.isoformat())
         for refused in manifest.rejected:
             shards.rejected(number, (refused.inbox, refused.key, refused.sha256), refused.last_modified.isoformat())
         refs = [ref for ref in manifest.blobs.refs if ref != tombstones]

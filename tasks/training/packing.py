@@ -71,7 +71,7 @@ def pack(
     finite = True
     n = len(columns[0][0]) if columns else 0
     for rows, x_BF in blocks(n, x_NF, places_N, columns=len(columns), multiple=tile):
-        x = x_BF.numpy()  # numpy copies into columns of rows faster than torch and Arrow do
+        x = x_BF.numpy()  # numpy copies into columns of rows faster than torch does
         for column, values in parts:
             x[:, column] = values(rows)
         if scaling:
