@@ -357,7 +357,9 @@ def drain_in_rounds(inbox: str, registry: str, rounds: int, barrier: Barrier, re
 def step_and_freeze(inbox: str, registry: str, verb: str, key: str, result: Path) -> None:
     """One step of a run that stops itself before the first such call, with SIGSTOP; reports how the step ended."""
     freeze = act_once(verb, key, "before", lambda: os.kill(os.getpid(), signal.SIGSTOP))
-    stores = hooked(together(freeze, OnlyConsumed(inbox, registry)))
+    # A local folder: one call after the other, or it might stop while another delete holds the folder's lock.
+    concurrency = None if inbox.startswith("s3:") else 1
+    stores = hooked(together(freeze, OnlyConsumed(inbox, registry)), concurrency)
     run = online.OnlineRun(inbox, registry, "model", ONLINE, stores)
     _report(result, online.step(run).outcome.value)
 

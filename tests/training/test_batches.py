@@ -360,10 +360,14 @@ def test_several_readers_give_the_bits_of_one(readers, shuffle_seed):
 @pytest.mark.parametrize("readers", [1, 2, 3])
 @pytest.mark.parametrize("shuffle_seed", [None, (0,)])
 def test_in_memory_is_the_table_in_use_and_one_for_each_reader(readers, shuffle_seed):
-    random = Random(0)
-    seen, groups = far(cut(counted(4000), *[100] * 39), readers=readers, wait=lambda: time.sleep(random.random() / 500))
+    def until_all_read():
+        """All but the first two, after which the others begin, wait until every reader has had something to read."""
+        with seen.changed:
+            assert len(seen.begun) <= 2 or seen.changed.wait_for(lambda: len(seen.threads) == readers, timeout=60)
+
+    seen, groups = far(cut(counted(4000), *[100] * 39), readers=readers, wait=until_all_read)
     for _ in stream(groups, shuffle_seed=shuffle_seed, window_bytes=100 * ROW_BYTES, batch_size=100):
-        time.sleep(random.random() / 500)
+        pass
     assert len(seen.begun) == 40
     assert seen.most_under_way <= readers
     assert seen.most_alive <= readers + 1
