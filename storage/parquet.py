@@ -201,8 +201,10 @@ class ParquetFile:
             if footer > size - 4:
                 raise ValueError(f"the footer claims {footer} bytes in a file of {size}")
             self._metadata = pq.read_metadata(_stream(self._file(size - len(tail), tail)))
+            # Not `metadata.schema`: the two would refer to each other, and footers wait for the garbage collector.
+            self._leaves = pq.ParquetSchema(self._metadata)
             # Dictionaries keep a repeated string once; expanded it would cost its length for every row.
-            self._strings = _string_leaves(self._metadata.schema)
+            self._strings = _string_leaves(self._leaves)
             self.schema: pa.Schema = self._parquet(self._file(), self._strings).schema_arrow
             self._stored = frozenset(self.schema.names)
             for column, value in self._partitions.items():
@@ -237,7 +239,7 @@ class ParquetFile:
 
     def _selected(self, columns: tuple[str, ...]) -> "_Selection":
         if (chosen := self._selections.get(columns)) is None:
-            wanted, schema = self._stored.intersection(columns), self._metadata.schema
+            wanted, schema = self._stored.intersection(columns), self._leaves
             chosen = self._selections[columns] = _Selection(
                 stored=sorted(wanted),
                 added=[c for c in dict.fromkeys(columns) if c not in self._stored and c in self._partitions],
@@ -251,7 +253,7 @@ class ParquetFile:
         # Before any look at `row_group(index).column(i)`, which ends the whole process if the footer contradicts itself: Arrow
         # makes an ordinary exception of the same mistake when it is asked for the ranges.
         ranges = list(_coalesced(self._ranges(index, chosen.leaves))) if chosen.leaves else []
-        schema, group = self._metadata.schema, self._metadata.row_group(index)
+        schema, group = self._leaves, self._metadata.row_group(index)
         decoded, delta = 8 * group.num_rows * len(chosen.added), dict[str, int]()
         for i in chosen.leaves:
             chunk, leaf = group.column(i), schema.column(i)

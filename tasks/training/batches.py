@@ -18,7 +18,8 @@ from torch import Tensor
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.groups import THREADS, RowGroup, Split, generator, work_alone
-from tasks.training.packing import Reused, place
+from tasks.training.packing import place
+from tasks.training.pool import Empty, WindowPool
 
 __all__ = ["ORDER", "Batch", "RowGroup", "Split", "Stream", "ahead", "in_batches", "joined"]
 
@@ -92,8 +93,13 @@ class Stream:
 
     def __iter__(self) -> Generator[Batch]:
         self.rows = self.unlabelled = 0
-        blocks = self._in_order() if self._seed is None else self._windows(self._seed)
-        return _rebatched(blocks if self._is_one_block else ahead(blocks), self._batch_size)
+        if self._seed is None:
+            blocks, needed = self._in_order(), _nothing
+        else:
+            rows = min(self._window_rows, sum(group.num_rows for group in self._groups))
+            pool = WindowPool(rows * self._features.row_bytes, tensors=len(Batch._fields))
+            blocks, needed = self._windows(self._seed, pool), pool.needed
+        return _rebatched(blocks if self._is_one_block else ahead(blocks, needed), self._batch_size)
 
     @property
     def _is_one_block(self) -> bool:
@@ -124,7 +130,7 @@ class Stream:
         self.unlabelled += piece.rows - rows
         return Batch(x_NF, ids_NC, y_N, w_N)
 
-    def _windows(self, seed: tuple[str | int, ...]) -> Generator[Batch]:
+    def _windows(self, seed: tuple[str | int, ...], pool: WindowPool) -> Generator[Batch]:
         drawn = deque[Tensor | None]()  # of the row groups that are planned and not yet read
 
         def planned() -> Iterator[_Slice]:
@@ -134,7 +140,6 @@ class Stream:
 
         windows = _grouped(planned(), self._window_rows)
         window = next(windows, None)
-        memory = Reused()
         # Closed whatever happens: the traceback of an error would keep its thread alive.
         with closing(self._tables(lambda _: drawn.popleft())) as tables:
             for number in count():
@@ -143,7 +148,7 @@ class Stream:
                 rows = sum(piece.rows for piece in window)
                 # int32: half the memory, and the time, of int64.
                 order_N = torch.randperm(rows, generator=generator(*seed, "window", number), dtype=torch.int32)
-                filled = _Window(self._features, order_N, memory)
+                filled = _Window(self._features, order_N, pool.borrow())
                 for _ in window:
                     filled.add(*next(tables))
                 block = filled.block()
@@ -209,9 +214,9 @@ class Stream:
 class _Window:
     """A window being filled: row i of the wanted ones that are added goes to place order_N[i] (int32) of the block."""
 
-    def __init__(self, features: Features, order_N: Tensor, memory: Reused) -> None:
-        self._features, self._order_N = features, order_N
-        self._x_NF, self._ids_NC = features.room(len(order_N), memory.empty)
+    def __init__(self, features: Features, order_N: Tensor, empty: Empty) -> None:
+        self._features, self._order_N, self._empty = features, order_N, empty
+        self._x_NF, self._ids_NC = features.room(len(order_N), empty)
         self._y_N: Tensor | None = None  # made for the first table, which has its type, as the weights
         self._w_N: Tensor | None = None
         self._added = 0
@@ -224,7 +229,7 @@ class _Window:
         w_N = features.weights(table, where)
         if self._y_N is None:
             self._y_N, self._w_N = (
-                None if tensor is None else tensor.new_empty(len(self._order_N), *tensor.shape[1:])
+                None if tensor is None else self._empty((len(self._order_N), *tensor.shape[1:]), dtype=tensor.dtype)
                 for tensor in (y_N, w_N)
             )
         places_N = self._order_N[self._added : self._added + piece.rows]
@@ -271,18 +276,32 @@ def _grouped(slices: Iterable[_Slice], window_rows: int) -> Iterator[list[_Slice
         yield window
 
 
-def ahead(items: Generator[T]) -> Iterator[T]:
+def _nothing(now: bool) -> None:
+    """Nobody cares whether the next item is needed now."""
+
+
+def ahead(items: Generator[T], needed: Callable[[bool], None] = _nothing) -> Iterator[T]:
     """The same items, each made in a thread while the one before it is used. In the end `items` is closed.
 
-    It is closed even if an error's traceback still refers to it: otherwise the garbage collector would close it, at a time
+    `needed` is told when the next item is waited for (True), and when it is there (False).
+
+    `items` is closed even if an error's traceback still refers to it: otherwise the garbage collector would close it, at a time
     and in a thread of its choice. Joining a thread while another one starts is a deadlock in CPython 3.11.
     """
     end = object()
     with closing(items), ThreadPoolExecutor(1, thread_name_prefix=THREADS, initializer=work_alone) as executor:
-        coming = executor.submit(next, items, end)
-        while (item := coming.result()) is not end:
+        try:
             coming = executor.submit(next, items, end)
-            yield item  # type: ignore[misc]  # only `end` is no T
+            while True:
+                needed(True)
+                item = coming.result()
+                needed(False)
+                if item is end:
+                    return
+                coming = executor.submit(next, items, end)
+                yield item  # type: ignore[misc]  # only `end` is no T
+        finally:
+            needed(True)
 
 
 def _rebatched(blocks: Iterator[Batch], size: int) -> Generator[Batch]:

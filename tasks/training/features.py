@@ -8,7 +8,7 @@ from __future__ import annotations  # pa.Array[Any] takes its type parameter in 
 
 import difflib
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal, NamedTuple, Self, cast
@@ -22,7 +22,8 @@ from tasks.training.columns import Family, Ids, as_tensor, bucket_ids, family_of
 from tasks.training.errors import ColumnError
 from tasks.training.groups import RowGroup, Split, read_ahead
 from tasks.training.moments import Moments
-from tasks.training.packing import blocks, new, pack
+from tasks.training.packing import blocks, pack
+from tasks.training.pool import Empty
 from tasks.training.spec import Column, Spec, Task
 from tasks.training.statistics import Statistics
 
@@ -298,10 +299,10 @@ class Features:
         self.fill(table, where, *inputs)
         return inputs
 
-    def room(self, n: int, empty: Callable[[int, int, torch.dtype], Tensor] = new) -> Encoded:
-        """For n rows, not filled. `empty` makes a tensor of so many rows and columns."""
-        ids_NC = empty(n, self.ids, torch.int64) if self.ids else None
-        return Encoded(empty(n, self.numbers, torch.float32), ids_NC)
+    def room(self, n: int, empty: Empty = torch.empty) -> Encoded:
+        """For n rows, not filled."""
+        ids_NC = empty((n, self.ids), dtype=torch.int64) if self.ids else None
+        return Encoded(empty((n, self.numbers), dtype=torch.float32), ids_NC)
 
     def fill(
         self, table: pa.Table, where: str, x_NF: Tensor, ids_NC: Tensor | None, places_N: Tensor | None = None

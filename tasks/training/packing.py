@@ -6,7 +6,6 @@ Shape legend: N rows, F numbers of one row, K numbers of one column, B rows of a
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, Final
@@ -27,7 +26,6 @@ TOGETHER: Final = 32
 CALL_NUMBERS: Final = 512  # at least, of one column on average: of less, the calls would take longer than the copying
 TILE_NUMBERS: Final = 256  # numbers that one loop scales, so that tables of few columns still vectorise
 PLACED_ROWS: Final = 65_536  # at a time
-WINDOWS: Final = 2  # in memory at a time
 
 
 def pack(
@@ -123,39 +121,6 @@ def _values(
         return shaped(values_BK if present_BK is None else torch.where(present_BK, values_BK, empty_K))
 
     return of
-
-
-def new(n: int, width: int, dtype: torch.dtype) -> Tensor:
-    """[n, width], not filled."""
-    return torch.empty(n, width, dtype=dtype)
-
-
-class Reused:
-    """Memory of two windows, used again when no batch of a window refers to it any more.
-
-    What the system has just mapped is in no cache: filling a window of fresh memory takes a third longer.
-    """
-
-    def __init__(self) -> None:
-        self._arrays: dict[torch.dtype, list[np.ndarray]] = {}
-        unused = [np.empty(0)]
-        self._unused = sys.getrefcount(unused[0])  # Pythons count the references of a call differently
-
-    def empty(self, n: int, width: int, dtype: torch.dtype) -> Tensor:
-        """[n, width], not filled. Its memory is that of an earlier one, if all views of that are gone."""
-        arrays, size = self._arrays.setdefault(dtype, []), n * width
-        # Every tensor that views an array holds a reference to it, beside those of the list and of this call.
-        free = [i for i in range(len(arrays)) if sys.getrefcount(arrays[i]) == self._unused]
-        at = next((i for i in free if arrays[i].size >= size), None)
-        if at is None:
-            if free:
-                at = free[0]
-                del arrays[at]
-            elif len(arrays) == WINDOWS:  # somebody keeps batches
-                return new(n, width, dtype)
-            at = len(arrays)
-            arrays.append(torch.empty(size, dtype=dtype).numpy())  # aligned by torch: numpy's own memory may be less
-        return torch.from_numpy(arrays[at])[:size].view(n, width)
 
 
 def blocks(

@@ -1,6 +1,7 @@
 """Parquet files as row groups: read exactly what is asked for, of any type, and refuse what is broken without falling over."""
 
 import contextlib
+import gc
 import io
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import weakref
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -355,6 +357,19 @@ def test_an_open_file_keeps_no_data(wide: bytes) -> None:
     # pool may take a moment longer to let go.
     assert len(source.given) == 4
     wait_until(lambda: [sys.getrefcount(source.given[i]) for i in (2, 3)] == [2, 2])
+
+
+def test_a_footer_goes_with_its_file(wide: bytes) -> None:
+    """Not later, when the garbage collector comes: of large datasets, footers are opened and dropped all the time."""
+    file = opened(Source(wide))
+    file.read(0, ["a"])
+    footer = weakref.ref(file._metadata)
+    gc.disable()
+    try:
+        del file
+        assert footer() is None
+    finally:
+        gc.enable()
 
 
 def test_what_is_kept_of_a_row_group_is_as_small_as_is_counted() -> None:

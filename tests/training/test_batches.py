@@ -4,7 +4,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from random import Random
 
 import numpy as np
@@ -20,6 +22,7 @@ from tasks.training.batches import Split, Stream, ahead
 from tasks.training.errors import ColumnError
 from tasks.training.features import Features
 from tasks.training.groups import read_ahead, stable_seed
+from tasks.training.pool import WindowPool
 from tests.training.rows import TableGroup, cut, encoded, numbers_table, plain_spec, same_bits
 
 ROW_BYTES = 8 + 4  # one float32 feature, the target, and the place in the window
@@ -544,26 +547,60 @@ def test_batches_that_are_kept_are_not_written_over():
         assert batch.x_BF.squeeze(1).equal(batch.y_B)
 
 
-def test_memory_is_used_again_when_no_view_of_it_is_left():
-    memory = packing.Reused()
-    first = memory.empty(10, 2, torch.float32)
-    place, view = first.data_ptr(), first[3:].split(2)
-    del first
-    second = memory.empty(10, 2, torch.float32)
-    assert second.data_ptr() != place
-    del view
-    assert memory.empty(8, 2, torch.float32).data_ptr() == place
-    assert memory.empty(20, 2, torch.float32).shape == (20, 2)  # too large for it
-    assert memory.empty(10, 2, torch.int64).dtype == torch.int64
-    assert second.data_ptr() % 64 == 0
+@pytest.mark.parametrize("held", [1, 3, 10])
+def test_windows_take_turns_in_the_memory_of_two(held):
+    """Although whoever uses batches holds some of one window when it takes the first ones of the next."""
+    groups = cut(counted(10_000), *[100] * 99)
+    batches = iter(stream(groups, window_bytes=200 * ROW_BYTES, shuffle_seed=("seed",)))
+    places = set()
+    while some := list(islice(batches, held)):
+        places.update(batch.x_BF.untyped_storage().data_ptr() for batch in some)
+    assert len(places) == 2
 
 
-def test_what_somebody_keeps_is_not_held_twice():
-    memory = packing.Reused()
-    kept = [memory.empty(10, 1, torch.float32).fill_(i) for i in range(5)]
-    assert [tensor.sum().item() for tensor in kept] == [0, 10, 20, 30, 40]
-    assert len({tensor.data_ptr() for tensor in kept}) == 5
-    assert sum(map(len, memory._arrays.values())) == packing.WINDOWS
+def test_a_pass_that_ends_early_ends_though_its_memory_is_held():
+    groups = cut(counted(1000), *[100] * 10)
+    batches = iter(stream(groups, window_bytes=100 * ROW_BYTES, shuffle_seed=("seed",)))
+    held = [next(batches) for _ in range(11)]  # of both windows
+    batches.close()
+    assert no_thread_works_ahead()
+    assert len(rows_of(held)) == 110
+
+
+def test_memory_comes_back_when_no_tensor_of_it_is_left():
+    pool = WindowPool(80, tensors=2)
+    first, second = pool.borrow(), pool.borrow()
+    x, y = first((10, 1), dtype=torch.float32), first((5,), dtype=torch.int64)
+    place, view = x.data_ptr(), y[3:].split(1)
+    assert place % 64 == y.data_ptr() % 64 == 0
+    assert (x.shape, y.shape, y.dtype) == ((10, 1), (5,), torch.int64)
+    del first, x, y
+    pool.needed(True)
+    fresh = pool.borrow()((10, 1), dtype=torch.float32)
+    assert fresh.data_ptr() != place
+    pool.needed(False)
+    del fresh, view  # of these two, only the latter is the pool's
+    assert pool.borrow()((1, 1), dtype=torch.float32).data_ptr() == place
+    del second
+
+
+def test_who_borrows_waits_until_memory_comes_back_or_the_window_is_needed():
+    pool = WindowPool(8, tensors=1)
+    held = [pool.borrow()((1,), dtype=torch.float32) for _ in range(2)]
+    pool.needed(True)
+    pool.needed(False)  # is past
+    with ThreadPoolExecutor(1) as executor:
+        coming = executor.submit(pool.borrow)
+        with pytest.raises(TimeoutError):
+            coming.result(timeout=0.05)
+        place = held.pop().data_ptr()
+        held.append(coming.result(timeout=60)((1,), dtype=torch.float32))
+        del coming
+        assert held[-1].data_ptr() == place
+        coming = executor.submit(pool.borrow)
+        pool.needed(True)
+        held.append(coming.result(timeout=60)((1,), dtype=torch.float32))
+    assert len({tensor.data_ptr() for tensor in held}) == 3
 
 
 # ---- many columns ----------------------------------------------------------------------------------------------------
