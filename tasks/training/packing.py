@@ -17,9 +17,9 @@ from torch import Tensor
 
 from tasks.training.columns import as_tensor, from_arrow
 
-BLOCK_ROWS: Final = 8192
+BLOCK_ROWS: Final = 32_768
 """Rows filled in at a time, at most; as many numbers, at most, as follow. Of more, a column's values and the block do not stay in
-the cache together."""
+the cache together. Of fewer, calls are so short that Python's lock is always asked for, by the thread that trains too."""
 BLOCK_NUMBERS: Final = 524_288
 TOGETHER: Final = 32
 """So many plain columns side by side are made row-major by Arrow, in one call; of fewer, numpy is faster, column by column."""
