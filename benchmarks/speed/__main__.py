@@ -3,6 +3,7 @@
     make bench                                                          # everything, hours
     .venv/bin/python -m benchmarks.speed loader training --reps 5       # suites, into bench-data/results.jsonl
     .venv/bin/python -m benchmarks.speed training --net net --batch 64 --cases tidemill,limits --seconds 4
+    .venv/bin/python -m benchmarks.speed training --turns --cases tidemill,eager_in_memory,eager_in_memory_fused --reps 15
     .venv/bin/python -m benchmarks.speed report                         # docs/performance.md from the results
 
 Compare ratios of one run, not figures of two: machines differ, and shared ones differ from minute to minute.
@@ -61,6 +62,9 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--timeout", type=float, default=600, help="seconds after which a measurement is given up")
     options.add_argument("--shuffle-bytes", type=int, help="of Tidemill's shuffle, other than its default")
     options.add_argument("--script", default="", help="arguments of the scripts online, s3 and startup")
+    options.add_argument(
+        "--turns", action="store_true", help="cases of the loader and of training take turns in one process"
+    )
     options.add_argument("--small", action="store_true", help="small datasets, to try the benchmark itself")
     options.add_argument("--folder", type=Path, default=data.FOLDER, help="of the datasets")
     options.add_argument("--results", type=Path, default=data.FOLDER / "results.jsonl", help="where lines are added")
@@ -103,6 +107,7 @@ def _side_by_side(suite: Suite, chosen: argparse.Namespace, scratch: str) -> Ite
             timeout=chosen.timeout,
             shuffle_bytes=chosen.shuffle_bytes,
             scratch=scratch,
+            one_process=chosen.turns,
         )
 
 

@@ -1,6 +1,7 @@
-"""One measurement, in a process of its own: reads what to measure from its argument, prints one line of JSON.
+"""Measurements in a process of their own: reads what to measure from its argument, prints a line of JSON for each.
 
-`processes` starts it; by hand: python -m benchmarks.speed.child '{"suite": "loader", "case": "tidemill", "work": {...}}'
+Of several cases, each has its turn in every round. `processes` starts it; by hand:
+python -m benchmarks.speed.child '{"suite": "loader", "cases": ["tidemill"], "rounds": 1, "work": {...}}'
 """
 
 import json
@@ -30,14 +31,17 @@ def measured(suite: str, case: str, work: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     warnings.filterwarnings("ignore")  # of the peers; Tidemill's own tests make errors of warnings
-    try:
-        result = measured(**json.loads(sys.argv[1]))
-    except ImportError as error:
-        result = {"skipped": f"{type(error).__name__}: {error}"}
-    except Exception as error:  # noqa: BLE001  # a broken case is a result too, and the others go on
-        traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {error}"[:500]}
-    print(json.dumps(result), flush=True)
+    about = json.loads(sys.argv[1])
+    for repetition in range(about["rounds"]):
+        for case in about["cases"]:
+            try:
+                result = measured(about["suite"], case, about["work"])
+            except ImportError as error:
+                result = {"skipped": f"{type(error).__name__}: {error}"}
+            except Exception as error:  # noqa: BLE001  # a broken case is a result too, and the others go on
+                traceback.print_exc()
+                result = {"error": f"{type(error).__name__}: {error}"[:500]}
+            print(json.dumps({"case": case, "repetition": repetition} | result), flush=True)
 
 
 if __name__ == "__main__":

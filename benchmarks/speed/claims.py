@@ -67,7 +67,8 @@ def _of(what: str, bound: float, found: Sequence[Table], case: str, to: str | No
 def _caveats(table: Table, case: str, to: str | None) -> list[str]:
     """What makes a ratio worth less than it seems."""
     few = _few(table.rounds(case, to))
-    return [text for text in (few, "small data: means nothing" if table.is_small else "") if text]
+    turns = "by turns in one process" if table.is_of_one_process else ""
+    return [text for text in (few, turns, "small data: means nothing" if table.is_small else "") if text]
 
 
 def _few(rounds: int) -> str:

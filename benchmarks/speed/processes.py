@@ -1,9 +1,10 @@
-"""A measurement in a process of its own."""
+"""Measurements in a process of their own."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +17,19 @@ ROOT: Final = Path(__file__).parents[2]
 
 
 def measured_apart(suite: str, case: str, work: Work, timeout: float) -> dict[str, Any]:
-    """What `child` prints; `error` if it fails or takes longer than `timeout` seconds."""
-    about = json.dumps({"suite": suite, "case": case, "work": asdict(work)})
+    """What `child` prints of one case; `error` if it fails or takes longer than `timeout` seconds."""
+    result = measured_by_turns(suite, [case], 1, work, timeout)[-1]
+    return {key: value for key, value in result.items() if key not in ("case", "repetition")}
+
+
+def measured_by_turns(
+    suite: str, cases: Sequence[str], rounds: int, work: Work, timeout: float
+) -> list[dict[str, Any]]:
+    """What `child` prints of cases that take turns in one process: a result for each round and case.
+
+    The last one is an `error` if the process fails or takes longer than `timeout` seconds.
+    """
+    about = json.dumps({"suite": suite, "cases": cases, "rounds": rounds, "work": asdict(work)})
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.speed.child", about],
         cwd=ROOT,
@@ -26,18 +38,18 @@ def measured_apart(suite: str, case: str, work: Work, timeout: float) -> dict[st
         stderr=subprocess.PIPE,
         text=True,
     )
+    failed = {"case": cases[-1], "repetition": rounds - 1}
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         _kill(process)
-        return {"error": f"gave up after {timeout:.0f} s"}
-    for line in reversed(out.splitlines()):
-        if line.startswith("{"):
-            result: dict[str, Any] = json.loads(line)
-            if "error" in result:
-                sys.stderr.write(err)
-            return result
-    return {"error": f"exit code {process.returncode}: {err.strip()[-300:]}"}
+        return [failed | {"error": f"gave up after {timeout:.0f} s"}]
+    results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    if any("error" in result for result in results):
+        sys.stderr.write(err)
+    if len(results) < rounds * len(cases):
+        results.append(failed | {"error": f"exit code {process.returncode}: {err.strip()[-300:]}"})
+    return results
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -1,11 +1,16 @@
-"""Cases side by side: all of a round before the next round, so that a disturbance of the machine meets all alike."""
+"""Cases side by side: all of a round before the next round, so that a disturbance of the machine meets all alike.
+
+Each measurement has a process of its own, or all of them share one. Two processes that do the same differ, by 15% on a virtual
+machine, because each has its luck with the places of its memory; what takes turns in one process shares that. But then
+memory and the time to start are nobody's, and what a case leaves behind the next one finds.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.processes import measured_apart, rounded
+from benchmarks.speed.processes import measured_apart, measured_by_turns, rounded
 from benchmarks.speed.suites import Setup, Suite
 from benchmarks.speed.work import Work
 
@@ -21,10 +26,17 @@ def measurements(
     timeout: float,
     shuffle_bytes: int | None,
     scratch: str,
+    one_process: bool,
 ) -> Iterator[dict[str, Any]]:
-    """One line for each case and repetition. A case that fails or is skipped is not tried again."""
+    """One line for each case and repetition. A case that fails or is skipped is not tried again, unless in `one_process`."""
     given_up: set[str] = set()
     work = Work(str(folder), setup.batch, seconds, setup.threads, scratch, setup.net or "net", shuffle_bytes)
+    if one_process:
+        for result in measured_by_turns(suite.name, cases, repetitions, work, timeout):
+            about = {"suite": suite.name, "kind": suite.cases[result["case"]].kind, **asdict(setup)}
+            shared = {name: result[name] for name in result if name not in ("startup_s", "first_step_s", "peak_mb")}
+            yield about | {"data": folder.name, "one_process": True} | rounded(shared)
+        return
     for repetition in range(repetitions):
         for case in cases:
             if case in given_up:

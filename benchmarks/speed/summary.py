@@ -58,6 +58,11 @@ class Table:
         return min(len(self.lines.get(name, ())) for name in compared)
 
     @property
+    def is_of_one_process(self) -> bool:
+        """Whether the cases took turns in one process."""
+        return any(line.get("one_process") for lines in self.lines.values() for line in lines)
+
+    @property
     def is_small(self) -> bool:
         """Whether the data is that of a try."""
         return any(line["data"].endswith("-small") for lines in self.lines.values() for line in lines)
