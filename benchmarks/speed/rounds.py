@@ -1,8 +1,8 @@
 """Cases side by side: all of a round before the next round, so that a disturbance of the machine meets all alike.
 
-Each measurement has a process of its own, or all of them share one. Two processes that do the same differ, by 15% on a virtual
-machine, because each has its luck with the places of its memory; what takes turns in one process shares that. But then
-memory and the time to start are nobody's, and what a case leaves behind the next one finds.
+Each measurement has a process of its own, or all of them share one. Two processes that do the same differed by 15% on a virtual
+machine; what makes them differ is the same for all that take turns in one. But then memory and the time to start are nobody's,
+and what a case leaves behind the next one finds.
 """
 
 from collections.abc import Iterator, Sequence
