@@ -23,7 +23,7 @@ from tasks.training.learner import Frozen, Learner
 from tasks.training.losses import LossFunction, is_column, loss_of
 from tasks.training.memory import Memory, mixed
 from tasks.training.spec import Spec
-from tasks.training.updates import Update
+from tasks.training.updates import Update, backward
 
 EVALUATION_ROWS: Final = 8192  # rows of a forward pass without gradients
 
@@ -102,7 +102,7 @@ def train_pass(
         loss = loss_function(output, y_B.unsqueeze(1) if column else y_B, w_B)
         for parameter in parameters:  # optimizer.zero_grad() without its bookkeeping, 8% of a small step
             parameter.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        backward(loss)
         if spec.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, spec.clip_norm)
         if update is not None:

@@ -1,14 +1,14 @@
-"""The functional step has the bits of torch's own, for every optimizer and its main settings."""
+"""Our backward pass and functional step have the bits of torch's own, for every optimizer and its main settings."""
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tasks.training.learner import OPTIMIZERS
-from tasks.training.updates import FUNCTIONAL, Update
+from tasks.training.updates import FUNCTIONAL, Update, backward
 from tests.training.rows import same_bits
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -64,3 +64,46 @@ def test_same_bits_as_torchs_step(name: str, settings: dict[str, Any]) -> None:
     for index, values in torchs.items():
         for key, value in values.items():
             assert same_bits(mine[index][key], value) if isinstance(value, torch.Tensor) else mine[index][key] == value
+
+
+def test_backward_adds_the_gradients_that_torch_adds() -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Dropout(), nn.BatchNorm1d(5), nn.Linear(5, 1))
+    theirs = copy.deepcopy(ours)
+    x = torch.randn(16, 4)
+    for net, run in ((ours, backward), (theirs, Tensor.backward)):
+        torch.manual_seed(1)
+        for _ in range(2):  # the second adds to the first
+            run(net(x).square().mean())
+    gradients = [(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)]
+    assert all(a is not None and b is not None and same_bits(a, b) for a, b in gradients)
+    assert all(a is not None and a.abs().sum() for a, _ in gradients[:1])
+
+
+class _Overriding(Tensor):
+    """Counts the functions of torch that are called with it."""
+
+    calls: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.calls.append(func.__name__)
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]  # torch leaves it so
+
+
+def test_a_loss_that_overrides_torchs_functions_is_left_to_torch() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    loss = (weight * torch.ones(2).as_subclass(_Overriding)).sum()
+    assert isinstance(loss, _Overriding)
+    backward(loss)
+    assert "backward" in _Overriding.calls
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [1, 1]
+
+
+def test_a_loss_without_a_gradient_is_the_error_of_torch() -> None:
+    with pytest.raises(RuntimeError) as theirs:
+        torch.ones(()).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    with pytest.raises(RuntimeError) as ours:
+        backward(torch.ones(()))
+    assert str(ours.value) == str(theirs.value)
