@@ -26,9 +26,9 @@ WAITING: Final = "waiting"
 STAGES: Final = (
     ("threading.py", "wait", WAITING),
     ("concurrent/futures/thread.py", "_worker", WAITING),
+    ("training/updates.py", "backward", "backward"),
+    ("training/updates.py", "", "optimizer"),
     ("torch/optim/", "", "optimizer"),
-    ("torch/autograd/", "backward", "backward"),
-    ("torch/_tensor.py", "backward", "backward"),
     ("torch/_inductor/", "", "compiled steps"),
     ("torch/_dynamo/", "", "compiled steps"),
     ("training/compiled.py", "", "call compiled steps"),
