@@ -118,8 +118,16 @@ class _Opener:
                 ) from error
 
         try:
-            partitions, concurrency = self._partitions(info.key), self._store.concurrency
-            return ParquetFile(info.key, info.size, fetch, DatasetError, partitions, concurrency, self._findings)
+            return ParquetFile(
+                info.key,
+                info.size,
+                fetch,
+                DatasetError,
+                partitions=self._partitions(info.key),
+                concurrency=self._store.concurrency,
+                readers=self._store.readers,
+                findings=self._findings,
+            )
         except NotReady as error:
             raise DatasetError(
                 f"{self._store.url}/{info.key} is no Parquet file: {error} Remove or repair it."

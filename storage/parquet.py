@@ -27,9 +27,6 @@ MAGIC = b"PAR1"
 MAX_DECODED_BYTES = 2 * 2**30
 """The most that one row group may expand to. A file of 700 kB can claim 100 million rows; without a bound it takes all memory."""
 
-_FAR = 8  # a store of which so many calls are worth having under way is across a network; a local folder's four are not
-_READERS = 3
-"""Row groups that are worth reading at once from there: at 30 ms a request, 2.7 times the rate of one; two have 1.9, four 3.1."""
 _FOOTER_GUESS = 64 * 1024
 _COALESCE_GAP = 256 * 1024  # reading this much for nothing is cheaper than another request
 _COALESCED_BYTES = 32 * 2**20  # as Arrow does: then several requests at once are faster than a larger one
@@ -174,17 +171,17 @@ class ParquetFile:
         error: type[StorageError],
         partitions: Mapping[str, "pa.Scalar[Any]"] | None = None,
         concurrency: int = 1,
+        readers: int = 1,
         findings: Findings | None = None,
     ) -> None:
-        """`error` is what bad bytes raise; `partitions` are constant columns that the file's path adds; `concurrency` is how
-        many calls of `fetch` are worth having under way; `findings` is what is known of a dataset's files, and learns.
+        """`error` is what bad bytes raise; `partitions` are constant columns that the file's path adds; `concurrency` and
+        `readers` are those of the `Store` that `fetch` calls; `findings` is what is known of a dataset's files, and learns.
 
         Raises:
             NotReady: the magic bytes are missing at either end: not a Parquet file, or not a whole one yet.
         """
         self.name, self._error, self._partitions = name, error, partitions or {}
-        self._concurrency = concurrency
-        self.readers = _READERS if concurrency >= _FAR else 1
+        self._concurrency, self.readers = concurrency, readers
         self._selections: dict[tuple[str, ...], _Selection] = {}
         if size < 12:
             raise NotReady(f"{name} has {size} bytes; no Parquet file is that short.")

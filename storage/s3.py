@@ -65,6 +65,7 @@ class S3Store(Store):
     """How long one attempt may wait for an answer, beyond the time that uploading may take."""
 
     concurrency = 8
+    readers = 3  # at 30 ms a request 2.7 times the rate of one; two have 1.9 times, four 3.1
 
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self._bucket = bucket

@@ -41,6 +41,9 @@ class Store(ABC):
     concurrency: int = 1
     """How many calls are worth having under way at once. 1: a call returns sooner than another thread could take it over."""
 
+    readers: int = 1
+    """How many row groups of Parquet files are worth reading at once. 1: reading is as fast as decoding, if not faster."""
+
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Yield every object whose key starts with `prefix` (plain string prefix, all depths), in no stated order.

@@ -1,5 +1,6 @@
 """Measurements in a process of their own."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -27,7 +28,7 @@ def measured_by_turns(
 ) -> list[dict[str, Any]]:
     """What `child` prints of cases that take turns in one process: a result for each round and case.
 
-    The last one is an `error` if the process fails or takes longer than `timeout` seconds.
+    The last one is an `error` if the process fails or takes longer than `timeout` seconds: of the case whose turn it was.
     """
     about = json.dumps({"suite": suite, "cases": cases, "rounds": rounds, "work": asdict(work)})
     process = subprocess.Popen(
@@ -38,17 +39,18 @@ def measured_by_turns(
         stderr=subprocess.PIPE,
         text=True,
     )
-    failed = {"case": cases[-1], "repetition": rounds - 1}
     try:
         out, err = process.communicate(timeout=timeout)
+        problem = f"exit code {process.returncode}: {err.strip()[-300:]}"
     except subprocess.TimeoutExpired:
-        _kill(process)
-        return [failed | {"error": f"gave up after {timeout:.0f} s"}]
+        out, err = _killed(process)
+        problem = f"gave up after {timeout:.0f} s"
     results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     if any("error" in result for result in results):
         sys.stderr.write(err)
     if len(results) < rounds * len(cases):
-        results.append(failed | {"error": f"exit code {process.returncode}: {err.strip()[-300:]}"})
+        repetition, case = divmod(len(results), len(cases))
+        results.append({"case": cases[case], "repetition": repetition, "error": problem})
     return results
 
 
@@ -62,9 +64,10 @@ def rounded(result: dict[str, Any]) -> dict[str, Any]:
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in result.items()}
 
 
-def _kill(process: "subprocess.Popen[str]") -> None:
-    """The process that we started, and those that it started."""
+def _killed(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """Kills the process that we started, and those that it started. What it had printed: output and errors."""
     started = psutil.Process(process.pid)
     for one in [*started.children(recursive=True), started]:
-        one.kill()
-    process.communicate()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
+            one.kill()
+    return process.communicate()

@@ -4,7 +4,7 @@
 
 Each suite measures ours and its references once, on small data. Every line must have the fields that the report reads, and the
 page, of which a copy is filled, all of its tables. Cases run in this process, since starting others would take longer than
-measuring; the scripts run beside it.
+measuring; the scripts run beside it, and one process in which two cases take turns.
 """
 
 import copy
@@ -23,7 +23,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from benchmarks.speed import child, claims, data, machine, report, siblings, summary
+from benchmarks.speed import child, claims, data, machine, report, rounds, siblings, summary
 from benchmarks.speed.suites import SUITES, Setup
 from benchmarks.speed.training.limits import hand_written
 from benchmarks.speed.training.nets import eager
@@ -49,6 +49,7 @@ SCRIPTS: Final = {
 # The claims of which something was measured.
 CLAIMED: Final = (
     "Loader to the streaming limit, 11 columns, batch 64",
+    "Loader to the streaming limit, 11 columns, batch 1024",
     "Training to the eager loop in memory, example Net, batch 64",
     "Peak memory",
     "Memory for each byte of `shuffle_bytes`, at least",
@@ -63,9 +64,10 @@ CLAIMED: Final = (
 def main() -> None:
     same_arithmetic()
     with tempfile.TemporaryDirectory(prefix="tidemill-bench-") as scratch, ThreadPoolExecutor(2) as beside:
-        scripts = [beside.submit(script, name) for name in SCRIPTS]
-        lines = [machine.about(), *measurements(Path(scratch))]
-        lines += [line for future in scripts for line in future.result()]
+        place = data.made(data.dataset("narrow", small=True), Path(scratch))
+        others = [*(beside.submit(script, name) for name in SCRIPTS), beside.submit(turns, place, scratch)]
+        lines = [machine.about(), *measurements(place, scratch)]
+        lines += [line for future in others for line in future.result()]
         lines = [{"run": "quick", **line} for line in lines]
         for line in lines:
             print(json.dumps(line))
@@ -79,11 +81,31 @@ def script(name: str) -> list[dict[str, Any]]:
     return list(siblings.measurements(name, shlex.split(SCRIPTS[name])))
 
 
+def turns(folder: Path, scratch: str) -> list[dict[str, Any]]:
+    """Two rounds of ours and the streaming limit by turns in one process."""
+    setup, cases = Setup("narrow", 1024), ["tidemill", "streaming"]
+    return list(
+        rounds.measurements(
+            SUITES["loader"],
+            setup,
+            cases,
+            folder,
+            repetitions=2,
+            seconds=0.1,
+            timeout=120,
+            shuffle_bytes=None,
+            scratch=scratch,
+            one_process=True,
+        )
+    )
+
+
 def check(lines: list[dict[str, Any]]) -> None:
     """Every line is whole, every ratio and claim was computed."""
     for line in lines:
         assert "error" not in line, line["error"]
-        for field in FIELDS.get(line["suite"], ()):
+        nobodys = rounds.OF_A_PROCESS if line.get("one_process") else ()
+        for field in set(FIELDS.get(line["suite"], ())).difference(nobodys):
             assert math.isfinite(line[field]), f"{field} is {line[field]} in {line}"
     for table in summary.tables(lines):
         for case in table.cases():
@@ -132,10 +154,9 @@ def same_arithmetic() -> None:
         torch.testing.assert_close(dict(by_hand.named_parameters()), dict(by_autograd.named_parameters()))
 
 
-def measurements(folder: Path) -> Iterator[dict[str, Any]]:
+def measurements(place: Path, scratch: str) -> Iterator[dict[str, Any]]:
     """One line for each suite and case."""
-    place = data.made(data.dataset("narrow", small=True), folder)
-    work = Work(str(place), 64, 0.2, 1, scratch=str(folder), shuffle_bytes=2 * 2**18)
+    work = Work(str(place), 64, 0.2, 1, scratch=scratch, shuffle_bytes=2 * 2**18)
     for suite, setup, ours in OURS:
         for case in (ours, *SUITES[suite].references):
             about = {"suite": suite, "case": case, "kind": SUITES[suite].cases[case].kind, **asdict(setup)}

@@ -8,11 +8,14 @@ and what a case leaves behind the next one finds.
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.speed.processes import measured_apart, measured_by_turns, rounded
 from benchmarks.speed.suites import Setup, Suite
 from benchmarks.speed.work import Work
+
+OF_A_PROCESS: Final = ("startup_s", "first_step_s", "peak_mb")
+"""Fields that are nobody's where cases share a process."""
 
 
 def measurements(
@@ -32,9 +35,9 @@ def measurements(
     given_up: set[str] = set()
     work = Work(str(folder), setup.batch, seconds, setup.threads, scratch, setup.net or "net", shuffle_bytes)
     if one_process:
-        for result in measured_by_turns(suite.name, cases, repetitions, work, timeout):
+        for result in measured_by_turns(suite.name, cases, repetitions, work, timeout * repetitions * len(cases)):
             about = {"suite": suite.name, "kind": suite.cases[result["case"]].kind, **asdict(setup)}
-            shared = {name: result[name] for name in result if name not in ("startup_s", "first_step_s", "peak_mb")}
+            shared = {name: result[name] for name in result if name not in OF_A_PROCESS}
             yield about | {"data": folder.name, "one_process": True} | rounded(shared)
         return
     for repetition in range(repetitions):

@@ -183,7 +183,8 @@ class Stream:
     def _tables(self, wanted: Callable[[RowGroup], Tensor | None]) -> Generator[tuple[_Slice, pa.Table]]:
         """The slices with their tables; each row group is read once, ahead of its use if it is not the only one.
 
-        `wanted` is asked about a row group after it was read: one that cannot be read may claim any number of rows.
+        `wanted` is asked about a row group after it was read: one that cannot be read may claim any number of rows. (A shuffled
+        pass has drawn them by then; the pass that fits the statistics has read the groups before.)
         """
         columns = [column.name for column in self._features.columns]
         nulls, labels, rows = [0] * len(columns), 0, 0

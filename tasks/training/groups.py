@@ -49,7 +49,7 @@ class RowGroup(Protocol):
 
 @runtime_checkable
 class Remote(Protocol):
-    """What a row group is besides if its bytes come from so far away that several are worth reading at once."""
+    """What a row group is besides if it can say how many of its source are worth reading at once; of others, one is."""
 
     @property
     def readers(self) -> int:
@@ -60,8 +60,8 @@ class Remote(Protocol):
 def read_ahead(groups: Iterable[RowGroup], read: Callable[[RowGroup], pa.Table]) -> Generator[pa.Table]:
     """`read` of each group, in order, in a thread while the table before it is used; a single group is read here.
 
-    Groups that are `Remote` are read by several threads, for as long as what is under way or waits has no more than `AHEAD_BYTES`
-    by what a row has had so far. In memory: the table in use, and one for each reader.
+    Groups that are `Remote` are read by as many threads as they say, for as long as what is under way or waits has no more than
+    `AHEAD_BYTES` by what a row has had so far. In memory: the table in use, and one for each reader.
 
     Raises what `read` raises, when its group has its turn. Which groups are read follows from what was handed out alone, so that
     the requests of a run are always the same; in the end, what is under way is awaited. To be closed even if an error's traceback

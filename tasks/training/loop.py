@@ -143,6 +143,7 @@ def train_pass(
                 size = len(part.y_B)
                 total.add_(step(part), alpha=size)  # on the device: no step waits for a number
                 rows, steps = rows + size, steps + 1
+            del part  # a view: where later calls are compiled, it would keep this window's memory
         # The last step is followed by no loss that would show what it has done.
         after = total if batch is None else _loss_after(learner, loss_function, _apart([batch], full))
     mean = total.item() / rows if rows else float("nan")

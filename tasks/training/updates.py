@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.optim import adadelta, adagrad, adam, adamax, nadam, radam, rmsprop, sgd
+from torch.overrides import has_torch_function_unary
 
 # Of each optimizer: the function, and the state that it takes for every parameter, in the order of its arguments.
 FUNCTIONAL: Final[dict[str, tuple[Callable[..., None], tuple[str, ...]]]] = {
@@ -29,12 +30,12 @@ _engine: Final = torch.autograd.Variable._execution_engine  # what `Tensor.backw
 
 
 def backward(loss: Tensor) -> None:
-    """As `loss.backward()`: adds the gradients of a loss (a scalar) to those of the parameters.
+    """As `loss.backward()`: adds the gradients of a loss to those of the parameters, and raises what torch raises.
 
-    What it leaves out serves devices that have threads of their own, tensors that override torch's functions, and logging.
-    Raises what torch raises.
+    What it leaves out serves devices that have threads of their own, and torch's own logs.
     """
-    if loss.device.type != "cpu" or type(loss) is not Tensor:
+    plain = loss.device.type == "cpu" and not loss.ndim and loss.is_floating_point()
+    if not plain or has_torch_function_unary(loss):
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return
     _engine.run_backward(

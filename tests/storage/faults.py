@@ -64,14 +64,15 @@ class FaultStore(Store):
     ) -> None:
         """Stores that are given the same `numbering` number their calls together.
 
-        With `concurrency` 1 the caller makes one call after the other, in its own thread: for hooks that do what may not happen
-        beside a training.
+        With `concurrency` 1, which bounds `readers` too, the caller makes one call after the other, in its own thread: for hooks
+        that do what may not happen beside a training.
         """
         self.url = store.url
         self._store = store
         self._hook = hook
         self._numbering = Numbering() if numbering is None else numbering
         self.concurrency = store.concurrency if concurrency is None else concurrency
+        self.readers = store.readers if concurrency is None else min(concurrency, store.readers)
 
     @property
     def conditional_delete(self) -> bool:  # type: ignore[override]  # the wrapped store acts on it

@@ -10,6 +10,7 @@ from tasks.training.compiled import AUTO_STEPS, STEPS, CompiledSteps, wanted
 from tasks.training.learner import OPTIMIZERS, Learner
 from tasks.training.loop import _forward, train_pass
 from tasks.training.losses import loss_of
+from tasks.training.pool import WindowPool
 from tests.training.rows import begin, cut, numbers_table, plain_spec, same_bits
 
 COUNT = 3
@@ -49,6 +50,25 @@ PARTS = {
     "tied weights": {"model": {"factory": f"{HERE}:TiedNet"}},
     "bfloat16": {"precision": "bfloat16"},
 }
+
+
+def test_the_eager_steps_of_a_first_pass_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    new = WindowPool._new
+
+    def counted(pool: WindowPool) -> Any:
+        made.append(pool)
+        return new(pool)
+
+    monkeypatch.setattr(WindowPool, "_new", counted)
+    rows = BATCH * COUNT + 20  # of a row group; two do not fit a window
+    groups = cut(numbers_table(5 * rows), *[rows] * 4)
+    learner = begin(plain_spec(compile="on", batch_size=BATCH, shuffle=True, shuffle_bytes=2 * 50 * rows), groups)
+    function, loss = _forward(learner), loss_of(learner.spec, learner.features)
+    learner.compiled = CompiledSteps(learner, function, loss, steps=COUNT, backend="aot_eager")
+    train_pass(learner, groups, key=("epoch", 0))
+    assert 0 < learner.counters.compiled_steps < learner.counters.steps
+    assert len(made) == 2  # one for each of the two windows that are in memory at a time
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -101,9 +101,13 @@ def test_a_loss_that_overrides_torchs_functions_is_left_to_torch() -> None:
     assert weight.grad.tolist() == [1, 1]
 
 
-def test_a_loss_without_a_gradient_is_the_error_of_torch() -> None:
+@pytest.mark.parametrize("kind", ["no gradient", "two losses", "complex"])
+def test_what_has_no_gradients_is_the_error_of_torch(kind: str) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    loss = {"no gradient": weight.sum().detach(), "two losses": weight * 2, "complex": weight.sum() * 1j}[kind]
     with pytest.raises(RuntimeError) as theirs:
-        torch.ones(()).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     with pytest.raises(RuntimeError) as ours:
-        backward(torch.ones(()))
+        backward(loss)
     assert str(ours.value) == str(theirs.value)
+    assert weight.grad is None
