@@ -170,11 +170,11 @@ def say(suite: str, case: str, **measured: object) -> None:
 
 
 def backlog(suite: str, contents: list[bytes], count: int, repeat: int, settings: dict[str, Any]) -> None:
-    """A backlog drained by ours and by the bare script in turn."""
+    """A backlog drained by ours and by the bare script in turn; each pair has a server of its own, whose volumes the next would fill."""
     rates: dict[str, list[float]] = {"bare": [], "ours": []}
     cpu: dict[str, list[float]] = {"bare": [], "ours": []}
-    with s3() as bucket:
-        for number in range(repeat):
+    for number in range(repeat):
+        with s3() as bucket:
             for case in ("bare", "ours") if number % 2 == 0 else ("ours", "bare"):
                 place = f"{bucket}/{uuid.uuid4().hex}"
                 fill(f"{place}/inbox", contents, count)
