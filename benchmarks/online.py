@@ -170,7 +170,7 @@ def say(suite: str, case: str, **measured: object) -> None:
 
 
 def backlog(suite: str, contents: list[bytes], count: int, repeat: int, settings: dict[str, Any]) -> None:
-    """A backlog drained by ours and by the bare script in turn; each pair has a server of its own, whose volumes the next would fill."""
+    """A backlog drained by ours and by the bare script in turn. Each pair has its own server: one has no room for several."""
     rates: dict[str, list[float]] = {"bare": [], "ours": []}
     cpu: dict[str, list[float]] = {"bare": [], "ours": []}
     for number in range(repeat):
