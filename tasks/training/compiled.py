@@ -24,8 +24,8 @@ Forward = Callable[[Callable[..., Tensor], Tensor, Tensor | None], Tensor]
 
 STEPS: Final = 16  # of a call; twice as many gain little and double the time of compilation
 AUTO_STEPS: Final = 200_000
-"""Steps of a run from which `compile: auto` compiles. Compilation takes 16 to 40 s the first time, 5 to 6 s from the cache; a
-compiled step saves 0.27 ms at least (docs/performance.md), so that 150,000 of them win 40 s back."""
+"""Steps of a run from which `compile: auto` compiles. Compilation takes 16 s (a linear model) to 43 s (an MLP) the first time,
+5 to 8 s from the cache; a compiled step saves 0.15 ms (linear) to 0.5 ms (MLP): so many win it back (docs/performance.md)."""
 
 log = logging.getLogger("tidemill.training")
 
