@@ -56,7 +56,7 @@ def shard(rows: int, seed: int, group_rows: int = 131_072) -> bytes:
 
 def fill(url: str, contents: list[bytes], count: int) -> None:
     """Put so many shards; the contents take turns, each made another object by its key."""
-    from storage.urls import open_store
+    from tidemill.storage.urls import open_store
 
     store = open_store(url)
     with ThreadPoolExecutor(16) as pool:
@@ -65,10 +65,10 @@ def fill(url: str, contents: list[bytes], count: int) -> None:
 
 def begin(registry: str) -> None:
     """Version 0 of the model, trained on one small file."""
-    from storage.urls import open_store
-    from tasks import batch
-    from tasks.settings import BatchSettings
-    from tasks.training.spec import Spec
+    from tidemill.storage.urls import open_store
+    from tidemill.tasks import batch
+    from tidemill.tasks.settings import BatchSettings
+    from tidemill.tasks.training.spec import Spec
 
     dataset = f"{registry}-dataset"
     open_store(dataset).write("part.parquet", shard(1000, 0))
@@ -87,7 +87,7 @@ def bare(inbox: str) -> dict[str, float]:
     from fsspec.asyn import sync
 
     from examples.net import Net
-    from storage.s3 import S3Store
+    from tidemill.storage.s3 import S3Store
 
     bucket, _, prefix = inbox.removeprefix("s3://").partition("/")
     fs = S3Store(bucket, prefix)._fs  # the same client, without what Tidemill builds on it
@@ -126,8 +126,8 @@ def bare(inbox: str) -> dict[str, float]:
 
 def ours(inbox: str, registry: str, settings: dict[str, Any]) -> dict[str, float]:
     """An online run until the inbox is empty, without Prefect."""
-    from tasks import online
-    from tasks.settings import OnlineSettings
+    from tidemill.tasks import online
+    from tidemill.tasks.settings import OnlineSettings
 
     started, cpu = time.perf_counter(), time.process_time()
     run = online.open_run(inbox, registry, "net", OnlineSettings.model_validate(settings))
@@ -209,8 +209,8 @@ def large(options: argparse.Namespace) -> None:
 def follow(inbox: str, registry: str, seconds: float) -> None:
     """The flow, as a user runs it."""
     os.environ["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "300"
-    from flows.online import online_training
-    from tasks.settings import OnlineSettings
+    from tidemill.flows.online import online_training
+    from tidemill.tasks.settings import OnlineSettings
 
     settings = OnlineSettings(mode="follow", poll_seconds=0.5, stop_after_seconds=seconds)
     online_training(inbox, registry, "net", settings)
@@ -218,10 +218,10 @@ def follow(inbox: str, registry: str, seconds: float) -> None:
 
 def freshness(options: argparse.Namespace) -> None:
     """One shard a second is put; when is it seen, by another process, in a committed version?"""
-    from storage.errors import UnknownVersion
-    from storage.log import VersionLog
-    from storage.urls import open_store
     from tests.s3_server import wait_until
+    from tidemill.storage.errors import UnknownVersion
+    from tidemill.storage.log import VersionLog
+    from tidemill.storage.urls import open_store
 
     contents = [shard(10_000, seed) for seed in range(10)]
     with s3() as bucket:
@@ -301,10 +301,10 @@ def lengthen(registry: str, versions: int, inbox: str) -> None:
     """Give a model so many more versions with one shard each: valid manifests, of which only the last has blobs of its own."""
     from datetime import UTC, datetime
 
-    from storage.log import VersionLog
-    from storage.manifest import Blobs, Consumed, Manifest, Parent, encode, sha256
-    from storage.tombstones import WINDOW, Tombstones
-    from storage.urls import open_store
+    from tidemill.storage.log import VersionLog
+    from tidemill.storage.manifest import Blobs, Consumed, Manifest, Parent, encode, sha256
+    from tidemill.storage.tombstones import WINDOW, Tombstones
+    from tidemill.storage.urls import open_store
 
     log, tombstones = VersionLog(open_store(registry), "net"), Tombstones()
     head, url = log.head(), open_store(inbox).url
@@ -335,9 +335,9 @@ def lengthen(registry: str, versions: int, inbox: str) -> None:
 
 def steps(inbox: str, registry: str, count: int) -> dict[str, float]:
     """Open a run and take its first step, with the head to load; then so many more: what is done once in many steps counts."""
-    from storage.urls import open_store
-    from tasks import online
-    from tasks.settings import OnlineSettings
+    from tidemill.storage.urls import open_store
+    from tidemill.tasks import online
+    from tidemill.tasks.settings import OnlineSettings
 
     store = open_store(inbox)
     for i in range(count + 1):

@@ -65,7 +65,7 @@ class Limit:
     """The bytes of each row group by ranged GETs, decoded by pyarrow."""
 
     def __init__(self, url: str, columns: Sequence[str]) -> None:
-        from storage.urls import open_store
+        from tidemill.storage.urls import open_store
 
         self.columns, store = list(columns), open_store(url)
         self.fs = store._fs  # type: ignore[attr-defined]  # the same client
@@ -103,7 +103,7 @@ class Limit:
     def read(self, number: int) -> pa.Table:
         from fsspec.asyn import sync
 
-        from storage.parquet import RangesFile
+        from tidemill.storage.parquet import RangesFile
 
         key, etag, size, metadata, index, ranges = self.groups[number]
         file = RangesFile(size, lambda start, length: b"")
@@ -139,8 +139,8 @@ def reading(groups: Sequence[Any], names: Sequence[str]) -> Callable[[int], int]
 
 def features_of(groups: Sequence[Any], names: Sequence[str]) -> Any:
     """The last column is the target."""
-    from tasks.training.features import Features
-    from tasks.training.spec import Spec
+    from tidemill.tasks.training.features import Features
+    from tidemill.tasks.training.spec import Spec
 
     spec = Spec(features=[*names[:-1]], target=names[-1], standardize_features=False)
     return Features.resolve(spec, groups[0].schema)
@@ -148,8 +148,8 @@ def features_of(groups: Sequence[Any], names: Sequence[str]) -> Any:
 
 def passes(groups: Sequence[Any], names: Sequence[str], *, shuffled: bool) -> Callable[[int], int]:
     """Takes all batches of a pass of training, by its number; the number of rows."""
-    from tasks.training.batches import Stream
-    from tasks.training.spec import Spec
+    from tidemill.tasks.training.batches import Stream
+    from tidemill.tasks.training.spec import Spec
 
     features = features_of(groups, names)
     default = Spec(features=["x"], target="y")
@@ -179,8 +179,8 @@ def say(case: str, **about: Any) -> None:
 def main() -> None:
     import torch
 
-    from storage.urls import open_store
     from tests.s3_server import running_server
+    from tidemill.storage.urls import open_store
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--megabytes", type=int, default=512, help="of each dataset")
@@ -205,7 +205,7 @@ def main() -> None:
 
 def compare(url: str, names: Sequence[str], options: argparse.Namespace, **about: Any) -> None:
     """All cases on some columns of one dataset, round after round."""
-    from storage.dataset import snapshot
+    from tidemill.storage.dataset import snapshot
 
     limit, groups = Limit(url, names), snapshot(url).row_groups
     cases: dict[tuple[str, int], Callable[[int], int]] = {}  # by name and threads: does one round, gives its rows

@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/startup.py --only help status --repeat 3
 
 Every measurement is a process of its own, on a dataset of 400 rows, an empty inbox and a registry in a local folder; kinds take
-turns. A whole command is the real one, `python -m flows ...`, from its spawning to its end. The lines come from other
+turns. A whole command is the real one, `python -m tidemill ...`, from its spawning to its end. The lines come from other
 processes, which do the same in the same order and look at the clock in between: they add up to about the whole. Prefect's
 database exists already. `DO_NOT_TRACK=1`, `OMP_NUM_THREADS=1`.
 
@@ -37,19 +37,19 @@ HEAVY = ("torch", "prefect", "pyarrow", "numpy", "pandas", "s3fs", "cyclopts", "
 SPEC = {"features": ["a", "b"], "target": "y", "epochs": 1}
 LIGHT = {
     "interpreter": ["-c", "pass"],
-    "help": ["-m", "flows", "--help"],
-    "train help": ["-m", "flows", "train", "--help"],
-    "status": ["-m", "flows", "status", "registry", "model", "--inbox", "inbox"],
-    "log": ["-m", "flows", "log", "registry", "model"],
-    "show": ["-m", "flows", "show", "registry", "model"],
-    "promote": ["-m", "flows", "promote", "registry", "model", "0"],
-    "requeue": ["-m", "flows", "requeue", "registry", "model"],
-    "gc": ["-m", "flows", "gc", "registry", "model"],
-    "audit": ["-m", "flows", "audit", "registry", "model"],
-    "rollback": ["-m", "flows", "rollback", "registry", "model", "0"],
+    "help": ["-m", "tidemill", "--help"],
+    "train help": ["-m", "tidemill", "train", "--help"],
+    "status": ["-m", "tidemill", "status", "registry", "model", "--inbox", "inbox"],
+    "log": ["-m", "tidemill", "log", "registry", "model"],
+    "show": ["-m", "tidemill", "show", "registry", "model"],
+    "promote": ["-m", "tidemill", "promote", "registry", "model", "0"],
+    "requeue": ["-m", "tidemill", "requeue", "registry", "model"],
+    "gc": ["-m", "tidemill", "gc", "registry", "model"],
+    "audit": ["-m", "tidemill", "audit", "registry", "model"],
+    "rollback": ["-m", "tidemill", "rollback", "registry", "model", "0"],
 }
 TRAIN_FLAGS = ["--features", "a", "b", "--target", "y", "--epochs", "1"]
-FOLLOW = ["-m", "flows", "follow", "inbox", "registry", "model", "--mode", "drain"]
+FOLLOW = ["-m", "tidemill", "follow", "inbox", "registry", "model", "--mode", "drain"]
 
 
 class Lines:
@@ -78,10 +78,10 @@ def run_lines(kind: str) -> None:
     _import(lines)
     from prefect import get_client
 
-    from flows.batch import batch_training
-    from flows.online import online_training
-    from tasks.settings import OnlineSettings
-    from tasks.training.spec import Spec
+    from tidemill.flows.batch import batch_training
+    from tidemill.flows.online import online_training
+    from tidemill.tasks.settings import OnlineSettings
+    from tidemill.tasks.training.spec import Spec
 
     lines.end("import of the flows")
     get_client(sync_client=True)
@@ -109,11 +109,11 @@ def bare_lines(kind: str) -> None:
     lines = Lines()
     lines.end("interpreter")
     _import(lines, prefect=False)
-    from storage.probe import check_preconditions
-    from storage.urls import open_store
-    from tasks import batch, online
-    from tasks.settings import BatchSettings, OnlineSettings
-    from tasks.training.spec import Spec
+    from tidemill.storage.probe import check_preconditions
+    from tidemill.storage.urls import open_store
+    from tidemill.tasks import batch, online
+    from tidemill.tasks.settings import BatchSettings, OnlineSettings
+    from tidemill.tasks.training.spec import Spec
 
     registry = f"new-{os.getpid()}" if kind == "train" else "registry"
     Path(registry).mkdir(exist_ok=True)
@@ -144,10 +144,10 @@ def bare_lines(kind: str) -> None:
 
 def _import(lines: Lines, *, prefect: bool = True) -> None:
     for line, modules in (
-        ("the command line", ["flows.cli"]),
+        ("the command line", ["tidemill.flows.cli"]),
         ("torch", ["torch"]),
         ("torchmetrics", ["torchmetrics"]),
-        ("our tasks, pyarrow", ["tasks.online"]),
+        ("our tasks, pyarrow", ["tidemill.tasks.online"]),
         *([("Prefect", ["prefect.flows", "prefect.flow_engine", "prefect.task_engine"])] if prefect else []),
     ):
         for module in modules:
@@ -157,7 +157,7 @@ def _import(lines: Lines, *, prefect: bool = True) -> None:
 
 def names(arguments: list[str]) -> None:
     """Which of the heavy packages `tidemill ARGUMENTS` imports."""
-    from flows.cli import main
+    from tidemill.flows.cli import main
 
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(None):
         main(arguments)
@@ -191,7 +191,7 @@ def spawned(arguments: list[str], environment: dict[str, str], folder: Path) -> 
 
 
 def train(registry: str, model: str) -> list[str]:
-    return ["-m", "flows", "train", "data", registry, model, *TRAIN_FLAGS]
+    return ["-m", "tidemill", "train", "data", registry, model, *TRAIN_FLAGS]
 
 
 def prepare(folder: Path, environment: dict[str, str]) -> None:

@@ -1,5 +1,5 @@
-"""`python -m flows` is `tidemill`."""
+"""`python -m tidemill` is `tidemill`."""
 
-from flows.cli import main
+from tidemill.flows.cli import main
 
 main()

@@ -2,9 +2,9 @@
 
 from prefect import flow
 
-from tasks import batch, wrappers
-from tasks.settings import BatchSettings
-from tasks.training.spec import Spec
+from tidemill.tasks import batch, wrappers
+from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.training.spec import Spec
 
 
 @flow(name="batch-training", flow_run_name="train-{model}", validate_parameters=True)

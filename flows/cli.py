@@ -19,12 +19,12 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 from pydantic import BaseModel
 
-from flows import views
-from flows.flags import FollowFlags, SpecFlags, UsageError, explain, spec_file
-from tasks.settings import BatchSettings
+from tidemill.flows import views
+from tidemill.flows.flags import FollowFlags, SpecFlags, UsageError, explain, spec_file
+from tidemill.tasks.settings import BatchSettings
 
 if TYPE_CHECKING:
-    from storage.log import VersionLog
+    from tidemill.storage.log import VersionLog
 
 app = App(
     name="tidemill",
@@ -85,7 +85,7 @@ def train(
             --model.factory mymodels:Net --model.arguments '{"width": 32}'
     """
     _prepare_flow(dataset, registry, settings.holdout_dataset)
-    from flows.batch import batch_training
+    from tidemill.flows.batch import batch_training
 
     _print(views.trained(batch_training(dataset, registry, model, spec.spec(), settings)), as_json)
 
@@ -114,7 +114,7 @@ def follow(
     """
     given = settings.settings()
     _prepare_flow(inbox, registry, given.archive_to, given.labels, given.holdout_dataset, given.retrain_dataset)
-    from flows.online import online_training
+    from tidemill.flows.online import online_training
 
     _print(views.followed(online_training(inbox, registry, model, given)), as_json)
 
@@ -137,8 +137,8 @@ def status(
         tidemill status ./registry flights --inbox ./inbox
         tidemill status s3://bucket/registry flights --inbox s3://bucket/inbox --json
     """
-    from storage.inbox import open_inbox, quarantined
-    from storage.log import list_models
+    from tidemill.storage.inbox import open_inbox, quarantined
+    from tidemill.storage.log import list_models
 
     if model is not None:
         log = _open(registry, model)
@@ -203,7 +203,7 @@ def predict(
         tidemill predict ./registry flights ./data ./predictions --version 12 --columns date carrier
     """
     _find_own_modules()
-    from tasks.predict import predict as run
+    from tidemill.tasks.predict import predict as run
 
     done = run(registry, model, dataset, output, version, columns or [])
     rows, files = views.count(done.rows, "prediction"), views.count(done.files, "file")
@@ -232,7 +232,7 @@ def audit(
         tidemill audit ./registry flights
         tidemill audit ./registry flights --replay --archive ./data/archive
     """
-    from storage.audit import audit as run
+    from tidemill.storage.audit import audit as run
 
     if replay != bool(archive):
         raise UsageError("--replay needs --archive URL, and --archive is for --replay: give both or neither")
@@ -240,8 +240,8 @@ def audit(
     found, again = run(log), None
     if archive:
         _find_own_modules()
-        from storage.urls import open_store
-        from tasks.replay import replay as train_again
+        from tidemill.storage.urls import open_store
+        from tidemill.tasks.replay import replay as train_again
 
         again = train_again(log, [open_store(url) for url in archive])
     _print(views.audited(found, again), as_json)
@@ -306,8 +306,8 @@ def requeue(
         tidemill requeue ./registry flights 00000012-6dea53e0e1c6c2dbf2b1d8f3c8fb1d4e
         tidemill requeue ./registry flights --all
     """
-    from storage import inbox
-    from storage.errors import on_one_line
+    from tidemill.storage import inbox
+    from tidemill.storage.errors import on_one_line
 
     if names and everything:
         raise UsageError("give either names or --all, not both")
@@ -345,7 +345,7 @@ def gc(
 
         tidemill gc ./registry flights --keep 100
     """
-    from storage.retention import collect_garbage
+    from tidemill.storage.retention import collect_garbage
 
     deleted = collect_garbage(_open(registry, model, writable=True), keep)
     _print(({"deleted": deleted}, f"{views.count(len(deleted), 'blob')} removed"), as_json)
@@ -353,7 +353,7 @@ def gc(
 
 # ---- plumbing --------------------------------------------------------------------------------------------------------
 def _open(registry: str, model: str, *, writable: bool = False) -> "VersionLog":
-    from storage.log import open_log
+    from tidemill.storage.log import open_log
 
     return open_log(registry, model, writable=writable)
 
@@ -373,7 +373,7 @@ def _find_own_modules() -> None:
 
 def _prepare_flow(*urls: str | None) -> None:
     """Import Prefect with our log lines going to its UI, and time for a slow machine to start a temporary server."""
-    from storage.urls import open_store
+    from tidemill.storage.urls import open_store
 
     for url in filter(None, urls):  # before Prefect stores a parameter that names no store, and may hold a secret
         open_store(url)
@@ -398,7 +398,7 @@ def _for_terminal(record: logging.LogRecord) -> bool:
 
 
 def main(tokens: Iterable[str] | None = None) -> None:
-    """Entry point of `tidemill` and of `python -m flows`."""
+    """Entry point of `tidemill` and of `python -m tidemill`."""
     # Else the interpreter, when it ends, searches all that torch and Prefect have made for cycles: more than a second.
     # Registered before Prefect registers what it sends at exit, this runs after it
     atexit.register(freeze)
@@ -432,7 +432,7 @@ def _fail(message: str, code: int) -> None:
 
 def _message(error: Exception) -> str | None:
     """All that a user needs to know of an error; None for those that are bugs, and keep their traceback."""
-    from storage.errors import StorageError
+    from tidemill.storage.errors import StorageError
 
     told = {"TrainingError", "GateClosed"}  # by name: importing them takes seconds
     if isinstance(error, StorageError) or told.intersection(c.__name__ for c in type(error).__mro__):

@@ -12,8 +12,8 @@ from cyclopts.config import Dict as ConfigDict
 from cyclopts.help import format_usage
 from pydantic import BeforeValidator, Field, ValidationError
 
-from tasks.settings import OnlineSettings
-from tasks.training.spec import Model, Optimizer, Schedule, Spec
+from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.training.spec import Model, Optimizer, Schedule, Spec
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

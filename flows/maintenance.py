@@ -3,7 +3,7 @@
 from prefect import flow
 from pydantic import PositiveInt
 
-from tasks import wrappers
+from tidemill.tasks import wrappers
 
 
 @flow(name="maintenance", flow_run_name="maintain-{model}", validate_parameters=True)

@@ -5,12 +5,12 @@ from typing import cast
 from prefect import flow
 from prefect.states import Completed
 
-from flows.batch import batch_training
-from flows.stopping import stop_on_signals
-from tasks import wrappers
-from tasks.online import Outcome, retrained, retraining
-from tasks.report import OnlineReport
-from tasks.settings import OnlineSettings
+from tidemill.flows.batch import batch_training
+from tidemill.flows.stopping import stop_on_signals
+from tidemill.tasks import wrappers
+from tidemill.tasks.online import Outcome, retrained, retraining
+from tidemill.tasks.report import OnlineReport
+from tidemill.tasks.settings import OnlineSettings
 
 
 @flow(name="online-training", flow_run_name="online-{model}", validate_parameters=True)

@@ -5,14 +5,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from storage.audit import Audit
-    from storage.inbox import Inbox
-    from storage.log import Version, VersionLog
-    from storage.manifest import Manifest
-    from storage.store import ObjectInfo
-    from tasks.batch import VersionInfo
-    from tasks.replay import Replay
-    from tasks.report import OnlineReport
+    from tidemill.storage.audit import Audit
+    from tidemill.storage.inbox import Inbox
+    from tidemill.storage.log import Version, VersionLog
+    from tidemill.storage.manifest import Manifest
+    from tidemill.storage.store import ObjectInfo
+    from tidemill.tasks.batch import VersionInfo
+    from tidemill.tasks.replay import Replay
+    from tidemill.tasks.report import OnlineReport
 
 View = tuple[Any, str]
 """(facts, words)."""
@@ -27,7 +27,7 @@ def trained(info: "VersionInfo") -> View:
 
 def followed(report: "OnlineReport") -> View:
     """The end of an online run."""
-    from storage.errors import on_one_line
+    from tidemill.storage.errors import on_one_line
 
     lines = []
     if report.score:

@@ -1,6 +1,6 @@
 """The audit of a model's whole history: is it what the protocol promises? Reads only; needs neither torch nor the shards.
 
-`tasks.replay` goes further where consumed shards were archived: it trains again and compares the bits.
+`tidemill.tasks.replay` goes further where consumed shards were archived: it trains again and compares the bits.
 """
 
 import re
@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from storage.errors import CorruptObject, StorageError, UnknownVersion, UnsupportedFormat
-from storage.log import Version, VersionLog
-from storage.manifest import BlobRef, consumed_objects
-from storage.tombstones import WINDOW
+from tidemill.storage.errors import CorruptObject, StorageError, UnknownVersion, UnsupportedFormat
+from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.manifest import BlobRef, consumed_objects
+from tidemill.storage.tombstones import WINDOW
 
 _MANIFEST = re.compile(r"(\d{8,})\.json")
 

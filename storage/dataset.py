@@ -13,11 +13,11 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from storage.errors import DatasetChanged, DatasetError, NotFound, NotReady, PreconditionFailed, StoreNotFound
-from storage.manifest import DatasetRef
-from storage.parquet import Findings, ParquetFile, RowGroup, row_groups
-from storage.store import ObjectInfo, Store
-from storage.urls import open_store
+from tidemill.storage.errors import DatasetChanged, DatasetError, NotFound, NotReady, PreconditionFailed, StoreNotFound
+from tidemill.storage.manifest import DatasetRef
+from tidemill.storage.parquet import Findings, ParquetFile, RowGroup, row_groups
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.urls import open_store
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 

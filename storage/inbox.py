@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from storage.errors import (
+from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
     InvalidKey,
@@ -27,14 +27,14 @@ from storage.errors import (
     Unavailable,
     on_one_line,
 )
-from storage.log import VersionLog
-from storage.manifest import Owed, Rejected, checked, sha256, verified
-from storage.parallel import at_once
-from storage.store import ObjectInfo, Store
-from storage.urls import open_store
+from tidemill.storage.log import VersionLog
+from tidemill.storage.manifest import Owed, Rejected, checked, sha256, verified
+from tidemill.storage.parallel import at_once
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.urls import open_store
 
 if TYPE_CHECKING:
-    from storage.parquet import RowGroup
+    from tidemill.storage.parquet import RowGroup
 
 logger = logging.getLogger("tidemill.storage")
 
@@ -74,7 +74,7 @@ class Shard:
             NotReady: no Parquet magic at both ends.
             ShardRejected: a footer that does not parse, or no rows.
         """
-        from storage.parquet import ParquetFile, row_groups  # here, because listing an inbox needs no pyarrow
+        from tidemill.storage.parquet import ParquetFile, row_groups  # here, because listing an inbox needs no pyarrow
 
         def fetch(start: int, length: int) -> bytes:
             if start < 0 or start + length > len(self.data):
@@ -164,7 +164,7 @@ class Inbox:
             NotReady: no Parquet magic at both ends.
             ShardRejected: a footer that does not parse.
         """
-        from storage.parquet import ParquetFile
+        from tidemill.storage.parquet import ParquetFile
 
         def fetch(start: int, length: int) -> bytes:
             return self.store.read(info.key, if_match=info.etag, start=start, length=length)

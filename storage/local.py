@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
-from storage.errors import (
+from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
     InvalidKey,
@@ -31,7 +31,7 @@ from storage.errors import (
     Unavailable,
     UnsupportedStore,
 )
-from storage.store import ObjectInfo, Store
+from tidemill.storage.store import ObjectInfo, Store
 
 log = logging.getLogger("tidemill.storage")
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from itertools import pairwise
 
-from storage.errors import (
+from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
     HeadMoved,
@@ -29,7 +29,7 @@ from storage.errors import (
     UnknownModel,
     UnknownVersion,
 )
-from storage.manifest import (
+from tidemill.storage.manifest import (
     BlobRef,
     Blobs,
     Entry,
@@ -41,11 +41,11 @@ from storage.manifest import (
     encode,
     sha256,
 )
-from storage.parallel import at_once
-from storage.probe import check_preconditions
-from storage.store import Store
-from storage.tombstones import Tombstones, due
-from storage.urls import open_store
+from tidemill.storage.parallel import at_once
+from tidemill.storage.probe import check_preconditions
+from tidemill.storage.store import Store
+from tidemill.storage.tombstones import Tombstones, due
+from tidemill.storage.urls import open_store
 
 logger = logging.getLogger("tidemill.storage")
 

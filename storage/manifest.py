@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.errors import CorruptObject, UnsupportedFormat
+from tidemill.storage.errors import CorruptObject, UnsupportedFormat
 
 FORMAT = 1
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from storage.errors import AlreadyExists, CorruptObject, InvalidKey, NotFound, PreconditionFailed
-from storage.store import ObjectInfo, Store
+from tidemill.storage.errors import AlreadyExists, CorruptObject, InvalidKey, NotFound, PreconditionFailed
+from tidemill.storage.store import ObjectInfo, Store
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from typing import IO, Any, Protocol, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.errors import NotReady, StorageError
-from storage.pages import decoded_bytes
-from storage.parallel import at_once
+from tidemill.storage.errors import NotReady, StorageError
+from tidemill.storage.pages import decoded_bytes
+from tidemill.storage.parallel import at_once
 
 MAGIC = b"PAR1"
 MAX_DECODED_BYTES = 2 * 2**30

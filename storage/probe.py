@@ -5,7 +5,7 @@ import uuid
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
-from storage.errors import (
+from tidemill.storage.errors import (
     AlreadyExists,
     NotFound,
     PermissionDenied,
@@ -13,7 +13,7 @@ from storage.errors import (
     StoreNotFound,
     UnsupportedStore,
 )
-from storage.store import Store
+from tidemill.storage.store import Store
 
 log = logging.getLogger("tidemill.storage")
 

@@ -3,8 +3,8 @@
 import logging
 import re
 
-from storage.errors import NotFound, UnknownAlias
-from storage.log import VersionLog
+from tidemill.storage.errors import NotFound, UnknownAlias
+from tidemill.storage.log import VersionLog
 
 logger = logging.getLogger("tidemill.storage")
 

@@ -10,9 +10,9 @@ import re
 import uuid
 from dataclasses import dataclass
 
-from storage.errors import AlreadyExists, CorruptObject, NotFound, StoreNotFound, UnknownVersion
-from storage.log import Version, VersionLog
-from storage.manifest import BlobRef, Record, checked, sha256, verified
+from tidemill.storage.errors import AlreadyExists, CorruptObject, NotFound, StoreNotFound, UnknownVersion
+from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.manifest import BlobRef, Record, checked, sha256, verified
 
 _BROKEN = (NotFound, UnknownVersion, CorruptObject, AttributeError, RecursionError, TypeError, ValueError)
 """What reading a damaged checkpoint raises."""

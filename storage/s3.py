@@ -1,6 +1,6 @@
 """An S3 bucket or a prefix of one, on s3fs's client but never through its paths: every call names the exact key.
 
-s3fs's file API cannot keep the contract of `storage.store`: paths lose `?versionId=` and `//`, large reads are not
+s3fs's file API cannot keep the contract of `tidemill.storage.store`: paths lose `?versionId=` and `//`, large reads are not
 pinned to one etag, and a refused precondition looks like any other error.
 """
 
@@ -24,7 +24,7 @@ from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from storage.errors import (
+from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
     InvalidKey,
@@ -36,7 +36,7 @@ from storage.errors import (
     Unavailable,
     UnsupportedStore,
 )
-from storage.store import ObjectInfo, Store
+from tidemill.storage.store import ObjectInfo, Store
 
 log = logging.getLogger("tidemill.storage")
 

@@ -7,7 +7,7 @@ mean equal objects, and no etag is reused for other bytes at the same key.
 
 Transient failures are retried inside the verbs (see each backend); `Unavailable` means the retries ran out. After a
 lost answer a verb may have been applied: `create` and `replace` can then lose against their own write, and `delete`
-can find nothing. Callers that must know read back (`storage.log` does).
+can find nothing. Callers that must know read back (`tidemill.storage.log` does).
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +35,7 @@ class Store(ABC):
     """Canonical URL of the root, without a trailing slash and without credentials."""
 
     conditional_delete: bool = True
-    """Whether the server compares etags on delete. `storage.probe` clears it where the server ignores them; then `delete`
+    """Whether the server compares etags on delete. `probe.py` clears it where the server ignores them; then `delete`
     compares by itself, and an object put between its two requests is lost."""
 
     concurrency: int = 1

@@ -7,7 +7,7 @@ stands in the manifests: writing 10,000 of them at each commit would cost more t
 import json
 from collections.abc import Collection, Iterable, Iterator
 
-from storage.errors import CorruptObject
+from tidemill.storage.errors import CorruptObject
 
 WINDOW = 10_000
 """How many of the last consumed shards are remembered at least. One that is still in the inbox is remembered in any case."""

@@ -3,10 +3,10 @@
 import os
 import re
 
-from storage.errors import InvalidURL
-from storage.local import LocalStore
-from storage.memory import MemoryStore
-from storage.store import Store
+from tidemill.storage.errors import InvalidURL
+from tidemill.storage.local import LocalStore
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.store import Store
 
 _KINDS = "use one of ./folder, /folder, file:///folder, s3://bucket/prefix, memory://name/prefix"
 
@@ -51,7 +51,7 @@ def open_store(url: str) -> Store:
         )
     if scheme == "memory":
         return MemoryStore(name, prefix)
-    from storage.s3 import S3Store  # here, because s3fs takes most of a second to import
+    from tidemill.storage.s3 import S3Store  # here, because s3fs takes most of a second to import
 
     return S3Store(name, prefix)
 

@@ -17,20 +17,20 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from storage.dataset import Snapshot, snapshot
-from storage.errors import HeadMoved, UnknownVersion
-from storage.log import Version, VersionLog, open_log
-from storage.manifest import Blobs, Entry
-from storage.parquet import RowGroup
-from storage.runs import BatchProgress
-from tasks.provenance import code_revision
-from tasks.settings import BatchSettings
-from tasks.training.batches import ORDER, Split
-from tasks.training.environment import environment
-from tasks.training.features import Features
-from tasks.training.learner import Learner
-from tasks.training.loop import Score, score, train_pass
-from tasks.training.spec import Spec
+from tidemill.storage.dataset import Snapshot, snapshot
+from tidemill.storage.errors import HeadMoved, UnknownVersion
+from tidemill.storage.log import Version, VersionLog, open_log
+from tidemill.storage.manifest import Blobs, Entry
+from tidemill.storage.parquet import RowGroup
+from tidemill.storage.runs import BatchProgress
+from tidemill.tasks.provenance import code_revision
+from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.training.batches import ORDER, Split
+from tidemill.tasks.training.environment import environment
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import Score, score, train_pass
+from tidemill.tasks.training.spec import Spec
 
 logger = logging.getLogger("tidemill.batch")
 
@@ -119,7 +119,7 @@ class BatchRun:
 
 
 def take_snapshot(dataset: str) -> Snapshot:
-    """The dataset as it is now; see `storage.dataset.snapshot`."""
+    """The dataset as it is now; see `tidemill.storage.dataset.snapshot`."""
     taken = snapshot(dataset)
     logger.info("%s: %d files, %d rows", taken.ref.url, taken.ref.files, taken.ref.rows)
     return taken

@@ -11,21 +11,21 @@ from functools import lru_cache
 from itertools import islice
 from typing import Final
 
-from storage.errors import CorruptObject, NotReady, ShardRejected, UnknownVersion
-from storage.inbox import Inbox, Shard, original_key
-from storage.log import Version, VersionLog
-from storage.manifest import LabelShard, Predicted
-from storage.parquet import RowGroup
-from storage.store import ObjectInfo
-from tasks.gate import finite
-from tasks.labels import Labels
-from tasks.settings import OnlineSettings
-from tasks.training.errors import ColumnError, TrainingError
-from tasks.training.features import Features
-from tasks.training.groups import RowGroup as AnyRowGroup
-from tasks.training.learner import Frozen
-from tasks.training.loop import score
-from tasks.versions import load_learner
+from tidemill.storage.errors import CorruptObject, NotReady, ShardRejected, UnknownVersion
+from tidemill.storage.inbox import Inbox, Shard, original_key
+from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.manifest import LabelShard, Predicted
+from tidemill.storage.parquet import RowGroup
+from tidemill.storage.store import ObjectInfo
+from tidemill.tasks.gate import finite
+from tidemill.tasks.labels import Labels
+from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.training.errors import ColumnError, TrainingError
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import RowGroup as AnyRowGroup
+from tidemill.tasks.training.learner import Frozen
+from tidemill.tasks.training.loop import score
+from tidemill.tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.online")
 

@@ -12,18 +12,18 @@ from dataclasses import replace
 from itertools import islice
 from typing import Final
 
-from storage.dataset import snapshot
-from storage.errors import CorruptObject, UnknownVersion
-from storage.log import Alias, Version, VersionLog
-from storage.manifest import Compared, Consumed, Gate
-from tasks.scores import Means
-from tasks.settings import OnlineSettings
-from tasks.training.errors import TrainingError
-from tasks.training.groups import RowGroup
-from tasks.training.learner import Frozen, Learner
-from tasks.training.loop import Score, score
-from tasks.training.spec import Spec
-from tasks.versions import load_learner
+from tidemill.storage.dataset import snapshot
+from tidemill.storage.errors import CorruptObject, UnknownVersion
+from tidemill.storage.log import Alias, Version, VersionLog
+from tidemill.storage.manifest import Compared, Consumed, Gate
+from tidemill.tasks.scores import Means
+from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.training.errors import TrainingError
+from tidemill.tasks.training.groups import RowGroup
+from tidemill.tasks.training.learner import Frozen, Learner
+from tidemill.tasks.training.loop import Score, score
+from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.gate")
 

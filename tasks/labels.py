@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage.errors import ShardRejected
-from storage.parquet import MAX_DECODED_BYTES, RowGroup
-from tasks.training.columns import family_of, numbers, one_array
-from tasks.training.errors import SpecError
+from tidemill.storage.errors import ShardRejected
+from tidemill.storage.parquet import MAX_DECODED_BYTES, RowGroup
+from tidemill.tasks.training.columns import family_of, numbers, one_array
+from tidemill.tasks.training.errors import SpecError
 
 
 class _Keys(NamedTuple):
@@ -150,7 +150,7 @@ class Labels:
 
 @dataclass(frozen=True, eq=False)
 class LabelledGroup:
-    """A feature row group that has the targets as well (`tasks.training.groups.RowGroup`)."""
+    """A feature row group that has the targets as well (`tidemill.tasks.training.groups.RowGroup`)."""
 
     features: RowGroup
     labels: Labels

@@ -2,14 +2,14 @@
 
 import logging
 
-from storage import retention
-from storage.log import open_log
+from tidemill.storage import retention
+from tidemill.storage.log import open_log
 
 logger = logging.getLogger("tidemill.maintenance")
 
 
 def collect_garbage(registry: str, model: str, keep: int) -> list[str]:
-    """Delete the blobs that no version in retention names; see `storage.retention`. Returns the deleted keys."""
+    """Delete the blobs that no version in retention names; see `tidemill.storage.retention`. Returns the deleted keys."""
     log = open_log(registry, model)
     deleted = retention.collect_garbage(log, keep)
     logger.info(

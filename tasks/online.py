@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from storage.errors import (
+from tidemill.storage.errors import (
     HeadMoved,
     NotFound,
     NotReady,
@@ -28,29 +28,29 @@ from storage.errors import (
     UnsupportedStore,
     on_one_line,
 )
-from storage.inbox import Inbox, quarantine_key, settle
-from storage.log import Alias, Version, VersionLog
-from storage.manifest import Blobs, Consumed, Entry, Gate, Owed, TombstonesRef
-from storage.parallel import at_once
-from storage.probe import check_preconditions
-from storage.store import ObjectInfo, Store
-from storage.urls import open_store
-from tasks.batch import VersionInfo
-from tasks.delayed import BadLabels, DelayedLabels
-from tasks.gate import Champion, GateClosed, decide, finite, metric_of
-from tasks.provenance import code_revision
-from tasks.reading import Reader, Ready, read_shard
-from tasks.report import OnlineReport
-from tasks.scores import Summary
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.environment import differences, environment
-from tasks.training.errors import ColumnError, NonFiniteLoss
-from tasks.training.learner import Learner
-from tasks.training.loop import score, train_shard
-from tasks.training.spec import Spec
-from tasks.triggers import Reason, Seen, Trigger
-from tasks.versions import load_learner, spec_of
-from tasks.work import Loaded, Scored, Trained
+from tidemill.storage.inbox import Inbox, quarantine_key, settle
+from tidemill.storage.log import Alias, Version, VersionLog
+from tidemill.storage.manifest import Blobs, Consumed, Entry, Gate, Owed, TombstonesRef
+from tidemill.storage.parallel import at_once
+from tidemill.storage.probe import check_preconditions
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks.batch import VersionInfo
+from tidemill.tasks.delayed import BadLabels, DelayedLabels
+from tidemill.tasks.gate import Champion, GateClosed, decide, finite, metric_of
+from tidemill.tasks.provenance import code_revision
+from tidemill.tasks.reading import Reader, Ready, read_shard
+from tidemill.tasks.report import OnlineReport
+from tidemill.tasks.scores import Summary
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.environment import differences, environment
+from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import score, train_shard
+from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.triggers import Reason, Seen, Trigger
+from tidemill.tasks.versions import load_learner, spec_of
+from tidemill.tasks.work import Loaded, Scored, Trained
 
 logger = logging.getLogger("tidemill.online")
 

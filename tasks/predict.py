@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from storage.dataset import snapshot
-from storage.errors import DatasetError
-from storage.log import open_log
-from storage.parquet import RowGroup
-from storage.urls import open_store
-from tasks.training.loop import predict as predict_groups
-from tasks.versions import load_learner
+from tidemill.storage.dataset import snapshot
+from tidemill.storage.errors import DatasetError
+from tidemill.storage.log import open_log
+from tidemill.storage.parquet import RowGroup
+from tidemill.storage.urls import open_store
+from tidemill.tasks.training.loop import predict as predict_groups
+from tidemill.tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.predict")
 

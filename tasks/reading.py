@@ -11,13 +11,13 @@ from typing import Final
 
 import pyarrow as pa
 
-from storage.errors import NotReady, ShardRejected
-from storage.inbox import Inbox, Shard
-from storage.store import ObjectInfo
-from tasks.delayed import BadLabels, Complete, DelayedLabels
-from tasks.training.errors import ColumnError
-from tasks.training.features import Features
-from tasks.training.groups import RowGroup
+from tidemill.storage.errors import NotReady, ShardRejected
+from tidemill.storage.inbox import Inbox, Shard
+from tidemill.storage.store import ObjectInfo
+from tidemill.tasks.delayed import BadLabels, Complete, DelayedLabels
+from tidemill.tasks.training.errors import ColumnError
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import RowGroup
 
 AHEAD_BYTES: Final = 64 * 2**20
 """Shards are read ahead for as long as they and their labels have no more bytes together than this; or one of them."""

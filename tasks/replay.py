@@ -5,18 +5,18 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from storage.errors import CorruptObject, NotFound, ShardRejected, StoreNotFound, UnknownVersion
-from storage.inbox import Shard, archive_keys
-from storage.log import Version, VersionLog
-from storage.manifest import Consumed, LabelShard, sha256
-from storage.store import ObjectInfo, Store
-from tasks.labels import Labels
-from tasks.training.environment import differences, environment
-from tasks.training.errors import TrainingError
-from tasks.training.groups import RowGroup
-from tasks.training.learner import Learner
-from tasks.training.loop import train_shard
-from tasks.versions import load_learner
+from tidemill.storage.errors import CorruptObject, NotFound, ShardRejected, StoreNotFound, UnknownVersion
+from tidemill.storage.inbox import Shard, archive_keys
+from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.manifest import Consumed, LabelShard, sha256
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.tasks.labels import Labels
+from tidemill.tasks.training.environment import differences, environment
+from tidemill.tasks.training.errors import TrainingError
+from tidemill.tasks.training.groups import RowGroup
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import train_shard
+from tidemill.tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.replay")
 

@@ -4,8 +4,8 @@ from datetime import datetime
 
 from pydantic import BaseModel, PrivateAttr
 
-from storage.manifest import Manifest
-from tasks.scores import Summary
+from tidemill.storage.manifest import Manifest
+from tidemill.tasks.scores import Summary
 
 
 class OnlineReport(BaseModel):

@@ -5,7 +5,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-from storage.manifest import Consumed
+from tidemill.storage.manifest import Consumed
 
 
 class Means(BaseModel):

@@ -15,9 +15,9 @@ from typing import Final, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.errors import ShardRejected
-from storage.store import ObjectInfo
-from tasks.training.errors import ColumnError, SpecError
+from tidemill.storage.errors import ShardRejected
+from tidemill.storage.store import ObjectInfo
+from tidemill.tasks.training.errors import ColumnError, SpecError
 
 T = TypeVar("T")
 

@@ -4,11 +4,11 @@ import os
 
 from pydantic import ValidationError
 
-from storage.errors import CorruptObject
-from storage.log import Version, VersionLog
-from tasks.training.imports import ALLOWED_MODULES, check_allowed
-from tasks.training.learner import Learner
-from tasks.training.spec import Spec
+from tidemill.storage.errors import CorruptObject
+from tidemill.storage.log import Version, VersionLog
+from tidemill.tasks.training.imports import ALLOWED_MODULES, check_allowed
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.spec import Spec
 
 
 def load_learner(log: VersionLog, version: Version, device: str = "cpu") -> Learner:

@@ -4,13 +4,13 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from storage.inbox import Shard
-from storage.log import Version
-from storage.manifest import Consumed, Gate, LabelShard, Owed, Predicted, Rejected, consumed_objects
-from storage.tombstones import Tombstones
-from tasks.scores import Summary
-from tasks.training.learner import Learner
-from tasks.training.loop import PassResult
+from tidemill.storage.inbox import Shard
+from tidemill.storage.log import Version
+from tidemill.storage.manifest import Consumed, Gate, LabelShard, Owed, Predicted, Rejected, consumed_objects
+from tidemill.storage.tombstones import Tombstones
+from tidemill.tasks.scores import Summary
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import PassResult
 
 
 @dataclass

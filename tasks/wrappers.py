@@ -13,8 +13,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
-from storage.errors import HeadMoved, Unavailable
-from tasks import batch, maintenance, online
+from tidemill.storage.errors import HeadMoved, Unavailable
+from tidemill.tasks import batch, maintenance, online
 
 logger = logging.getLogger("tidemill")
 if logger.level == logging.NOTSET:

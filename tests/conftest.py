@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from botocore.client import BaseClient
 
-from storage.store import Store
-from storage.urls import open_store
 from tests.s3_server import S3, s3_for_tests
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
 
 BUCKET = "tidemill-tests"
 

@@ -9,14 +9,20 @@ import pytest
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("storage", ["prefect", "torch"]),
-        ("storage.log, storage.inbox, storage.audit, storage.retention", ["prefect", "torch", "pyarrow", "s3fs"]),
-        ("storage.dataset, storage.s3", ["prefect", "torch"]),
-        ("tasks.training", ["prefect", "storage"]),
-        ("tasks.training.loop, tasks.training.learner", ["prefect", "storage", "s3fs"]),
-        ("tasks.training.spec, tasks.settings", ["prefect", "torch", "pyarrow"]),
-        ("tasks.batch, tasks.online, tasks.predict, tasks.maintenance", ["prefect"]),
-        ("flows.cli", ["prefect", "torch", "s3fs", "pyarrow"]),
+        ("tidemill.storage", ["prefect", "torch"]),
+        (
+            "tidemill.storage.log, tidemill.storage.inbox, tidemill.storage.audit, tidemill.storage.retention",
+            ["prefect", "torch", "pyarrow", "s3fs"],
+        ),
+        ("tidemill.storage.dataset, tidemill.storage.s3", ["prefect", "torch"]),
+        ("tidemill.tasks.training", ["prefect", "tidemill.storage"]),
+        ("tidemill.tasks.training.loop, tidemill.tasks.training.learner", ["prefect", "tidemill.storage", "s3fs"]),
+        ("tidemill.tasks.training.spec, tidemill.tasks.settings", ["prefect", "torch", "pyarrow"]),
+        (
+            "tidemill.tasks.batch, tidemill.tasks.online, tidemill.tasks.predict, tidemill.tasks.maintenance",
+            ["prefect"],
+        ),
+        ("tidemill.flows.cli", ["prefect", "torch", "s3fs", "pyarrow"]),
     ],
 )
 def test_imports(module: str, unwanted: list[str]) -> None:

@@ -23,7 +23,7 @@ from benchmarks.learning.ours import Tidemill
 from benchmarks.learning.peers import RiverLinear, RiverLinearByRow, RiverLinearTwice, RiverTree, SklearnSGD
 from benchmarks.learning.protocol import Make, Settings, choose, summary
 from benchmarks.learning.streams import STREAMS
-from tasks.training.spec import ReplayMemory
+from tidemill.tasks.training.spec import ReplayMemory
 
 ROWS: Final = 10_000  # of a generated stream
 REPLAY: Final = ReplayMemory(rows=4000, ratio=1.0)

@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.learning.protocol import Settings
 from benchmarks.learning.streams import Stream, Y
-from tasks.training.features import Features
-from tasks.training.learner import Learner
-from tasks.training.loop import predict, train_pass, train_shard
-from tasks.training.spec import Column, Model, ReplayMemory, Spec
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import predict, train_pass, train_shard
+from tidemill.tasks.training.spec import Column, Model, ReplayMemory, Spec
 
 GROUP_ROWS: Final = 4096
 BUCKETS: Final = 4096  # hardly any two values share one (of 102 destinations, two do): the others get one-hot columns

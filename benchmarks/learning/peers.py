@@ -17,7 +17,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from benchmarks.learning.protocol import Settings
 from benchmarks.learning.streams import Stream, Y
-from tasks.training.groups import stable_seed
+from tidemill.tasks.training.groups import stable_seed
 
 
 def _orders(rows: int, settings: Settings, seed: int) -> Iterator[np.ndarray]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from benchmarks.learning.streams import Y
-from tasks.training.groups import stable_seed
+from tidemill.tasks.training.groups import stable_seed
 
 Poison = Callable[[pa.Table, int], pa.Table]  # a shard and its number
 

@@ -25,12 +25,12 @@ from benchmarks.learning import poison
 from benchmarks.learning.ours import BATCH_SIZE, BUCKETS, CLIP_NORM, PASSES, Tidemill
 from benchmarks.learning.protocol import Settings, choose
 from benchmarks.learning.streams import STREAMS, Stream, Y
-from storage.log import open_log
-from storage.urls import open_store
-from tasks import batch, online
-from tasks.gate import metric_of
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.spec import Column, Spec
+from tidemill.storage.log import open_log
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch, online
+from tidemill.tasks.gate import metric_of
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.spec import Column, Spec
 
 TOLERANCE: Final = 0.05
 COPIES: Final = 20

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.learning.streams import Stream, Y
-from tasks.training.errors import TrainingError
+from tidemill.tasks.training.errors import TrainingError
 
 RATES: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 EPOCHS: Final = (2, 10)

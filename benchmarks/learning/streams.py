@@ -25,7 +25,7 @@ from river.datasets import synth
 
 from examples.flights.data import TARGET as DELAY
 from examples.flights.data import flights as all_flights
-from tasks.training.groups import stable_seed
+from tidemill.tasks.training.groups import stable_seed
 
 Y: Final = "y"
 SHARD: Final = 500

@@ -24,9 +24,9 @@ SHUFFLE_TIMES: Final = 4  # several of the largest windows
 def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     """One pass as a batch run takes it by default, with rows held out: the split costs memory too."""
     from benchmarks.speed.training.ours import begun
-    from tasks.settings import BatchSettings
-    from tasks.training.groups import Split
-    from tasks.training.loop import train_pass
+    from tidemill.tasks.settings import BatchSettings
+    from tidemill.tasks.training.groups import Split
+    from tidemill.tasks.training.loop import train_pass
 
     learner, groups = begun(work, compile="off")
     split = Split(BatchSettings().held_out, held_out=False)

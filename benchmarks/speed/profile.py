@@ -86,7 +86,7 @@ class Sampler(threading.Thread):
 def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     """Shares of the time of the main thread, and of one core by the others together; a pass as in the `training` suite."""
     from benchmarks.speed.training.ours import begun
-    from tasks.training.loop import train_pass
+    from tidemill.tasks.training.loop import train_pass
 
     learner, groups = begun(work, compile="on" if case == "tidemill_compiled" else "off")
     train_pass(learner, groups[:1], key=("warm-up", 0))

@@ -19,12 +19,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from storage.dataset import snapshot
-from storage.log import VersionLog, open_log
-from storage.manifest import Consumed, sha256
-from storage.urls import open_store
-from tasks.training.loop import score
-from tasks.versions import load_learner
+from tidemill.storage.dataset import snapshot
+from tidemill.storage.log import VersionLog, open_log
+from tidemill.storage.manifest import Consumed, sha256
+from tidemill.storage.urls import open_store
+from tidemill.tasks.training.loop import score
+from tidemill.tasks.versions import load_learner
 
 import data
 
@@ -118,7 +118,7 @@ def check(consumed: list[Consumed], shards: int) -> None:
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
-COMMAND = [sys.executable, "-m", "flows"]
+COMMAND = [sys.executable, "-m", "tidemill"]
 
 
 def tidemill(*arguments: str, environment: dict[str, str]) -> None:

@@ -15,11 +15,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from tasks.training.errors import ColumnError
-from tasks.training.features import Features
-from tasks.training.groups import THREADS, RowGroup, Split, generator, work_alone
-from tasks.training.packing import place
-from tasks.training.pool import Empty, WindowPool
+from tidemill.tasks.training.errors import ColumnError
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import THREADS, RowGroup, Split, generator, work_alone
+from tidemill.tasks.training.packing import place
+from tidemill.tasks.training.pool import Empty, WindowPool
 
 __all__ = ["ORDER", "Batch", "RowGroup", "Split", "Stream", "ahead", "in_batches", "joined"]
 

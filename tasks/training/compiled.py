@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils import get_total_norm
 
-from tasks.training.batches import Batch
-from tasks.training.learner import Learner
-from tasks.training.losses import LossFunction, is_column
-from tasks.training.updates import FUNCTIONAL, arguments_of, states_of
+from tidemill.tasks.training.batches import Batch
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.losses import LossFunction, is_column
+from tidemill.tasks.training.updates import FUNCTIONAL, arguments_of, states_of
 
 Forward = Callable[[Callable[..., Tensor], Tensor, Tensor | None], Tensor]
 """(network, x_BF, ids_BC or None) to the network's outputs in float32."""

@@ -6,7 +6,7 @@ import platform
 import pyarrow as pa
 import torch
 
-from tasks.training.batches import ORDER
+from tidemill.tasks.training.batches import ORDER
 
 VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_CBWR")  # each picks other kernels, so other roundings
 

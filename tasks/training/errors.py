@@ -2,7 +2,7 @@
 
 
 class TrainingError(Exception):
-    """Base of every error that `tasks.training` raises on purpose."""
+    """Base of every error that `tidemill.tasks.training` raises on purpose."""
 
 
 class SpecError(TrainingError, ValueError):

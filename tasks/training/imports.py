@@ -8,8 +8,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from tasks.training.errors import FactoryError
-from tasks.training.spec import Spec
+from tidemill.tasks.training.errors import FactoryError
+from tidemill.tasks.training.spec import Spec
 
 ALLOWED_MODULES: Final = "TIDEMILL_FACTORIES"
 """Environment variable: modules, separated by commas, that specs read from storage may import from."""

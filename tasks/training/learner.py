@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 from torchmetrics import Metric
 
-from tasks.training.errors import FactoryError, SpecError, StateMismatch, TrainingError
-from tasks.training.features import Features
-from tasks.training.groups import RowGroup
-from tasks.training.memory import Memory
-from tasks.training.metrics import metrics_of
-from tasks.training.models import build
-from tasks.training.spec import BUILT_IN_MODELS, ScheduleName, Spec
+from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch, TrainingError
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import RowGroup
+from tidemill.tasks.training.memory import Memory
+from tidemill.tasks.training.metrics import metrics_of
+from tidemill.tasks.training.models import build
+from tidemill.tasks.training.spec import BUILT_IN_MODELS, ScheduleName, Spec
 
 if TYPE_CHECKING:
-    from tasks.training.compiled import CompiledSteps
+    from tidemill.tasks.training.compiled import CompiledSteps
 
 OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
     "sgd": torch.optim.SGD,

@@ -14,16 +14,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tasks.training.batches import Batch, RowGroup, Split, Stream, ahead, in_batches, joined
-from tasks.training.compiled import CompiledSteps, Forward, tracing, wanted
-from tasks.training.errors import NonFiniteLoss
-from tasks.training.features import Encoded
-from tasks.training.groups import generator, stable_seed
-from tasks.training.learner import Frozen, Learner
-from tasks.training.losses import LossFunction, is_column, loss_of
-from tasks.training.memory import Memory, mixed
-from tasks.training.spec import Spec
-from tasks.training.updates import Update, backward
+from tidemill.tasks.training.batches import Batch, RowGroup, Split, Stream, ahead, in_batches, joined
+from tidemill.tasks.training.compiled import CompiledSteps, Forward, tracing, wanted
+from tidemill.tasks.training.errors import NonFiniteLoss
+from tidemill.tasks.training.features import Encoded
+from tidemill.tasks.training.groups import generator, stable_seed
+from tidemill.tasks.training.learner import Frozen, Learner
+from tidemill.tasks.training.losses import LossFunction, is_column, loss_of
+from tidemill.tasks.training.memory import Memory, mixed
+from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.updates import Update, backward
 
 EVALUATION_ROWS: Final = 8192  # rows of a forward pass without gradients
 

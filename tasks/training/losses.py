@@ -10,10 +10,10 @@ from typing import Final
 from torch import Tensor
 from torch.nn import functional
 
-from tasks.training.errors import OutputShapeError
-from tasks.training.features import Features
-from tasks.training.imports import imported
-from tasks.training.spec import Spec
+from tidemill.tasks.training.errors import OutputShapeError
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.imports import imported
+from tidemill.tasks.training.spec import Spec
 
 BUILT_IN: Final[dict[str, Callable[..., Tensor]]] = {
     "mse": functional.mse_loss,

@@ -13,10 +13,10 @@ from typing import Final, Self
 import torch
 from torch import Tensor
 
-from tasks.training.batches import Batch
-from tasks.training.errors import SpecError, StateMismatch
-from tasks.training.features import Features
-from tasks.training.spec import Spec
+from tidemill.tasks.training.batches import Batch
+from tidemill.tasks.training.errors import SpecError, StateMismatch
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.spec import Spec
 
 STAGED_ROWS: Final = 4096  # rows that are decided on together: tensor operations cost the same for few rows
 DRAWN_STEPS: Final = 64  # steps whose old rows are gathered together, for the same reason

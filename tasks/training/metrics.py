@@ -11,9 +11,9 @@ from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
 
-from tasks.training.errors import FactoryError
-from tasks.training.imports import imported
-from tasks.training.spec import Spec
+from tidemill.tasks.training.errors import FactoryError
+from tidemill.tasks.training.imports import imported
+from tidemill.tasks.training.spec import Spec
 
 # Even in logits, so that probabilities near 0 and 1, where rare classes live, get their share of the bins.
 AUROC_EDGES: Final = torch.linspace(-16.0, 16.0, 1025)

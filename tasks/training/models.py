@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tasks.training.errors import FactoryError
-from tasks.training.features import Features, SequenceInput
-from tasks.training.imports import imported
-from tasks.training.spec import Spec
+from tidemill.tasks.training.errors import FactoryError
+from tidemill.tasks.training.features import Features, SequenceInput
+from tidemill.tasks.training.imports import imported
+from tidemill.tasks.training.spec import Spec
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from tasks.training.columns import as_tensor
+from tidemill.tasks.training.columns import as_tensor
 
 BLOCK_NUMBERS: Final = 24_576
 """float64s in flight. Small enough for the cache; and below 32,768 torch uses one thread, so that the bits of the statistics

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from tasks.training.columns import as_tensor, from_arrow
+from tidemill.tasks.training.columns import as_tensor, from_arrow
 
 BLOCK_ROWS: Final = 32_768
 """Rows filled in at a time, at most; as many numbers, at most, as follow. Of more, a column's values and the block do not stay in

@@ -10,8 +10,8 @@ from typing import Final, Self
 import torch
 from torch import Tensor
 
-from tasks.training.errors import ColumnError
-from tasks.training.moments import Moments
+from tidemill.tasks.training.errors import ColumnError
+from tidemill.tasks.training.moments import Moments
 
 WIDENING: Final = 1e3
 """Rows that would make a column's running standard deviation so many times as large are refused: once in the statistics, they

@@ -10,10 +10,10 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_HOME, temporary_settings
 
-from storage.urls import open_store
-from tasks.training.spec import Spec
 from tests.flows.data import SPEC, parquet
 from tests.flows.prefect_server import prefect_environment, running_prefect_server
+from tidemill.storage.urls import open_store
+from tidemill.tasks.training.spec import Spec
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tasks.training.spec import Column, Spec
+from tidemill.tasks.training.spec import Column, Spec
 
 SPEC = Spec(features=(Column(name="a"), Column(name="b")), target="y", epochs=2, learning_rate=0.1, batch_size=32)
 SPEC_FIELDS = {"features": ["a", "b"], "target": "y", "epochs": 2, "learning_rate": 0.1, "batch_size": 32}

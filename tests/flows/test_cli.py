@@ -18,22 +18,22 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-import flows.batch
-import flows.online
-from flows.cli import app, main
-from storage.inbox import quarantined
-from storage.log import open_log
-from storage.urls import open_store
-from tasks.batch import VersionInfo
-from tasks.gate import GateClosed
-from tasks.report import OnlineReport
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.spec import Column, Model, Optimizer, Spec
 from tests.flows.conftest import Place
 from tests.flows.data import NOT_PARQUET, OWN_MODEL, SPEC, SPEC_FIELDS
 from tests.flows.prefect_server import prefect_environment
 from tests.guarantees.children import drain, train
 from tests.s3_server import S3
+from tidemill.flows import batch as batch_flow
+from tidemill.flows import online as online_flow
+from tidemill.flows.cli import app, main
+from tidemill.storage.inbox import quarantined
+from tidemill.storage.log import open_log
+from tidemill.storage.urls import open_store
+from tidemill.tasks.batch import VersionInfo
+from tidemill.tasks.gate import GateClosed
+from tidemill.tasks.report import OnlineReport
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.spec import Column, Model, Optimizer, Spec
 
 pytestmark = pytest.mark.xdist_group("flows")  # all in one worker, with one Prefect server
 
@@ -314,7 +314,7 @@ def batch_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         metrics: dict[str, object] = {"holdout_rows": 40, "holdout": {"loss": 0.25}}
         return VersionInfo(registry=arguments[1], model=arguments[2], version=3, trained=True, metrics=metrics)
 
-    monkeypatch.setattr(flows.batch, "batch_training", batch_training)
+    monkeypatch.setattr(batch_flow, "batch_training", batch_training)
     return calls
 
 
@@ -397,7 +397,7 @@ def test_follow_with_flags(tidemill: Run, monkeypatch: pytest.MonkeyPatch) -> No
             owed=1,
         )
 
-    monkeypatch.setattr(flows.online, "online_training", online_training)
+    monkeypatch.setattr(online_flow, "online_training", online_training)
     result = tidemill("follow", "i", "r", "m", "--max-shards", "8", "--after-commit", "archive", "--archive-to", "z")
     settings = OnlineSettings(mode="follow", max_shards=8, after_commit="archive", archive_to="z")
     assert calls == [("i", "r", "m", settings)]
@@ -549,8 +549,8 @@ def test_wrong_credentials(s3_server: S3, tmp_path: Path) -> None:
 def test_a_secret_in_a_url_is_refused_before_prefect_sees_it(
     tidemill: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
-    monkeypatch.delattr(flows.batch, "batch_training")
-    monkeypatch.delattr(flows.online, "online_training")
+    monkeypatch.delattr(batch_flow, "batch_training")
+    monkeypatch.delattr(online_flow, "online_training")
     result = tidemill(*arguments, "s3://me:hunter2@bucket/x")
     assert (result.code, result.out) == (1, "")
     assert "hunter2" not in result.err
@@ -560,7 +560,7 @@ def test_a_person_who_must_decide_is_told_so(tidemill: Run, monkeypatch: pytest.
     def online_training(*arguments: Any) -> OnlineReport:
         raise GateClosed("3 versions in a row were worse")
 
-    monkeypatch.setattr(flows.online, "online_training", online_training)
+    monkeypatch.setattr(online_flow, "online_training", online_training)
     result = tidemill("follow", "i", "r", "m")
     assert (result.code, result.err.splitlines()[-1]) == (1, "tidemill: 3 versions in a row were worse")
 
@@ -569,7 +569,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("storage.log.open_log", broken)
+    monkeypatch.setattr("tidemill.storage.log.open_log", broken)
     with pytest.raises(ZeroDivisionError):
         main(["log", "r", "m"])
 
@@ -603,7 +603,7 @@ def imported(*arguments: str, cwd: Path) -> set[str]:
     """Which heavy packages a command that succeeds imports, in a process of its own."""
     code = f"""
 import sys
-from flows.cli import main
+from tidemill.flows.cli import main
 try:
     main(sys.argv[1:])
 except SystemExit as ended:

@@ -20,13 +20,13 @@ from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 
-from storage.log import open_log
-from storage.urls import open_store
 from tests.flows.conftest import Place
 from tests.flows.data import OWN_MODEL, SPEC
 from tests.flows.prefect_server import stop
 from tests.guarantees.audit import audit
 from tests.s3_server import wait_until
+from tidemill.storage.log import open_log
+from tidemill.storage.urls import open_store
 
 pytestmark = pytest.mark.xdist_group("flows")  # one worker, one server
 
@@ -85,7 +85,7 @@ def test_the_shipped_file_deploys_as_it_is(client: SyncPrefectClient, tmp_path: 
         assert deployment.work_pool_name == POOL
         assert deployment.tags == ["tidemill"]
         assert deployment.entrypoint is not None
-        assert deployment.entrypoint.startswith("flows.")
+        assert deployment.entrypoint.startswith("tidemill.flows.")
         assert deployment.enforce_parameter_schema
         assert deployment.job_variables["env"]["PREFECT_LOGGING_EXTRA_LOGGERS"] == "tidemill"
         assert [schedule.active for schedule in deployment.schedules] == [True]

@@ -19,22 +19,22 @@ from prefect.client.schemas.objects import TaskRun
 from prefect.exceptions import ParameterTypeError
 from prefect.states import Failed
 
-from flows.batch import batch_training
-from flows.maintenance import maintenance
-from flows.online import online_training
-from flows.stopping import stop_on_signals
-from storage.errors import StoreNotFound, Unavailable, UnknownModel
-from storage.log import VersionLog, open_log
-from storage.urls import open_store
-from tasks import wrappers
-from tasks.batch import VersionInfo
-from tasks.gate import GateClosed
-from tasks.report import OnlineReport
-from tasks.settings import BatchSettings, OnlineSettings
 from tests.flows.conftest import Place
 from tests.flows.data import SPEC_FIELDS, parquet
 from tests.guarantees.audit import audit
 from tests.s3_server import wait_until
+from tidemill.flows.batch import batch_training
+from tidemill.flows.maintenance import maintenance
+from tidemill.flows.online import online_training
+from tidemill.flows.stopping import stop_on_signals
+from tidemill.storage.errors import StoreNotFound, Unavailable, UnknownModel
+from tidemill.storage.log import VersionLog, open_log
+from tidemill.storage.urls import open_store
+from tidemill.tasks import wrappers
+from tidemill.tasks.batch import VersionInfo
+from tidemill.tasks.gate import GateClosed
+from tidemill.tasks.report import OnlineReport
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
 
 pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.xdist_group("flows")]  # one worker, one server
 
@@ -201,7 +201,7 @@ def test_sigterm_ends_follow_after_the_step_in_hand(place: Place, tmp_path: Path
     """As a service manager stops it: exit code 0, a report, and every shard so far consumed exactly once."""
     log = train(place)
     shards = place.drop(*(f"{i:02}.parquet" for i in range(40)))
-    command = [sys.executable, "-m", "flows", "follow", place.inbox, place.registry, "model", "--json"]
+    command = [sys.executable, "-m", "tidemill", "follow", place.inbox, place.registry, "model", "--json"]
     with (tmp_path / "errors").open("wb") as errors:
         child = subprocess.Popen([*command, "--max-shards", "1"], stdout=subprocess.PIPE, stderr=errors)
     try:

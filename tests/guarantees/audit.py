@@ -6,13 +6,13 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 
-from storage.audit import audit as audit_history
-from storage.inbox import archive_keys
-from storage.log import Version, VersionLog
-from storage.manifest import sha256
-from storage.memory import MemoryStore
-from storage.store import Store
-from tasks.replay import replay
+from tidemill.storage.audit import audit as audit_history
+from tidemill.storage.inbox import archive_keys
+from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.manifest import sha256
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.store import Store
+from tidemill.tasks.replay import replay
 
 _one_at_a_time = threading.Lock()  # dropout draws from torch's generator, which all threads share
 

@@ -42,17 +42,6 @@ import torch
 from botocore.client import BaseClient
 from botocore.exceptions import BotoCoreError, ClientError, EndpointConnectionError
 
-from flows.stopping import stop_on_signals
-from storage.errors import StorageError, Unavailable
-from storage.inbox import quarantined
-from storage.log import VersionLog
-from storage.manifest import sha256
-from storage.s3 import S3Store
-from storage.store import Store
-from storage.tombstones import WINDOW
-from storage.urls import open_store
-from tasks import online
-from tasks.settings import OnlineSettings
 from tests.guarantees.audit import audit
 from tests.guarantees.children import (
     BATCH,
@@ -67,6 +56,17 @@ from tests.guarantees.children import (
     waiting,
 )
 from tests.s3_server import S3, Server, running_server, wait_until
+from tidemill.flows.stopping import stop_on_signals
+from tidemill.storage.errors import StorageError, Unavailable
+from tidemill.storage.inbox import quarantined
+from tidemill.storage.log import VersionLog
+from tidemill.storage.manifest import sha256
+from tidemill.storage.s3 import S3Store
+from tidemill.storage.store import Store
+from tidemill.storage.tombstones import WINDOW
+from tidemill.storage.urls import open_store
+from tidemill.tasks import online
+from tidemill.tasks.settings import OnlineSettings
 
 BUCKET, MODEL = "chaos", "model"
 REGISTRY, INBOX = f"s3://{BUCKET}/registry", f"s3://{BUCKET}/inbox"

@@ -25,19 +25,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from storage import retention
-from storage.dataset import snapshot
-from storage.errors import NotFound, PreconditionFailed, UnknownVersion
-from storage.inbox import is_shard
-from storage.log import VersionLog
-from storage.manifest import sha256
-from storage.probe import check_preconditions
-from storage.store import Store
-from storage.urls import open_store
-from tasks import batch, online
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.spec import Spec
 from tests.storage.faults import Call, act_once, hooked, together
+from tidemill.storage import retention
+from tidemill.storage.dataset import snapshot
+from tidemill.storage.errors import NotFound, PreconditionFailed, UnknownVersion
+from tidemill.storage.inbox import is_shard
+from tidemill.storage.log import VersionLog
+from tidemill.storage.manifest import sha256
+from tidemill.storage.probe import check_preconditions
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch, online
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.spec import Spec
 
 T = TypeVar("T")
 Stores = Callable[[str], Store]
@@ -69,7 +69,7 @@ SPEC = Spec.model_validate(
     }
 )
 WHOLE_VERSIONS = 2
-"""Of `storage.tombstones`, so that short histories have both, tombstones in a blob and tombstones in manifests."""
+"""Of `tidemill.storage.tombstones`, so that short histories have both, tombstones in a blob and tombstones in manifests."""
 BATCH = BatchSettings(holdout=0.2)
 CLASSES = Spec.model_validate(
     SPEC.model_dump()

@@ -2,8 +2,8 @@
 
 import pytest
 
-from storage import tombstones
 from tests.guarantees.children import WHOLE_VERSIONS
+from tidemill.storage import tombstones
 
 
 @pytest.fixture(autouse=True)

@@ -31,26 +31,26 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import ValidationError
 
-from storage.errors import InvalidKey, NotReady, ShardRejected, StorageError
-from storage.inbox import Inbox, Shard, is_shard, quarantine_key, quarantined, requeue, settle
-from storage.local import LocalStore
-from storage.log import Version, VersionLog
-from storage.manifest import Blobs, Entry, Owed, decode, encode, sha256
-from storage.memory import MemoryStore
-from storage.parquet import MAGIC, RowGroup
-from storage.runs import BatchProgress, Checkpoint
-from storage.store import ObjectInfo
-from storage.tombstones import Tombstones
-from storage.urls import open_store
-from tasks import online
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.errors import ColumnError, TrainingError
-from tasks.training.features import Features
-from tasks.training.learner import METADATA_KEY, Learner
-from tasks.training.spec import Spec
-from tasks.versions import load_learner
 from tests.guarantees.audit import audit
 from tests.guarantees.children import train
+from tidemill.storage.errors import InvalidKey, NotReady, ShardRejected, StorageError
+from tidemill.storage.inbox import Inbox, Shard, is_shard, quarantine_key, quarantined, requeue, settle
+from tidemill.storage.local import LocalStore
+from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.manifest import Blobs, Entry, Owed, decode, encode, sha256
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.parquet import MAGIC, RowGroup
+from tidemill.storage.runs import BatchProgress, Checkpoint
+from tidemill.storage.store import ObjectInfo
+from tidemill.storage.tombstones import Tombstones
+from tidemill.storage.urls import open_store
+from tidemill.tasks import online
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.errors import ColumnError, TrainingError
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.learner import METADATA_KEY, Learner
+from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.versions import load_learner
 
 SECONDS = 30
 """What one input may take by the clock. The slowest ones take a fraction of a second, also on a busy machine."""

@@ -21,10 +21,13 @@ from typing import Any, ClassVar, Literal
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from storage import inbox as inboxes
-from storage import retention
-from storage.dataset import snapshot
-from storage.errors import (
+from tests.guarantees.audit import audit
+from tests.storage.faults import Call, FaultStore
+from tests.tasks.rows import parquet, rows
+from tidemill.storage import inbox as inboxes
+from tidemill.storage import retention
+from tidemill.storage.dataset import snapshot
+from tidemill.storage.errors import (
     AlreadyExists,
     HeadMoved,
     NotFound,
@@ -35,20 +38,17 @@ from storage.errors import (
     Unavailable,
     UnknownVersion,
 )
-from storage.inbox import is_shard
-from storage.log import VersionLog
-from storage.manifest import Manifest, decode, sha256
-from storage.memory import MemoryStore
-from storage.probe import check_preconditions
-from storage.store import Store
-from storage.urls import open_store
-from tasks import batch, online
-from tasks.online import OnlineRun, Outcome
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.spec import Spec
-from tests.guarantees.audit import audit
-from tests.storage.faults import Call, FaultStore
-from tests.tasks.rows import parquet, rows
+from tidemill.storage.inbox import is_shard
+from tidemill.storage.log import VersionLog
+from tidemill.storage.manifest import Manifest, decode, sha256
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.probe import check_preconditions
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch, online
+from tidemill.tasks.online import OnlineRun, Outcome
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.spec import Spec
 
 Pair = tuple[str, str]
 """What a shard is to the protocol: its key, and the sha256 of its bytes."""

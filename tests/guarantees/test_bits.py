@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load
 
 from examples.net import Net
-from tasks import batch
-from tasks.settings import BatchSettings
-from tasks.training.spec import Spec
+from tidemill.tasks import batch
+from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.training.spec import Spec
 
 ROWS, BATCH = 1000, 64
 

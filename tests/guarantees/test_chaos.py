@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.manifest import sha256
 from tests.guarantees import chaos
+from tidemill.storage.manifest import sha256
 
 SECONDS, SEED = 12.0, 39
 """Of the sample: by the plan of this seed, 5 workers and the server are killed in time."""

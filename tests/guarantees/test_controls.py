@@ -16,15 +16,15 @@ from itertools import count
 
 import pytest
 
-from storage.errors import AlreadyExists, CorruptObject, HeadMoved, StorageError
-from storage.inbox import settle
-from storage.log import Version, VersionLog
-from storage.manifest import BlobRef, Entry, decode, encode
-from storage.store import ObjectInfo, Store
-from storage.tombstones import Tombstones
-from tasks.online import OnlineRun, Trained
 from tests.guarantees.machine import BAD, GOOD, Fault, Meanwhile, Plan, Protocol, World
 from tests.storage.faults import Call, FaultStore
+from tidemill.storage.errors import AlreadyExists, CorruptObject, HeadMoved, StorageError
+from tidemill.storage.inbox import settle
+from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.manifest import BlobRef, Entry, decode, encode
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.tombstones import Tombstones
+from tidemill.tasks.online import OnlineRun, Trained
 
 Shards = tuple[tuple[str, bytes], ...]
 

@@ -12,11 +12,6 @@ from typing import Protocol
 
 import pytest
 
-from storage.errors import Unavailable
-from storage.log import VersionLog
-from storage.store import Store
-from storage.urls import open_store
-from tasks.online import OnlineRun, Outcome, step
 from tests.guarantees.audit import audit
 from tests.guarantees.children import (
     BATCH,
@@ -43,6 +38,11 @@ from tests.guarantees.children import (
     waiting,
 )
 from tests.storage.faults import MEETS_ITSELF, Call, Deny, Hook, act_at, fail_at, hooked, meet_itself_at, together
+from tidemill.storage.errors import Unavailable
+from tidemill.storage.log import VersionLog
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks.online import OnlineRun, Outcome, step
 
 ALL = SHARDS | REJECTED
 ONE_PASS = ONLINE.model_copy(update={"passes": 1})

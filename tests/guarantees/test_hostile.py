@@ -22,22 +22,6 @@ import torch
 import yaml
 from botocore.client import BaseClient
 
-from flows import views
-from flows.cli import main
-from flows.flags import UsageError, spec_file
-from storage.errors import InvalidKey, PermissionDenied, StorageError
-from storage.inbox import is_shard, quarantined, requeue
-from storage.manifest import Blobs, Entry
-from storage.memory import MemoryStore
-from storage.s3 import S3Store
-from storage.store import Store
-from storage.urls import open_store
-from tasks.online import OnlineRun, Outcome, step
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.errors import StateMismatch, TrainingError
-from tasks.training.learner import METADATA_KEY
-from tasks.training.spec import Spec
-from tasks.versions import load_learner
 from tests.conftest import BUCKET
 from tests.guarantees.audit import audit
 from tests.guarantees.children import in_child, start_server, train
@@ -56,6 +40,22 @@ from tests.guarantees.fuzz import (
 )
 from tests.s3_server import S3
 from tests.storage.faults import Call, FaultStore
+from tidemill.flows import views
+from tidemill.flows.cli import main
+from tidemill.flows.flags import UsageError, spec_file
+from tidemill.storage.errors import InvalidKey, PermissionDenied, StorageError
+from tidemill.storage.inbox import is_shard, quarantined, requeue
+from tidemill.storage.manifest import Blobs, Entry
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.s3 import S3Store
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks.online import OnlineRun, Outcome, step
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.errors import StateMismatch, TrainingError
+from tidemill.tasks.training.learner import METADATA_KEY
+from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.versions import load_learner
 
 MakeUrl = Callable[[str], str]
 Stores = Callable[[str], Store]

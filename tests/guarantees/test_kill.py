@@ -13,10 +13,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from storage.log import VersionLog
-from storage.urls import open_store
-from tasks.settings import BatchSettings
-from tasks.triggers import Triggers
 from tests.guarantees.audit import audit, check_bits
 from tests.guarantees.children import (
     BATCH,
@@ -41,6 +37,10 @@ from tests.guarantees.children import (
     train,
     waiting,
 )
+from tidemill.storage.log import VersionLog
+from tidemill.storage.urls import open_store
+from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.triggers import Triggers
 
 GATED = ONLINE.model_copy(
     update={"champion": "move", "tolerance": 0.0, "window_shards": 2, "refusals": 1, "after_refusals": "rollback"}

@@ -15,8 +15,8 @@ ROW_BYTES = 11 * 4
 EPOCH = """
 import re, sys
 from pathlib import Path
-from tasks import batch
-from tasks.settings import BatchSettings
+from tidemill.tasks import batch
+from tidemill.tasks.settings import BatchSettings
 from tests.training.rows import plain_spec
 
 spec = plain_spec(batch_size=4096, epochs=1, shuffle=True, shuffle_bytes=24 * 2**20)

@@ -10,9 +10,6 @@ from threading import BrokenBarrierError
 
 import pytest
 
-from storage.log import VersionLog
-from storage.store import Store
-from storage.urls import open_store
 from tests.guarantees.audit import audit
 from tests.guarantees.children import (
     BATCH,
@@ -37,6 +34,9 @@ from tests.guarantees.children import (
     waiting,
 )
 from tests.s3_server import wait_until
+from tidemill.storage.log import VersionLog
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
 
 SAMPLE, FULL = (4, 2), (16, 50)
 """How many trainers, and how many rounds."""

@@ -12,7 +12,13 @@ import pytest
 import torch
 from botocore.client import BaseClient
 
-from storage.errors import (
+from tests.conftest import BUCKET
+from tests.guarantees.audit import audit
+from tests.guarantees.children import Stores, bits, copy, drain, fill, sample, table, train, waiting
+from tests.guarantees.proxy import Asked, Fault, FaultProxy, Plan
+from tests.s3_server import S3, running_server
+from tests.storage.faults import Call, FaultStore, Hook, Numbering, act_at, hooked
+from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
     HeadMoved,
@@ -21,21 +27,15 @@ from storage.errors import (
     StorageError,
     Unavailable,
 )
-from storage.log import VersionLog
-from storage.manifest import Blobs, Entry
-from storage.probe import check_preconditions
-from storage.s3 import S3Store
-from storage.store import Store
-from storage.urls import open_store
-from tasks.online import OnlineRun, Outcome, step
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.spec import Spec
-from tests.conftest import BUCKET
-from tests.guarantees.audit import audit
-from tests.guarantees.children import Stores, bits, copy, drain, fill, sample, table, train, waiting
-from tests.guarantees.proxy import Asked, Fault, FaultProxy, Plan
-from tests.s3_server import S3, running_server
-from tests.storage.faults import Call, FaultStore, Hook, Numbering, act_at, hooked
+from tidemill.storage.log import VersionLog
+from tidemill.storage.manifest import Blobs, Entry
+from tidemill.storage.probe import check_preconditions
+from tidemill.storage.s3 import S3Store
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks.online import OnlineRun, Outcome, step
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.spec import Spec
 
 SPEC = Spec(
     features=("a", "b"),
@@ -112,7 +112,7 @@ class Verb:
     answer: object
     after: dict[str, bytes]
     after_lost_answer: type[StorageError] | None = None
-    """What it may raise, though it was applied, when its answer was lost: so says `storage.store`."""
+    """What it may raise, though it was applied, when its answer was lost: so says `tidemill.storage.store`."""
     conditional: bool = False
 
     def asked(self, number: int) -> Asked:

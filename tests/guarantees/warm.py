@@ -7,13 +7,13 @@ import pyarrow as pa
 import torch
 import torch._dynamo  # optimizers import it on their first use
 
-import storage.s3
-import storage.tombstones
 import tests.guarantees.children
+import tidemill.storage.s3
+import tidemill.storage.tombstones
 
-__all__ = ["storage", "tests"]  # imported for the children
+__all__ = ["tests", "tidemill"]  # imported for the children
 
-storage.tombstones.WHOLE_VERSIONS = tests.guarantees.children.WHOLE_VERSIONS
+tidemill.storage.tombstones.WHOLE_VERSIONS = tests.guarantees.children.WHOLE_VERSIONS
 
 torch.set_num_threads(1)
 torch.nn.Linear(1, 1)(torch.from_dlpack(pa.array([1.0], pa.float32())).unsqueeze(1)).sum().backward()

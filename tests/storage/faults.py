@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from storage.errors import AlreadyExists, NotFound, PermissionDenied, PreconditionFailed, StorageError
-from storage.store import ObjectInfo, Store
-from storage.urls import open_store
+from tidemill.storage.errors import AlreadyExists, NotFound, PermissionDenied, PreconditionFailed, StorageError
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.urls import open_store
 
 Phase = Literal["before", "after"]
 

@@ -1,4 +1,4 @@
-"""What `storage.store` promises, once for every backend. `outside` looks past the store at what is really there."""
+"""What `tidemill.storage.store` promises, once for every backend. `outside` looks past the store at what is really there."""
 
 import os
 from collections.abc import Callable
@@ -12,10 +12,17 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from storage.errors import AlreadyExists, CorruptObject, InvalidKey, NotFound, PreconditionFailed, StoreNotFound
-from storage.store import Store
-from storage.urls import open_store
 from tests.s3_server import S3
+from tidemill.storage.errors import (
+    AlreadyExists,
+    CorruptObject,
+    InvalidKey,
+    NotFound,
+    PreconditionFailed,
+    StoreNotFound,
+)
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
 
 OTHER_ETAG = "0123456789abcdef0123456789abcdef"
 

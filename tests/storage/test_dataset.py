@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage import parquet
-from storage.dataset import Snapshot, snapshot
-from storage.errors import DatasetChanged, DatasetError, StoreNotFound, Unavailable
-from storage.memory import MemoryStore
-from storage.store import Store
-from storage.urls import open_store
 from tests.storage.faults import Call, FaultStore
+from tidemill.storage import parquet
+from tidemill.storage.dataset import Snapshot, snapshot
+from tidemill.storage.errors import DatasetChanged, DatasetError, StoreNotFound, Unavailable
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
 
 
 def written(table: pa.Table, **options: Any) -> bytes:

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.errors import (
+from tests.storage.faults import Call, FaultStore, fail_at
+from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
     InvalidKey,
@@ -26,13 +27,12 @@ from storage.errors import (
     StoreNotFound,
     Unavailable,
 )
-from storage.inbox import Inbox, Shard, is_shard, open_inbox, quarantine_key, quarantined, requeue, settle
-from storage.log import VersionLog
-from storage.manifest import Owed, sha256
-from storage.memory import MemoryStore
-from storage.store import ObjectInfo, Store
-from storage.urls import open_store
-from tests.storage.faults import Call, FaultStore, fail_at
+from tidemill.storage.inbox import Inbox, Shard, is_shard, open_inbox, quarantine_key, quarantined, requeue, settle
+from tidemill.storage.log import VersionLog
+from tidemill.storage.manifest import Owed, sha256
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.urls import open_store
 
 Stores = Callable[[str], Store]
 

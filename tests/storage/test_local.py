@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 
-from storage.errors import (
+from tidemill.storage.errors import (
     CorruptObject,
     InvalidKey,
     NotFound,
     PreconditionFailed,
 )
-from storage.local import LocalStore
+from tidemill.storage.local import LocalStore
 
 # Runs in a process of its own: audit events come right before a system call, and a hook cannot be removed again.
 PRELUDE = """
 import os, sys, signal
-from storage.errors import *
-from storage.local import LocalStore
+from tidemill.storage.errors import *
+from tidemill.storage.local import LocalStore
 store = LocalStore(sys.argv[1])
 arguments = sys.argv[2:]
 """

@@ -15,8 +15,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from storage import tombstones as tombstones_module
-from storage.errors import (
+from tests.storage.faults import Call, FaultStore
+from tidemill.storage import tombstones as tombstones_module
+from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
     HeadMoved,
@@ -30,8 +31,8 @@ from storage.errors import (
     UnsupportedFormat,
     UnsupportedStore,
 )
-from storage.log import HINT_EVERY, Version, VersionLog, list_models, open_log
-from storage.manifest import (
+from tidemill.storage.log import HINT_EVERY, Version, VersionLog, list_models, open_log
+from tidemill.storage.manifest import (
     BlobRef,
     Blobs,
     Consumed,
@@ -45,12 +46,11 @@ from storage.manifest import (
     encode,
     sha256,
 )
-from storage.memory import MemoryStore
-from storage.retention import collect_garbage
-from storage.store import ObjectInfo, Store
-from storage.tombstones import Tombstones
-from storage.urls import open_store
-from tests.storage.faults import Call, FaultStore
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.retention import collect_garbage
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.tombstones import Tombstones
+from tidemill.storage.urls import open_store
 
 DEBT = Owed(inbox="s3://in", key="k.parquet", sha256="s", etag="e", then="delete")
 
@@ -262,7 +262,7 @@ def test_opening_for_writing_asks_the_store_for_its_guarantees(
         def create(self, key: str, data: bytes) -> ObjectInfo:
             return self.write(key, data)
 
-    monkeypatch.setattr("storage.log.open_store", lambda url: Overwrites(url))
+    monkeypatch.setattr("tidemill.storage.log.open_store", lambda url: Overwrites(url))
     with pytest.raises(UnsupportedStore, match="put-if-absent"):
         open_log("overwrites", "taxi")
     assert not open_log("overwrites", "taxi", writable=False).exists()

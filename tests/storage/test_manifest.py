@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from storage.errors import CorruptObject, UnsupportedFormat
-from storage.manifest import (
+from tidemill.storage.errors import CorruptObject, UnsupportedFormat
+from tidemill.storage.manifest import (
     FORMAT,
     BlobRef,
     Blobs,

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from storage.parallel import at_once
+from tidemill.storage.parallel import at_once
 
 
 def test_results_are_in_the_order_of_the_items_whichever_ends_first() -> None:

@@ -24,9 +24,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage import parquet
-from storage.errors import DatasetChanged, DatasetError, NotReady, ShardRejected, StorageError, Unavailable
-from storage.parquet import MAGIC, ParquetFile, row_groups
+from tidemill.storage import parquet
+from tidemill.storage.errors import DatasetChanged, DatasetError, NotReady, ShardRejected, StorageError, Unavailable
+from tidemill.storage.parquet import MAGIC, ParquetFile, row_groups
 
 Range = tuple[int, int]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import PermissionDenied, UnsupportedStore
-from storage.memory import MemoryStore
-from storage.probe import check_preconditions
-from storage.store import ObjectInfo, Store
-from storage.urls import open_store
 from tests.storage.faults import Call, FaultStore
+from tidemill.storage.errors import PermissionDenied, UnsupportedStore
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.probe import check_preconditions
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.urls import open_store
 
 
 class Overwrites(MemoryStore):

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from storage.errors import CorruptObject, Unavailable
-from storage.log import Version, VersionLog
-from storage.manifest import Blobs, Entry, verified
-from storage.memory import MemoryStore
-from storage.runs import BatchProgress
-from storage.store import Store
-from storage.urls import open_store
 from tests.storage.faults import Call, FaultStore, fail_at
+from tidemill.storage.errors import CorruptObject, Unavailable
+from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.manifest import Blobs, Entry, verified
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.runs import BatchProgress
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
 
 KEY = "0123456789abcdef"
 

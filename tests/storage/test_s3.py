@@ -21,7 +21,9 @@ from zlib import crc32
 import pytest
 from botocore.client import BaseClient
 
-from storage.errors import (
+from tests.conftest import BUCKET
+from tests.s3_server import S3, running_server
+from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
     InvalidKey,
@@ -33,10 +35,8 @@ from storage.errors import (
     Unavailable,
     UnsupportedStore,
 )
-from storage.probe import check_preconditions
-from storage.s3 import S3Store
-from tests.conftest import BUCKET
-from tests.s3_server import S3, running_server
+from tidemill.storage.probe import check_preconditions
+from tidemill.storage.s3 import S3Store
 
 ETAG = '"0123456789abcdef0123456789abcdef-1"'  # of a multipart upload: no MD5 of the scripted bodies
 
@@ -245,7 +245,7 @@ def test_a_forked_process_opens_its_own(store: S3Store):
     prefix = store.url.removeprefix(f"s3://{BUCKET}/")
     code = f"""
 import os
-from storage.s3 import S3Store
+from tidemill.storage.s3 import S3Store
 assert S3Store({BUCKET!r}, {prefix!r}).read("a") == b"data"
 child = os.fork()
 if not child:

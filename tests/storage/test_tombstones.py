@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from storage.errors import CorruptObject
-from storage.tombstones import WINDOW, Tombstones
+from tidemill.storage.errors import CorruptObject
+from tidemill.storage.tombstones import WINDOW, Tombstones
 
 
 def consumed(*numbers: int) -> Tombstones:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import InvalidURL
-from storage.urls import join, open_store
+from tidemill.storage.errors import InvalidURL
+from tidemill.storage.urls import join, open_store
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_join(url: str, joined: str):
 def test_only_an_s3_url_costs_the_import_of_s3fs():
     code = """
 import sys
-from storage.urls import open_store
+from tidemill.storage.urls import open_store
 open_store("x")
 open_store("memory://x")
 print("s3fs" in sys.modules)

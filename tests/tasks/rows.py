@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from storage.urls import open_store
-from tasks.training.spec import Spec
+from tidemill.storage.urls import open_store
+from tidemill.tasks.training.spec import Spec
 
 SPEC = Spec.model_validate(
     {"features": ["a", "b"], "target": "y", "learning_rate": 0.05, "batch_size": 16, "epochs": 3, "seed": 7}

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 
-from storage import tombstones
-from storage.audit import Audit, audit
-from storage.errors import UnknownModel
-from storage.log import VersionLog, open_log
-from storage.manifest import Manifest, Parent, encode, sha256
-from storage.retention import collect_garbage
-from storage.tombstones import Tombstones
-from storage.urls import open_store
-from tasks import batch
-from tasks.online import OnlineRun, Outcome, step
-from tasks.replay import replay
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.spec import Spec
 from tests.tasks.rows import parquet, put, rows
+from tidemill.storage import tombstones
+from tidemill.storage.audit import Audit, audit
+from tidemill.storage.errors import UnknownModel
+from tidemill.storage.log import VersionLog, open_log
+from tidemill.storage.manifest import Manifest, Parent, encode, sha256
+from tidemill.storage.retention import collect_garbage
+from tidemill.storage.tombstones import Tombstones
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch
+from tidemill.tasks.online import OnlineRun, Outcome, step
+from tidemill.tasks.replay import replay
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.spec import Spec
 
 SPEC = Spec.model_validate(
     {

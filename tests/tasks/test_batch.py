@@ -6,17 +6,17 @@ import pyarrow as pa
 import pytest
 import torch
 
-from storage.errors import CorruptObject, DatasetChanged, DatasetError, StoreNotFound
-from storage.log import VersionLog, open_log
-from storage.manifest import Entry
-from storage.retention import collect_garbage
-from storage.tombstones import Tombstones
-from storage.urls import open_store
-from tasks import batch
-from tasks.settings import BatchSettings
-from tasks.training.errors import ColumnError, FactoryError, NonFiniteLoss, OutputShapeError
-from tasks.training.spec import Spec
 from tests.tasks.rows import SPEC, keys, put, rows
+from tidemill.storage.errors import CorruptObject, DatasetChanged, DatasetError, StoreNotFound
+from tidemill.storage.log import VersionLog, open_log
+from tidemill.storage.manifest import Entry
+from tidemill.storage.retention import collect_garbage
+from tidemill.storage.tombstones import Tombstones
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch
+from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.training.errors import ColumnError, FactoryError, NonFiniteLoss, OutputShapeError
+from tidemill.tasks.training.spec import Spec
 
 MakeUrl = Callable[[str], str]
 

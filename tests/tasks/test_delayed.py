@@ -8,23 +8,23 @@ from collections.abc import Callable
 import pyarrow as pa
 import pytest
 
-from storage.audit import audit
-from storage.errors import Unavailable, UnsupportedStore
-from storage.inbox import quarantined, requeue
-from storage.log import Version, VersionLog, open_log
-from storage.manifest import Compared, Entry, Gate
-from storage.store import Store
-from storage.urls import open_store
-from tasks import batch, delayed
-from tasks.delayed import served_at
-from tasks.online import OnlineRun, Outcome, step
-from tasks.replay import replay
-from tasks.report import OnlineReport
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.loop import score
-from tasks.versions import load_learner
 from tests.storage.faults import Call, Phase, fail_at, hooked
 from tests.tasks.rows import SPEC, keys, put, rows
+from tidemill.storage.audit import audit
+from tidemill.storage.errors import Unavailable, UnsupportedStore
+from tidemill.storage.inbox import quarantined, requeue
+from tidemill.storage.log import Version, VersionLog, open_log
+from tidemill.storage.manifest import Compared, Entry, Gate
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch, delayed
+from tidemill.tasks.delayed import served_at
+from tidemill.tasks.online import OnlineRun, Outcome, step
+from tidemill.tasks.replay import replay
+from tidemill.tasks.report import OnlineReport
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.loop import score
+from tidemill.tasks.versions import load_learner
 
 
 def features(count: int, seed: int) -> pa.Table:

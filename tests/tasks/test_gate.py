@@ -7,20 +7,20 @@ from collections.abc import Callable
 import pyarrow as pa
 import pytest
 
-from storage.errors import HeadMoved, Unavailable
-from storage.log import Alias, VersionLog, open_log
-from storage.manifest import Compared, Consumed, Entry, Gate
-from storage.store import Store
-from storage.urls import open_store
-from tasks import batch
-from tasks.gate import GateClosed, decide, metric_of
-from tasks.online import OnlineRun, Outcome, step
-from tasks.report import OnlineReport
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.loop import Score, score
-from tasks.versions import load_learner
 from tests.storage.faults import Call, FaultStore
 from tests.tasks.rows import SPEC, keys, put, rows
+from tidemill.storage.errors import HeadMoved, Unavailable
+from tidemill.storage.log import Alias, VersionLog, open_log
+from tidemill.storage.manifest import Compared, Consumed, Entry, Gate
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch
+from tidemill.tasks.gate import GateClosed, decide, metric_of
+from tidemill.tasks.online import OnlineRun, Outcome, step
+from tidemill.tasks.report import OnlineReport
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.loop import Score, score
+from tidemill.tasks.versions import load_learner
 
 GOOD = {f"{i:02}.parquet": rows(60, 100 + i) for i in range(4)}
 POISON = {f"{i:02}.parquet": rows(60, 100 + i, slope=-2.0) for i in range(4, 8)}

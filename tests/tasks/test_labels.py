@@ -10,15 +10,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.errors import ShardRejected
-from storage.parquet import ParquetFile, RowGroup, row_groups
-from tasks import labels as module
-from tasks.labels import Labels
-from tasks.training.errors import SpecError
-from tasks.training.features import Features
-from tasks.training.learner import Learner
-from tasks.training.loop import score, train_shard
 from tests.tasks.rows import SPEC, rows
+from tidemill.storage.errors import ShardRejected
+from tidemill.storage.parquet import ParquetFile, RowGroup, row_groups
+from tidemill.tasks import labels as module
+from tidemill.tasks.labels import Labels
+from tidemill.tasks.training.errors import SpecError
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import score, train_shard
 
 
 def shard(table: pa.Table, name: str = "x.parquet", row_group_size: int = 7) -> list[RowGroup]:

@@ -10,9 +10,11 @@ from functools import partialmethod
 import pyarrow as pa
 import pytest
 
-from storage import inbox as inboxes
-from storage import tombstones
-from storage.errors import (
+from tests.storage.faults import Call, FaultStore
+from tests.tasks.rows import SPEC, keys, parquet, put, rows
+from tidemill.storage import inbox as inboxes
+from tidemill.storage import tombstones
+from tidemill.storage.errors import (
     CorruptObject,
     PermissionDenied,
     StoreNotFound,
@@ -21,21 +23,19 @@ from storage.errors import (
     UnsupportedFormat,
     UnsupportedStore,
 )
-from storage.log import open_log
-from storage.manifest import Entry
-from storage.retention import collect_garbage
-from storage.store import ObjectInfo, Store
-from storage.tombstones import Tombstones
-from storage.urls import open_store
-from tasks import batch, online
-from tasks.online import OnlineRun, Outcome
-from tasks.settings import BatchSettings, OnlineSettings
-from tasks.training.errors import StateMismatch
-from tasks.training.loop import score
-from tasks.training.spec import Spec
-from tasks.versions import load_learner
-from tests.storage.faults import Call, FaultStore
-from tests.tasks.rows import SPEC, keys, parquet, put, rows
+from tidemill.storage.log import open_log
+from tidemill.storage.manifest import Entry
+from tidemill.storage.retention import collect_garbage
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.tombstones import Tombstones
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch, online
+from tidemill.tasks.online import OnlineRun, Outcome
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.errors import StateMismatch
+from tidemill.tasks.training.loop import score
+from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.versions import load_learner
 
 MakeUrl = Callable[[str], str]
 

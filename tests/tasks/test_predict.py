@@ -9,15 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from storage.errors import DatasetError, UnknownAlias
-from storage.parquet import RowGroup
-from storage.urls import open_store
-from tasks import batch, maintenance
-from tasks.predict import predict
-from tasks.settings import BatchSettings
-from tasks.training.errors import ColumnError
-from tasks.training.spec import Spec
 from tests.tasks.rows import SPEC, keys, put, rows
+from tidemill.storage.errors import DatasetError, UnknownAlias
+from tidemill.storage.parquet import RowGroup
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch, maintenance
+from tidemill.tasks.predict import predict
+from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.training.errors import ColumnError
+from tidemill.tasks.training.spec import Spec
 
 MakeUrl = Callable[[str], str]
 

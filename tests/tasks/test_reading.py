@@ -6,17 +6,17 @@ from datetime import UTC, datetime
 import pyarrow as pa
 import pytest
 
-from storage.errors import NotFound, ShardRejected, Unavailable
-from storage.inbox import Inbox
-from storage.memory import MemoryStore
-from storage.parquet import RowGroup
-from storage.store import ObjectInfo
-from tasks import reading
-from tasks.reading import Reader, Ready, read_shard
-from tasks.training.features import Features
 from tests.s3_server import wait_until
 from tests.storage.faults import Call, FaultStore
 from tests.tasks.rows import SPEC, parquet, rows
+from tidemill.storage.errors import NotFound, ShardRejected, Unavailable
+from tidemill.storage.inbox import Inbox
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.parquet import RowGroup
+from tidemill.storage.store import ObjectInfo
+from tidemill.tasks import reading
+from tidemill.tasks.reading import Reader, Ready, read_shard
+from tidemill.tasks.training.features import Features
 
 
 def infos(count: int, size: int = 10) -> list[ObjectInfo]:

@@ -8,10 +8,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from tasks.training.features import Features
-from tasks.training.groups import RowGroup
-from tasks.training.learner import Learner
-from tasks.training.spec import Spec
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import RowGroup
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.spec import Spec
 
 WHERE: Final = "part-0.parquet row group 0"
 VECTORS: Final = pa.array([[1, 2], None, [3, None], [5, 6]], pa.list_(pa.int32(), 2))

@@ -16,14 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.training import groups as groups_module
-from tasks.training import packing
-from tasks.training.batches import Split, Stream, ahead
-from tasks.training.errors import ColumnError
-from tasks.training.features import Features
-from tasks.training.groups import read_ahead, stable_seed
-from tasks.training.pool import WindowPool
 from tests.training.rows import TableGroup, cut, encoded, numbers_table, plain_spec, same_bits
+from tidemill.tasks.training import groups as groups_module
+from tidemill.tasks.training import packing
+from tidemill.tasks.training.batches import Split, Stream, ahead
+from tidemill.tasks.training.errors import ColumnError
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import read_ahead, stable_seed
+from tidemill.tasks.training.pool import WindowPool
 
 ROW_BYTES = 8 + 4  # one float32 feature, the target, and the place in the window
 

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.training import columns
-from tasks.training.columns import bucket_ids, hash_bucket
-from tasks.training.errors import ColumnError
-from tasks.training.features import Features
-from tasks.training.spec import Column
 from tests.training.rows import VECTORS, encode, same_bits, spec_of, table_of
+from tidemill.tasks.training import columns
+from tidemill.tasks.training.columns import bucket_ids, hash_bucket
+from tidemill.tasks.training.errors import ColumnError
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.spec import Column
 
 NUMBERS = [
     *((pa.array([3, None, 1], kind), [3, 0, 1]) for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64())),
@@ -70,7 +70,8 @@ def test_text_is_a_category_whatever_its_type(array):
 
 def test_the_hash_does_not_depend_on_the_process():
     code = (
-        "from tasks.training.columns import hash_bucket as h; print([h(b, 1000) for b in (b'red', b'blue', b'', b'3')])"
+        "from tidemill.tasks.training.columns import hash_bucket as h; "
+        "print([h(b, 1000) for b in (b'red', b'blue', b'', b'3')])"
     )
     salted = {"PYTHONHASHSEED": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=salted, capture_output=True, check=True)

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.training.compiled import AUTO_STEPS, STEPS, CompiledSteps, wanted
-from tasks.training.learner import OPTIMIZERS, Learner
-from tasks.training.loop import _forward, train_pass
-from tasks.training.losses import loss_of
-from tasks.training.pool import WindowPool
 from tests.training.rows import begin, cut, numbers_table, plain_spec, same_bits
+from tidemill.tasks.training.compiled import AUTO_STEPS, STEPS, CompiledSteps, wanted
+from tidemill.tasks.training.learner import OPTIMIZERS, Learner
+from tidemill.tasks.training.loop import _forward, train_pass
+from tidemill.tasks.training.losses import loss_of
+from tidemill.tasks.training.pool import WindowPool
 
 COUNT = 3
 BATCH = 32

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from tasks.training.environment import differences, environment
+from tidemill.tasks.training.environment import differences, environment
 
 
 def test_the_environment_is_json_and_equals_itself():

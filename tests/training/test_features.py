@@ -10,11 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.training.batches import Split
-from tasks.training.columns import hash_bucket
-from tasks.training.errors import ColumnError
-from tasks.training.features import Features
-from tasks.training.spec import Column
 from tests.training.rows import (
     VECTORS,
     WHERE,
@@ -28,6 +23,11 @@ from tests.training.rows import (
     spec_of,
     table_of,
 )
+from tidemill.tasks.training.batches import Split
+from tidemill.tasks.training.columns import hash_bucket
+from tidemill.tasks.training.errors import ColumnError
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.spec import Column
 
 
 # ---- standardising ---------------------------------------------------------------------------------------------------

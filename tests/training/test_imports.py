@@ -2,9 +2,9 @@
 
 import pytest
 
-from tasks.training.errors import FactoryError
-from tasks.training.imports import check_allowed
 from tests.training.rows import plain_spec
+from tidemill.tasks.training.errors import FactoryError
+from tidemill.tasks.training.imports import check_allowed
 
 
 def naming(factory: str):

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 
-from tasks.training.errors import FactoryError, SpecError, StateMismatch
-from tasks.training.features import Features
-from tasks.training.learner import OPTIMIZERS, Learner
-from tasks.training.loop import predict, train_pass
 from tests.training.rows import begin, cut, numbers_table, plain_spec
+from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.learner import OPTIMIZERS, Learner
+from tidemill.tasks.training.loop import predict, train_pass
 
 OPTIMIZER_CASES = [
     ("sgd", {}),

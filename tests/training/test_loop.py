@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from tasks.training.batches import Split
-from tasks.training.errors import ColumnError, NonFiniteLoss, OutputShapeError
-from tasks.training.learner import Learner
-from tasks.training.loop import predict, score, train_pass
 from tests.training.rows import Net, TableGroup, begin, cut, numbers_table, plain_spec, same_bits
+from tidemill.tasks.training.batches import Split
+from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, OutputShapeError
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import predict, score, train_pass
 
 NET = {"factory": "tests.training.rows:Net"}
 ROWS = 1000  # neither a multiple of the batch size nor of a row group

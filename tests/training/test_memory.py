@@ -4,15 +4,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tasks.training import memory as module
-from tasks.training.batches import Batch
-from tasks.training.errors import SpecError, StateMismatch
-from tasks.training.features import Features
-from tasks.training.groups import generator
-from tasks.training.learner import Learner
-from tasks.training.loop import train_pass, train_shard
-from tasks.training.memory import Memory, mixed
 from tests.training.rows import begin, cut, encoded, numbers_table, plain_spec, same_bits
+from tidemill.tasks.training import memory as module
+from tidemill.tasks.training.batches import Batch
+from tidemill.tasks.training.errors import SpecError, StateMismatch
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import generator
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import train_pass, train_shard
+from tidemill.tasks.training.memory import Memory, mixed
 
 
 def empty(rows: int = 100, classes: int = 0, **replay) -> Memory:

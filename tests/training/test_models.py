@@ -4,11 +4,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tasks.training.errors import FactoryError
-from tasks.training.features import Features, SequenceInput
-from tasks.training.loop import train_pass
-from tasks.training.models import Inputs, build, linear, mlp
 from tests.training.rows import Net, begin, cut, numbers_table, plain_spec, same_bits
+from tidemill.tasks.training.errors import FactoryError
+from tidemill.tasks.training.features import Features, SequenceInput
+from tidemill.tasks.training.loop import train_pass
+from tidemill.tasks.training.models import Inputs, build, linear, mlp
 
 GROUPS = cut(numbers_table(100))
 
@@ -122,7 +122,7 @@ def test_initial_weights_are_those_of_a_seeded_script_and_disturb_nobody():
 
 
 def test_a_factory_that_asks_for_the_inputs_gets_them():
-    assert built("tasks.training.models:linear").in_features == 10
+    assert built("tidemill.tasks.training.models:linear").in_features == 10
     assert built("tests.training.rows:DropoutNet", {"size": 10}).layers[0].in_features == 10
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from tasks.training.spec import LOSSES, Column, Model, Optimizer, Spec
+from tidemill.tasks.training.spec import LOSSES, Column, Model, Optimizer, Spec
 
 
 def test_a_string_is_a_column():
@@ -86,9 +86,9 @@ def test_a_spec_cannot_be_changed():
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("tasks.training", ["prefect", "torch", "pyarrow", "storage"]),
-        ("tasks.training.spec", ["prefect", "torch", "pyarrow", "storage"]),
-        ("tasks.training.loop", ["prefect", "storage", "s3fs"]),
+        ("tidemill.tasks.training", ["prefect", "torch", "pyarrow", "tidemill.storage"]),
+        ("tidemill.tasks.training.spec", ["prefect", "torch", "pyarrow", "tidemill.storage"]),
+        ("tidemill.tasks.training.loop", ["prefect", "tidemill.storage", "s3fs"]),
     ],
 )
 def test_importing_stays_cheap_and_apart(module, unwanted):

@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
 
-from tasks.training.errors import FactoryError, OutputShapeError, SpecError
-from tasks.training.learner import Learner
-from tasks.training.loop import predict, score, train_pass
 from tests.training.rows import WHERE, TableGroup, begin, cut, numbers_table, plain_spec, same_bits
+from tidemill.tasks.training.errors import FactoryError, OutputShapeError, SpecError
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import predict, score, train_pass
 
 TABLE = numbers_table(96, 3)
 GROUPS = cut(TABLE)

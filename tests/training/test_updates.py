@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tasks.training.learner import OPTIMIZERS
-from tasks.training.updates import FUNCTIONAL, Update, backward
 from tests.training.rows import same_bits
+from tidemill.tasks.training.learner import OPTIMIZERS
+from tidemill.tasks.training.updates import FUNCTIONAL, Update, backward
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in OPTIMIZERS),

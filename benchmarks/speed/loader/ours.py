@@ -8,10 +8,10 @@ from benchmarks.speed.work import Work
 
 def passes(work: Work, **settings: Any) -> Passes:
     """Passes over the dataset, with further settings of the spec."""
-    from storage.dataset import snapshot
-    from tasks.training.batches import Stream
-    from tasks.training.features import Features
-    from tasks.training.spec import Spec
+    from tidemill.storage.dataset import snapshot
+    from tidemill.tasks.training.batches import Stream
+    from tidemill.tasks.training.features import Features
+    from tidemill.tasks.training.spec import Spec
 
     spec = Spec(features=work.features, target="y", batch_size=work.batch, standardize_features=False, **settings)
     groups = snapshot(work.folder).row_groups

@@ -22,10 +22,10 @@ MODELS: Final[dict[str, dict[str, Any]]] = {
 
 def begun(work: Work, **settings: Any) -> tuple[Any, Sequence[Any]]:
     """A fresh learner, and the row groups of the dataset."""
-    from storage.dataset import snapshot
-    from tasks.training.features import Features
-    from tasks.training.learner import Learner
-    from tasks.training.spec import Spec
+    from tidemill.storage.dataset import snapshot
+    from tidemill.tasks.training.features import Features
+    from tidemill.tasks.training.learner import Learner
+    from tidemill.tasks.training.spec import Spec
 
     common = {"features": work.features, "target": "y", "batch_size": work.batch, "standardize_features": False}
     spec = Spec.model_validate({**common, "model": MODELS[work.net], **window(work), **settings})
@@ -40,7 +40,7 @@ def trained(work: Work, began: float, **settings: Any) -> dict[str, Any]:
     steady rate begins with the first step of the last pass. Compiled, it is that of the whole pass, its first window included:
     code that watches for the first step would change what is compiled.
     """
-    from tasks.training.loop import train_pass
+    from tidemill.tasks.training.loop import train_pass
 
     learner, groups = begun(work, **settings)
     opened = time.perf_counter() - began
