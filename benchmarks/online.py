@@ -126,7 +126,7 @@ def bare(inbox: str) -> dict[str, float]:
 
 def ours(inbox: str, registry: str, settings: dict[str, Any]) -> dict[str, float]:
     """An online run until the inbox is empty, without Prefect."""
-    from tidemill.tasks import online
+    from tidemill.tasks.online import step as online
     from tidemill.tasks.settings import OnlineSettings
 
     started, cpu = time.perf_counter(), time.process_time()
@@ -336,7 +336,7 @@ def lengthen(registry: str, versions: int, inbox: str) -> None:
 def steps(inbox: str, registry: str, count: int) -> dict[str, float]:
     """Open a run and take its first step, with the head to load; then so many more: what is done once in many steps counts."""
     from tidemill.storage.urls import open_store
-    from tidemill.tasks import online
+    from tidemill.tasks.online import step as online
     from tidemill.tasks.settings import OnlineSettings
 
     store = open_store(inbox)

@@ -111,7 +111,8 @@ def bare_lines(kind: str) -> None:
     _import(lines, prefect=False)
     from tidemill.storage.probe import check_preconditions
     from tidemill.storage.urls import open_store
-    from tidemill.tasks import batch, online
+    from tidemill.tasks import batch
+    from tidemill.tasks.online import step as online
     from tidemill.tasks.settings import BatchSettings, OnlineSettings
     from tidemill.tasks.training.spec import Spec
 
@@ -147,7 +148,7 @@ def _import(lines: Lines, *, prefect: bool = True) -> None:
         ("the command line", ["tidemill.flows.cli"]),
         ("torch", ["torch"]),
         ("torchmetrics", ["torchmetrics"]),
-        ("our tasks, pyarrow", ["tidemill.tasks.online"]),
+        ("our tasks, pyarrow", ["tidemill.tasks.online.step"]),
         *([("Prefect", ["prefect.flows", "prefect.flow_engine", "prefect.task_engine"])] if prefect else []),
     ):
         for module in modules:

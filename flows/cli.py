@@ -241,7 +241,7 @@ def audit(
     if archive:
         _find_own_modules()
         from tidemill.storage.urls import open_store
-        from tidemill.tasks.replay import replay as train_again
+        from tidemill.tasks.reproduce import replay as train_again
 
         again = train_again(log, [open_store(url) for url in archive])
     _print(views.audited(found, again), as_json)

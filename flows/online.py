@@ -8,8 +8,8 @@ from prefect.states import Completed
 from tidemill.flows.batch import batch_training
 from tidemill.flows.stopping import stop_on_signals
 from tidemill.tasks import wrappers
-from tidemill.tasks.online import Outcome, retrained, retraining
-from tidemill.tasks.report import OnlineReport
+from tidemill.tasks.online.report import OnlineReport
+from tidemill.tasks.online.step import Outcome, retrained, retraining
 from tidemill.tasks.settings import OnlineSettings
 
 

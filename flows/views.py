@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from tidemill.storage.manifest import Manifest
     from tidemill.storage.store import ObjectInfo
     from tidemill.tasks.batch import VersionInfo
-    from tidemill.tasks.replay import Replay
-    from tidemill.tasks.report import OnlineReport
+    from tidemill.tasks.online.report import OnlineReport
+    from tidemill.tasks.reproduce import Replay
 
 View = tuple[Any, str]
 """(facts, words)."""

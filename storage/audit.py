@@ -1,6 +1,6 @@
 """The audit of a model's whole history: is it what the protocol promises? Reads only; needs neither torch nor the shards.
 
-`tidemill.tasks.replay` goes further where consumed shards were archived: it trains again and compares the bits.
+`tidemill.tasks.reproduce` goes further where consumed shards were archived: it trains again and compares the bits.
 """
 
 import re

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from tidemill.tasks.triggers import Triggers
+from tidemill.tasks.online.triggers import Triggers
 
 
 class _Settings(BaseModel):

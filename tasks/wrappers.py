@@ -14,7 +14,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
 from tidemill.storage.errors import HeadMoved, Unavailable
-from tidemill.tasks import batch, maintenance, online
+from tidemill.tasks import batch, maintenance
+from tidemill.tasks.online import step as online
 
 logger = logging.getLogger("tidemill")
 if logger.level == logging.NOTSET:

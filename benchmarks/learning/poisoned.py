@@ -27,8 +27,9 @@ from benchmarks.learning.protocol import Settings, choose
 from benchmarks.learning.streams import STREAMS, Stream, Y
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
-from tidemill.tasks import batch, online
-from tidemill.tasks.gate import metric_of
+from tidemill.tasks import batch
+from tidemill.tasks.online import step as online
+from tidemill.tasks.online.gate import metric_of
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Column, Spec
 

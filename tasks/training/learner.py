@@ -23,13 +23,13 @@ from torchmetrics import Metric
 from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch, TrainingError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
-from tidemill.tasks.training.memory import Memory
 from tidemill.tasks.training.metrics import metrics_of
 from tidemill.tasks.training.models import build
+from tidemill.tasks.training.replay import Memory
 from tidemill.tasks.training.spec import BUILT_IN_MODELS, ScheduleName, Spec
 
 if TYPE_CHECKING:
-    from tidemill.tasks.training.compiled import CompiledSteps
+    from tidemill.tasks.training.steps import CompiledSteps
 
 OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
     "sgd": torch.optim.SGD,

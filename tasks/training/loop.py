@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from tidemill.tasks.training.batches import Batch, RowGroup, Split, Stream, ahead, in_batches, joined
-from tidemill.tasks.training.compiled import CompiledSteps, Forward, tracing, wanted
 from tidemill.tasks.training.errors import NonFiniteLoss
 from tidemill.tasks.training.features import Encoded
 from tidemill.tasks.training.groups import generator, stable_seed
 from tidemill.tasks.training.learner import Frozen, Learner
 from tidemill.tasks.training.losses import LossFunction, is_column, loss_of
-from tidemill.tasks.training.memory import Memory, mixed
+from tidemill.tasks.training.optimizers import Update, backward
+from tidemill.tasks.training.replay import Memory, mixed
 from tidemill.tasks.training.spec import Spec
-from tidemill.tasks.training.updates import Update, backward
+from tidemill.tasks.training.steps import CompiledSteps, Forward, tracing, wanted
 
 EVALUATION_ROWS: Final = 8192  # rows of a forward pass without gradients
 

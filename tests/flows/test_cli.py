@@ -30,8 +30,8 @@ from tidemill.storage.inbox import quarantined
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch import VersionInfo
-from tidemill.tasks.gate import GateClosed
-from tidemill.tasks.report import OnlineReport
+from tidemill.tasks.online.gate import GateClosed
+from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Column, Model, Optimizer, Spec
 

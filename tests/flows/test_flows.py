@@ -32,8 +32,8 @@ from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks import wrappers
 from tidemill.tasks.batch import VersionInfo
-from tidemill.tasks.gate import GateClosed
-from tidemill.tasks.report import OnlineReport
+from tidemill.tasks.online.gate import GateClosed
+from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 
 pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.xdist_group("flows")]  # one worker, one server

@@ -12,7 +12,7 @@ from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import sha256
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.store import Store
-from tidemill.tasks.replay import replay
+from tidemill.tasks.reproduce import replay
 
 _one_at_a_time = threading.Lock()  # dropout draws from torch's generator, which all threads share
 

@@ -65,7 +65,7 @@ from tidemill.storage.s3 import S3Store
 from tidemill.storage.store import Store
 from tidemill.storage.tombstones import WINDOW
 from tidemill.storage.urls import open_store
-from tidemill.tasks import online
+from tidemill.tasks.online import step as online
 from tidemill.tasks.settings import OnlineSettings
 
 BUCKET, MODEL = "chaos", "model"

@@ -35,7 +35,8 @@ from tidemill.storage.manifest import sha256
 from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
-from tidemill.tasks import batch, online
+from tidemill.tasks import batch
+from tidemill.tasks.online import step as online
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Spec
 

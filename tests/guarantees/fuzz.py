@@ -44,7 +44,7 @@ from tidemill.storage.runs import BatchProgress, Checkpoint
 from tidemill.storage.store import ObjectInfo
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
-from tidemill.tasks import online
+from tidemill.tasks.online import step as online
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, TrainingError
 from tidemill.tasks.training.features import Features

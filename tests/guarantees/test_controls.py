@@ -24,7 +24,7 @@ from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import BlobRef, Entry, decode, encode
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.tombstones import Tombstones
-from tidemill.tasks.online import OnlineRun, Trained
+from tidemill.tasks.online.step import OnlineRun, Trained
 
 Shards = tuple[tuple[str, bytes], ...]
 

@@ -42,7 +42,7 @@ from tidemill.storage.errors import Unavailable
 from tidemill.storage.log import VersionLog
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
-from tidemill.tasks.online import OnlineRun, Outcome, step
+from tidemill.tasks.online.step import OnlineRun, Outcome, step
 
 ALL = SHARDS | REJECTED
 ONE_PASS = ONLINE.model_copy(update={"passes": 1})

@@ -50,7 +50,7 @@ from tidemill.storage.memory import MemoryStore
 from tidemill.storage.s3 import S3Store
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
-from tidemill.tasks.online import OnlineRun, Outcome, step
+from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.errors import StateMismatch, TrainingError
 from tidemill.tasks.training.learner import METADATA_KEY

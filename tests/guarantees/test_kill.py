@@ -39,8 +39,8 @@ from tests.guarantees.children import (
 )
 from tidemill.storage.log import VersionLog
 from tidemill.storage.urls import open_store
+from tidemill.tasks.online.triggers import Triggers
 from tidemill.tasks.settings import BatchSettings
-from tidemill.tasks.triggers import Triggers
 
 GATED = ONLINE.model_copy(
     update={"champion": "move", "tolerance": 0.0, "window_shards": 2, "refusals": 1, "after_refusals": "rollback"}

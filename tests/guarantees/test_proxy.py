@@ -33,7 +33,7 @@ from tidemill.storage.probe import check_preconditions
 from tidemill.storage.s3 import S3Store
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
-from tidemill.tasks.online import OnlineRun, Outcome, step
+from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Spec
 

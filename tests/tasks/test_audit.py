@@ -17,8 +17,8 @@ from tidemill.storage.retention import collect_garbage
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
-from tidemill.tasks.online import OnlineRun, Outcome, step
-from tidemill.tasks.replay import replay
+from tidemill.tasks.online.step import OnlineRun, Outcome, step
+from tidemill.tasks.reproduce import replay
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Spec
 

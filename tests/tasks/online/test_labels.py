@@ -13,8 +13,8 @@ import pytest
 from tests.tasks.rows import SPEC, rows
 from tidemill.storage.errors import ShardRejected
 from tidemill.storage.parquet import ParquetFile, RowGroup, row_groups
-from tidemill.tasks import labels as module
-from tidemill.tasks.labels import Labels
+from tidemill.tasks.online import labels as module
+from tidemill.tasks.online.labels import Labels
 from tidemill.tasks.training.errors import SpecError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.learner import Learner

@@ -36,11 +36,13 @@ from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch import VersionInfo
-from tidemill.tasks.delayed import BadLabels, DelayedLabels
-from tidemill.tasks.gate import Champion, GateClosed, decide, finite, metric_of
+from tidemill.tasks.online.delayed import BadLabels, DelayedLabels
+from tidemill.tasks.online.gate import Champion, GateClosed, decide, finite, metric_of
+from tidemill.tasks.online.reading import Reader, Ready, read_shard
+from tidemill.tasks.online.report import OnlineReport
+from tidemill.tasks.online.triggers import Reason, Seen, Trigger
+from tidemill.tasks.online.work import Loaded, Scored, Trained
 from tidemill.tasks.provenance import code_revision
-from tidemill.tasks.reading import Reader, Ready, read_shard
-from tidemill.tasks.report import OnlineReport
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.environment import differences, environment
@@ -48,9 +50,7 @@ from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import score, train_shard
 from tidemill.tasks.training.spec import Spec
-from tidemill.tasks.triggers import Reason, Seen, Trigger
 from tidemill.tasks.versions import load_learner, spec_of
-from tidemill.tasks.work import Loaded, Scored, Trained
 
 logger = logging.getLogger("tidemill.online")
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from tidemill.storage.errors import NotReady, ShardRejected
 from tidemill.storage.inbox import Inbox, Shard
 from tidemill.storage.store import ObjectInfo
-from tidemill.tasks.delayed import BadLabels, Complete, DelayedLabels
+from tidemill.tasks.online.delayed import BadLabels, Complete, DelayedLabels
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.training.rows import begin, cut, numbers_table, plain_spec, same_bits
-from tidemill.tasks.training.compiled import AUTO_STEPS, STEPS, CompiledSteps, wanted
 from tidemill.tasks.training.learner import OPTIMIZERS, Learner
 from tidemill.tasks.training.loop import _forward, train_pass
 from tidemill.tasks.training.losses import loss_of
 from tidemill.tasks.training.pool import WindowPool
+from tidemill.tasks.training.steps import AUTO_STEPS, STEPS, CompiledSteps, wanted
 
 COUNT = 3
 BATCH = 32

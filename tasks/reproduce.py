@@ -10,7 +10,7 @@ from tidemill.storage.inbox import Shard, archive_keys
 from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import Consumed, LabelShard, sha256
 from tidemill.storage.store import ObjectInfo, Store
-from tidemill.tasks.labels import Labels
+from tidemill.tasks.online.labels import Labels
 from tidemill.tasks.training.environment import differences, environment
 from tidemill.tasks.training.errors import TrainingError
 from tidemill.tasks.training.groups import RowGroup

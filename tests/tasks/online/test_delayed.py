@@ -17,11 +17,12 @@ from tidemill.storage.log import Version, VersionLog, open_log
 from tidemill.storage.manifest import Compared, Entry, Gate
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
-from tidemill.tasks import batch, delayed
-from tidemill.tasks.delayed import served_at
-from tidemill.tasks.online import OnlineRun, Outcome, step
-from tidemill.tasks.replay import replay
-from tidemill.tasks.report import OnlineReport
+from tidemill.tasks import batch
+from tidemill.tasks.online import delayed
+from tidemill.tasks.online.delayed import served_at
+from tidemill.tasks.online.report import OnlineReport
+from tidemill.tasks.online.step import OnlineRun, Outcome, step
+from tidemill.tasks.reproduce import replay
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.loop import score
 from tidemill.tasks.versions import load_learner

@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 from tidemill.tasks.training.batches import Batch
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.losses import LossFunction, is_column
-from tidemill.tasks.training.updates import FUNCTIONAL, arguments_of, states_of
+from tidemill.tasks.training.optimizers import FUNCTIONAL, arguments_of, states_of
 
 Forward = Callable[[Callable[..., Tensor], Tensor, Tensor | None], Tensor]
 """(network, x_BF, ids_BC or None) to the network's outputs in float32."""

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from tidemill.storage.errors import ShardRejected
 from tidemill.storage.store import ObjectInfo
+from tidemill.tasks.online.triggers import Seen, Trigger, Triggers
 from tidemill.tasks.training.errors import ColumnError, SpecError
-from tidemill.tasks.triggers import Seen, Trigger, Triggers
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DETECTORS = ["adwin", "page_hinkley"]
@@ -302,6 +302,7 @@ def test_settings_say_whether_any_is_given_and_whether_history_is_needed() -> No
 
 
 def test_the_command_line_can_import_the_settings_without_anything_heavy() -> None:
-    code = "import sys, tidemill.tasks.triggers; print({'torch', 'river', 'pyarrow', 'numpy', 'prefect'} & set(sys.modules))"
+    heavy = "{'torch', 'river', 'pyarrow', 'numpy', 'prefect'}"
+    code = f"import sys, tidemill.tasks.online.triggers; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

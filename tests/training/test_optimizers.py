@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.training.rows import same_bits
 from tidemill.tasks.training.learner import OPTIMIZERS
-from tidemill.tasks.training.updates import FUNCTIONAL, Update, backward
+from tidemill.tasks.training.optimizers import FUNCTIONAL, Update, backward
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in OPTIMIZERS),

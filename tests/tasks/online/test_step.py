@@ -29,8 +29,9 @@ from tidemill.storage.retention import collect_garbage
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
-from tidemill.tasks import batch, online
-from tidemill.tasks.online import OnlineRun, Outcome
+from tidemill.tasks import batch
+from tidemill.tasks.online import step as online
+from tidemill.tasks.online.step import OnlineRun, Outcome
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.errors import StateMismatch
 from tidemill.tasks.training.loop import score

@@ -19,7 +19,7 @@ import pytest
         ("tidemill.tasks.training.loop, tidemill.tasks.training.learner", ["prefect", "tidemill.storage", "s3fs"]),
         ("tidemill.tasks.training.spec, tidemill.tasks.settings", ["prefect", "torch", "pyarrow"]),
         (
-            "tidemill.tasks.batch, tidemill.tasks.online, tidemill.tasks.predict, tidemill.tasks.maintenance",
+            "tidemill.tasks.batch, tidemill.tasks.online.step, tidemill.tasks.predict, tidemill.tasks.maintenance",
             ["prefect"],
         ),
         ("tidemill.flows.cli", ["prefect", "torch", "s3fs", "pyarrow"]),

@@ -12,7 +12,7 @@ from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import generator
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import train_pass, train_shard
-from tidemill.tasks.training.memory import Memory, mixed
+from tidemill.tasks.training.replay import Memory, mixed
 
 
 def empty(rows: int = 100, classes: int = 0, **replay) -> Memory:

@@ -14,8 +14,8 @@ from tidemill.storage.inbox import Inbox
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.parquet import RowGroup
 from tidemill.storage.store import ObjectInfo
-from tidemill.tasks import reading
-from tidemill.tasks.reading import Reader, Ready, read_shard
+from tidemill.tasks.online import reading
+from tidemill.tasks.online.reading import Reader, Ready, read_shard
 from tidemill.tasks.training.features import Features
 
 

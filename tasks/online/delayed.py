@@ -17,8 +17,8 @@ from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import LabelShard, Predicted
 from tidemill.storage.parquet import RowGroup
 from tidemill.storage.store import ObjectInfo
-from tidemill.tasks.gate import finite
-from tidemill.tasks.labels import Labels
+from tidemill.tasks.online.gate import finite
+from tidemill.tasks.online.labels import Labels
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, TrainingError
 from tidemill.tasks.training.features import Features

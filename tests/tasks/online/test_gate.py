@@ -15,9 +15,9 @@ from tidemill.storage.manifest import Compared, Consumed, Entry, Gate
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
-from tidemill.tasks.gate import GateClosed, decide, metric_of
-from tidemill.tasks.online import OnlineRun, Outcome, step
-from tidemill.tasks.report import OnlineReport
+from tidemill.tasks.online.gate import GateClosed, decide, metric_of
+from tidemill.tasks.online.report import OnlineReport
+from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.loop import Score, score
 from tidemill.tasks.versions import load_learner
