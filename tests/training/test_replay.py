@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.training.rows import begin, cut, encoded, numbers_table, plain_spec, same_bits
-from tidemill.tasks.training import memory as module
+from tidemill.tasks.training import replay as module
 from tidemill.tasks.training.batches import Batch
 from tidemill.tasks.training.errors import SpecError, StateMismatch
 from tidemill.tasks.training.features import Features
