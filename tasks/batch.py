@@ -23,10 +23,9 @@ from tidemill.storage.log import Version, VersionLog, open_log
 from tidemill.storage.manifest import Blobs, Entry
 from tidemill.storage.parquet import RowGroup
 from tidemill.storage.runs import BatchProgress
-from tidemill.tasks.provenance import code_revision
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.training.batches import ORDER, Split
-from tidemill.tasks.training.environment import environment
+from tidemill.tasks.training.environment import code_revision, environment
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import Score, score, train_pass
@@ -206,9 +205,7 @@ def register(run: BatchRun, result: Score) -> Version:
                     "epoch_loss": list(run.losses),
                     **({"epoch_held_out": list(run.held_out), "best_epoch": run.best_epoch} if run.held_out else {}),
                     "holdout_rows": result.rows,
-                    "holdout": {n: v for n, v in {"loss": result.loss, **result.metrics}.items() if math.isfinite(v)}
-                    if result.rows
-                    else {},
+                    "holdout": result.finite if result.rows else {},
                 },
                 counters=asdict(run.learner.counters),
                 dataset=run.dataset.ref,

@@ -29,7 +29,6 @@ from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.online import step as online
-from tidemill.tasks.online.gate import metric_of
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Column, Spec
 
@@ -106,7 +105,7 @@ def traced(stream: Stream, shards: Iterable[pa.Table], chosen: Settings, seed: i
         batch.train_epoch(run, epoch)
     first = batch.register(run, batch.evaluate(run))
     batch.finish(run, first)
-    metric = metric_of(spec)
+    metric = spec.main_metric
     errors: dict[int, float] = {0: float(first.manifest.metrics["holdout"][metric])}
     log = open_log(f"{root}/registry", "model")
     follower = online.open_run(

@@ -17,7 +17,6 @@ from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import LabelShard, Predicted
 from tidemill.storage.parquet import RowGroup
 from tidemill.storage.store import ObjectInfo
-from tidemill.tasks.online.gate import finite
 from tidemill.tasks.online.labels import Labels
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, TrainingError
@@ -143,7 +142,7 @@ class DelayedLabels:
         if (network := self._then[1]) is None:
             return None
         try:
-            return Predicted(version=version.number, score=finite(score(network, groups)))
+            return Predicted(version=version.number, score=score(network, groups).finite)
         except TrainingError:  # it was made for other columns
             return None
 

@@ -5,7 +5,6 @@ itself calls for.
 """
 
 import logging
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -22,7 +21,6 @@ from tidemill.tasks.training.errors import TrainingError
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Frozen, Learner
 from tidemill.tasks.training.loop import Score, score
-from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.gate")
@@ -90,7 +88,7 @@ class Champion:
         if self._network is None:
             return {}
         try:
-            return finite(score(self._network, groups))
+            return score(self._network, groups).finite
         except TrainingError as error:  # its spec may name columns that the head's does not
             logger.warning("champion cannot score %s: %s", groups[0].name, error)
             return {}
@@ -121,7 +119,7 @@ class Champion:
             except TrainingError as error:  # its spec may name columns that the head's does not
                 logger.warning("champion cannot score %s: %s", self.settings.holdout_dataset, error)
                 self._network = None
-        return found, self._best(self._holdout_score, metric_of(learner.spec))
+        return found, self._best(self._holdout_score, learner.spec.main_metric)
 
     def _best(self, champion: Score | None, metric: str) -> Score | None:
         if champion is None or self._decided is None:
@@ -161,13 +159,6 @@ class Champion:
 
 
 # ---- deciding --------------------------------------------------------------------------------------------------------
-def metric_of(spec: Spec) -> str:
-    """The score that the gate compares, lower is better: in the target's own unit for regression, else the loss."""
-    if spec.task != "regression":
-        return "loss"
-    return "mae" if spec.loss_name == "l1" else "rmse"
-
-
 def decide(
     settings: OnlineSettings,
     alias: Alias,
@@ -223,12 +214,7 @@ def _compared(shards: Iterable[Consumed], metric: str) -> Compared | None:
 
 
 def _on_holdout(learner: Score, champion: Score | None, metric: str) -> Compared | None:
-    found, best = finite(learner), {} if champion is None else finite(champion)
+    found, best = learner.finite, {} if champion is None else champion.finite
     if metric not in best:
         return None
     return Compared(rows=learner.rows, learner=found.get(metric, AS_BAD_AS_CAN_BE), champion=best[metric])
-
-
-def finite(scored: Score) -> dict[str, float]:
-    """Loss and metrics that are numbers: JSON knows no others."""
-    return {name: v for name, v in {"loss": scored.loss, **scored.metrics}.items() if math.isfinite(v)}

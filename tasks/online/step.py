@@ -37,15 +37,14 @@ from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch import VersionInfo
 from tidemill.tasks.online.delayed import BadLabels, DelayedLabels
-from tidemill.tasks.online.gate import Champion, GateClosed, decide, finite, metric_of
+from tidemill.tasks.online.gate import Champion, GateClosed, decide
 from tidemill.tasks.online.reading import Reader, Ready, read_shard
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.triggers import Reason, Seen, Trigger
 from tidemill.tasks.online.work import Loaded, Scored, Trained
-from tidemill.tasks.provenance import code_revision
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
-from tidemill.tasks.training.environment import differences, environment
+from tidemill.tasks.training.environment import code_revision, differences, environment
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import score, train_shard
@@ -259,7 +258,7 @@ class OnlineRun:
         if backlog:  # what is not listed would never count
             return ["backlog"]
         if self._trigger is None or self._trigger[0] != loaded.version:
-            metric = metric_of(loaded.learner.spec)
+            metric = loaded.learner.spec.main_metric
             past = [Seen(shard.rows, shard.score[metric]) for shard in loaded.window if metric in shard.score]
             self._trigger = loaded.version, Trigger(self.settings.train_when, past)
 
@@ -292,7 +291,7 @@ class OnlineRun:
         if (found := ready.complete()) is None:
             return None
         before = score(loaded.learner, found.groups)
-        return Seen(before.rows, finite(before).get(metric_of(loaded.learner.spec), math.nan))
+        return Seen(before.rows, before.finite.get(loaded.learner.spec.main_metric, math.nan))
 
     @property
     def listed(self) -> bool:
@@ -391,7 +390,7 @@ class OnlineRun:
             if (found := ready.complete()) is None:
                 return None
             new_columns = self._new_columns(learner, found.groups[0].schema, info.key)
-            before = finite(score(learner, found.groups))
+            before = score(learner, found.groups).finite
         except BadLabels as bad:
             work.rejected.append(bad.shard.rejected(str(bad)))  # the features wait for better ones
             return None
@@ -514,11 +513,11 @@ class OnlineRun:
         """(whether the champion moves to the new version, the new version's scores on the holdout)."""
         settings, learner = self.settings, work.loaded.learner
         scored = self.champion.holdout(learner)
-        on_holdout = {} if scored is None else {"rows": scored[0].rows, **finite(scored[0])}
+        on_holdout = {} if scored is None else {"rows": scored[0].rows, **scored[0].finite}
         if settings.champion != "move" or self.champion.alias is None or not work.consumed:
             return None, on_holdout
         return decide(
-            settings, self.champion.alias, metric_of(learner.spec), window, scored, work.loaded.gate
+            settings, self.champion.alias, learner.spec.main_metric, window, scored, work.loaded.gate
         ), on_holdout
 
     def settle(self) -> None:

@@ -1,7 +1,10 @@
-"""What the bits of a training run depend on besides its inputs."""
+"""What the bits of a training run depend on besides its inputs: the code, the versions, the machine."""
 
+import functools
 import os
 import platform
+import subprocess
+from importlib.metadata import version
 
 import pyarrow as pa
 import torch
@@ -33,3 +36,20 @@ def differences(before: dict[str, str | int], now: dict[str, str | int]) -> list
         for name in names
         if before.get(name) != now.get(name)
     ]
+
+
+@functools.cache
+def code_revision() -> str:
+    """Tidemill's version, and the git revision of the working directory where there is one."""
+    own = f"tidemill {version('tidemill')}"
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return own
+    return f"{own}, git {done.stdout.strip()}" if done.returncode == 0 else own

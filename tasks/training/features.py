@@ -21,11 +21,10 @@ from torch import Tensor
 from tidemill.tasks.training.columns import Family, Ids, as_tensor, bucket_ids, family_of, one_array, sequence_ids
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.groups import RowGroup, Split, read_ahead
-from tidemill.tasks.training.moments import Moments
 from tidemill.tasks.training.packing import blocks, pack
 from tidemill.tasks.training.pool import Empty
 from tidemill.tasks.training.spec import Column, Spec, Task
-from tidemill.tasks.training.statistics import Statistics
+from tidemill.tasks.training.statistics import Moments, Statistics
 
 NULLS_BY_CHANCE: Final = 1e-6  # a wholly null column that is less probable than this is taken for a mistake
 

@@ -48,6 +48,11 @@ class Score:
     loss: float  # the training loss, mean over the rows; NaN if there were no rows
     metrics: dict[str, float] = field(default_factory=dict)  # in units of the target
 
+    @property
+    def finite(self) -> dict[str, float]:
+        """Loss and metrics that are numbers: JSON, and so a manifest, knows no others."""
+        return {name: v for name, v in {"loss": self.loss, **self.metrics}.items() if math.isfinite(v)}
+
 
 def train_pass(
     learner: Learner,

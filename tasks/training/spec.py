@@ -266,6 +266,13 @@ class Spec(_Settings):
         return self.loss or LOSSES[self.task][0]
 
     @property
+    def main_metric(self) -> str:
+        """The score by which two models are compared, lower is better: in the target's unit for regression, else the loss."""
+        if self.task != "regression":
+            return "loss"
+        return "mae" if self.loss_name == "l1" else "rmse"
+
+    @property
     def outputs(self) -> int:
         """Width of the model's output: the number of classes, or of targets."""
         return self.classes or len(self.targets)

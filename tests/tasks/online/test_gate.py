@@ -15,7 +15,7 @@ from tidemill.storage.manifest import Compared, Consumed, Entry, Gate
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
-from tidemill.tasks.online.gate import GateClosed, decide, metric_of
+from tidemill.tasks.online.gate import GateClosed, decide
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
@@ -155,7 +155,7 @@ def test_refusals_are_counted_anew_once_somebody_has_moved_the_alias() -> None:
     [({}, "rmse"), ({"loss": "l1"}, "mae"), ({"task": "binary"}, "loss")],
 )
 def test_the_metric_is_in_the_targets_unit_where_it_has_one(settings: dict[str, str], metric: str) -> None:
-    assert metric_of(SPEC.model_validate(SPEC.model_dump() | {"loss": None} | settings)) == metric
+    assert SPEC.model_validate(SPEC.model_dump() | {"loss": None} | settings).main_metric == metric
 
 
 # ---- in a run --------------------------------------------------------------------------------------------------------
