@@ -344,7 +344,7 @@ def steps(inbox: str, registry: str, count: int) -> dict[str, float]:
         store.write(f"{i}.parquet", shard(1000, i))
     os.sync()  # or the steps that are measured would wait for what was written before
     started = time.perf_counter()
-    run = online.open_run(inbox, registry, "net", OnlineSettings(max_shards=1))
+    run = online.open_run(inbox, registry, "net", OnlineSettings(limits={"max_shards": 1}))
     online.step(run)
     opened, each, cpu = time.perf_counter() - started, [], time.process_time()
     for _ in range(count):

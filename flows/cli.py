@@ -108,12 +108,13 @@ def follow(
     For example:
 
         tidemill follow ./inbox ./registry flights
-        tidemill follow ./inbox ./registry flights --mode drain --max-shards 8
+        tidemill follow ./inbox ./registry flights --mode drain --limits.max-shards 8
         tidemill follow s3://bucket/inbox s3://bucket/registry flights \\
-            --after-commit archive --archive-to s3://bucket/data/archive
+            --after-commit.archive-to s3://bucket/data/archive
     """
     given = settings.settings()
-    _prepare_flow(inbox, registry, given.archive_to, given.labels, given.holdout_dataset, given.retrain_dataset)
+    labels = None if given.labels is None else given.labels.inbox
+    _prepare_flow(inbox, registry, given.archive_to, labels, given.gate.holdout_dataset, given.gate.retrain_on)
     from tidemill.flows.online import online_training
 
     _print(views.followed(online_training(inbox, registry, model, given)), as_json)

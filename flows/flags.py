@@ -12,7 +12,7 @@ from cyclopts.config import Dict as ConfigDict
 from cyclopts.help import format_usage
 from pydantic import BeforeValidator, Field, ValidationError
 
-from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.settings import TAGS, OnlineSettings
 from tidemill.tasks.training.spec import Model, Optimizer, Schedule, Spec
 
 if TYPE_CHECKING:
@@ -132,8 +132,10 @@ def explain(app: App, error: CycloptsError) -> str:
 
 
 def _missing(name: str) -> str:
-    flag = name.startswith("--")  # only settings of the spec are required flags
-    return f"{name} is missing" + (": give it as a flag, or in the file that --spec names" if flag else "")
+    of_spec = name.startswith("--") and name.partition(".")[0].removeprefix("--").replace("-", "_") in Spec.model_fields
+    if of_spec:
+        return f"{name} is missing: give it as a flag, or in the file that --spec names"
+    return f"{name} must be given, with a value" if name.startswith("--") else f"{name} is missing"
 
 
 def _unknown(file: str, keys: str) -> str:
@@ -149,9 +151,9 @@ def _unknown(file: str, keys: str) -> str:
 def _problem(details: "ErrorDetails") -> str:
     """One of pydantic's complaints, by the name of its flag."""
     message = details["msg"].removeprefix("Value error, ")
-    if not details["loc"]:  # of the settings together
+    if not (loc := [str(part) for part in details["loc"] if part not in TAGS]):  # of the settings together
         return message
-    flag = "--" + ".".join(str(part) for part in details["loc"]).replace("_", "-")
+    flag = "--" + ".".join(loc).replace("_", "-")
     if details["type"] == "missing":
         return _missing(flag)
     if details["type"] == "value_error":

@@ -59,7 +59,7 @@ class BatchRun:
         self.losses: tuple[float, ...] = ()
         self.held_out: tuple[float, ...] = ()
         self._learner: Learner | None = None
-        self.split = Split(settings.held_out, held_out=False) if settings.held_out else None
+        self.split = Split(settings.holdout_share, held_out=False) if settings.holdout_share else None
         self.progress.begin()
         self.registered = self.progress.registered()
         """(version, True if nothing is left to do) if an earlier attempt had committed it."""
@@ -171,8 +171,8 @@ def evaluate(run: BatchRun) -> Score:
 
 def _held_out(run: BatchRun) -> Score:
     if run.settings.holdout_dataset is None:
-        groups: Sequence[RowGroup] = run.dataset.row_groups if run.settings.held_out else []
-        return score(run.learner, groups, Split(run.settings.held_out, held_out=True) if groups else None)
+        groups: Sequence[RowGroup] = run.dataset.row_groups if run.settings.holdout_share else []
+        return score(run.learner, groups, Split(run.settings.holdout_share, held_out=True) if groups else None)
     other = take_snapshot(run.settings.holdout_dataset)
     for name, schema in other.schemas:
         run.learner.features.check(schema, f"{other.ref.url}/{name}")

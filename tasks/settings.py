@@ -1,14 +1,12 @@
 """What a run is told beside the spec: its limits and its habits.
 
-Only pydantic here, and what imports nothing else that is heavy: the command line builds its flags and Prefect its form from
-these descriptions, and `--help` must not wait for torch or Prefect.
+Nothing but pydantic is imported here. The command line makes its flags from these descriptions, and Prefect its form;
+`--help` must not wait for torch or Prefect.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from tidemill.tasks.online.triggers import Triggers
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class _Settings(BaseModel):
@@ -49,21 +47,14 @@ class BatchSettings(_Settings):
         return self
 
     @property
-    def held_out(self) -> float:
+    def holdout_share(self) -> float:
         """Share of the training dataset's rows that training must not see."""
         return 0.0 if self.holdout_dataset is not None else self.holdout
 
 
-class OnlineSettings(_Settings):
-    """When an online run stops, how much one commit takes, and what becomes of consumed shards."""
+class Limits(_Settings):
+    """How much one commit takes."""
 
-    mode: Literal["drain", "follow"] = Field(
-        default="drain", description="drain: train on all shards that are there, then stop. follow: go on polling."
-    )
-    poll_seconds: float = Field(default=5.0, gt=0, description="Seconds between two looks at an empty inbox (follow).")
-    stop_after_seconds: float | None = Field(
-        default=None, gt=0, description="Stop after this time, once the step in hand is committed."
-    )
     max_shards: int = Field(default=256, ge=1, description="The most shards in one commit.")
     max_rows: int = Field(
         default=1_000_000, ge=1, description="A commit takes no further shard once it has this many rows."
@@ -78,27 +69,140 @@ class OnlineSettings(_Settings):
         ge=1,
         description="A larger shard stays in the inbox, with a warning: a shard is read into memory whole.",
     )
+
+
+class LabelSettings(_Settings):
+    """Labels that arrive later than their features."""
+
+    inbox: str = Field(
+        description="URL of an inbox of labels that arrive later than their features. The labels of a shard have its key."
+    )
+    key: str = Field(description="The column by which the rows of features and labels are joined.")
+
+
+class Archive(_Settings):
+    """Consumed shards are moved."""
+
+    archive_to: str = Field(
+        description="URL, outside of the inbox, to which consumed shards are moved. Each keeps its whole key."
+    )
+
+
+TAGS: Final = ("(word)", "(settings)")
+"""How pydantic's complaints name the two shapes of a setting that is one word or has settings of its own."""
+
+
+def _tag_of(given: Any) -> str:
+    return TAGS[0] if isinstance(given, str) else TAGS[1]
+
+
+AfterCommit = Annotated[
+    Annotated[Literal["delete", "keep"], Tag(TAGS[0])] | Annotated[Archive, Tag(TAGS[1])], Discriminator(_tag_of)
+]
+
+
+class Retrain(_Settings):
+    """A model that was refused too often is trained anew."""
+
+    retrain_on: str = Field(
+        description="URL of a dataset. After too many refused versions the model is trained anew on it, in batch. An archive "
+        "below it belongs to it."
+    )
+
+
+AfterRefusals = Annotated[
+    Annotated[Literal["continue", "stop", "rollback"], Tag(TAGS[0])] | Annotated[Retrain, Tag(TAGS[1])],
+    Discriminator(_tag_of),
+]
+
+
+class GateSettings(_Settings):
+    """When a new version becomes the champion, and what happens if too many do not."""
+
+    champion: Literal["ignore", "score", "move"] = Field(
+        default="move",
+        description="ignore: nothing is compared. score: the version that the alias names scores each shard too. move: and the "
+        "alias moves to each new version that is not worse.",
+    )
+    alias: str = Field(default="champion", description="The alias of the champion.")
+    tolerance: float = Field(
+        default=0.05, ge=0, description="Share by which a new version may score worse than the champion."
+    )
+    recent_shards: int = Field(
+        default=20, ge=1, description="A new version and the champion are compared on this many of the last shards."
+    )
+    holdout_dataset: str | None = Field(
+        default=None, description="URL of a dataset on which each new version is compared with the champion too."
+    )
+    refusals: int = Field(
+        default=10, ge=1, description="After this many refused versions in a row, do what after_refusals says."
+    )
+    after_refusals: AfterRefusals = Field(
+        default="continue",
+        description="continue: go on training. stop: fail, so that a person decides. rollback: go back to the champion.",
+    )
+
+    @model_validator(mode="after")
+    def _refusals(self) -> Self:
+        if self.champion != "move" and self.after_refusals != "continue":
+            raise ValueError("after_refusals needs champion='move': otherwise no version is ever refused")
+        return self
+
+    @property
+    def retrain_on(self) -> str | None:
+        """The dataset for a batch training after too many refusals, or None."""
+        return self.after_refusals.retrain_on if isinstance(self.after_refusals, Retrain) else None
+
+
+class Triggers(_Settings):
+    """When to train on waiting shards: as soon as one of these holds, or at once if none is set."""
+
+    min_rows: int | None = Field(default=None, ge=1, description="Train when this many rows wait.")
+    min_bytes: int | None = Field(default=None, ge=1, description="Train when shards of this many bytes wait.")
+    max_wait_seconds: float | None = Field(
+        default=None, gt=0, description="Train when the oldest shard has waited this long."
+    )
+    drift: Literal["adwin", "page_hinkley"] | None = Field(
+        default=None,
+        description="Train when this detector finds that the errors of the shards have risen; needs tidemill[drift].",
+    )
+    score_drop: float | None = Field(
+        default=None,
+        ge=0,
+        description="Train when the error on what waits exceeds that of the last shards by this share: 0.1 is 10% worse.",
+    )
+    recent_shards: int = Field(
+        default=64, ge=10, description="drift and score_drop compare with this many of the last consumed shards."
+    )
+
+    @property
+    def by_score(self) -> bool:
+        """True if waiting shards are compared with consumed ones. Only then is the history needed."""
+        return self.drift is not None or self.score_drop is not None
+
+    @property
+    def given(self) -> bool:
+        """True if any trigger is set."""
+        return self.by_score or any(
+            limit is not None for limit in (self.min_rows, self.min_bytes, self.max_wait_seconds)
+        )
+
+
+class OnlineSettings(_Settings):
+    """When an online run stops, how much one commit takes, what becomes of consumed shards, and when the champion moves."""
+
+    mode: Literal["drain", "follow"] = Field(
+        default="drain", description="drain: train on all shards that are there, then stop. follow: go on polling."
+    )
+    poll_seconds: float = Field(default=5.0, gt=0, description="Seconds between two looks at an empty inbox (follow).")
+    stop_after_seconds: float | None = Field(
+        default=None, gt=0, description="Stop after this time, once the step in hand is committed."
+    )
     passes: int = Field(default=1, ge=1, description="How many times a shard is trained on.")
-    after_commit: Literal["delete", "archive", "keep"] = Field(
-        default="delete", description="What becomes of a shard once a committed version contains it."
-    )
-    archive_to: str | None = Field(
-        default=None, description="URL, outside of the inbox, below which archived shards keep their whole key."
-    )
     grace_seconds: float = Field(
         default=60.0,
         ge=0,
-        description="What is no whole Parquet file is rejected only after it has not changed for this long.",
-    )
-
-    labels: str | None = Field(
-        default=None,
-        description="URL of an inbox of labels that arrive later than their features: a shard under the same key, its rows "
-        "joined by label_key.",
-    )
-    label_key: str | None = Field(default=None, description="Column by which features and delayed labels are joined.")
-    train_when: Triggers = Field(
-        default_factory=Triggers, description="Triggers: what must hold before waiting shards are trained on."
+        description="An object that is no whole Parquet file is rejected once it has not changed for this long.",
     )
     new_columns: Literal["fail", "add", "ignore"] = Field(
         default="add",
@@ -106,47 +210,20 @@ class OnlineSettings(_Settings):
         "recorded, for the next batch training to use. ignore: nothing is said of them.",
     )
     device: Device = Field(default="auto", description=_DEVICE)
-    champion: Literal["ignore", "score", "move"] = Field(
-        default="move",
-        description="score: the version that the alias names scores each shard too. move: and the alias moves to each new "
-        "version that is not worse.",
+    limits: Limits = Field(default_factory=Limits, description="How much one commit takes.")
+    after_commit: AfterCommit = Field(
+        default="delete",
+        description="What becomes of a shard once a committed version contains it: delete it, or keep it in the inbox.",
     )
-    alias: str = Field(default="champion", description="The alias of the champion.")
-    tolerance: float = Field(
-        default=0.05, ge=0, description="Share by which a version may score worse than the champion."
+    labels: LabelSettings | None = Field(
+        default=None, description="Where labels arrive that come later than their features."
     )
-    window_shards: int = Field(default=20, ge=1, description="Learner and champion are compared on so many shards.")
-    holdout_dataset: str | None = Field(
-        default=None, description="URL of a dataset on which each new version is compared with the champion too."
+    train_when: Triggers = Field(
+        default_factory=Triggers, description="Triggers: what must hold before waiting shards are trained on."
     )
-    refusals: int = Field(
-        default=10, ge=1, description="After so many refused versions in a row, do what after_refusals says."
-    )
-    after_refusals: Literal["continue", "stop", "rollback", "retrain"] = Field(
-        default="continue",
-        description="stop: fail, so that a person decides. rollback: go back to the champion. retrain: from retrain_dataset.",
-    )
-    retrain_dataset: str | None = Field(
-        default=None,
-        description="URL of the dataset for after_refusals=retrain; shards archived below it are part of it.",
-    )
+    gate: GateSettings = Field(default_factory=GateSettings, description="When a new version becomes the champion.")
 
-    @model_validator(mode="after")
-    def _delayed(self) -> Self:
-        if (self.labels is None) != (self.label_key is None):
-            raise ValueError("labels=URL and label_key=COLUMN go together: give both, or neither")
-        return self
-
-    @model_validator(mode="after")
-    def _refusals(self) -> Self:
-        if (self.after_refusals == "retrain") != (self.retrain_dataset is not None):
-            raise ValueError("after_refusals='retrain' and retrain_dataset=URL go together: give both, or neither")
-        if self.champion != "move" and self.after_refusals != "continue":
-            raise ValueError("after_refusals needs champion='move': nothing else is ever refused")
-        return self
-
-    @model_validator(mode="after")
-    def _archive(self) -> Self:
-        if (self.after_commit == "archive") != (self.archive_to is not None):
-            raise ValueError("after_commit='archive' and archive_to=URL go together: give both, or neither")
-        return self
+    @property
+    def archive_to(self) -> str | None:
+        """Where consumed shards are moved, or None."""
+        return self.after_commit.archive_to if isinstance(self.after_commit, Archive) else None

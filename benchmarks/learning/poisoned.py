@@ -29,7 +29,7 @@ from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.online import step as online
-from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.settings import BatchSettings, GateSettings, Limits, OnlineSettings
 from tidemill.tasks.training.spec import Column, Spec
 
 TOLERANCE: Final = 0.05
@@ -111,7 +111,10 @@ def traced(stream: Stream, shards: Iterable[pa.Table], chosen: Settings, seed: i
     follower = online.open_run(
         *(f"{root}/inbox", f"{root}/registry", "model"),
         OnlineSettings(
-            max_shards=1, passes=PASSES["mlp"], tolerance=TOLERANCE, holdout_dataset=f"{root}/holdout", device="cpu"
+            limits=Limits(max_shards=1),
+            gate=GateSettings(tolerance=TOLERANCE, holdout_dataset=f"{root}/holdout"),
+            passes=PASSES["mlp"],
+            device="cpu",
         ),
     )
     champions = [0]

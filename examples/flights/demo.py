@@ -32,8 +32,8 @@ HERE = Path(__file__).parent
 ROOT = Path("demo-data")
 DATASET, INBOX, ARCHIVE, REGISTRY = (str(ROOT / name) for name in ("dataset", "inbox", "archive", "registry"))
 MODEL = "flights"
-FOLLOW = ["follow", INBOX, REGISTRY, MODEL, "--mode", "drain", "--max-shards", "4"]
-ARCHIVED = ["--after-commit", "archive", "--archive-to", ARCHIVE]
+FOLLOW = ["follow", INBOX, REGISTRY, MODEL, "--mode", "drain", "--limits.max-shards", "4"]
+ARCHIVED = ["--after-commit.archive-to", ARCHIVE]
 KILL_AT = 20  # the version after which the online run is killed
 
 

@@ -148,8 +148,8 @@ class DelayedLabels:
 
     def _serving(self, head: Version, moment: datetime) -> Version:
         """The version that served at a moment. Where no gate moves the alias, the one that it names, if that existed."""
-        if self._settings.champion != "move":
-            alias = self.log.alias(self._settings.alias)
+        if self._settings.gate.champion != "move":
+            alias = self.log.alias(self._settings.gate.alias)
             newest = newest_at(self._version, head, moment)
             return newest if alias is None or alias.version > newest.number else self._version(alias.version)
         return served_at(self.log, self._version, head, moment)

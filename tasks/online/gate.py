@@ -16,7 +16,7 @@ from tidemill.storage.errors import CorruptObject, UnknownVersion
 from tidemill.storage.log import Alias, Version, VersionLog
 from tidemill.storage.manifest import Compared, Consumed, Gate
 from tidemill.tasks.scores import Means
-from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.settings import GateSettings, OnlineSettings
 from tidemill.tasks.training.errors import TrainingError
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Frozen, Learner
@@ -53,17 +53,17 @@ class Champion:
 
         A champion that cannot be loaded is warned of, and nothing is compared.
         """
-        if self.settings.champion == "ignore":
+        if self.settings.gate.champion == "ignore":
             return
         self._promote(head)
         self._find(head, learner)
         if self.alias is None:
-            logger.warning("%s has no alias %r: nothing to compare with", self.log.url, self.settings.alias)
-        elif self.settings.champion == "move" and self.settings.holdout_dataset is not None:
+            logger.warning("%s has no alias %r: nothing to compare with", self.log.url, self.settings.gate.alias)
+        elif self.settings.gate.champion == "move" and self.settings.gate.holdout_dataset is not None:
             self._decided = self._last_decision(head)
 
     def _find(self, head: Version, learner: Learner) -> None:
-        self.alias = self.log.alias(self.settings.alias)
+        self.alias = self.log.alias(self.settings.gate.alias)
         if self.alias is None or self.alias.version == self._number:
             return
         self._number, self._network, self._holdout_score = self.alias.version, None, None
@@ -108,16 +108,16 @@ class Champion:
         Raises:
             ColumnError: the holdout lacks columns of the learner's spec, or has no label.
         """
-        if self.settings.holdout_dataset is None:
+        if self.settings.gate.holdout_dataset is None:
             return None
         if self._holdout is None:
-            self._holdout = snapshot(self.settings.holdout_dataset).row_groups
+            self._holdout = snapshot(self.settings.gate.holdout_dataset).row_groups
         found = score(learner, self._holdout)
         if self._holdout_score is None and self._network is not None:
             try:
                 self._holdout_score = score(self._network, self._holdout)
             except TrainingError as error:  # its spec may name columns that the head's does not
-                logger.warning("champion cannot score %s: %s", self.settings.holdout_dataset, error)
+                logger.warning("champion cannot score %s: %s", self.settings.gate.holdout_dataset, error)
                 self._network = None
         return found, self._best(self._holdout_score, learner.spec.main_metric)
 
@@ -153,14 +153,14 @@ class Champion:
         if gate is None or gate.decision == "refused":
             return None
         try:
-            return self.log.promote(self.settings.alias, version, only_from=Alias(gate.champion, gate.moves))
+            return self.log.promote(self.settings.gate.alias, version, only_from=Alias(gate.champion, gate.moves))
         except UnknownVersion:  # others have gone on long since, and retention has removed it
             return None
 
 
 # ---- deciding --------------------------------------------------------------------------------------------------------
 def decide(
-    settings: OnlineSettings,
+    settings: GateSettings,
     alias: Alias,
     metric: str,
     window: Iterable[Consumed],
@@ -180,7 +180,7 @@ def decide(
     worse = [c for c in (recent, fixed) if c is not None and not _holds(c, settings.tolerance)]
     in_a_row = 0 if before is None or before.moves != alias.moves else before.refusals
     refusals = in_a_row + 1 if worse else 0
-    enough = refusals >= settings.refusals and settings.after_refusals != "continue"
+    resort = settings.after_refusals if isinstance(settings.after_refusals, str) else "retrain"
     return Gate(
         champion=alias.version,
         moves=alias.moves,
@@ -190,7 +190,7 @@ def decide(
         window=recent,
         holdout=fixed,
         refusals=refusals,
-        then=settings.after_refusals if enough and settings.after_refusals != "continue" else None,
+        then=resort if refusals >= settings.refusals and resort != "continue" else None,
     )
 
 

@@ -23,7 +23,7 @@ class OnlineReport(BaseModel):
     champion: dict[str, float] = {}
     """Of the champion, on the same shards."""
     window: dict[str, float] = {}
-    """As `score`, of the last `window_shards` shards, those of earlier runs included."""
+    """As `score`, of the last `recent_shards` shards, those of earlier runs included."""
     window_champion: dict[str, float] = {}
     """Of the champion, on the shards of the window."""
     promoted: int = 0

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
@@ -111,15 +111,15 @@ class OnlineRun:
         self.report = OnlineReport(model=model, head=self.log.head().number)
         self.champion = Champion(self.log, settings)
         self.delayed: DelayedLabels | None = None
-        if settings.labels is not None and settings.label_key is not None:
-            labels = Inbox(self.stores(settings.labels))
+        if settings.labels is not None:
+            labels = Inbox(self.stores(settings.labels.inbox))
             if f"{labels.url}/".startswith(f"{self.inbox.url}/") or f"{self.inbox.url}/".startswith(f"{labels.url}/"):
                 raise UnsupportedStore(
                     f"labels={labels.url} and the inbox {self.inbox.url} must lie beside each other."
                 )
             self._certify(labels)
             self._check_outside(labels)
-            self.delayed = DelayedLabels(self.log, labels, settings.label_key, settings, self._warn)
+            self.delayed = DelayedLabels(self.log, labels, settings.labels.key, settings, self._warn)
         self._loaded: Loaded | None = None
         self._reader: Reader | None = None
         """Of the last listing."""
@@ -140,9 +140,9 @@ class OnlineRun:
         """Every object below an inbox is a shard, to be consumed and removed: nothing else may live there."""
         settings = self.settings
         others = {
-            "archive_to": settings.archive_to,
-            "holdout_dataset": settings.holdout_dataset,
-            "retrain_dataset": settings.retrain_dataset,
+            "after_commit.archive_to": settings.archive_to,
+            "gate.holdout_dataset": settings.gate.holdout_dataset,
+            "gate.after_refusals.retrain_on": settings.gate.retrain_on,
         }
         urls = {name: self.stores(url).url for name, url in others.items() if url is not None}
         for name, url in {"the registry": self.log.store.url, **urls}.items():
@@ -206,7 +206,9 @@ class OnlineRun:
         Versions that only rejected are passed over, but not without end: a history may hold any number of them.
         """
         settings = self.settings
-        size = max(settings.window_shards, settings.train_when.window if settings.train_when.by_score else 0)
+        size = max(
+            settings.gate.recent_shards, settings.train_when.recent_shards if settings.train_when.by_score else 0
+        )
         window: deque[Consumed] = deque(maxlen=size)
         gate: Gate | None = None
         passed_over = 0
@@ -245,10 +247,10 @@ class OnlineRun:
 
     def _fits(self, inbox: Inbox, info: ObjectInfo) -> bool:
         """Whether an object is small enough to be read whole; says so once if not."""
-        if info.size <= self.settings.max_shard_bytes:
+        if info.size <= (limit := self.settings.limits.max_shard_bytes):
             return True
         self._warn(
-            f"{inbox.url}/{info.key} has {info.size:,} bytes, more than max_shard_bytes={self.settings.max_shard_bytes:,}; "
+            f"{inbox.url}/{info.key} has {info.size:,} bytes, more than limits.max_shard_bytes={limit:,}; "
             "it stays in the inbox. Split it, or raise the limit."
         )
         return False
@@ -323,8 +325,8 @@ class OnlineRun:
     def _remove(self, loaded: Loaded, inbox: Inbox, duplicates: list[tuple[ObjectInfo, str]]) -> None:
         """Remove shards (with their sha256) that were consumed before; what is denied is owed like any other, and remembered."""
         # Archived like others, since they may have been kept until now; an archive does not get twice what it holds.
-        then, to = self.settings.after_commit, self.settings.archive_to
-        assert then != "keep"
+        to = self.settings.archive_to
+        then: Literal["delete", "archive"] = "delete" if to is None else "archive"
         debts = [
             Owed(inbox=inbox.url, key=info.key, sha256=digest, etag=info.etag, then=then, to=to)
             for info, digest in duplicates
@@ -374,8 +376,8 @@ class OnlineRun:
 
     def _takes(self, shards: int, size: int, rows: int) -> bool:
         """Whether a commit that has so many shards and rows takes one more, with which it has so many bytes."""
-        settings = self.settings
-        return shards < settings.max_shards and rows < settings.max_rows and (not shards or size <= settings.max_bytes)
+        limits = self.settings.limits
+        return shards < limits.max_shards and rows < limits.max_rows and (not shards or size <= limits.max_bytes)
 
     def _train_one(self, work: Trained, ready: Ready, refused: dict[str, str]) -> str | None:
         """Add one shard to the work; the reason if training on it broke the learner."""
@@ -442,7 +444,7 @@ class OnlineRun:
         window.extend(work.consumed)
         cumulative = loaded.cumulative.model_copy(deep=True)
         cumulative.add(work.consumed)
-        recent = list(window)[-self.settings.window_shards :]
+        recent = list(window)[-self.settings.gate.recent_shards :]
         gate, holdout = self._decide(work, recent)
         parts = [("safetensors", weights), ("state.safetensors", state)]
         refs = at_once(lambda part: self.log.write_blob(number, *part), parts, self.log.store.concurrency)
@@ -490,11 +492,12 @@ class OnlineRun:
         return self.log.write_tombstones(number, loaded.tombstones)
 
     def _debts(self, work: Trained, number: int) -> list[Owed]:
-        then, to = self.settings.after_commit, self.settings.archive_to
+        to = self.settings.archive_to
+        then: Literal["delete", "archive"] = "delete" if to is None else "archive"
         debts = [
             Owed(inbox=s.inbox, key=s.key, sha256=s.sha256, etag=s.etag, then=then, to=to)
             for s in work.consumed_objects
-            if then != "keep"
+            if self.settings.after_commit != "keep"
         ]
         return debts + [
             Owed(
@@ -514,10 +517,10 @@ class OnlineRun:
         settings, learner = self.settings, work.loaded.learner
         scored = self.champion.holdout(learner)
         on_holdout = {} if scored is None else {"rows": scored[0].rows, **scored[0].finite}
-        if settings.champion != "move" or self.champion.alias is None or not work.consumed:
+        if settings.gate.champion != "move" or self.champion.alias is None or not work.consumed:
             return None, on_holdout
         return decide(
-            settings, self.champion.alias, learner.spec.main_metric, window, scored, work.loaded.gate
+            settings.gate, self.champion.alias, learner.spec.main_metric, window, scored, work.loaded.gate
         ), on_holdout
 
     def settle(self) -> None:
@@ -535,12 +538,12 @@ class OnlineRun:
             GateClosed: a person must decide.
             HeadMoved: another run was faster.
         """
-        gate, settings, head = loaded.version.manifest.gate, self.settings, loaded.version
+        gate, settings, head = loaded.version.manifest.gate, self.settings.gate, loaded.version
         if gate is None or gate.refusals < settings.refusals or settings.after_refusals == "continue":
             return None
         if self.log.alias(settings.alias) != Alias(gate.champion, gate.moves):  # somebody has decided otherwise
             return None
-        if settings.after_refusals == "retrain":
+        if settings.retrain_on is not None:
             return Step(Outcome.RETRAIN)
         if settings.after_refusals == "rollback":
             version = self.log.rollback(str(gate.champion), head)
@@ -562,9 +565,9 @@ def open_run(inbox: str, registry: str, model: str, settings: OnlineSettings) ->
 def retraining(run: OnlineRun) -> tuple[str, str, str, Spec, BatchSettings]:
     """Arguments of the batch training that `Outcome.RETRAIN` asks for: the head's spec, on the dataset of the settings."""
     settings, log = run.settings, run.log
-    assert settings.retrain_dataset is not None, "the settings ask for a dataset"
-    batch_settings = BatchSettings(alias=settings.alias, device=settings.device)
-    return settings.retrain_dataset, log.store.url, log.model, spec_of(log, log.head()), batch_settings
+    assert settings.gate.retrain_on is not None, "the settings ask for a dataset"
+    batch_settings = BatchSettings(alias=settings.gate.alias, device=settings.device)
+    return settings.gate.retrain_on, log.store.url, log.model, spec_of(log, log.head()), batch_settings
 
 
 def retrained(run: OnlineRun, made: VersionInfo) -> None:
@@ -576,8 +579,8 @@ def retrained(run: OnlineRun, made: VersionInfo) -> None:
     run.forget()
     if made.version < run.log.head().number and not made.trained:
         raise GateClosed(
-            f"{run.log.url}: {run.settings.retrain_dataset} was trained on before, as version {made.version}, with this spec: "
-            "retraining changes nothing. Archive consumed shards below it (after_commit=archive), or decide by hand: "
+            f"{run.log.url}: {run.settings.gate.retrain_on} was trained on before, as version {made.version}, with this spec: "
+            "retraining changes nothing. Archive consumed shards below it (after_commit.archive_to), or decide by hand: "
             "`tidemill promote`, `tidemill rollback`, or `tidemill train` with another spec."
         )
 

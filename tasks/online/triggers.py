@@ -1,7 +1,7 @@
 """When a run trains on what waits in the inbox: at once, or when there is enough of it, or when the model does worse on it.
 
 When is all that is decided here. Which shards, in which order and with which random numbers is not, so that no trigger can
-change the bits of a version. Only pydantic at the top: flags and forms are made from `Triggers`.
+change the bits of a version.
 """
 
 import math
@@ -13,10 +13,9 @@ from functools import partial
 from itertools import pairwise
 from typing import Final, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from tidemill.storage.errors import ShardRejected
 from tidemill.storage.store import ObjectInfo
+from tidemill.tasks.settings import Triggers
 from tidemill.tasks.training.errors import ColumnError, SpecError
 
 T = TypeVar("T")
@@ -32,40 +31,6 @@ CLIP: Final = 4.0
 """Errors are clipped to this many standard deviations from the usual: one broken shard alone is no drift."""
 NEGLIGIBLE: Final = 1e-6
 """The least noise that is reckoned with, as a share of the error: changes of a lower order are rounding."""
-
-
-class Triggers(BaseModel):
-    """When to train on waiting shards: as soon as one of these holds, or at once if none is set."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    min_rows: int | None = Field(default=None, ge=1, description="Train when this many rows wait.")
-    min_bytes: int | None = Field(default=None, ge=1, description="Train when shards of this many bytes wait.")
-    max_wait_seconds: float | None = Field(
-        default=None, gt=0, description="Train when the oldest shard has waited this long."
-    )
-    drift: Literal["adwin", "page_hinkley"] | None = Field(
-        default=None,
-        description="Train when this detector finds that the errors of the shards have risen; needs tidemill[drift].",
-    )
-    score_drop: float | None = Field(
-        default=None,
-        ge=0,
-        description="Train when the error on what waits exceeds that of the last shards by this share: 0.1 is 10% worse.",
-    )
-    window: int = Field(
-        default=64, ge=10, description="How many of the last consumed shards drift and score_drop compare with."
-    )
-
-    @property
-    def by_score(self) -> bool:
-        """Whether waiting shards are compared with the consumed ones. Only then is their history of use."""
-        return self.drift is not None or self.score_drop is not None
-
-    @property
-    def given(self) -> bool:
-        """Whether any trigger is set."""
-        return self.by_score or not (self.min_rows is self.min_bytes is self.max_wait_seconds is None)
 
 
 @dataclass(frozen=True)
@@ -86,13 +51,13 @@ class Trigger:
     """
 
     def __init__(self, settings: Triggers, past: Sequence[Seen]) -> None:
-        """`past` is the history of the version, oldest first; the last `settings.window` shards of it are used.
+        """`past` is the history of the version, oldest first; the last `settings.recent_shards` shards of it are used.
 
         Raises:
             SpecError: `drift` is set and River is not installed.
         """
         self._settings = settings
-        self._past = [seen for seen in past if _is_usable(seen)][-settings.window :]
+        self._past = [seen for seen in past if _is_usable(seen)][-settings.recent_shards :]
         self._detector = None if settings.drift is None else _detectors(settings.drift)
         self._rows: dict[tuple[str, str], int] = {}
         self._scores: dict[tuple[str, str], Seen] = {}

@@ -81,7 +81,8 @@ def model(place: Place) -> Place:
     train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
     place.drop("a.parquet", "b.parquet")
     open_store(place.inbox).write("c.parquet", NOT_PARQUET)
-    drain(open_store, place.inbox, place.registry, OnlineSettings(max_shards=2, grace_seconds=0, champion="score"))
+    settings = OnlineSettings(limits={"max_shards": 2}, grace_seconds=0, gate={"champion": "score"})
+    drain(open_store, place.inbox, place.registry, settings)
     return place
 
 
@@ -237,7 +238,7 @@ def test_an_audit_with_findings_fails(tidemill: Run, model: Place) -> None:
 def test_a_replay_of_archived_shards(tidemill: Run, place: Place) -> None:
     train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
     place.drop("a.parquet", "b.parquet")
-    settings = OnlineSettings(after_commit="archive", archive_to=place.archive, max_shards=1)
+    settings = OnlineSettings(after_commit={"archive_to": place.archive}, limits={"max_shards": 1})
     drain(open_store, place.inbox, place.registry, settings)
     result = tidemill("audit", place.registry, "model", "--replay", "--archive", place.archive)
     assert (result.code, result.err.count("1 shards replayed")) == (0, 2)
@@ -398,8 +399,8 @@ def test_follow_with_flags(tidemill: Run, monkeypatch: pytest.MonkeyPatch) -> No
         )
 
     monkeypatch.setattr(online_flow, "online_training", online_training)
-    result = tidemill("follow", "i", "r", "m", "--max-shards", "8", "--after-commit", "archive", "--archive-to", "z")
-    settings = OnlineSettings(mode="follow", max_shards=8, after_commit="archive", archive_to="z")
+    result = tidemill("follow", "i", "r", "m", "--limits.max-shards", "8", "--after-commit.archive-to", "z")
+    settings = OnlineSettings(mode="follow", limits={"max_shards": 8}, after_commit={"archive_to": "z"})
     assert calls == [("i", "r", "m", settings)]
     assert type(calls[0][3]) is OnlineSettings
     assert result.out.splitlines() == [
@@ -444,7 +445,19 @@ FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
         (("train", "d", "r", "m", "--features", "a", "--target", "a"), "target 'a' is also among the features"),
         (("train", "d", "r", "m", "--spec", "/no/such/file"), "--spec /no/such/file cannot be read: [Errno 2]"),
         (("follow", "i", "r", "m", "--mode", "x"), "--mode: input should be 'drain' or 'follow', not 'x'"),
-        (("follow", "i", "r", "m", "--after-commit", "archive"), "and archive_to=URL go together"),
+        (
+            ("follow", "i", "r", "m", "--after-commit", "archive"),
+            "input should be 'delete' or 'keep', not 'archive'",
+        ),
+        (("follow", "i", "r", "m", "--after-commit", "keep", "--after-commit.archive-to", "z"), "Cannot combine"),
+        (("follow", "i", "r", "m", "--after-commit.archive-to"), "--after-commit.archive-to must be given"),
+        (("follow", "i", "r", "m", "--labels.inbox", "l"), "--labels.key must be given, with a value"),
+        (("follow", "i", "r", "m", "--labels.inbox", "l", "--labels.kye", "k"), "--labels.key must be given"),
+        (
+            ("follow", "i", "r", "m", "--gate.champion", "score", "--gate.after-refusals", "stop"),
+            "after_refusals needs champion='move'",
+        ),
+        (("follow", "i", "r", "m", "--gate.tolerance", "-1"), "--gate.tolerance: input should be greater than"),
     ],
 )
 def test_wrong_usage(tidemill: Run, arguments: tuple[str, ...], message: str) -> None:
@@ -541,9 +554,10 @@ def test_wrong_credentials(s3_server: S3, tmp_path: Path) -> None:
     "arguments",
     [
         ("train", "d", "r", "m", "--features", "a", "--target", "y", "--holdout-dataset"),
-        ("follow", "i", "r", "m", "--after-commit", "archive", "--archive-to"),
-        ("follow", "i", "r", "m", "--label-key", "id", "--labels"),
-        ("follow", "i", "r", "m", "--champion", "move", "--holdout-dataset"),
+        ("follow", "i", "r", "m", "--after-commit.archive-to"),
+        ("follow", "i", "r", "m", "--labels.key", "id", "--labels.inbox"),
+        ("follow", "i", "r", "m", "--gate.holdout-dataset"),
+        ("follow", "i", "r", "m", "--gate.after-refusals.retrain-on"),
     ],
 )
 def test_a_secret_in_a_url_is_refused_before_prefect_sees_it(

@@ -141,7 +141,7 @@ def write_deployments(folder: Path, place: Place) -> None:
         "spec": SPEC.model_dump(mode="json") | {"model": {"factory": "mymodel:build"}},
     }
     online["parameters"] |= {"inbox": place.inbox, "registry": place.registry, "model": "model"}
-    online["parameters"]["settings"] |= {"archive_to": place.archive, "max_shards": 2}
+    online["parameters"]["settings"] |= {"after_commit": {"archive_to": place.archive}, "limits": {"max_shards": 2}}
     for deployment in (batch, online):
         (schedule,) = deployment["schedules"]
         schedule["active"] = False

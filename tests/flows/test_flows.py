@@ -34,7 +34,7 @@ from tidemill.tasks import wrappers
 from tidemill.tasks.batch import VersionInfo
 from tidemill.tasks.online.gate import GateClosed
 from tidemill.tasks.online.report import OnlineReport
-from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.settings import BatchSettings, GateSettings, OnlineSettings, Retrain
 
 pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.xdist_group("flows")]  # one worker, one server
 
@@ -58,7 +58,7 @@ def test_batch_then_online(place: Place) -> None:
     assert info.metrics["holdout"]["loss"] < 0.1
 
     shards = place.drop("first.parquet", "second.parquet", "sub/third.parquet")
-    report = online_training(place.inbox, place.registry, "model", OnlineSettings(max_shards=2))
+    report = online_training(place.inbox, place.registry, "model", OnlineSettings(limits={"max_shards": 2}))
     assert isinstance(report, OnlineReport)
     assert (report.first_version, report.head, report.versions) == (1, 2, 2)
     assert (report.shards, report.rows, report.rejected) == (3, 150, 0)
@@ -84,7 +84,7 @@ def test_the_same_batch_run_again_returns_its_version(place: Place) -> None:
 def test_shards_are_archived_for_the_next_batch_run(place: Place) -> None:
     log = train(place)
     shards = place.drop("a.parquet", "b.parquet")
-    settings = OnlineSettings(after_commit="archive", archive_to=f"{place.dataset}/archive")
+    settings = OnlineSettings(after_commit={"archive_to": f"{place.dataset}/archive"})
     online_training(place.inbox, place.registry, "model", settings)
     assert place.inbox_keys() == []
     again = batch_training(place.dataset, place.registry, "model", place.spec)
@@ -104,13 +104,13 @@ def test_versions_that_are_refused_lead_to_a_batch_training(place: Place) -> Non
     for name in ("a", "b", "c"):
         open_store(place.inbox).write(f"{name}.parquet", parquet(50, seed=name, sign=-1))
     settings = OnlineSettings(
-        max_shards=1,
-        holdout_dataset=f"{place.archive}/holdout",
-        refusals=2,
-        after_refusals="retrain",
-        retrain_dataset=place.dataset,
-        after_commit="archive",
-        archive_to=f"{place.dataset}/archive",
+        limits={"max_shards": 1},
+        gate=GateSettings(
+            holdout_dataset=f"{place.archive}/holdout",
+            refusals=2,
+            after_refusals=Retrain(retrain_on=place.dataset),
+        ),
+        after_commit={"archive_to": f"{place.dataset}/archive"},
     )
     online_training(place.inbox, place.registry, "model", settings)
     history = [version.manifest for version in log.history(log.head())][::-1]
@@ -127,10 +127,11 @@ def test_retraining_on_the_same_data_is_no_way_out(place: Place) -> None:
     open_store(f"{place.archive}/holdout").write("part.parquet", parquet(100, seed="holdout"))
     open_store(place.inbox).write("a.parquet", parquet(50, seed="a", sign=-1))
     settings = OnlineSettings(
-        holdout_dataset=f"{place.archive}/holdout",
-        refusals=1,
-        after_refusals="retrain",
-        retrain_dataset=place.dataset,
+        gate=GateSettings(
+            holdout_dataset=f"{place.archive}/holdout",
+            refusals=1,
+            after_refusals=Retrain(retrain_on=place.dataset),
+        )
     )
     with pytest.raises(GateClosed, match="was trained on before, as version 0, with this spec"):
         online_training(place.inbox, place.registry, "model", settings)
@@ -203,7 +204,7 @@ def test_sigterm_ends_follow_after_the_step_in_hand(place: Place, tmp_path: Path
     shards = place.drop(*(f"{i:02}.parquet" for i in range(40)))
     command = [sys.executable, "-m", "tidemill", "follow", place.inbox, place.registry, "model", "--json"]
     with (tmp_path / "errors").open("wb") as errors:
-        child = subprocess.Popen([*command, "--max-shards", "1"], stdout=subprocess.PIPE, stderr=errors)
+        child = subprocess.Popen([*command, "--limits.max-shards", "1"], stdout=subprocess.PIPE, stderr=errors)
     try:
         wait_until(lambda: log.head().number > 0 or child.poll() is not None, seconds=90, what="the first commit")
         child.send_signal(signal.SIGTERM)
@@ -222,7 +223,9 @@ def test_sigterm_ends_follow_after_the_step_in_hand(place: Place, tmp_path: Path
 def test_maintenance_removes_blobs_out_of_retention(place: Place) -> None:
     log = train(place)
     place.drop("a.parquet", "b.parquet", "c.parquet")
-    online_training(place.inbox, place.registry, "model", OnlineSettings(max_shards=1, champion="score"))
+    online_training(
+        place.inbox, place.registry, "model", OnlineSettings(limits={"max_shards": 1}, gate={"champion": "score"})
+    )
     removed = maintenance(place.registry, "model", keep=1)
     assert removed == 2 * 2  # versions 1 and 2; 0 is the champion and 3 the head
     assert [version.number for version in log.history(log.head())] == [3, 2, 1, 0]
@@ -237,7 +240,7 @@ def test_a_wrong_setting_is_refused_by_name(place: Place) -> None:
         batch_training(place.dataset, place.registry, "model", SPEC_FIELDS | {"epochs": 0})  # type: ignore[arg-type]
     with pytest.raises(ParameterTypeError, match=r"settings\.max_shard\b"):
         online_training(place.inbox, place.registry, "model", {"max_shard": 5})  # type: ignore[arg-type]
-    with pytest.raises(ParameterTypeError, match="archive_to"):
+    with pytest.raises(ParameterTypeError, match="after_commit"):
         online_training(place.inbox, place.registry, "model", {"after_commit": "archive"})  # type: ignore[arg-type]
 
 

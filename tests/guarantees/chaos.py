@@ -71,7 +71,7 @@ from tidemill.tasks.settings import OnlineSettings
 BUCKET, MODEL = "chaos", "model"
 REGISTRY, INBOX = f"s3://{BUCKET}/registry", f"s3://{BUCKET}/inbox"
 
-ONLINE = OnlineSettings(mode="follow", max_shards=8, grace_seconds=1, poll_seconds=0.2)
+ONLINE = OnlineSettings(mode="follow", limits={"max_shards": 8}, grace_seconds=1, poll_seconds=0.2)
 KEEP = 3
 """How many versions keep their blobs: few, so that garbage collection is always near the head."""
 

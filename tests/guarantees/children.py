@@ -87,7 +87,7 @@ CLASSES = Spec.model_validate(
     }
 )
 """What the other spec cannot have beside what it has: classes of column k."""
-ONLINE = OnlineSettings(max_shards=2, passes=2, grace_seconds=0, champion="score")
+ONLINE = OnlineSettings(limits={"max_shards": 2}, passes=2, grace_seconds=0, gate={"champion": "score"})
 """The champion stays version 0."""
 
 

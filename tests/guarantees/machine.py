@@ -85,9 +85,9 @@ KEYS = ["m.parquet", "00-low.parquet", "a/b/1.parquet", "ünï code?versionId=1.
 HIDDEN = [".hidden.parquet", "m.parquet.tmp"]
 
 SETTINGS = [
-    OnlineSettings(max_shards=2, grace_seconds=3600, champion="score"),
-    OnlineSettings(max_rows=12, passes=2, grace_seconds=0, champion="score"),
-    OnlineSettings(max_shards=1, grace_seconds=3600, after_commit="keep", champion="score"),
+    OnlineSettings(limits={"max_shards": 2}, grace_seconds=3600, gate={"champion": "score"}),
+    OnlineSettings(limits={"max_rows": 12}, passes=2, grace_seconds=0, gate={"champion": "score"}),
+    OnlineSettings(limits={"max_shards": 1}, grace_seconds=3600, after_commit="keep", gate={"champion": "score"}),
 ]
 """One online run each. `World` adds a fourth, which archives. Only rules move aliases, so that the model knows where they are."""
 
@@ -229,7 +229,7 @@ class World:
 
         self.settings = [
             *SETTINGS,
-            OnlineSettings(after_commit="archive", archive_to=self.archive.url, champion="score"),
+            OnlineSettings(after_commit={"archive_to": self.archive.url}, gate={"champion": "score"}),
         ]
         self.trainers = [Process(self) for _ in self.settings]
 
@@ -347,7 +347,7 @@ class World:
     def drain(self) -> None:
         """A new online run without faults, until it finds nothing more."""
         run = self._open(
-            lambda url: self.protocol.wrap(open_store(url)), OnlineSettings(grace_seconds=0, champion="score")
+            lambda url: self.protocol.wrap(open_store(url)), OnlineSettings(grace_seconds=0, gate={"champion": "score"})
         )
         try:
             while (outcome := online.step(run).outcome) is not Outcome.IDLE:
@@ -507,7 +507,7 @@ class World:
         """Drain, then what must hold in the end. Every world ends here."""
         self.drain()
         self.check()
-        run = self._open(open_store, OnlineSettings(champion="score"))
+        run = self._open(open_store, OnlineSettings(gate={"champion": "score"}))
         assert run.load().owed == (), "something is still owed"
         assert list(self._shards()) == [], "the inbox still holds shards"
         in_log = self.consumed() + self.rejected()

@@ -51,7 +51,7 @@ from tidemill.storage.s3 import S3Store
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
-from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.settings import BatchSettings, Limits, OnlineSettings
 from tidemill.tasks.training.errors import StateMismatch, TrainingError
 from tidemill.tasks.training.learner import METADATA_KEY
 from tidemill.tasks.training.spec import Spec
@@ -226,7 +226,7 @@ def bombs() -> dict[str, tuple[bytes, str | None]]:
 
 def explode(stores: Stores, told: Path) -> None:
     """In a child: a run over all bombs, a good shard after each. Leaves the reasons and peaks, and checks the history."""
-    run = begin(stores, "memory://bombs", max_shards=2)
+    run = begin(stores, "memory://bombs", limits={"max_shards": 2})
     sent, peaks = [], {}
     page = resource.getpagesize()
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * page
@@ -398,7 +398,7 @@ def objects(url: str) -> dict[str, tuple[bytes, str]]:
 def test_hostile_keys_touch_nothing_but_themselves(make_url: MakeUrl, raw_put: Callable[[str, bytes], None]) -> None:
     """Good and bad shards under every key; archived or quarantined, and sent back. Neighbours of the inbox stay as they are."""
     root = make_url("in").removesuffix("/in")
-    run = begin(open_store, root, after_commit="archive", archive_to=make_url("archive"), max_shards=100)
+    run = begin(open_store, root, after_commit={"archive_to": make_url("archive")}, limits={"max_shards": 100})
     neighbours = {"in2/a.parquet", "a.parquet", "in.parquet", "in2/a\nb.parquet"}
     for key in neighbours:
         open_store(root).write(key, b"not yours")
@@ -457,7 +457,7 @@ def test_a_key_cannot_forge_a_line_of_the_log(memory_run: OnlineRun, caplog: pyt
     """Each line that names a key: refused, sent again, too large, not deleted, sent back."""
     caplog.set_level(logging.DEBUG, "tidemill")
     run, store = memory_run, memory_run.inbox.store
-    run.settings = run.settings.model_copy(update={"max_shard_bytes": 20_000})
+    run.settings = run.settings.model_copy(update={"limits": Limits(max_shard_bytes=20_000)})
     good = parquet(table(20, 1))
     store.write(FORGED, good)
     store.write(f"big {FORGED}", b"x" * 30_000)

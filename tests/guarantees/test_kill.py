@@ -39,19 +39,31 @@ from tests.guarantees.children import (
 )
 from tidemill.storage.log import VersionLog
 from tidemill.storage.urls import open_store
-from tidemill.tasks.online.triggers import Triggers
-from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.settings import (
+    Archive,
+    BatchSettings,
+    GateSettings,
+    LabelSettings,
+    OnlineSettings,
+    Retrain,
+    Triggers,
+)
 
 GATED = ONLINE.model_copy(
-    update={"champion": "move", "tolerance": 0.0, "window_shards": 2, "refusals": 1, "after_refusals": "rollback"}
+    update={"gate": GateSettings(tolerance=0.0, recent_shards=2, refusals=1, after_refusals="rollback")}
 )
 """One version that is no better than the champion, and the run goes back to the champion."""
-RETRAINED = GATED.model_copy(update={"after_refusals": "retrain", "after_commit": "archive", "refusals": 2})
-"""Two versions in a row that are no better than the champion, and a batch training on what was archived too."""
+
+
+def retrained(dataset: str) -> OnlineSettings:
+    """Two versions in a row that are no better than the champion, and a batch training on what was archived too."""
+    gate = GATED.gate.model_copy(update={"refusals": 2, "after_refusals": Retrain(retrain_on=dataset)})
+    return GATED.model_copy(update={"gate": gate, "after_commit": Archive(archive_to=f"{dataset}/archive")})
+
+
 DELAYED = ONLINE.model_copy(
     update={
-        "champion": "move",
-        "label_key": "id",
+        "gate": GateSettings(),
         "train_when": Triggers(max_wait_seconds=1e-6, drift="adwin", score_drop=0.1),
     }
 )
@@ -244,8 +256,8 @@ def test_delayed_labels(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None
 
     def run_and_check(kill: Kill | None, name: str) -> int | None:
         inbox, registry = make_url(f"{name}/inbox"), make_url(f"{name}/registry")
-        settings = DELAYED.model_copy(update={"labels": make_url(f"{name}/labels")})
-        settings = settings.model_copy(update={"after_commit": "archive", "archive_to": make_url(f"{name}/archive")})
+        settings = DELAYED.model_copy(update={"labels": LabelSettings(inbox=make_url(f"{name}/labels"), key="id")})
+        settings = settings.model_copy(update={"after_commit": Archive(archive_to=make_url(f"{name}/archive"))})
         fill(inbox, features)
         fill(make_url(f"{name}/labels"), labels)
         copy(make_url("base"), registry)
@@ -270,7 +282,7 @@ def test_retraining(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) 
 
     def run_and_check(kill: Kill | None, name: str) -> int | None:
         inbox, registry, dataset = (make_url(f"{name}/{place}") for place in ("inbox", "registry", "dataset"))
-        settings = RETRAINED.model_copy(update={"retrain_dataset": dataset, "archive_to": f"{dataset}/archive"})
+        settings = retrained(dataset)
         fill(inbox, POISON)
         fill(dataset, DATASET)
         copy(base, registry)

@@ -34,7 +34,7 @@ from tidemill.storage.s3 import S3Store
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
-from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.settings import Archive, BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Spec
 
 SPEC = Spec(
@@ -48,7 +48,7 @@ SPEC = Spec(
 )
 SHARDS = {f"{i}.parquet": table(40 + i, 10 + i) for i in range(3)}
 REJECTED = {"1b.parquet": b"PAR1" + b"not a parquet file" * 10 + b"PAR1"}
-ONLINE = OnlineSettings(max_shards=2, grace_seconds=0)
+ONLINE = OnlineSettings(limits={"max_shards": 2}, grace_seconds=0)
 
 APPLIED = {Fault.DROPPED, Fault.LATE}
 """The server does what was asked, though no answer comes."""
@@ -416,7 +416,7 @@ def test_a_broken_body_is_never_taken_for_the_object(
     manifests, blobs. The run reads again; nobody has to begin anew.
     """
     inbox, registry = prepare(place, undisturbed)
-    settings = ONLINE.model_copy(update={"after_commit": "archive", "archive_to": f"{place}/archive"})
+    settings = ONLINE.model_copy(update={"after_commit": Archive(archive_to=f"{place}/archive")})
     bodies: Counter[str] = Counter()
 
     def plan(asked: Asked) -> Fault | None:

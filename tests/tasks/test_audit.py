@@ -49,7 +49,11 @@ def train(registry: str, dataset: str, seed: int) -> None:
 
 def drain(inbox: str, registry: str, archive: str) -> None:
     settings = OnlineSettings(
-        max_shards=2, passes=2, grace_seconds=0, after_commit="archive", archive_to=archive, champion="score"
+        limits={"max_shards": 2},
+        passes=2,
+        grace_seconds=0,
+        after_commit={"archive_to": archive},
+        gate={"champion": "score"},
     )
     run = OnlineRun(inbox, registry, "model", settings)
     while step(run).outcome is not Outcome.IDLE:

@@ -62,7 +62,11 @@ class World:
         return open_log(self.url("registry"), "model")
 
     def run(self, stores: Callable[[str], Store] = open_store, **settings: object) -> OnlineRun:
-        defaults = {"labels": self.url("labels"), "label_key": "id", "grace_seconds": 0, "max_shards": 2}
+        defaults = {
+            "labels": {"inbox": self.url("labels"), "key": "id"},
+            "grace_seconds": 0,
+            "limits": {"max_shards": 2},
+        }
         settings = {**defaults, **settings}
         return OnlineRun(
             self.url("inbox"), self.url("registry"), "model", OnlineSettings.model_validate(settings), stores
@@ -104,7 +108,7 @@ def test_it_is_the_same_as_if_the_labels_had_come_with_the_features(world: World
     y = rows(50, 1).column("y").to_pylist()
     put(other.url("inbox"), {"0.parquet": features(50, 1).append_column("y", [[*y[:-1], None]])})
     world.drain()
-    other.drain(labels=None, label_key=None)
+    other.drain(labels=None)
     ours, theirs = world.log.head().manifest, other.log.head().manifest
     assert ours.blobs.weights.sha256 == theirs.blobs.weights.sha256
     assert ours.consumed[0].score == theirs.consumed[0].score
@@ -132,7 +136,7 @@ def test_the_version_that_served_when_the_features_arrived_is_scored(world: Worl
 def test_who_served_when(world: World) -> None:
     put(world.url("inbox"), {f"{i}.parquet": features(50, i) for i in range(5)})
     put(world.url("labels"), {f"{i}.parquet": labels(50, i) for i in range(5)})
-    world.drain(max_shards=1)
+    world.drain(limits={"max_shards": 1})
     head, log = world.log.head(), world.log
     for number in range(1, head.number + 1):
         created = log.version(number).manifest.created
@@ -170,7 +174,7 @@ def test_where_no_gate_moves_the_alias_it_names_what_served(world: World, champi
     for number in range(2):
         put(world.url("inbox"), {f"{number}.parquet": features(50, number)})
         put(world.url("labels"), {f"{number}.parquet": labels(50, number)})
-        world.drain(champion=champion)
+        world.drain(gate={"champion": champion})
     predicted = world.log.head().manifest.consumed[0].predicted
     assert predicted is not None
     assert (world.log.head().number, predicted.version) == (2, 0)
@@ -246,7 +250,7 @@ def test_nothing_is_trained_twice_when_either_is_sent_again(world: World) -> Non
 def test_archived_shards_give_the_same_bits_again(world: World) -> None:
     put(world.url("inbox"), {f"{i}.parquet": features(50, i) for i in range(3)})
     put(world.url("labels"), {f"{i}.parquet": labels(50, i) for i in range(3)})
-    world.drain(after_commit="archive", archive_to=world.url("archive"))
+    world.drain(after_commit={"archive_to": world.url("archive")})
     assert len(keys(world.url("archive"))) == 6
     assert audit(world.log).findings == []
     again = replay(world.log, [open_store(world.url("archive"))])
@@ -281,12 +285,12 @@ def test_an_error_or_a_lost_answer_at_a_call_loses_nothing_and_trains_nothing_tw
 
 def test_inboxes_within_each_other_are_refused(world: World) -> None:
     with pytest.raises(UnsupportedStore, match="must lie beside each other"):
-        world.run(labels=world.url("inbox/labels"))
+        world.run(labels={"inbox": world.url("inbox/labels"), "key": "id"})
 
 
 def test_labels_and_their_key_go_together() -> None:
-    with pytest.raises(ValueError, match="go together"):
-        OnlineSettings(labels="s3://bucket/labels")
+    with pytest.raises(ValueError, match=r"labels\.key"):
+        OnlineSettings.model_validate({"labels": {"inbox": "s3://bucket/labels"}})
 
 
 def test_bad_labels_do_not_wait_for_a_trigger(world: World) -> None:
@@ -299,5 +303,5 @@ def test_bad_labels_do_not_wait_for_a_trigger(world: World) -> None:
 def test_labels_that_are_too_large_stay(world: World) -> None:
     put(world.url("inbox"), {"0.parquet": features(50, 1)})
     put(world.url("labels"), {"0.parquet": labels(50, 1)})
-    assert world.drain(max_shard_bytes=100).versions == 0
+    assert world.drain(limits={"max_shard_bytes": 100}).versions == 0
     assert world.left == (["0.parquet"], ["0.parquet"])

@@ -2,7 +2,7 @@
 
 import datetime
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pyarrow as pa
 import pytest
@@ -18,7 +18,7 @@ from tidemill.tasks import batch
 from tidemill.tasks.online.gate import GateClosed, decide
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
-from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.settings import BatchSettings, GateSettings, OnlineSettings
 from tidemill.tasks.training.loop import Score, score
 from tidemill.tasks.versions import load_learner
 
@@ -51,8 +51,13 @@ class World:
             batch.train_epoch(run, epoch)
         batch.finish(run, batch.register(run, batch.evaluate(run)))
 
-    def run(self, stores: Callable[[str], Store] = open_store, **settings: object) -> OnlineRun:
-        defaults = {"grace_seconds": 0, "max_shards": 1, "window_shards": 3}
+    def run(
+        self,
+        stores: Callable[[str], Store] = open_store,
+        gate: Mapping[str, object] | None = None,
+        **settings: object,
+    ) -> OnlineRun:
+        defaults = {"grace_seconds": 0, "limits": {"max_shards": 1}, "gate": {"recent_shards": 3, **(gate or {})}}
         return OnlineRun(
             self.url("inbox"),
             self.url("registry"),
@@ -102,7 +107,7 @@ def scored(value: float) -> Score:
 
 
 def decided(window: list[Consumed], holdout: tuple[Score, Score] | None = None, before: Gate | None = None) -> Gate:
-    settings = OnlineSettings(tolerance=0.1, refusals=3, after_refusals="stop")
+    settings = GateSettings(tolerance=0.1, refusals=3, after_refusals="stop")
     gate = decide(settings, Alias(4, 2), "rmse", window, holdout, before)
     assert gate is not None
     return gate
@@ -127,7 +132,7 @@ def test_the_window_is_weighted_by_rows() -> None:
 def test_shards_that_one_of_the_two_could_not_score_do_not_count() -> None:
     unscored = shard(9.0, 1.0).model_copy(update={"champion": {}})
     assert decided([unscored, shard(1.0, 1.0)]).window.rows == 10
-    assert decide(OnlineSettings(), Alias(0, 0), "rmse", [unscored], None, None) is None
+    assert decide(GateSettings(), Alias(0, 0), "rmse", [unscored], None, None) is None
 
 
 def test_a_score_that_is_not_finite_is_refused() -> None:
@@ -179,7 +184,7 @@ def test_the_champion_scores_the_same_shards_and_moves_to_versions_that_are_not_
 
 
 def test_a_frozen_champion_is_scored_and_stays(world: World) -> None:
-    report = world.drain(GOOD, champion="score")
+    report = world.drain(GOOD, gate={"champion": "score"})
     assert world.champion == 0
     assert set(report.champion) == {"loss", "mae", "rmse"}
     frozen = load_learner(world.log, world.log.version(0))
@@ -190,14 +195,14 @@ def test_a_frozen_champion_is_scored_and_stays(world: World) -> None:
 
 
 def test_nothing_is_compared_when_the_champion_is_to_be_ignored_or_missing(world: World) -> None:
-    for settings in ({"champion": "ignore"}, {"alias": "nobody"}):
-        report = world.drain(GOOD, **settings)
+    for gate in ({"champion": "ignore"}, {"alias": "nobody"}):
+        report = world.drain(GOOD, gate=gate)
         assert (report.champion, report.promoted, world.champion) == ({}, 0, 0)
 
 
 def test_poison_does_not_reach_the_champion(world: World) -> None:
     """Labels flip for four shards. With the gate the champion's error on the holdout stays; the learner's explodes."""
-    world.drain(GOOD | POISON, holdout_dataset=world.url("holdout"))
+    world.drain(GOOD | POISON, gate={"holdout_dataset": world.url("holdout")})
     decisions = [world.gate(number).decision for number in range(1, 9)]
     assert decisions == ["promoted"] * 4 + ["refused"] * 4
     assert world.champion == 4
@@ -227,7 +232,7 @@ def refused(world: World, best: float) -> Entry:
 
 def on_holdout(world: World) -> float:
     """What a run that begins now would compare with."""
-    run = world.run(holdout_dataset=world.url("holdout"))
+    run = world.run(gate={"holdout_dataset": world.url("holdout")})
     found = run.champion.holdout(run.load().learner)
     assert found is not None
     assert found[1] is not None
@@ -255,7 +260,7 @@ def test_what_was_reached_on_another_holdout_is_no_measure(world: World) -> None
 
 def test_a_run_that_goes_on_notices_that_somebody_has_moved_the_alias(world: World) -> None:
     put(world.url("inbox"), POISON)
-    run = world.run(holdout_dataset=world.url("holdout"))
+    run = world.run(gate={"holdout_dataset": world.url("holdout")})
     step(run)
     world.log.promote("champion", world.log.head())
     step(run)  # had begun before it could know
@@ -264,20 +269,20 @@ def test_a_run_that_goes_on_notices_that_somebody_has_moved_the_alias(world: Wor
 
 
 def test_many_refusals_stop_the_run_until_a_person_decides(world: World) -> None:
-    settings = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": "stop"}
+    gate = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": "stop"}
     with pytest.raises(GateClosed, match=r"2 versions in a row, up to 6, were worse than champion 4 .*rmse .* holdout"):
-        world.drain(GOOD | POISON, **settings)
+        world.drain(GOOD | POISON, gate=gate)
     assert world.gate(6).then == "stop"
     assert keys(world.url("inbox")) == ["06.parquet", "07.parquet"], "nothing more was trained on"
     with pytest.raises(GateClosed):
-        step(world.run(**settings))
+        step(world.run(gate=gate))
     world.log.promote("champion", world.log.head())
-    assert step(world.run(**settings)).version == 7
+    assert step(world.run(gate=gate)).version == 7
 
 
 def test_many_refusals_may_roll_back_to_the_champion(world: World) -> None:
-    settings = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": "rollback"}
-    world.drain(GOOD | POISON | RECOVERY, **settings)
+    gate = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": "rollback"}
+    world.drain(GOOD | POISON | RECOVERY, gate=gate)
     history = [version.manifest for version in world.log.history(world.log.head())][::-1]
     # 5, 6 refused; 7 goes back; 8, 9 refused; 10 goes back; then two good shards
     assert [m.rolled_back_to for m in history] == [None] * 7 + [4, None, None, 4, None, None]
@@ -288,9 +293,9 @@ def test_many_refusals_may_roll_back_to_the_champion(world: World) -> None:
 
 def test_a_run_that_was_frozen_before_a_rollback_gives_up_nothing(world: World) -> None:
     """Woken, it must not roll back what others have committed since: their shards are gone."""
-    settings = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": "rollback"}
+    gate = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": "rollback"}
     put(world.url("inbox"), GOOD | POISON)
-    run, frozen = world.run(**settings), world.run(**settings)
+    run, frozen = world.run(gate=gate), world.run(gate=gate)
     while world.log.head().number < 6:
         step(run)
     loaded = frozen.load()
@@ -308,9 +313,9 @@ def test_a_run_that_was_frozen_before_a_rollback_gives_up_nothing(world: World) 
 @pytest.mark.parametrize("then", ["stop", "rollback"])
 def test_whoever_moves_the_alias_has_decided(then: str, world: World) -> None:
     """Even to a version that is not the head."""
-    settings = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": then}
+    gate = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": then}
     put(world.url("inbox"), GOOD | POISON)
-    run = world.run(**settings)
+    run = world.run(gate=gate)
     while world.log.head().number < 6:
         step(run)
     world.log.promote("champion", world.log.version(3))
@@ -320,16 +325,13 @@ def test_whoever_moves_the_alias_has_decided(then: str, world: World) -> None:
 
 
 def test_many_refusals_may_ask_for_a_batch_training(world: World) -> None:
-    settings = {
+    gate = {
         "holdout_dataset": world.url("holdout"),
         "refusals": 2,
-        "after_refusals": "retrain",
-        "retrain_dataset": world.url("dataset"),
-        "after_commit": "archive",
-        "archive_to": world.url("dataset/archive"),
+        "after_refusals": {"retrain_on": world.url("dataset")},
     }
     put(world.url("inbox"), GOOD | POISON)
-    run = world.run(**settings)
+    run = world.run(gate=gate, after_commit={"archive_to": world.url("dataset/archive")})
     outcomes = [step(run).outcome for _ in range(7)]
     assert outcomes == [Outcome.COMMITTED] * 6 + [Outcome.RETRAIN]
     world.train("dataset")
@@ -369,10 +371,10 @@ def test_runs_of_one_step_each_decide_as_one_run_does() -> None:
     straight, restarted = World(), World()
     for world in (straight, restarted):
         put(world.url("inbox"), GOOD | POISON)
-    run = straight.run(holdout_dataset=straight.url("holdout"))
+    run = straight.run(gate={"holdout_dataset": straight.url("holdout")})
     for _ in range(8):
         step(run)
-        step(restarted.run(holdout_dataset=restarted.url("holdout")))
+        step(restarted.run(gate={"holdout_dataset": restarted.url("holdout")}))
     for number in range(1, 9):
         ours, theirs = (world.log.version(number).manifest for world in (straight, restarted))
         assert ours.gate == theirs.gate
@@ -380,7 +382,7 @@ def test_runs_of_one_step_each_decide_as_one_run_does() -> None:
 
 
 def test_windowed_and_cumulative_scores_are_those_of_the_shards(world: World) -> None:
-    report = world.drain(GOOD, max_shards=3)
+    report = world.drain(GOOD, limits={"max_shards": 3})
     consumed = [shard for number in (1, 2) for shard in world.log.version(number).manifest.consumed]
     metrics = world.log.head().manifest.metrics
     for name, shards in (("window", consumed[-3:]), ("cumulative", consumed)):
@@ -405,7 +407,7 @@ def test_new_columns_are_recorded_rejected_or_ignored(world: World) -> None:
 
 # ---- triggers --------------------------------------------------------------------------------------------------------
 def test_shards_wait_until_there_are_enough_rows(world: World) -> None:
-    settings = {"train_when": {"min_rows": 150}, "max_shards": 10}
+    settings = {"train_when": {"min_rows": 150}, "limits": {"max_shards": 10}}
     report = world.drain({"00.parquet": GOOD["00.parquet"], "01.parquet": GOOD["01.parquet"]}, **settings)
     assert (report.versions, report.waiting) == (0, 2)
     report = world.drain({"02.parquet": GOOD["02.parquet"]}, **settings)
@@ -414,7 +416,7 @@ def test_shards_wait_until_there_are_enough_rows(world: World) -> None:
 
 
 def test_all_that_was_listed_is_trained_on_once_a_trigger_fired(world: World) -> None:
-    report = world.drain(GOOD, train_when={"min_rows": 200}, max_shards=1)
+    report = world.drain(GOOD, train_when={"min_rows": 200}, limits={"max_shards": 1})
     assert (report.versions, report.shards) == (4, 4)
     assert {version.manifest.fired for version in world.log.history(world.log.head(), 4)} == {("min_rows",)}
 
@@ -450,7 +452,7 @@ def test_what_the_gate_compares_is_what_may_drop(world: World) -> None:
 
 def test_drift_is_a_reason_to_train_in_a_process_of_its_own_each_time(world: World) -> None:
     usual = {f"{i:03}.parquet": rows(20, 500 + i) for i in range(30)}
-    world.drain(usual, max_shards=64)
+    world.drain(usual, limits={"max_shards": 64})
     settings = {"train_when": {"drift": "page_hinkley"}}
     assert world.drain({f"1{i:02}.parquet": rows(20, 600 + i) for i in range(5)}, **settings).versions == 0
     shifted = {f"2{i:02}.parquet": rows(20, 700 + i, slope=6.0) for i in range(20)}

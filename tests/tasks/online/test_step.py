@@ -99,7 +99,7 @@ def test_a_step_consumes_commits_and_removes(registry: str, make_url: MakeUrl) -
 def test_the_score_is_that_of_the_model_before_it_trained_on_the_shard(registry: str, make_url: MakeUrl) -> None:
     put(make_url("inbox"), days(2))
     log = open_log(registry, "model")
-    run = open_run(make_url("inbox"), registry, max_shards=1)
+    run = open_run(make_url("inbox"), registry, limits={"max_shards": 1})
     shard = run.inbox.read(run.inbox.store.stat("00.parquet"))
     assert shard is not None
     expected = score(load_learner(log, log.head()), shard.row_groups())
@@ -116,18 +116,22 @@ def test_bits_do_not_depend_on_where_commits_fall(registry: str, make_url: MakeU
         name = f"by-{max_shards}"
         begin(make_url(f"{name}/registry"), make_url(f"{name}/dataset"))
         put(make_url(f"{name}/inbox"), days(6))
-        drain(open_run(make_url(f"{name}/inbox"), make_url(f"{name}/registry"), max_shards=max_shards, passes=2))
+        drain(
+            open_run(
+                make_url(f"{name}/inbox"), make_url(f"{name}/registry"), limits={"max_shards": max_shards}, passes=2
+            )
+        )
         blobs = open_log(make_url(f"{name}/registry"), "model").head().manifest.blobs
         digests.append((blobs.weights.sha256, blobs.state.sha256))
     assert len(set(digests)) == 1
 
 
 @pytest.mark.parametrize(
-    ("limit", "commits"), [({"max_shards": 2}, [2, 2, 1]), ({"max_rows": 50}, [2, 2, 1]), ({"max_bytes": 1}, [1] * 5)]
+    ("limits", "commits"), [({"max_shards": 2}, [2, 2, 1]), ({"max_rows": 50}, [2, 2, 1]), ({"max_bytes": 1}, [1] * 5)]
 )
-def test_limits_of_a_commit(limit, commits, memory_registry: str, memory_url: MakeUrl) -> None:
+def test_limits_of_a_commit(limits, commits, memory_registry: str, memory_url: MakeUrl) -> None:
     put(memory_url("inbox"), days(5))
-    report = drain(open_run(memory_url("inbox"), memory_registry, **limit))
+    report = drain(open_run(memory_url("inbox"), memory_registry, limits=limits))
     log = open_log(memory_registry, "model")
     assert [len(log.version(n).manifest.consumed) for n in range(1, report.head + 1)] == commits
 
@@ -135,7 +139,7 @@ def test_limits_of_a_commit(limit, commits, memory_registry: str, memory_url: Ma
 def test_archive_keeps_the_whole_key(registry: str, make_url: MakeUrl) -> None:
     shards = {"2024/a.parquet": rows(30, 1), "2025/a.parquet": rows(30, 2)}
     put(make_url("inbox"), shards)
-    drain(open_run(make_url("inbox"), registry, after_commit="archive", archive_to=make_url("archive")))
+    drain(open_run(make_url("inbox"), registry, after_commit={"archive_to": make_url("archive")}))
     assert keys(make_url("inbox")) == []
     archive = open_store(make_url("archive"))
     assert {key: archive.read(key) for key in keys(make_url("archive"))} == {k: parquet(t) for k, t in shards.items()}
@@ -151,7 +155,7 @@ def test_keep_leaves_shards_and_never_trains_them_again(registry: str, make_url:
 def test_what_was_kept_is_archived_by_a_run_that_archives(registry: str, make_url: MakeUrl) -> None:
     put(make_url("inbox"), days(3))
     drain(open_run(make_url("inbox"), registry, after_commit="keep"))
-    report = drain(open_run(make_url("inbox"), registry, after_commit="archive", archive_to=make_url("archive")))
+    report = drain(open_run(make_url("inbox"), registry, after_commit={"archive_to": make_url("archive")}))
     assert (report.shards, report.duplicates, keys(make_url("inbox"))) == (0, 3, [])
     assert keys(make_url("archive")) == sorted(days(3))
 
@@ -166,7 +170,7 @@ def test_what_was_kept_is_remembered_until_it_is_removed(
     put(memory_url("inbox"), days(7))
     drain(open_run(memory_url("inbox"), memory_registry, after_commit="keep"))
     put(memory_url("inbox"), days(4, start=10))
-    report = drain(open_run(memory_url("inbox"), memory_registry, max_shards=1))
+    report = drain(open_run(memory_url("inbox"), memory_registry, limits={"max_shards": 1}))
     assert report.shards == 4
     drain(open_run(memory_url("inbox"), memory_registry))
     assert keys(memory_url("inbox")) == []
@@ -199,7 +203,7 @@ def test_rows_without_a_label_are_counted_and_left_out(memory_registry: str, mem
 # ---- sent again ------------------------------------------------------------------------------------------------------
 def test_a_shard_that_is_sent_again_is_removed_and_not_trained_on(registry: str, make_url: MakeUrl) -> None:
     put(make_url("inbox"), days(2))
-    drain(open_run(make_url("inbox"), registry, max_shards=1))
+    drain(open_run(make_url("inbox"), registry, limits={"max_shards": 1}))
     put(make_url("inbox"), days(1))
     report = drain(open_run(make_url("inbox"), registry))
     assert (report.shards, report.duplicates, report.versions) == (0, 1, 0)
@@ -349,7 +353,7 @@ def test_versions_that_only_rejected_are_passed_over_not_without_end(
     put(memory_url("inbox"), days(2))
     drain(open_run(memory_url("inbox"), memory_registry))
     put(memory_url("inbox"), {f"{i}.parquet": b"no Parquet" for i in range(4)})
-    drain(open_run(memory_url("inbox"), memory_registry, max_shards=1))
+    drain(open_run(memory_url("inbox"), memory_registry, limits={"max_shards": 1}))
     assert open_log(memory_registry, "model").head().number == 1 + 4
     assert len(open_run(memory_url("inbox"), memory_registry).load().window) == 2
     monkeypatch.setattr(online, "PASSED_OVER", 3)
@@ -382,7 +386,7 @@ def test_a_requeued_shard_is_consumed_once_the_reason_is_gone(registry: str, mak
 
 def test_a_shard_too_large_for_memory_stays(memory_registry: str, memory_url: MakeUrl, caplog) -> None:
     put(memory_url("inbox"), days(1) | {"00a.parquet": rows(5000, 3)})
-    report = drain(open_run(memory_url("inbox"), memory_registry, max_shard_bytes=20_000))
+    report = drain(open_run(memory_url("inbox"), memory_registry, limits={"max_shard_bytes": 20_000}))
     assert (report.shards, report.waiting) == (1, 1)
     assert keys(memory_url("inbox")) == ["00a.parquet"]
     assert "max_shard_bytes" in caplog.text
@@ -393,7 +397,7 @@ def test_shards_too_large_do_not_hide_others(
 ) -> None:
     monkeypatch.setattr(online, "LISTED_AHEAD", 2)
     put(memory_url("inbox"), {f"0{i}.parquet": rows(5000, i) for i in range(3)} | days(3, start=5))
-    assert drain(open_run(memory_url("inbox"), memory_registry, max_shard_bytes=20_000)).shards == 3
+    assert drain(open_run(memory_url("inbox"), memory_registry, limits={"max_shard_bytes": 20_000})).shards == 3
 
 
 def test_hidden_and_unfinished_names_are_not_shards(memory_registry: str, memory_url: MakeUrl) -> None:
@@ -435,7 +439,7 @@ def test_a_denied_delete_is_carried_and_never_trained_again(registry: str, make_
 
 def test_of_overlapping_runs_one_wins_and_the_other_starts_again(registry: str, make_url: MakeUrl) -> None:
     put(make_url("inbox"), days(4))
-    first, second = (open_run(make_url("inbox"), registry, max_shards=2) for _ in range(2))
+    first, second = (open_run(make_url("inbox"), registry, limits={"max_shards": 2}) for _ in range(2))
     loaded = first.load()
     first.look(loaded)
     work = first.train(loaded)
@@ -464,13 +468,13 @@ def test_a_head_that_retention_removes_while_it_is_read_is_a_lost_race(
     memory_registry: str, memory_url: MakeUrl
 ) -> None:
     put(memory_url("inbox"), days(4))
-    online.step(open_run(memory_url("inbox"), memory_registry, max_shards=1))
+    online.step(open_run(memory_url("inbox"), memory_registry, limits={"max_shards": 1}))
     frozen = [True]
 
     def others_go_on(call: Call) -> None:
         if frozen and call.verb == "read" and call.key.endswith(".safetensors"):
             frozen.clear()
-            drain(open_run(memory_url("inbox"), memory_registry, max_shards=1))
+            drain(open_run(memory_url("inbox"), memory_registry, limits={"max_shards": 1}))
             assert collect_garbage(open_log(memory_registry, "model"), keep=1)
 
     run = open_run(memory_url("inbox"), memory_registry, stores=lambda url: FaultStore(open_store(url), others_go_on))
@@ -488,7 +492,7 @@ def test_a_head_without_blobs_is_an_error(memory_registry: str, memory_url: Make
 
 def test_training_continues_from_a_rollback_and_remembers_what_was_consumed(registry: str, make_url: MakeUrl) -> None:
     put(make_url("inbox"), days(2))
-    drain(open_run(make_url("inbox"), registry, max_shards=1))
+    drain(open_run(make_url("inbox"), registry, limits={"max_shards": 1}))
     log = open_log(registry, "model")
     weights = log.version(1).manifest.blobs.weights.sha256
     assert log.rollback("1").manifest.blobs.weights.sha256 == weights
@@ -512,16 +516,16 @@ def test_an_inbox_that_does_not_exist_is_not_made(memory_registry: str, tmp_path
 
 
 INSIDE = {
-    "archive_to": {"after_commit": "archive"},
-    "holdout_dataset": {},
-    "retrain_dataset": {"after_refusals": "retrain", "champion": "move"},
+    "after_commit.archive_to": lambda url: {"after_commit": {"archive_to": url}},
+    "gate.holdout_dataset": lambda url: {"gate": {"holdout_dataset": url}},
+    "gate.after_refusals.retrain_on": lambda url: {"gate": {"after_refusals": {"retrain_on": url}}},
 }
 
 
 @pytest.mark.parametrize("place", INSIDE)
 def test_nothing_else_may_lie_inside_the_inbox(place: str, memory_registry: str, memory_url: MakeUrl) -> None:
     with pytest.raises(UnsupportedStore, match=rf"{place}, memory://.*/inbox/here, lies inside the inbox"):
-        open_run(memory_url("inbox"), memory_registry, **(INSIDE[place] | {place: memory_url("inbox") + "/here"}))
+        open_run(memory_url("inbox"), memory_registry, **INSIDE[place](memory_url("inbox") + "/here"))
 
 
 def test_a_registry_inside_the_inbox_is_refused(memory_registry: str, memory_url: MakeUrl) -> None:

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from tidemill.storage.errors import ShardRejected
 from tidemill.storage.store import ObjectInfo
-from tidemill.tasks.online.triggers import Seen, Trigger, Triggers
+from tidemill.tasks.online.triggers import Seen, Trigger
+from tidemill.tasks.settings import Triggers
 from tidemill.tasks.training.errors import ColumnError, SpecError
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -124,7 +125,7 @@ def test_score_drop_weighs_losses_by_rows_on_both_sides() -> None:
 
 def test_score_drop_compares_with_the_window_only_and_knows_negative_losses() -> None:
     past = seen([9.0] * 50 + [-1.0] * 10)
-    settings = {"score_drop": 0.2, "window": 10}
+    settings = {"score_drop": 0.2, "recent_shards": 10}
     assert decide(settings, shards(1), Answers(losses=-0.9), past) == []
     assert decide(settings, shards(1), Answers(losses=-0.7), past) == ["score_drop"]
 
@@ -295,7 +296,7 @@ def test_settings_that_mean_nothing_are_refused(wrong: dict[str, object]) -> Non
 
 def test_settings_say_whether_any_is_given_and_whether_history_is_needed() -> None:
     kinds: list[Callable[[Triggers], bool]] = [lambda t: t.given, lambda t: t.by_score]
-    asked = [{}, {"window": 20}, {"min_rows": 1}, {"min_bytes": 1}, {"max_wait_seconds": 1}, {"drift": "adwin"}]
+    asked = [{}, {"recent_shards": 20}, {"min_rows": 1}, {"min_bytes": 1}, {"max_wait_seconds": 1}, {"drift": "adwin"}]
     told = [tuple(kind(Triggers.model_validate(settings)) for kind in kinds) for settings in asked]
     assert told == [(False, False)] * 2 + [(True, False)] * 3 + [(True, True)]
     assert Triggers(score_drop=0.0).by_score
