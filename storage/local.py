@@ -3,20 +3,16 @@
 Every change is one atomic system call: `os.link` for create, `os.replace` for write and replace, `os.rename` for
 delete. Bytes are fsynced before that call and the folder after it, so what a verb returned survives a power cut.
 
-Names that start with `.tidemill-` are this module's own: unfinished files, deletes in progress, locks. They are never
-listed.
+Names that start with `.tidemill-` are this module's own: unfinished files and deletes in progress. They are never listed.
 """
 
 import errno
-import fcntl
 import logging
 import os
 import stat
 import time
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import contextmanager
 
 from tidemill.storage.errors import (
     AlreadyExists,
@@ -29,28 +25,39 @@ from tidemill.storage.errors import (
     StoreFull,
     StoreNotFound,
     Unavailable,
-    UnsupportedStore,
 )
-from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.files import (
+    NO_ROOM,
+    OWN,
+    clean_up,
+    etag_of,
+    fsync_folder,
+    lasting_etag_of,
+    link,
+    locked,
+    make_folder,
+    moment,
+    open_without_waiting,
+    park_and_unlink,
+    temporary_file,
+    until_proven,
+)
+from tidemill.storage.store import ObjectInfo, PassedOver, Store
 
-log = logging.getLogger("tidemill.storage")
-
-_OWN = ".tidemill-"
-_TEMPORARY = ".tidemill-tmp-"
-_DELETING = ".tidemill-delete-"
-_LOCK = ".tidemill-lock"
-
-_STALE_SECONDS = 24 * 3600
+logger = logging.getLogger("tidemill.storage")
 
 
 class LocalStore(Store):
     """A folder; keys are paths below it. `write` and `create` make it, and folders below it, as they need them.
 
-    An etag is (inode, modification time, size). Tidemill's own writes set a modification time in nanoseconds, so
-    theirs never repeat; of other programs, one that rewrites a file in place keeping size and time would go unseen.
+    An etag is (inode, modification time, size, change time). Any program can set the second and keep the third, and inodes are
+    used again; the change time is the kernel's alone. It may repeat within a tick of the file system's clock (a whole second
+    on some): a pinned `read` waits until that is over. A write through a memory map need not change any time, so `delete`
+    can be asked to compare the bytes.
 
     Producers should write under a name that starts with `.` and rename: a file written in place is listed half-written.
-    Symbolic links to files are followed, links to folders are not listed, and no key leads out of the root.
+    Symbolic links to files are followed, links to folders are not listed, and no key leads out of the root by a link to a
+    folder.
 
     Raises beyond the contract of `Store`: InvalidKey for keys that no file can have, or where a folder stands in the
     way; StoreFull; UnsupportedStore for file systems without hard links.
@@ -66,32 +73,46 @@ class LocalStore(Store):
     def __repr__(self) -> str:
         return f"LocalStore({self.url!r})"
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(
+        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+    ) -> Iterator[ObjectInfo]:
         """Yields while it scans. Also finishes what crashed processes left behind, as far as this one may."""
         if not os.path.isdir(self._root):
             raise StoreNotFound(f"{self.url}: there is no such folder. Check the URL")
         start, slash, _ = prefix.rpartition("/")
         if slash and _problem(start):
             return  # no key starts like that
+        root = os.path.realpath(self._root) if inside else None
         folders = [start + slash]
         while folders:
             folder = folders.pop()
-            with (
-                self._errors(folder, obstacle=NotFound),
-                suppress(FileNotFoundError, NotADirectoryError),  # the folder went since, or never was
-                os.scandir(f"{self._root}/{folder}") as entries,
-            ):
+            try:
+                entries = os.scandir(f"{self._root}/{folder}")
+            except (FileNotFoundError, NotADirectoryError):  # the folder went since, or never was
+                continue
+            except OSError as error:
+                if passed_over is None or not folder:
+                    raise self._translated(error, folder, NotFound) from error
+                passed_over(folder, f"the folder cannot be listed: {error.strerror}")
+                continue
+            with self._errors(folder, obstacle=NotFound), entries:
                 for entry in entries:
                     key = folder + entry.name
-                    if entry.name.startswith(_OWN):
-                        _clean_up(entry)
+                    if entry.name.startswith(OWN):
+                        clean_up(entry)
                     elif not key.startswith(prefix):
                         continue
                     elif entry.is_dir(follow_symlinks=False):
                         folders.append(f"{key}/")
-                    elif entry.is_file() and self._is_listable(key):
-                        with suppress(FileNotFoundError):  # it went since
-                            yield _info(key, entry.stat())
+                    else:
+                        try:
+                            info = _listed(entry, key, root)
+                        except FileNotFoundError:  # it went since
+                            continue
+                        except _Odd as odd:
+                            (passed_over or self._warn)(key, str(odd))
+                        else:
+                            yield info
 
     def stat(self, key: str) -> ObjectInfo:
         path = self._path(key)
@@ -101,11 +122,15 @@ class LocalStore(Store):
     def read(self, key: str, *, if_match: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         """If another program rewrites the file in place meanwhile: PreconditionFailed, or CorruptObject without `if_match`."""
         path = self._path(key)
-        with self._errors(key, obstacle=NotFound), open(path, "rb", opener=_open_without_waiting) as file:
+        with self._errors(key, obstacle=NotFound), open(path, "rb", opener=open_without_waiting) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise NotFound(f"{self.url}/{key} is no regular file")
             self._check(before, key, if_match)
+            if if_match is not None and (seconds := until_proven(before)):
+                time.sleep(seconds)
+                before = os.fstat(file.fileno())
+                self._check(before, key, if_match)
             end = before.st_size if length is None else start + length
             if not 0 <= start <= end <= before.st_size:
                 raise CorruptObject(f"{self.url}/{key} has {before.st_size} bytes, not bytes {start} to {end}")
@@ -113,61 +138,76 @@ class LocalStore(Store):
             data = file.read(end - start)
             after = os.fstat(file.fileno())
         self._check(after, key, if_match)
-        if _etag(after) != _etag(before):
+        if lasting_etag_of(after) != lasting_etag_of(
+            before
+        ):  # the change time is new too if `write` has just replaced the file
             raise CorruptObject(
                 f"{self.url}/{key} changed while it was read: its producer should write elsewhere, then rename"
             )
         return data
 
-    def write(self, key: str, data: bytes) -> ObjectInfo:
+    def mode(self, key: str) -> int:
+        path = self._path(key)
+        with self._errors(key, obstacle=NotFound):
+            return stat.S_IMODE(self._stat(path, key).st_mode)
+
+    def write(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         path = self._path(key)
         folder = os.path.dirname(path)
         with self._errors(key, obstacle=InvalidKey):
-            _make_folder(folder)
+            make_folder(folder)
             # Without the lock, a `replace` that has just compared etags could overwrite this
-            with _temporary(folder, data) as (temporary, info), _locked(folder):
+            with temporary_file(folder, data, mode) as (temporary, fd), locked(folder):
                 os.replace(temporary, path)
-            _fsync_folder(folder)
-        return _info(key, info)
+                found = os.fstat(fd)
+            fsync_folder(folder)
+        return _info(key, found)
 
-    def create(self, key: str, data: bytes) -> ObjectInfo:
+    def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         """Needs no lock: `os.link` itself tells the losers."""
         path = self._path(key)
         folder = os.path.dirname(path)
         with self._errors(key, obstacle=InvalidKey):
-            _make_folder(folder)
-            with _temporary(folder, data) as (temporary, info):
-                _link(temporary, path)
-            _fsync_folder(folder)
-        return _info(key, info)
+            make_folder(folder)
+            with temporary_file(folder, data, mode) as (temporary, fd):
+                link(temporary, path)
+                os.unlink(temporary)  # which sets the change time
+                found = os.fstat(fd)
+            fsync_folder(folder)
+        return _info(key, found)
 
     def replace(self, key: str, data: bytes, *, if_match: str) -> ObjectInfo:
         path = self._path(key)
         folder = os.path.dirname(path)
         with self._errors(key, obstacle=NotFound):
             self._check(self._stat(path, key), key, if_match)
-            with _temporary(folder, data) as (temporary, info), _locked(folder):
+            with temporary_file(folder, data) as (temporary, fd), locked(folder):
                 self._check(self._stat(path, key), key, if_match)
                 os.replace(temporary, path)
-            _fsync_folder(folder)
-        return _info(key, info)
+                found = os.fstat(fd)
+            fsync_folder(folder)
+        return _info(key, found)
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
         """With `if_match` the file is first moved aside, so that what is unlinked is what was compared.
 
         If a program that knows no locks put another file there since, that one is moved back. In the moment between,
-        its key looks free; after a crash in that moment, the next listing moves it back.
+        its key looks free; after a crash in that moment, the next listing moves it back. On a disk too full to move it
+        aside, the file is compared and unlinked where it is.
         """
         path = self._path(key)
         folder = os.path.dirname(path)
         with self._errors(key, obstacle=NotFound):
-            with _locked(folder):
+            with locked(folder):
                 self._check(self._stat(path, key), key, if_match)
                 if if_match is None:
                     os.unlink(path)
-                elif not _park_and_unlink(path, if_match):
-                    raise PreconditionFailed(f"{self.url}/{key} was replaced while being deleted; the new object stays")
-            _fsync_folder(folder)
+                elif not park_and_unlink(path, if_match, sha256):
+                    raise PreconditionFailed(
+                        f"{self.url}/{key} was replaced while being deleted, or its bytes are not those that its etag stood "
+                        "for; the new object stays"
+                    )
+            fsync_folder(folder)
 
     def _path(self, key: str) -> str:
         problem = _problem(key)
@@ -180,12 +220,10 @@ class LocalStore(Store):
                 raise InvalidKey(f"{self.url}: the key {key!r} leads out of the folder by a symbolic link")
         return f"{self._root}/{key}"
 
-    def _is_listable(self, key: str) -> bool:
-        problem = _problem(key)
-        if problem and not self._warned:
+    def _warn(self, key: str, reason: str) -> None:
+        if not self._warned:
             self._warned = True
-            log.warning("%s: skipping the file %r, and others like it: the name %s", self.url, key, problem)
-        return problem is None
+            logger.warning("%s: skipping the file %r, and others like it: %s", self.url, key, reason)
 
     def _stat(self, path: str, key: str) -> os.stat_result:
         found = os.stat(path)
@@ -194,8 +232,8 @@ class LocalStore(Store):
         return found
 
     def _check(self, found: os.stat_result, key: str, if_match: str | None) -> None:
-        if if_match is not None and if_match != _etag(found):
-            raise PreconditionFailed(f"{self.url}/{key} has etag {_etag(found)}, not {if_match}")
+        if if_match is not None and if_match != etag_of(found):
+            raise PreconditionFailed(f"{self.url}/{key} has etag {etag_of(found)}, not {if_match}")
 
     @contextmanager
     def _errors(self, key: str, *, obstacle: type[StorageError]) -> Iterator[None]:
@@ -221,7 +259,7 @@ class LocalStore(Store):
             )
         if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP):
             return InvalidKey(f"{where}: {error.strerror}")
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (*NO_ROOM, errno.EFBIG):
             return StoreFull(f"{where}: {error.strerror}: nothing was written. Make room and start again")
         return Unavailable(f"{where}: {error}")
 
@@ -231,8 +269,8 @@ def _problem(key: str) -> str | None:
     parts = key.split("/")
     if "" in parts or "." in parts or ".." in parts:
         return "has an empty, '.' or '..' segment"
-    if any(part.startswith(_OWN) for part in parts):
-        return f"has a segment that starts with {_OWN}, which is reserved"
+    if any(part.startswith(OWN) for part in parts):
+        return f"has a segment that starts with {OWN}, which is reserved"
     if "\0" in key:
         return "has a NUL"
     try:
@@ -242,123 +280,33 @@ def _problem(key: str) -> str | None:
     return None
 
 
-def _etag(found: os.stat_result) -> str:
-    """Survives a rename, unlike anything made from the change time."""
-    return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+class _Odd(Exception):
+    """Why an entry of a folder is no object."""
+
+
+def _listed(entry: os.DirEntry[str], key: str, root: str | None) -> ObjectInfo:
+    """What a listing says of an entry that is no folder. `root`: where a link must lead, if that matters.
+
+    Raises:
+        FileNotFoundError: it has gone.
+        _Odd: it is no object.
+    """
+    if problem := _problem(key):
+        raise _Odd(f"the name {problem}")
+    try:
+        found = entry.stat()
+    except FileNotFoundError:
+        if entry.is_symlink() and os.path.lexists(entry.path):
+            raise _Odd("a symbolic link that leads nowhere") from None
+        raise
+    except OSError as error:  # a link to itself, through a file, or where this process may not go
+        raise _Odd(f"it cannot be looked at: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise _Odd("a symbolic link to what is no file" if entry.is_symlink() else "it is no regular file")
+    if root is not None and entry.is_symlink() and os.path.commonpath([root, os.path.realpath(entry.path)]) != root:
+        raise _Odd("a symbolic link that leads out of the folder, which is not followed")
+    return _info(key, found)
 
 
 def _info(key: str, found: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(key, found.st_size, _etag(found), datetime.fromtimestamp(found.st_mtime, UTC))
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # or a named pipe would wait for its writer
-
-
-@contextmanager
-def _temporary(folder: str, data: bytes) -> Iterator[tuple[str, os.stat_result]]:
-    """A durable file with these bytes under a name of its own; it is gone at the end if it was not renamed."""
-    path = f"{folder}/{_TEMPORARY}{uuid.uuid4().hex}"
-    try:
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            now = time.time_ns()
-            # The kernel's own time stamps repeat for some milliseconds, inodes are reused at once: etags would repeat
-            os.utime(file.fileno(), ns=(now, now))
-            os.fsync(file.fileno())
-            info = os.fstat(file.fileno())
-        yield path, info
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def _link(source: str, path: str) -> None:
-    try:
-        os.link(source, path)
-    except FileExistsError:
-        if os.path.isdir(path):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path) from None
-        raise
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-            raise UnsupportedStore(f"{path}: this file system has no hard links, which put-if-absent needs") from error
-        raise
-
-
-@contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Exclude Tidemill's other processes and threads from changing names in `folder`.
-
-    The lock dies with its holder; its file stays, because a lock file that is deleted excludes nobody.
-    """
-    fd = os.open(f"{folder}/{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _park_and_unlink(path: str, etag: str) -> bool:
-    """Under the lock, delete the file if it has this etag; False if it has another by now."""
-    folder, name = os.path.split(path)
-    # A folder rather than a longer name, which might become too long
-    parked = f"{folder}/{_DELETING}{etag}-{uuid.uuid4().hex}"
-    os.mkdir(parked)
-    try:
-        os.rename(path, f"{parked}/{name}")
-    except OSError:
-        os.rmdir(parked)
-        raise
-    return _settle(parked)
-
-
-def _settle(parked: str) -> bool:
-    """Under the lock, finish a delete from any point where it was left. False if the file was another and went back."""
-    folder, own_name = os.path.split(parked)
-    etag = own_name.removeprefix(_DELETING).rpartition("-")[0]
-    deleted = True
-    for name in os.listdir(parked):
-        file = f"{parked}/{name}"
-        # A relative link leads nowhere from here; it was compared before it was moved, and only the link goes
-        deleted = os.path.islink(file) or _etag(os.stat(file)) == etag
-        if not deleted:
-            with suppress(FileExistsError):  # a still newer object is there
-                os.link(file, f"{folder}/{name}")
-        os.unlink(file)
-    os.rmdir(parked)
-    return deleted
-
-
-def _clean_up(entry: os.DirEntry[str]) -> None:
-    """Finish a crashed process's delete, or remove its unfinished file once no writer can be that slow."""
-    try:
-        if entry.name.startswith(_DELETING):
-            with _locked(os.path.dirname(entry.path)):  # a delete that is still alive holds it
-                _settle(entry.path)
-        elif entry.name.startswith(_TEMPORARY) and time.time() - entry.stat().st_mtime > _STALE_SECONDS:
-            os.unlink(entry.path)
-    except FileNotFoundError:
-        pass  # another process was faster
-    except OSError as error:
-        log.warning("cannot clean up after a crashed process: %s", error)
-
-
-def _make_folder(folder: str) -> None:
-    if os.path.isdir(folder):
-        return
-    parent = os.path.dirname(folder)
-    _make_folder(parent)
-    with suppress(FileExistsError):
-        os.mkdir(folder)
-        _fsync_folder(parent)
-
-
-def _fsync_folder(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    return ObjectInfo(key, found.st_size, etag_of(found), moment(found.st_mtime), lasting_etag_of(found))

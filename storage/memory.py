@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from tidemill.storage.errors import AlreadyExists, CorruptObject, InvalidKey, NotFound, PreconditionFailed
-from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.store import ObjectInfo, PassedOver, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,9 @@ class MemoryStore(Store):
     def __repr__(self) -> str:
         return f"MemoryStore({self.url!r})"
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(
+        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+    ) -> Iterator[ObjectInfo]:
         start = self._root + prefix
         with self._bucket.lock:
             found = [(key, obj) for key, obj in self._bucket.objects.items() if key.startswith(start)]
@@ -68,11 +70,11 @@ class MemoryStore(Store):
             raise CorruptObject(f"{self.url}/{key} has {len(obj.data)} bytes, not bytes {start} to {end}")
         return obj.data[start:end]
 
-    def write(self, key: str, data: bytes) -> ObjectInfo:
+    def write(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         with self._bucket.lock:
             return self._put(key, data)
 
-    def create(self, key: str, data: bytes) -> ObjectInfo:
+    def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         with self._bucket.lock:
             if self._root + key in self._bucket.objects:
                 raise AlreadyExists(f"{self.url}/{key} exists")
@@ -83,7 +85,7 @@ class MemoryStore(Store):
             self._get(key, if_match)
             return self._put(key, data)
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
         with self._bucket.lock:
             self._get(key, if_match)
             del self._bucket.objects[self._root + key]

@@ -36,9 +36,9 @@ from tidemill.storage.errors import (
     Unavailable,
     UnsupportedStore,
 )
-from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.store import ObjectInfo, PassedOver, Store
 
-log = logging.getLogger("tidemill.storage")
+logger = logging.getLogger("tidemill.storage")
 
 # SeaweedFS takes `a//b`, `/a/b` and `a\b` for `a/b`, so that a read or delete would hit another object; it refuses
 # `.` and `..`.
@@ -79,11 +79,15 @@ class S3Store(Store):
     def __repr__(self) -> str:
         return f"S3Store({self.url!r})"
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(
+        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+    ) -> Iterator[ObjectInfo]:
         """One request for each 1000 objects, as they are consumed.
 
         Folder markers (empty, key ends in `/`) are skipped.
         """
+        if _AMBIGUOUS.search(f"{prefix}x"):
+            return  # no key of ours starts like that; MinIO would answer 400
         params = {"Prefix": self._root + prefix}
         while True:
             page = self._call("list_objects_v2", None, **params)
@@ -96,7 +100,7 @@ class S3Store(Store):
                         key, entry["Size"], _unquoted(entry["ETag"]), entry["LastModified"].astimezone(UTC)
                     )
                 elif entry["Size"] or not entry["Key"].endswith("/"):
-                    self._warn_of(key)
+                    (passed_over or self._warn)(key, "stores disagree about such keys")
             if not page["IsTruncated"]:
                 return
             params["ContinuationToken"] = page["NextContinuationToken"]
@@ -152,14 +156,14 @@ class S3Store(Store):
             data = body
         raise CorruptObject(f"{self.url}/{key}: the store sends other bytes each time, none of them those of its etag")
 
-    def write(self, key: str, data: bytes) -> ObjectInfo:
+    def write(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         """One PUT, never multipart: 5 GiB at most.
 
         SeaweedFS makes a missing bucket unless `-s3.autoCreateBucket=false`.
         """
         return self._put(key, data)
 
-    def create(self, key: str, data: bytes) -> ObjectInfo:
+    def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         """One PUT with `If-None-Match: *`. SeaweedFS says "exists" also of a folder of other keys."""
         try:
             return self._put(key, data, IfNoneMatch="*")
@@ -174,7 +178,7 @@ class S3Store(Store):
             self.stat(key)  # SeaweedFS answers 412 too where nothing is: raise NotFound then
             raise
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
         """One DELETE with `If-Match`; a stat, then a DELETE, without it or where the server ignores it.
 
         In the latter case an object that is put between the two requests is lost.
@@ -201,12 +205,10 @@ class S3Store(Store):
             raise PreconditionFailed(f"{self.url}/{key} has etag {found.etag}, not {if_match}")
         return found
 
-    def _warn_of(self, key: str) -> None:
+    def _warn(self, key: str, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            log.warning(
-                "%s: skipping the object %r, and others like it: stores disagree about such keys", self.url, key
-            )
+            logger.warning("%s: skipping the object %r, and others like it: %s", self.url, key, reason)
 
     def _call(self, method: str, key: str | None, **params: Any) -> dict[str, Any]:
         """One request, retried while failures are transient. The `Body` of an answer is bytes."""
@@ -379,7 +381,7 @@ def _error_answer(error: BaseException | None) -> tuple[int, str, str] | None:
 
 def _log_retry(state: RetryCallState) -> None:
     assert state.outcome is not None
-    log.info("%s; trying again in %.1f s", state.outcome.exception(), state.upcoming_sleep)
+    logger.info("%s; trying again in %.1f s", state.outcome.exception(), state.upcoming_sleep)
 
 
 @lru_cache(maxsize=8)

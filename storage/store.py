@@ -2,8 +2,12 @@
 
 Certified by `tests/storage/test_conformance.py`, which runs the same bodies over every backend.
 
-Keys are exact strings relative to the store's root, `/`-separated, never normalised. An etag is opaque: equal etags
-mean equal objects, and no etag is reused for other bytes at the same key.
+Keys are exact strings relative to the store's root, `/`-separated, never normalised.
+
+An etag is opaque. Equal etags of one key mean equal bytes; another etag does not mean other bytes (a local one changes by
+`chmod` too). S3 and memory make etags from the bytes. A local folder makes them from what the file system tells: a program
+that writes through a memory map, or after the clock was set back, can put other bytes under the same etag. A pinned
+`read` is sure of its etag. What is removed because of an etag that was remembered is named by its sha256 too: see `delete`.
 
 Transient failures are retried inside the verbs (see each backend); `Unavailable` means the retries ran out. After a
 lost answer a verb may have been applied: `create` and `replace` can then lose against their own write, and `delete`
@@ -11,9 +15,14 @@ can find nothing. Callers that must know read back (`tidemill.storage.log` does)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+
+from tidemill.storage.errors import AlreadyExists
+
+PassedOver = Callable[[str, str], None]
+"""Is told the key and the reason for each entry that a listing passes over; the key of a folder ends in `/`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +34,15 @@ class ObjectInfo:
     """Bytes."""
     etag: str
     last_modified: datetime
-    """Timezone-aware, by the store's clock; S3 gives whole seconds or milliseconds."""
+    """Timezone-aware, by the store's clock. `stat` may round down to whole seconds what a listing tells in milliseconds."""
+    lasting_etag: str = ""
+    """Only where it differs from the etag (local): stays the same through `chmod` and hard links, but may repeat for other
+    bytes of the same size where a program sets times by hand. For a fingerprint that holds more evidence of the bytes."""
+
+    @property
+    def fingerprint_etag(self) -> str:
+        """`lasting_etag`, or the etag where that is as lasting."""
+        return self.lasting_etag or self.etag
 
 
 class Store(ABC):
@@ -45,15 +62,21 @@ class Store(ABC):
     """How many row groups of Parquet files are worth reading at once. 1: reading is as fast as decoding, if not faster."""
 
     @abstractmethod
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(
+        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+    ) -> Iterator[ObjectInfo]:
         """Yield every object whose key starts with `prefix` (plain string prefix, all depths), in no stated order.
 
         Consistent for objects that exist from start to end of the call. Half-written objects of this API are never
-        shown, nor are keys that the other verbs would refuse (one warning names the first). Errors come with the
-        first item.
+        shown. Nothing ends a listing early: an entry that cannot be an object (a key that the other verbs would refuse, a
+        link that leads nowhere, a pipe) is passed over, and `passed_over` is told. Without `passed_over`, one warning
+        names the first such entry, and a folder that may not be listed is an error.
+
+        With `inside`, a local symbolic link that leads out of the root is passed over too. Errors come with the first item.
 
         Raises:
             StoreNotFound: the bucket or root folder does not exist.
+            PermissionDenied: the root may not be listed; without `passed_over`, a folder below it.
         """
 
     @abstractmethod
@@ -74,16 +97,26 @@ class Store(ABC):
             CorruptObject: the range lies outside of the object, or the body stayed short after retries.
         """
 
+    def mode(self, key: str) -> int | None:
+        """Who may read the object, as permission bits for `write` and `create` of a copy; None where a store has no such bits.
+
+        Raises:
+            NotFound: nothing is there (not on a store without bits, which is not asked).
+        """
+        return None
+
     @abstractmethod
-    def write(self, key: str, data: bytes) -> ObjectInfo:
+    def write(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         """Put an object, replacing what is there. Atomic: a reader sees all of the old or all of the new bytes.
 
-        Durable when it returns.
+        Durable when it returns. A local file gets no permission that `mode` lacks, but its owner may read and write it.
         """
 
     @abstractmethod
-    def create(self, key: str, data: bytes) -> ObjectInfo:
+    def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         """Put an object only if nothing is there. Of any number of concurrent creators exactly one wins. Durable.
+
+        `mode` is as in `write`.
 
         Raises:
             AlreadyExists: an object is there (after a lost answer it may be our own: compare the bytes).
@@ -101,11 +134,30 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
         """Remove an object, or only the one with this etag.
+
+        `sha256`, beside `if_match`: only these bytes, which were read under that etag at some time. A local folder, whose
+        etags alone do not prove it, compares the bytes that it is about to remove. If they are others, the object is put
+        back and has another etag from then on.
 
         Raises:
             NotFound: nothing is there (after a lost answer: it may have been this call).
-            PreconditionFailed: `if_match` is given and the object's etag is another; the object stays.
+            PreconditionFailed: the object's etag or its bytes are others than those named; the object stays.
             PermissionDenied: not allowed; the object stays.
         """
+
+
+def create_or_same(store: Store, key: str, data: bytes) -> bool:
+    """Put an object only if nothing is there. False if the key holds other bytes.
+
+    True also if it holds these bytes already: the answer to this very `create` may have been lost, or it was done before.
+
+    Raises:
+        NotFound: an object was there, and was removed before it could be compared.
+    """
+    try:
+        store.create(key, data)
+    except AlreadyExists:
+        return store.read(key) == data
+    return True

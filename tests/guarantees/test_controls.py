@@ -344,14 +344,14 @@ def _nothing(call: Call) -> None:
 class CommitsOverwrite(Broken):
     """Creates a manifest over another one."""
 
-    def create(self, key: str, data: bytes) -> ObjectInfo:
+    def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         return self.write(key, data) if "/log/" in key else super().create(key, data)
 
 
 class CommitsAlwaysWin(Broken):
     """Takes "it exists already" for its own write whose answer was lost."""
 
-    def create(self, key: str, data: bytes) -> ObjectInfo:
+    def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         try:
             return super().create(key, data)
         except AlreadyExists:
@@ -363,7 +363,7 @@ class CommitsAlwaysWin(Broken):
 class DeletesAnything(Broken):
     """Removes what is at the key now."""
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
         super().delete(key)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from tidemill.storage.errors import AlreadyExists, NotFound, PermissionDenied, PreconditionFailed, StorageError
-from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.store import ObjectInfo, PassedOver, Store
 from tidemill.storage.urls import open_store
 
 Phase = Literal["before", "after"]
@@ -82,8 +82,12 @@ class FaultStore(Store):
     def conditional_delete(self, compares: bool) -> None:
         self._store.conditional_delete = compares
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        yield from self._around("list", prefix, lambda: [*self._store.list(prefix)])
+    def list(
+        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+    ) -> Iterator[ObjectInfo]:
+        yield from self._around(
+            "list", prefix, lambda: [*self._store.list(prefix, passed_over=passed_over, inside=inside)]
+        )
 
     def stat(self, key: str) -> ObjectInfo:
         return self._around("stat", key, lambda: self._store.stat(key))
@@ -93,17 +97,20 @@ class FaultStore(Store):
             "read", key, lambda: self._store.read(key, if_match=if_match, start=start, length=length), if_match
         )
 
-    def write(self, key: str, data: bytes) -> ObjectInfo:
-        return self._around("write", key, lambda: self._store.write(key, data))
+    def mode(self, key: str) -> int | None:
+        return self._store.mode(key)
 
-    def create(self, key: str, data: bytes) -> ObjectInfo:
-        return self._around("create", key, lambda: self._store.create(key, data))
+    def write(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
+        return self._around("write", key, lambda: self._store.write(key, data, mode=mode))
+
+    def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
+        return self._around("create", key, lambda: self._store.create(key, data, mode=mode))
 
     def replace(self, key: str, data: bytes, *, if_match: str) -> ObjectInfo:
         return self._around("replace", key, lambda: self._store.replace(key, data, if_match=if_match), if_match)
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
-        self._around("delete", key, lambda: self._store.delete(key, if_match=if_match), if_match)
+    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
+        self._around("delete", key, lambda: self._store.delete(key, if_match=if_match, sha256=sha256), if_match)
 
     def _around(self, verb: str, key: str, run: Callable[[], T], if_match: str | None = None) -> T:
         index, name = self._numbering(self.url, verb, key)

@@ -1,5 +1,6 @@
 """What `tidemill.storage.store` promises, once for every backend. `outside` looks past the store at what is really there."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from tidemill.storage.errors import (
     PreconditionFailed,
     StoreNotFound,
 )
-from tidemill.storage.store import Store
+from tidemill.storage.store import Store, create_or_same
 from tidemill.storage.urls import open_store
 
 OTHER_ETAG = "0123456789abcdef0123456789abcdef"
@@ -43,7 +44,7 @@ def outside(store: Store, request: pytest.FixtureRequest) -> Outside:
 
         def files() -> set[str]:
             found = (path for path in root.rglob("*") if path.is_file())
-            return {path.relative_to(root).as_posix() for path in found if path.name != ".tidemill-lock"}
+            return {path.relative_to(root).as_posix() for path in found}
 
         return Outside(files, lambda key: (root / key).read_bytes())
     if url.scheme == "s3":
@@ -115,6 +116,21 @@ def test_create_takes_only_a_free_key(store: Store, outside: Outside):
         store.create("a", b"second")
 
     assert outside.get("a") == b"first"
+
+
+def test_create_or_same_tells_whether_the_key_holds_these_bytes(store: Store, outside: Outside):
+    assert create_or_same(store, "a", b"ours")
+    assert create_or_same(store, "a", b"ours")  # the answer to the first was lost
+    assert not create_or_same(store, "a", b"theirs")
+
+    assert outside.get("a") == b"ours"
+
+
+def test_a_delete_may_name_the_bytes_too(store: Store, outside: Outside):
+    info = store.write("a", b"data")
+    store.delete("a", if_match=info.etag, sha256=hashlib.sha256(b"data").hexdigest())
+
+    assert outside.keys() == set()
 
 
 def test_a_deleted_key_is_free_again(store: Store):

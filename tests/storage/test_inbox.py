@@ -31,7 +31,7 @@ from tidemill.storage.inbox import Inbox, Shard, is_shard, open_inbox, quarantin
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed, sha256
 from tidemill.storage.memory import MemoryStore
-from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.store import ObjectInfo, PassedOver, Store
 from tidemill.storage.urls import open_store
 
 Stores = Callable[[str], Store]
@@ -111,7 +111,9 @@ class Listed(MemoryStore):
         super().__init__(uuid.uuid4().hex)
         self.infos = infos
 
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+    def list(
+        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+    ) -> Iterator[ObjectInfo]:
         return self.infos()
 
 

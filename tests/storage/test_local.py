@@ -1,16 +1,19 @@
 """What only a local disk can do wrong: crashes between two system calls, programs that know no locks, links, full disks."""
 
+import hashlib
 import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event
-from types import FrameType
-from typing import Any
+from types import FrameType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -20,6 +23,7 @@ from tidemill.storage.errors import (
     NotFound,
     PreconditionFailed,
 )
+from tidemill.storage.files import moment, until_proven
 from tidemill.storage.local import LocalStore
 
 # Runs in a process of its own: audit events come right before a system call, and a hook cannot be removed again.
@@ -43,7 +47,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def own_files(root: Path) -> list[str]:
-    return sorted(path.name for path in root.rglob(".tidemill-*") if path.name != ".tidemill-lock")
+    return sorted(path.name for path in root.rglob(".tidemill-*"))
 
 
 # ---- crashes
@@ -98,9 +102,9 @@ def test_killed_at_any_system_call_a_verb_has_happened_or_not(tmp_path: Path, ve
     pytest.fail("it never came to an end")
 
 
-def park(root: Path, key: str, etag: str) -> None:
+def park(root: Path, key: str, etag: str, sha256: str = "") -> None:
     """What a delete leaves that is killed before it looks at what it has moved aside."""
-    parked = root / f".tidemill-delete-{etag}-0123456789abcdef"
+    parked = root / f".tidemill-delete-{etag}.{sha256}.0123456789abcdef"
     parked.mkdir()
     (root / key).rename(parked / key)
 
@@ -120,7 +124,7 @@ def test_a_listing_returns_what_a_killed_delete_took_by_mistake(store: LocalStor
     for _ in store.list():
         pass
 
-    assert store.stat("key") == newer
+    assert store.stat("key").fingerprint_etag == newer.fingerprint_etag
     assert store.read("key") == b"newer"
     assert own_files(tmp_path) == []
 
@@ -145,6 +149,158 @@ def test_a_listing_removes_unfinished_files_that_no_writer_can_still_want(store:
 
     assert [*store.list()] == []
     assert own_files(tmp_path) == [".tidemill-tmp-fresh"]
+
+
+# ---- what an etag promises
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """New bytes in the same inode, with the same size and modification time: as an inode that is used again by `cp -p`."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_ino, after.st_mtime_ns, after.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
+
+
+def test_other_bytes_in_the_same_inode_with_the_same_size_and_time_have_another_etag(store: LocalStore, tmp_path: Path):
+    etag = store.write("key", b"old").etag
+    assert store.read("key", if_match=etag) == b"old"
+
+    rewrite(tmp_path / "key", b"new")
+
+    assert store.stat("key").etag != etag
+    with pytest.raises(PreconditionFailed):
+        store.delete("key", if_match=etag)
+    assert store.read("key") == b"new"
+
+
+@pytest.mark.parametrize("verb", ["write", "create", "replace"])
+def test_what_a_verb_returns_is_the_etag_that_stays(store: LocalStore, verb: str):
+    if verb == "replace":
+        info = store.replace("key", b"new", if_match=store.write("key", b"old").etag)
+    else:
+        info = getattr(store, verb)("key", b"new")
+
+    assert store.stat("key") == info
+    assert store.read("key", if_match=info.etag) == b"new"
+
+
+@pytest.mark.parametrize("act", [lambda path: path.chmod(0o600), lambda path: os.link(path, path.parent / "backup")])
+def test_a_change_of_permissions_or_a_hard_link_leaves_the_fingerprint(
+    store: LocalStore, tmp_path: Path, act: Callable[[Path], None]
+):
+    before = store.write("key", b"data")
+    act(tmp_path / "key")
+
+    after = store.stat("key")
+    assert after.etag != before.etag
+    assert after.fingerprint_etag == before.fingerprint_etag
+
+
+@pytest.mark.parametrize(
+    ("changed", "seconds"),
+    [
+        (1_700_000_000_123_456_789, 0.01),  # a fine clock
+        (1_700_000_000_123_456_700, 0.01),  # 100 ns, as on NTFS
+        (1_700_000_000_000_000_000, 1.01),  # whole seconds, as on ext4 with small inodes
+    ],
+)
+def test_a_pinned_read_waits_until_the_clock_of_the_file_system_has_ticked(
+    monkeypatch: pytest.MonkeyPatch, changed: int, seconds: float
+):
+    found = SimpleNamespace(st_ctime_ns=changed)
+    for age, wait in [(0.0, seconds), (seconds * 0.5, seconds * 0.5), (seconds + 0.001, 0.0), (-3600.0, 0.0)]:
+        now = changed + round(age * 1e9)
+        monkeypatch.setattr(time, "time_ns", lambda now=now: now)
+        assert until_proven(cast(os.stat_result, found)) == pytest.approx(wait, abs=1e-5)
+
+
+def test_a_delete_that_is_told_the_bytes_spares_what_a_memory_map_has_written(store: LocalStore, tmp_path: Path):
+    """Such a write need not change any time. Here the time is set back, so that the test needs no luck."""
+    info = store.write("key", b"old")
+    digest = hashlib.sha256(b"old").hexdigest()
+    code = """
+rewritten = os.path.join(sys.argv[1], "key")
+etag, digest = arguments
+def hook(event, _):
+    if event == "os.rename":  # after the etags were compared
+        before = os.stat(rewritten)
+        with open(rewritten, "r+b") as file:
+            file.write(b"new")
+        os.utime(rewritten, ns=(before.st_mtime_ns, before.st_mtime_ns))
+sys.addaudithook(hook)
+try:
+    store.delete("key", if_match=etag, sha256=digest)
+except PreconditionFailed as error:
+    print(error)
+"""
+    result = run(tmp_path, code, info.etag, digest)
+
+    assert "the new object stays" in result.stdout, result.stderr
+    assert store.read("key") == b"new"
+    assert store.stat("key").etag != info.etag  # so that it is taken for new, and read
+    assert own_files(tmp_path) == []
+
+
+def test_a_delete_that_is_told_the_bytes_removes_them(store: LocalStore, tmp_path: Path):
+    info = store.write("key", b"data")
+    with pytest.raises(PreconditionFailed):
+        store.delete("key", if_match=info.etag, sha256=hashlib.sha256(b"other").hexdigest())
+
+    store.delete("key", if_match=store.stat("key").etag, sha256=hashlib.sha256(b"data").hexdigest())
+
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(("said", "kept"), [(b"old", False), (b"other", True)])
+def test_a_listing_compares_the_bytes_of_a_killed_delete(store: LocalStore, tmp_path: Path, said: bytes, kept: bool):
+    park(tmp_path, "key", store.write("key", b"old").etag, hashlib.sha256(said).hexdigest())
+
+    for _ in store.list():
+        pass
+
+    assert [info.key for info in store.list()] == ["key"] * kept
+    assert own_files(tmp_path) == []
+
+
+def test_a_symbolic_link_that_is_swapped_during_the_delete_stays(store: LocalStore, tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    for name in ("v1", "v2"):
+        (tmp_path / "data" / name).write_bytes(name.encode())
+    (tmp_path / "key").symlink_to("data/v1")
+    code = """
+link = os.path.join(sys.argv[1], "key")
+def hook(event, what):
+    if event == "os.rename" and what[0] == link:
+        os.unlink(link)
+        os.symlink("data/v2", link)
+sys.addaudithook(hook)
+try:
+    store.delete("key", if_match=arguments[0])
+except PreconditionFailed as error:
+    print(error)
+"""
+    result = run(tmp_path, code, store.stat("key").etag)
+
+    assert "the new object stays" in result.stdout, result.stderr
+    assert store.read("key") == b"v2"
+    assert (tmp_path / "key").is_symlink()
+    assert own_files(tmp_path) == []
+
+
+def test_a_symbolic_link_whose_file_holds_other_bytes_stays(store: LocalStore, tmp_path: Path):
+    (tmp_path / "v1").write_bytes(b"old")
+    (tmp_path / "key").symlink_to("v1")
+    wrong = hashlib.sha256(b"other").hexdigest()
+    with pytest.raises(PreconditionFailed):
+        store.delete("key", if_match=store.stat("key").etag, sha256=wrong)
+    assert (tmp_path / "key").is_symlink()
+
+    store.delete("key", if_match=store.stat("key").etag, sha256=hashlib.sha256(b"old").hexdigest())
+
+    assert {path.name for path in tmp_path.iterdir()} == {"v1"}
 
 
 # ---- programs that know no locks
@@ -312,7 +468,7 @@ def test_a_link_to_a_file_is_an_object_and_only_the_link_is_deleted(store: Local
     assert store.read("folder/link", if_match=info.etag) == b"data"
     store.delete("folder/link", if_match=info.etag)
 
-    assert [*inside.iterdir()] == [inside / ".tidemill-lock"]
+    assert [*inside.iterdir()] == []
     assert target.read_bytes() == b"data"
 
 
@@ -346,6 +502,120 @@ def test_what_is_no_regular_file_is_no_object(store: LocalStore, tmp_path: Path)
             store.delete(key)
 
 
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "loop": (lambda path: path.symlink_to("loop"), "cannot be looked at"),
+    ".hidden": (lambda path: path.symlink_to(f"{__file__}/x"), "cannot be looked at"),
+    "long": (lambda path: path.symlink_to("x" * 300), "cannot be looked at"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "leads nowhere"),
+    "folder": (lambda path: path.symlink_to(".."), "to what is no file"),
+    "zero": (lambda path: path.symlink_to("/dev/zero"), "to what is no file"),
+    "pipe": (os.mkfifo, "no regular file"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_entry_ends_no_listing_and_is_told(store: LocalStore, tmp_path: Path, name: str):
+    for key in ("good", *(f"f{i:02}" for i in range(1, 20))):
+        store.write(key, b"")
+    (tmp_path / "sub").mkdir()
+    for folder in (tmp_path, tmp_path / "sub"):
+        ODD[name][0](folder / name)
+    told: dict[str, str] = {}
+
+    listed = {info.key for info in store.list(passed_over=told.__setitem__)}
+
+    assert listed == {"good", *(f"f{i:02}" for i in range(1, 20))}
+    assert set(told) == {name, f"sub/{name}"}
+    assert all(ODD[name][1] in reason for reason in told.values())
+
+
+def test_a_link_that_leads_out_is_followed_unless_only_the_inside_is_asked_for(store: LocalStore, tmp_path: Path):
+    outside = tmp_path.parent / "outside"
+    outside.write_bytes(b"secret")
+    store.write("a", b"data")
+    (tmp_path / "in").symlink_to("a")
+    (tmp_path / "out").symlink_to(outside)
+    told: dict[str, str] = {}
+
+    assert {info.key for info in store.list()} == {"a", "in", "out"}
+    assert {info.key for info in store.list(passed_over=told.__setitem__, inside=True)} == {"a", "in"}
+    assert told == {"out": "a symbolic link that leads out of the folder, which is not followed"}
+
+
+def test_a_path_longer_than_the_system_takes_is_passed_over(store: LocalStore, tmp_path: Path):
+    store.write("good", b"")
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        for _ in range(500):
+            os.mkdir("d" * 10, dir_fd=fd)
+            inner = os.open("d" * 10, os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+    finally:
+        os.close(fd)
+    told: dict[str, str] = {}
+
+    assert [info.key for info in store.list(passed_over=told.__setitem__)] == ["good"]
+    [reason] = told.values()
+    assert "cannot be listed" in reason
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user may enter: pytest's own are for one alone."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+def test_a_folder_that_may_not_be_listed_is_told_or_an_error(public: Path):
+    """`lost+found` of a disk that is mounted there."""
+    LocalStore(str(public)).write("good", b"")
+    (public / "lost+found").mkdir(mode=0)
+    code = """
+if os.geteuid() == 0:
+    os.setuid(65534)
+print([info.key for info in store.list(passed_over=lambda key, reason: print(key, reason))])
+try:
+    list(store.list())
+except PermissionDenied as error:
+    print(error)
+"""
+    result = run(public, code)
+    told, listed, error = result.stdout.splitlines()
+
+    assert told == "lost+found/ the folder cannot be listed: Permission denied"
+    assert listed == "['good']"
+    assert "check the owner and mode" in error
+
+
+@pytest.mark.parametrize(
+    ("seconds", "year"), [(-70_000_000_000, 1), (-2_000_000_000, 1906), (-1, 1969), (300_000_000_000, 9999)]
+)
+def test_a_file_may_have_any_time(seconds: int, year: int):
+    """Some file systems know times that no datetime can hold. They are told as near as one comes."""
+    assert moment(seconds).year == year
+    assert moment(seconds).astimezone(timezone(timedelta(hours=14))).utcoffset() == timedelta(hours=14)
+    assert moment(seconds).astimezone(timezone(timedelta(hours=-12))).utcoffset() == timedelta(hours=-12)
+
+
+@pytest.mark.parametrize("verb", ["write", "create"])
+@pytest.mark.parametrize(
+    ("mode", "kept"), [(None, 0o644), (0o600, 0o600), (0o640, 0o640), (0o777, 0o644), (0o4755, 0o644), (0, 0o600)]
+)
+def test_a_copy_is_open_to_nobody_that_the_mode_does_not_name(
+    store: LocalStore, tmp_path: Path, verb: str, mode: int | None, kept: int
+):
+    umask = os.umask(0o022)
+    try:
+        getattr(store, verb)("key", b"secret", mode=mode)
+    finally:
+        os.umask(umask)
+
+    assert store.mode("key") == kept
+
+
 def test_a_name_that_is_no_unicode_is_skipped_with_one_warning(
     store: LocalStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -375,6 +645,30 @@ except StoreFull as error:
     assert "nothing was written" in run(tmp_path, code).stdout
     assert store.read("key") == b"old"
     assert own_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["os.mkdir", "os.rename"])
+def test_a_full_disk_can_be_drained(store: LocalStore, tmp_path: Path, call: str):
+    """What a delete compares is moved into a folder of its own, for which there may be no room."""
+    old, kept = store.write("old", b"old"), store.write("kept", b"kept")
+    code = """
+import errno
+def hook(event, _):
+    if event == arguments[0]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+sys.addaudithook(hook)
+store.delete("old", if_match=arguments[1], sha256=arguments[3])
+for etag, digest in ((arguments[1], arguments[4]), (arguments[2], arguments[3])):
+    try:
+        store.delete("kept", if_match=etag, sha256=digest)
+    except PreconditionFailed:
+        print("kept")
+"""
+    digests = [hashlib.sha256(data).hexdigest() for data in (b"old", b"kept")]
+    result = run(tmp_path, code, call, old.etag, kept.etag, *digests)
+
+    assert result.stdout.split() == ["kept", "kept"], result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_no_permission(store: LocalStore, tmp_path: Path):

@@ -259,7 +259,7 @@ def test_opening_for_writing_asks_the_store_for_its_guarantees(
     assert open_log(make_url("registry"), "taxi").url == open_store(make_url("registry")).url + "/taxi"
 
     class Overwrites(MemoryStore):
-        def create(self, key: str, data: bytes) -> ObjectInfo:
+        def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
             return self.write(key, data)
 
     monkeypatch.setattr("tidemill.storage.log.open_store", lambda url: Overwrites(url))

@@ -19,21 +19,21 @@ from tidemill.storage.urls import open_store
 class Overwrites(MemoryStore):
     """MinIO before 2024-05: put-if-absent is a plain put."""
 
-    def create(self, key: str, data: bytes) -> ObjectInfo:
+    def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         return self.write(key, data)
 
 
 class DeletesAnyway(MemoryStore):
     """MinIO: `If-Match` on DELETE is ignored."""
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
         super().delete(key)
 
 
 class NeverDeletes(MemoryStore):
     """Credentials that may write but not delete."""
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
         raise PermissionDenied("no")
 
 

@@ -413,10 +413,10 @@ class ReadOnly(FaultStore):
 
     allowed = False
 
-    def delete(self, key: str, *, if_match: str | None = None) -> None:
+    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
         if not self.allowed and not key.startswith("."):
             raise PermissionDenied(f"not allowed to delete {key}")
-        super().delete(key, if_match=if_match)
+        super().delete(key, if_match=if_match, sha256=sha256)
 
 
 def test_a_denied_delete_is_carried_and_never_trained_again(registry: str, make_url: MakeUrl, caplog) -> None:
