@@ -3,30 +3,58 @@
 import functools
 import hashlib
 import json
-import re
+import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-from urllib.parse import unquote
+from typing import Final
 
 import pyarrow as pa
 
-from tidemill.storage.errors import DatasetChanged, DatasetError, NotFound, NotReady, PreconditionFailed, StoreNotFound
+from tidemill.storage.errors import (
+    DatasetChanged,
+    DatasetError,
+    NotFound,
+    NotReady,
+    PreconditionFailed,
+    StoreNotFound,
+    on_one_line,
+)
 from tidemill.storage.manifest import DatasetRef
 from tidemill.storage.parquet import Findings, ParquetFile, RowGroup, row_groups
+from tidemill.storage.partitions import is_hidden, partition_types, partitions
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 
-SUFFIXES = (".parquet", ".parq", ".pq")
+logger = logging.getLogger("tidemill.storage")
 
-_OPEN_FILES = 64
+SUFFIXES: Final = (".parquet", ".parq", ".pq")
+
+_OPEN_FILES: Final = 64
 """Footers held parsed. Row groups are shuffled across files: of more files, nearly every read opens its file again, which costs a
 request for the footer, and parsing. Opened for the first time, a file also costs a request for its first bytes, and one more if
 the footer is long."""
-_FOOTER_READERS = 8
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_FOOTER_READERS: Final = 8
+_NAMED: Final = 3
+"""Names that are told of each kind of object that is passed over."""
+_HIDDEN: Final = "hidden Parquet files, whose name or folder begins with . or _"
+_FOREIGN: Final = f"files that do not end in {', '.join(SUFFIXES)}"
+_WRITERS: Final = "other hidden files"
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """Objects below a dataset's URL that are no part of it, of one kind."""
+
+    reason: str
+    count: int
+    names: tuple[str, ...]
+    """The first few keys, in order."""
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.names) else ""
+        return f"{self.count} {self.reason} ({', '.join(map(on_one_line, self.names))}{more})"
 
 
 @dataclass(frozen=True)
@@ -36,6 +64,8 @@ class Snapshot:
     ref: DatasetRef
     row_groups: Sequence[RowGroup]
     """In order of (key, index)."""
+    passed_over: tuple[PassedOver, ...] = ()
+    """What lies below the URL and is not read, by reason."""
 
     @property
     def schemas(self) -> list[tuple[str, pa.Schema]]:
@@ -46,11 +76,34 @@ class Snapshot:
                 seen.append((group.name, group.schema))
         return seen
 
+    @property
+    def schema(self) -> pa.Schema:
+        """Each column of any file once, with the type of the first file that has a type for it: null is none.
 
-def snapshot(url: str, stores: Callable[[str], Store] = open_store) -> Snapshot:
-    """List a dataset and read all its footers.
+        A column that occurs twice in the first file stays so, for whoever reads it to refuse.
+        """
+        (_, merged), *others = self.schemas
+        for _, schema in others:
+            for field in schema:
+                place = merged.get_field_index(field.name)  # -1 too if the name occurs twice
+                if field.name not in merged.names:
+                    merged = merged.append(field)
+                elif place >= 0 and pa.types.is_null(merged.field(place).type):
+                    merged = merged.set(place, field)
+        return merged
 
-    Files and folders whose name starts with `.` or `_` do not count, nor do names that do not end in one of `SUFFIXES`.
+
+def snapshot(
+    url: str, stores: Callable[[str], Store] = open_store, types: Mapping[str, pa.DataType] | None = None
+) -> Snapshot:
+    """List a dataset and read all its footers. What is passed over is counted, and told by one line of the log.
+
+    Files that count end in one of `SUFFIXES` and are not hidden (`is_hidden`).
+
+    Args:
+        url: A folder.
+        stores: Opens the store at a URL.
+        types: Types of partition columns, as a model knows them. Of others, the values of this dataset decide.
 
     Raises:
         StoreNotFound: no such folder or bucket.
@@ -58,12 +111,14 @@ def snapshot(url: str, stores: Callable[[str], Store] = open_store) -> Snapshot:
         DatasetChanged: a file changed between listing and reading.
     """
     store = stores(url)
-    infos = sorted((i for i in store.list() if _is_data(i.key)), key=lambda i: i.key)
+    infos, passed_over = _sorted_out(store.list())
     if not infos:
+        found = f" Passed over: {'; '.join(map(str, passed_over))}." if passed_over else ""
         raise DatasetError(
-            f"{store.url} holds no Parquet file (a name that ends in {', '.join(SUFFIXES)}). Check the URL."
+            f"{store.url} holds no Parquet file (a name that ends in {', '.join(SUFFIXES)}). Check the URL.{found}"
         )
-    opener = _Opener(store, infos)
+    _tell(store.url, passed_over)
+    opener = _Opener(store, infos, types or {})
     groups: list[RowGroup] = []
     schemas: list[pa.Schema] = []
     open_file = opener.cached if len(infos) <= _OPEN_FILES else opener.open  # all can stay open, or none would last
@@ -80,15 +135,15 @@ def snapshot(url: str, stores: Callable[[str], Store] = open_store) -> Snapshot:
         raise DatasetError(f"{store.url}: its {len(infos)} Parquet files hold no rows.")
     identity = json.dumps([[i.key, i.size, i.etag] for i in infos]).encode()
     ref = DatasetRef(url=store.url, fingerprint=hashlib.sha256(identity).hexdigest(), files=len(infos), rows=rows)
-    return Snapshot(ref, groups)
+    return Snapshot(ref, groups, passed_over)
 
 
 class _Opener:
     """Opens the files of a snapshot, each pinned to the etag that the listing gave."""
 
-    def __init__(self, store: Store, infos: list[ObjectInfo]) -> None:
+    def __init__(self, store: Store, infos: list[ObjectInfo], types: Mapping[str, pa.DataType]) -> None:
         self._store, self._infos = store, infos
-        self._kinds = _partition_kinds(info.key for info in infos)
+        self._types = {**partition_types(info.key for info in infos), **types}
         self._findings = Findings()
         self._cached = functools.lru_cache(_OPEN_FILES)(self.open)
         self._opening = [threading.Lock() for _ in range(_OPEN_FILES)]
@@ -97,13 +152,6 @@ class _Opener:
         """The file, open. Several readers that need the same one open it once."""
         with self._opening[number % _OPEN_FILES]:
             return self._cached(number)
-
-    def _partitions(self, key: str) -> dict[str, "pa.Scalar[Any]"]:
-        return {
-            name: pa.scalar(int(text) if text and pa.types.is_integer(kind) else text, kind)
-            for name, text in _partitions(key).items()
-            for kind in [self._kinds[name]]
-        }
 
     def open(self, number: int) -> ParquetFile:
         info = self._infos[number]
@@ -123,7 +171,7 @@ class _Opener:
                 info.size,
                 fetch,
                 DatasetError,
-                partitions=self._partitions(info.key),
+                partitions=partitions(info.key, self._types),
                 concurrency=self._store.concurrency,
                 readers=self._store.readers,
                 findings=self._findings,
@@ -132,29 +180,32 @@ class _Opener:
             raise DatasetError(
                 f"{self._store.url}/{info.key} is no Parquet file: {error} Remove or repair it."
             ) from error
+        except ValueError as error:
+            raise DatasetError(f"{self._store.url}/{info.key}: {error}. Move the file to another folder.") from error
 
 
-def _is_data(key: str) -> bool:
-    return key.lower().endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in key.split("/"))
+def _sorted_out(infos: Iterable[ObjectInfo]) -> tuple[list[ObjectInfo], tuple[PassedOver, ...]]:
+    """The files that count, in order of their keys; and the other objects, by what keeps them out."""
+    counted: list[ObjectInfo] = []
+    others: dict[str, list[str]] = {}
+    for info in infos:
+        is_parquet, hidden = info.key.lower().endswith(SUFFIXES), is_hidden(info.key)
+        if is_parquet and not hidden:
+            counted.append(info)
+        elif not info.key.endswith("/"):  # an empty object by which some tools mark a folder
+            reason = _HIDDEN if is_parquet else _WRITERS if hidden else _FOREIGN
+            others.setdefault(reason, []).append(info.key)
+    counted.sort(key=lambda info: info.key)
+    return counted, tuple(
+        PassedOver(reason, len(others[reason]), tuple(sorted(others[reason])[:_NAMED]))
+        for reason in (_HIDDEN, _FOREIGN, _WRITERS)
+        if reason in others
+    )
 
 
-def _partitions(key: str) -> dict[str, str | None]:
-    """Values from `name=value` folders, as Hive and Spark write them."""
-    columns: dict[str, str | None] = {}
-    for part in key.split("/")[:-1]:
-        name, equals, value = part.partition("=")
-        if equals and name:
-            text = unquote(value)
-            columns[unquote(name)] = None if text == "__HIVE_DEFAULT_PARTITION__" else text
-    return columns
-
-
-def _partition_kinds(keys: Iterable[str]) -> dict[str, pa.DataType]:
-    """The type of each partition column: integers if all values of the dataset are, or text. All files have the same."""
-    integers: dict[str, bool | None] = {}
-    for key in keys:
-        for name, value in _partitions(key).items():
-            integers.setdefault(name, None)
-            if value is not None:
-                integers[name] = integers[name] is not False and _INTEGER.fullmatch(value) is not None
-    return {name: pa.int64() if integer else pa.string() for name, integer in integers.items()}
+def _tell(url: str, passed_over: Sequence[PassedOver]) -> None:
+    """One line: a warning if what is passed over may be data, as hidden markers of writers (`_SUCCESS`) are not."""
+    if passed_over:
+        data = any(kind.reason != _WRITERS for kind in passed_over)
+        level = logging.WARNING if data else logging.INFO
+        logger.log(level, "%s: passed over, and no part of the dataset: %s", url, "; ".join(map(str, passed_over)))

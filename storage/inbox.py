@@ -30,6 +30,7 @@ from tidemill.storage.errors import (
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed, Rejected, checked, sha256, verified
 from tidemill.storage.parallel import at_once
+from tidemill.storage.partitions import is_hidden
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 
@@ -190,7 +191,7 @@ def is_shard(key: str) -> bool:
     """False for hidden and unfinished names, and for the markers that some tools leave for folders."""
     if key.endswith("/") or key.lower().endswith(UNFINISHED):
         return False
-    return not any(part.startswith((".", "_")) for part in key.split("/"))
+    return not is_hidden(key)
 
 
 # ---- what a committed version owes -----------------------------------------------------------------------------------

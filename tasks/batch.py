@@ -43,6 +43,8 @@ class VersionInfo(BaseModel):
     trained: bool
     """False if an earlier run over the same data, with the same spec, had made it."""
     metrics: dict[str, object]
+    passed_over: list[str] = []
+    """What lies in the dataset's folder and was not read: how many objects, why, and the first names."""
 
 
 class BatchRun:
@@ -239,6 +241,7 @@ def describe(run: BatchRun, version: Version, *, trained: bool) -> VersionInfo:
         version=version.number,
         trained=trained,
         metrics=version.manifest.metrics,
+        passed_over=[str(kind) for kind in run.dataset.passed_over],
     )
 
 

@@ -95,9 +95,11 @@ def _decoded(groups: Sequence[RowGroup], features: Features, size: int) -> Seque
         return groups  # values that compress well may be far more bytes than the file
     columns = features.names(labelled=True)
     tables: list[pa.Table] = []
+    decoded = 0
     for group in groups:
         tables.append(group.read(columns))
-        if sum(table.nbytes for table in tables) > DECODED_BYTES:
+        decoded += tables[-1].nbytes
+        if decoded > DECODED_BYTES:
             return groups
     return [Decoded(group, table) for group, table in zip(groups, tables, strict=True)]
 

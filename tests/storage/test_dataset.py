@@ -117,6 +117,68 @@ def test_files_count_by_their_ending(memory: MemoryStore, name: str) -> None:
     assert xs(snapshot(memory.url)) == [1]
 
 
+def test_partition_folders_of_a_column_that_begins_with_an_underscore_are_data(store: Store) -> None:
+    store.write("_year=2020/a.parquet", rows(1))
+    store.write("_year=2021/_a=x/b.parquet", rows(2))
+    store.write("plain/c.parquet", rows(3))
+    taken = snapshot(store.url)
+    assert (xs(taken), taken.passed_over) == ([1, 2, 3], ())
+    assert taken.row_groups[1].read(["_year", "_a"]).to_pylist() == [{"_year": 2021, "_a": "x"}]
+
+
+def test_what_is_passed_over_is_counted_by_its_reason_and_told_once(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.write("a.parquet", rows(1))
+    for key in ("_SUCCESS", ".hidden/b.parquet", "_c.parquet", "part-00000", "d.csv", "x/part-00001", "x/part-00002"):
+        store.write(key, rows(2))
+    with caplog.at_level("INFO", "tidemill.storage"):
+        taken = snapshot(store.url)
+    assert (taken.ref.rows, [str(kind) for kind in taken.passed_over]) == (
+        1,
+        [
+            "2 hidden Parquet files, whose name or folder begins with . or _ (.hidden/b.parquet, _c.parquet)",
+            "4 files that do not end in .parquet, .parq, .pq (d.csv, part-00000, x/part-00001, ...)",
+            "1 other hidden files (_SUCCESS)",
+        ],
+    )
+    (line,) = [record for record in caplog.records if "passed over" in record.message]
+    assert line.levelname == "WARNING"
+    assert all(f"{store.url}: passed over" in line.message and str(kind) in line.message for kind in taken.passed_over)
+
+
+def test_markers_of_writers_are_no_reason_for_a_warning(memory: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    for key in ("_SUCCESS", ".a.parquet.crc", "folder/"):
+        memory.write(key, b"")
+    memory.write("a.parquet", rows(1))
+    with caplog.at_level("INFO", "tidemill.storage"):
+        (kind,) = snapshot(memory.url).passed_over
+    assert (kind.count, [record.levelname for record in caplog.records]) == (2, ["INFO"])
+
+
+def test_a_folder_of_nothing_that_counts_says_what_was_passed_over(memory: MemoryStore) -> None:
+    memory.write("part-00000", rows(1))
+    with pytest.raises(DatasetError, match=r"holds no Parquet file.*1 files that do not end in .* \(part-00000\)"):
+        snapshot(memory.url)
+
+
+def test_a_partition_has_the_type_that_it_is_told_to_have(memory: MemoryStore) -> None:
+    memory.write("n=1/_t=2.5/a.parquet", rows(1))
+    table = snapshot(memory.url, types={"n": pa.string(), "_t": pa.float64()}).row_groups[0].read(["n", "_t"])
+    assert (table.schema.types, table.to_pylist()) == ([pa.string(), pa.float64()], [{"n": "1", "_t": 2.5}])
+    with pytest.raises(DatasetError, match=r"n=1/_t=2\.5/a\.parquet: its folder n=1 is no time.*Move the file"):
+        snapshot(memory.url, types={"n": pa.timestamp("us")})
+
+
+def test_the_schema_of_all_files_has_every_column_with_a_type_that_is_not_null(memory: MemoryStore) -> None:
+    memory.write("a.parquet", written(pa.table({"x": pa.nulls(1), "y": [1]})))
+    memory.write("b.parquet", written(pa.table({"z": ["text"], "y": [1.5], "x": [1.5]})))
+    memory.write("c.parquet", written(pa.table({"x": [1], "n": pa.nulls(1)})))
+    schema = snapshot(memory.url).schema
+    assert schema.names == ["x", "y", "z", "n"]
+    assert schema.types[:2] + schema.types[3:] == [pa.float64(), pa.int64(), pa.null()]
+
+
 def test_a_file_without_rows_counts_but_has_no_row_groups(memory: MemoryStore) -> None:
     memory.write("a.parquet", rows())
     memory.write("b.parquet", rows(1))

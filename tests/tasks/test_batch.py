@@ -66,6 +66,16 @@ def test_a_run_ends_in_a_version_that_champion_names(dataset: str, make_url: Mak
     }
 
 
+def test_what_a_dataset_passes_over_is_told_with_the_version(dataset: str, make_url: MakeUrl) -> None:
+    put(dataset, {"_year=2020/part.parquet": rows(60, 2), "part-00000": rows(60, 3)})
+    run = open_run(dataset, make_url("registry"))
+    for epoch in run.epochs_left:
+        batch.train_epoch(run, epoch)
+    info = batch.describe(run, batch.register(run, batch.evaluate(run)), trained=True)
+    assert info.passed_over == ["1 files that do not end in .parquet, .parq, .pq (part-00000)"]
+    assert run.dataset.ref.rows == 300
+
+
 def test_checkpoints_are_dropped_when_the_run_is_done(dataset: str, make_url: MakeUrl) -> None:
     log = train(dataset, make_url("registry"))
     left = [info.key.rsplit("/", 1)[-1] for info in log.store.list("model/runs/")]
