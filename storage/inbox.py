@@ -29,7 +29,7 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed, Rejected, checked, sha256, verified
-from tidemill.storage.parallel import at_once
+from tidemill.storage.parallel import concurrently
 from tidemill.storage.partitions import is_hidden
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
@@ -209,7 +209,7 @@ def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store]
         inbox = inboxes[debt.inbox]
         try:
             if debt.then == "delete" or _copied(log, inbox, debt, stores):
-                inbox.delete(debt.key, if_match=debt.etag)
+                inbox.delete(debt.key, if_match=debt.etag, sha256=debt.sha256)
         except (NotFound, PreconditionFailed):
             return True
         except (PermissionDenied, InvalidKey, StoreNotFound, CorruptObject) as error:
@@ -225,7 +225,7 @@ def settle(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store]
     for debt in debts:
         same_place.setdefault((debt.to, debt.key), []).append(debt)
     workers = max((inbox.concurrency for inbox in inboxes.values()), default=1)
-    left = at_once(lambda some: [debt for debt in some if not is_settled(debt)], same_place.values(), workers)
+    left = concurrently(lambda some: [debt for debt in some if not is_settled(debt)], same_place.values(), workers)
     return tuple(debt for some in left for debt in some)
 
 

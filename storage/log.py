@@ -41,7 +41,7 @@ from tidemill.storage.manifest import (
     encode,
     sha256,
 )
-from tidemill.storage.parallel import at_once
+from tidemill.storage.parallel import concurrently
 from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import Store
 from tidemill.storage.tombstones import Tombstones, due
@@ -227,7 +227,7 @@ class VersionLog:
         found = Tombstones() if ref is None else Tombstones.decode(self.read_blob(ref), f"{self.store.url}/{ref.key}")
         if stored < version.number:
             numbers = range(stored + 1, version.number)
-            since = [*at_once(self._older, numbers, self.store.concurrency), version]
+            since = [*concurrently(self._older, numbers, self.store.concurrency), version]
             for parent, child in pairwise(since):
                 self._check_link(parent, child)
             for each in since:

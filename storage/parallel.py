@@ -9,8 +9,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def at_once(function: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
-    """`function` of each item, in order; at most so many calls are under way. With one worker they are made here, in turn.
+def concurrently(function: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
+    """`function` of each item, in order; at most `workers` calls are under way. With one worker they are made here, in turn.
 
     After an error no further call begins. The first error, in the order of the items, is raised once nothing is under way.
     """

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from tidemill.storage.errors import NotReady, StorageError
 from tidemill.storage.pages import decoded_bytes
-from tidemill.storage.parallel import at_once
+from tidemill.storage.parallel import concurrently
 
 MAGIC = b"PAR1"
 MAX_DECODED_BYTES = 2 * 2**30
@@ -52,7 +52,7 @@ class RangesFile(io.RawIOBase):
 
     def load(self, ranges: Sequence[tuple[int, int]], concurrency: int) -> None:
         """Fetch [start, stop) ranges, each by one request, with so many requests under way. They are in order and apart."""
-        chunks = at_once(lambda wanted: self._fetch(wanted[0], wanted[1] - wanted[0]), ranges, concurrency)
+        chunks = concurrently(lambda wanted: self._fetch(wanted[0], wanted[1] - wanted[0]), ranges, concurrency)
         for (start, _), chunk in zip(ranges, chunks, strict=True):
             self.hold(start, chunk)
 

@@ -15,7 +15,7 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.store import Store
 
-log = logging.getLogger("tidemill.storage")
+logger = logging.getLogger("tidemill.storage")
 
 _REMEDY = "Use AWS S3, Cloudflare R2, SeaweedFS, or MinIO RELEASE.2024-05-07 or newer"
 
@@ -81,7 +81,7 @@ def _delete_compares(store: Store, key: str) -> bool:
         store.delete(key, if_match=stale)
     except (PreconditionFailed, PermissionDenied):
         return True
-    log.warning(
+    logger.warning(
         "%s: the store ignores If-Match on DELETE (MinIO does). Tidemill compares before it deletes instead: an object "
         "that is replaced in that very moment is lost. Let producers never reuse a key, or use another store",
         store.url,

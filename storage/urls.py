@@ -62,8 +62,3 @@ def _shown(url: str) -> str:
     if "@" in hidden:
         hidden = f"...@{hidden.rpartition('@')[2]}"
     return repr(hidden if hidden == url or hidden.startswith("...@") else f"{hidden}...")
-
-
-def join(url: str, *parts: str) -> str:
-    """The URL of something below `url`: `join("s3://b/registry/", "taxi") == "s3://b/registry/taxi"`."""
-    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])

@@ -31,7 +31,7 @@ from tidemill.storage.errors import (
 from tidemill.storage.inbox import Inbox, quarantine_key, settle
 from tidemill.storage.log import Alias, Version, VersionLog
 from tidemill.storage.manifest import Blobs, Consumed, Entry, Gate, Owed, TombstonesRef
-from tidemill.storage.parallel import at_once
+from tidemill.storage.parallel import concurrently
 from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
@@ -447,7 +447,7 @@ class OnlineRun:
         recent = list(window)[-self.settings.gate.recent_shards :]
         gate, holdout = self._decide(work, recent)
         parts = [("safetensors", weights), ("state.safetensors", state)]
-        refs = at_once(lambda part: self.log.write_blob(number, *part), parts, self.log.store.concurrency)
+        refs = concurrently(lambda part: self.log.write_blob(number, *part), parts, self.log.store.concurrency)
         blobs = Blobs(weights=refs[0], state=refs[1], tombstones=self._remember(loaded, number, owed))
         entry = Entry(
             kind="online",

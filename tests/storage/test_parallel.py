@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from tidemill.storage.parallel import at_once
+from tidemill.storage.parallel import concurrently
 
 
 def test_results_are_in_the_order_of_the_items_whichever_ends_first() -> None:
@@ -17,7 +17,7 @@ def test_results_are_in_the_order_of_the_items_whichever_ends_first() -> None:
             assert last.wait(60)
         return 10 * item
 
-    assert at_once(call, range(4), 4) == [0, 10, 20, 30]
+    assert concurrently(call, range(4), 4) == [0, 10, 20, 30]
 
 
 def test_no_more_are_under_way_than_workers() -> None:
@@ -30,13 +30,15 @@ def test_no_more_are_under_way_than_workers() -> None:
         meeting.wait(60)  # three are under way together
         under_way.remove(item)
 
-    at_once(call, range(9), 3)
+    concurrently(call, range(9), 3)
     assert most == [3]
 
 
 @pytest.mark.parametrize(("items", "workers"), [(range(4), 1), (range(1), 4), ([], 4)])
 def test_one_worker_or_one_item_needs_no_thread(items, workers) -> None:
-    assert at_once(lambda item: threading.current_thread(), items, workers) == [threading.current_thread()] * len(items)
+    assert concurrently(lambda item: threading.current_thread(), items, workers) == [threading.current_thread()] * len(
+        items
+    )
 
 
 def test_after_an_error_no_call_begins_and_the_first_in_order_is_raised_once_nothing_is_under_way() -> None:
@@ -52,5 +54,5 @@ def test_after_an_error_no_call_begins_and_the_first_in_order_is_raised_once_not
         raise ValueError("second")
 
     with pytest.raises(ValueError, match="first"):
-        at_once(call, range(1000), 2)
+        concurrently(call, range(1000), 2)
     assert (begun, ended) == ({0, 1}, [0])

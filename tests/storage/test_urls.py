@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tidemill.storage.errors import InvalidURL
-from tidemill.storage.urls import join, open_store
+from tidemill.storage.urls import open_store
 
 
 @pytest.mark.parametrize(
@@ -74,18 +74,6 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str):
     with pytest.raises(InvalidURL, match="AWS_PROFILE") as caught:
         open_store(url)
     assert "s3cr3t" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("url", "joined"),
-    [
-        ("s3://bucket/registry/", "s3://bucket/registry/taxi/log"),
-        ("./registry", "./registry/taxi/log"),
-        ("/", "/taxi/log"),
-    ],
-)
-def test_join(url: str, joined: str):
-    assert join(url, "taxi", "log/") == joined
 
 
 def test_only_an_s3_url_costs_the_import_of_s3fs():
