@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -21,6 +21,7 @@ from tidemill.storage.errors import (
     StoreNotFound,
     on_one_line,
 )
+from tidemill.storage.lakehouse import refuse_parts_of_tables, refuse_tables
 from tidemill.storage.manifest import DatasetRef
 from tidemill.storage.parquet import Findings, ParquetFile, RowGroup, row_groups
 from tidemill.storage.partitions import is_hidden, partition_types, partitions
@@ -44,7 +45,7 @@ _WRITERS: Final = "other hidden files"
 
 
 @dataclass(frozen=True)
-class PassedOver:
+class LeftOut:
     """Objects below a dataset's URL that are no part of it, of one kind."""
 
     reason: str
@@ -64,7 +65,7 @@ class Snapshot:
     ref: DatasetRef
     row_groups: Sequence[RowGroup]
     """In order of (key, index)."""
-    passed_over: tuple[PassedOver, ...] = ()
+    passed_over: tuple[LeftOut, ...] = ()
     """What lies below the URL and is not read, by reason."""
 
     @property
@@ -108,10 +109,12 @@ def snapshot(
     Raises:
         StoreNotFound: no such folder or bucket.
         DatasetError: no Parquet file, no rows, or a file that cannot be read.
+        UnsupportedTable: a table of Delta Lake, Iceberg or Hudi, or a folder that holds one or is a part of one.
         DatasetChanged: a file changed between listing and reading.
     """
     store = stores(url)
-    infos, passed_over = _sorted_out(store.list())
+    infos, passed_over = _sorted_out(store)
+    refuse_parts_of_tables(store.url, stores)
     if not infos:
         found = f" Passed over: {'; '.join(map(str, passed_over))}." if passed_over else ""
         raise DatasetError(
@@ -184,26 +187,27 @@ class _Opener:
             raise DatasetError(f"{self._store.url}/{info.key}: {error}. Move the file to another folder.") from error
 
 
-def _sorted_out(infos: Iterable[ObjectInfo]) -> tuple[list[ObjectInfo], tuple[PassedOver, ...]]:
+def _sorted_out(store: Store) -> tuple[list[ObjectInfo], tuple[LeftOut, ...]]:
     """The files that count, in order of their keys; and the other objects, by what keeps them out."""
     counted: list[ObjectInfo] = []
-    others: dict[str, list[str]] = {}
-    for info in infos:
+    others: dict[str, list[str]] = {reason: [] for reason in (_HIDDEN, _FOREIGN)}
+
+    def leave_out(key: str, reason: str) -> None:
+        others.setdefault(reason, []).append(key)
+
+    for info in refuse_tables(store.url, store.list(passed_over=leave_out)):
         is_parquet, hidden = info.key.lower().endswith(SUFFIXES), is_hidden(info.key)
         if is_parquet and not hidden:
             counted.append(info)
         elif not info.key.endswith("/"):  # an empty object by which some tools mark a folder
-            reason = _HIDDEN if is_parquet else _WRITERS if hidden else _FOREIGN
-            others.setdefault(reason, []).append(info.key)
+            leave_out(info.key, _HIDDEN if is_parquet else _WRITERS if hidden else _FOREIGN)
     counted.sort(key=lambda info: info.key)
     return counted, tuple(
-        PassedOver(reason, len(others[reason]), tuple(sorted(others[reason])[:_NAMED]))
-        for reason in (_HIDDEN, _FOREIGN, _WRITERS)
-        if reason in others
+        LeftOut(reason, len(keys), tuple(sorted(keys)[:_NAMED])) for reason, keys in others.items() if keys
     )
 
 
-def _tell(url: str, passed_over: Sequence[PassedOver]) -> None:
+def _tell(url: str, passed_over: Sequence[LeftOut]) -> None:
     """One line: a warning if what is passed over may be data, as hidden markers of writers (`_SUCCESS`) are not."""
     if passed_over:
         data = any(kind.reason != _WRITERS for kind in passed_over)

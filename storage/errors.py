@@ -85,6 +85,10 @@ class DatasetChanged(DatasetError):
     """A file of the dataset changed, or went, while it was being read."""
 
 
+class UnsupportedTable(DatasetError):
+    """A dataset or an inbox is, holds or is a part of a table of Delta Lake, Iceberg or Hudi."""
+
+
 class NotReady(StorageError):
     """The shard is not a whole Parquet file yet; its producer may still be writing."""
 

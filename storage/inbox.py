@@ -27,6 +27,7 @@ from tidemill.storage.errors import (
     Unavailable,
     on_one_line,
 )
+from tidemill.storage.lakehouse import refuse_parts_of_tables, refuse_tables
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed, Rejected, checked, sha256, verified
 from tidemill.storage.parallel import concurrently
@@ -104,6 +105,7 @@ class Inbox:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._is_part_of_no_table = False
 
     @property
     def url(self) -> str:
@@ -121,13 +123,17 @@ class Inbox:
 
         Raises:
             StoreNotFound: no such folder or bucket.
+            UnsupportedTable: the inbox is, holds or is a part of a table of Delta Lake, Iceberg or Hudi.
         """
+        if not self._is_part_of_no_table:
+            refuse_parts_of_tables(self.url, open_store)
+            self._is_part_of_no_table = True
         seen: list[ObjectInfo] = []
         waiting, oldest = 0, None
 
         def unknown() -> Iterable[ObjectInfo]:
             nonlocal waiting, oldest
-            for info in self.store.list():
+            for info in refuse_tables(self.url, self.store.list()):
                 if not is_shard(info.key):
                     continue
                 if known(info):

@@ -41,7 +41,7 @@ def xs(taken: Snapshot, column: str = "x") -> list[Any]:
 @pytest.fixture
 def memory() -> MemoryStore:
     """For what does not depend on the backend."""
-    return MemoryStore(uuid.uuid4().hex, "data")
+    return MemoryStore(uuid.uuid4().hex, "dataset")
 
 
 # ---- taking a snapshot ---------------------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ def test_several_row_groups_are_worth_reading_at_once_if_they_come_over_a_networ
 
 
 def test_a_store_is_opened_by_the_given_factory(make_url: Callable[[str], str]) -> None:
-    store = open_store(make_url("data"))
+    store = open_store(make_url("dataset"))
     store.write("a.parquet", rows(1))
     opened: list[str] = []
 
@@ -480,5 +480,5 @@ def test_a_store_is_opened_by_the_given_factory(make_url: Callable[[str], str]) 
         opened.append(url)
         return open_store(url)
 
-    assert xs(snapshot(make_url("data"), factory)) == [1]
-    assert opened == [make_url("data")]
+    assert xs(snapshot(make_url("dataset"), factory)) == [1]
+    assert opened == [make_url("dataset")]
