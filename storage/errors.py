@@ -53,6 +53,10 @@ class UnsupportedStore(StorageError):
     """The store lacks a guarantee that the version log is built on."""
 
 
+class PlacesOverlap(StorageError):
+    """Two places that must lie apart are one place, or one lies inside of the other. Nothing was written."""
+
+
 class CorruptObject(StorageError):
     """Bytes differ from what was written: wrong length or sha256, or a broken chain of manifests."""
 

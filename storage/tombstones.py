@@ -5,7 +5,7 @@ stands in the manifests: writing 10,000 of them at each commit would cost more t
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from tidemill.storage.errors import CorruptObject
 
@@ -30,6 +30,7 @@ class Tombstones:
         """How many were added since these were stored as a whole."""
         self._lines: dict[tuple[str, str, str], tuple[str, bytes]] = {}
         self._etags: dict[tuple[str, str, str], str] = {}
+        self._spellings: Mapping[str, str] = {}
 
     @classmethod
     def decode(cls, data: bytes, where: str) -> "Tombstones":
@@ -49,8 +50,18 @@ class Tombstones:
     def encode(self) -> bytes:
         return b"".join(line for _, line in self._lines.values())
 
+    def respell(self, spellings: Mapping[str, str]) -> None:
+        """Let URLs of one inbox (spelling -> the one that is asked for) stand for each other; stored lines keep theirs."""
+        self._spellings = spellings
+        lines, loose = [json.loads(line) for _, line in self._lines.values()], self.loose
+        self._lines, self._etags = {}, {}
+        for fields in lines:
+            self.add(*fields)
+        self.loose = loose
+
     def add(self, inbox: str, key: str, sha256: str, etag: str) -> None:
         line = json.dumps([inbox, key, sha256, etag]).encode() + b"\n"
+        inbox = self._spellings.get(inbox, inbox)
         self._forget((inbox, key, sha256))  # so that one consumed again counts as recent
         self.loose += 1
         self._lines[inbox, key, sha256] = etag, line
@@ -75,7 +86,7 @@ class Tombstones:
         identities = [identity for identity in self._lines if identity[0] in inboxes]
         if (surplus := len(identities) - window) <= 0:
             return
-        kept = set(keep)
+        kept = {(self._spellings.get(inbox, inbox), key, sha256) for inbox, key, sha256 in keep}
         for identity in identities[:surplus]:
             if identity not in kept:
                 self._forget(identity)

@@ -25,12 +25,19 @@ from tidemill.storage.errors import (
     PreconditionFailed,
     ShardRejected,
     UnknownVersion,
-    UnsupportedStore,
     on_one_line,
 )
 from tidemill.storage.inbox import Inbox, quarantine_key, settle
 from tidemill.storage.log import Alias, Version, VersionLog
 from tidemill.storage.manifest import Blobs, Consumed, Entry, Gate, Owed, TombstonesRef
+from tidemill.storage.overlap import (
+    Relation,
+    keep_out_of_dataset,
+    keep_out_of_inbox,
+    keep_out_of_registry,
+    named_datasets,
+    relation,
+)
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import ObjectInfo, Store
@@ -52,6 +59,8 @@ from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.versions import load_learner, spec_of
 
 logger = logging.getLogger("tidemill.online")
+
+_RETRAIN_ON = "gate.after_refusals.retrain_on"
 
 LISTED_AHEAD = 10_000
 """How many shards one listing of the inbox hands to the following steps: listing again for each would cost O(inbox) a step."""
@@ -99,26 +108,23 @@ class OnlineRun:
         """Open both ends and make sure that the model exists.
 
         Raises:
-            UnknownModel, StoreNotFound, UnsupportedStore: see there; the last one also if the places overlap.
+            UnknownModel, StoreNotFound, UnsupportedStore, PlacesOverlap.
         """
         self.settings, self._open_store = settings, stores
         self._opened: dict[str, Store] = {}
+        self._spellings: dict[str, str] = {}
         self.log = VersionLog(self.stores(registry), model)
         self.inbox = Inbox(self.stores(inbox))
+        labels = None if settings.labels is None else Inbox(self.stores(settings.labels.inbox))
+        self._inboxes = [self.inbox] if labels is None else [self.inbox, labels]
+        self._check_places(self._inboxes)
         check_preconditions(self.log.store)
         self._certify(self.inbox)
-        self._check_outside(self.inbox)
         self.report = OnlineReport(model=model, head=self.log.head().number)
         self.champion = Champion(self.log, settings)
         self.delayed: DelayedLabels | None = None
-        if settings.labels is not None:
-            labels = Inbox(self.stores(settings.labels.inbox))
-            if f"{labels.url}/".startswith(f"{self.inbox.url}/") or f"{self.inbox.url}/".startswith(f"{labels.url}/"):
-                raise UnsupportedStore(
-                    f"labels={labels.url} and the inbox {self.inbox.url} must lie beside each other."
-                )
+        if labels is not None and settings.labels is not None:
             self._certify(labels)
-            self._check_outside(labels)
             self.delayed = DelayedLabels(self.log, labels, settings.labels.key, settings, self._warn)
         self._loaded: Loaded | None = None
         self._reader: Reader | None = None
@@ -136,21 +142,40 @@ class OnlineRun:
         except PermissionDenied:  # a consumer need not be allowed to write there: then each delete compares for itself
             inbox.store.conditional_delete = False
 
-    def _check_outside(self, inbox: Inbox) -> None:
-        """Every object below an inbox is a shard, to be consumed and removed: nothing else may live there."""
+    def _check_places(self, inboxes: Sequence[Inbox]) -> None:
+        """Every object below an inbox is a shard, to be consumed and removed: no other place may be, hold or lie in one.
+
+        Raises:
+            PlacesOverlap: before anything is written.
+        """
         settings = self.settings
-        others = {
+        given = {
             "after_commit.archive_to": settings.archive_to,
             "gate.holdout_dataset": settings.gate.holdout_dataset,
-            "gate.after_refusals.retrain_on": settings.gate.retrain_on,
+            _RETRAIN_ON: settings.gate.retrain_on,
         }
-        urls = {name: self.stores(url).url for name, url in others.items() if url is not None}
-        for name, url in {"the registry": self.log.store.url, **urls}.items():
-            if f"{url}/".startswith(f"{inbox.url}/"):
-                raise UnsupportedStore(
-                    f"{name}, {url}, lies inside the inbox {inbox.url}, whose objects are taken for shards and removed; "
-                    "choose a place outside."
-                )
+        places = {name: self.stores(url).url for name, url in given.items() if url is not None}
+        trained_on = {f"the dataset of version {number}": url for url, number in named_datasets(self.log).items()}
+        others = [("the registry", self.log.store.url), *places.items(), *trained_on.items()]
+        for inbox, name in zip(inboxes, ("the inbox", "the labels inbox"), strict=False):
+            keep_out_of_inbox(inbox.url, others, name)
+            others.append((name, inbox.url))
+        if (archive := places.get("after_commit.archive_to")) is not None:
+            keep_out_of_registry(self.log.url, "after_commit.archive_to", archive)
+            if len(inboxes) > 1:  # features and labels lie there apart, under one name each
+                datasets = trained_on | {name: url for name, url in places.items() if name == _RETRAIN_ON}
+                for name, url in datasets.items():
+                    lies_apart = ("after_commit.archive_to, where features and labels lie apart", archive)
+                    keep_out_of_dataset(url, [lies_apart], name)
+        if (retrain_on := places.get(_RETRAIN_ON)) is not None:
+            keep_out_of_dataset(retrain_on, [("the registry", self.log.url)], _RETRAIN_ON)
+
+    def _spelled(self, url: str) -> str:
+        """The URL by which this run knows an inbox, however an earlier run spelled it."""
+        if (spelled := self._spellings.get(url)) is None:
+            mine = (one.url for one in self._inboxes if relation(url, one.url) is Relation.SAME)
+            spelled = self._spellings[url] = next(mine, url)
+        return spelled
 
     def stores(self, url: str) -> Store:
         """The store at this URL, opened once: what was found out about it is kept."""
@@ -192,6 +217,9 @@ class OnlineRun:
             manifest = version.manifest
             if changed := differences(manifest.environment, environment()):
                 self._warn(f"bits may differ from those of the run before: {'; '.join(changed)}")
+            inboxes = {inbox for inbox, _, _ in tombstones}
+            if others := {url: spelled for url in inboxes if (spelled := self._spelled(url)) != url}:
+                tombstones.respell(others)
             owed = self._settled(manifest.owed)
             self.champion.follow(version, learner)
             loaded = self._loaded = Loaded(version, learner, tombstones, owed, time.monotonic(), *self._past(version))
@@ -302,7 +330,7 @@ class OnlineRun:
 
     def _known(self, loaded: Loaded, inbox: Inbox) -> Callable[[ObjectInfo], bool]:
         """Whether an object of an inbox was consumed before."""
-        owed = {(debt.inbox, debt.key, debt.etag) for debt in loaded.owed}
+        owed = {(self._spelled(debt.inbox), debt.key, debt.etag) for debt in loaded.owed}
 
         def known(info: ObjectInfo) -> bool:
             shard = (inbox.url, info.key, info.etag)
@@ -314,7 +342,7 @@ class OnlineRun:
         """Remove what was consumed before and sent again, or kept; what is owed is being removed anyway."""
         if self.settings.after_commit == "keep":
             return
-        owed = {(debt.inbox, debt.key, debt.etag) for debt in loaded.owed}
+        owed = {(self._spelled(debt.inbox), debt.key, debt.etag) for debt in loaded.owed}
         duplicates = []
         for info in known:
             digest = loaded.tombstones.sha256_of(inbox.url, info.key, info.etag)

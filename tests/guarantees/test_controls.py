@@ -114,7 +114,7 @@ def overwritten(protocol: Protocol, stride: int) -> Iterator[World]:
 
 def collected(protocol: Protocol, stride: int) -> Iterator[World]:
     """Garbage collection before any call of a trainer that slept there."""
-    stride = min(stride, 3)  # from the first blob to the commit it is three calls
+    stride = min(stride, 2)  # between the first of two blobs and the commit there are two calls before which it harms
     for world in at_calls(protocol, stride, FIRST, lambda at: Plan(None, (Meanwhile(at, "collect", (1,)),))):
         world.end()
         yield world

@@ -11,7 +11,7 @@ import pytest
 from tests.storage.faults import Call, Phase, fail_at, hooked
 from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage.audit import audit
-from tidemill.storage.errors import Unavailable, UnsupportedStore
+from tidemill.storage.errors import PlacesOverlap, Unavailable
 from tidemill.storage.inbox import quarantined, requeue
 from tidemill.storage.log import Version, VersionLog, open_log
 from tidemill.storage.manifest import Compared, Entry, Gate
@@ -284,7 +284,7 @@ def test_an_error_or_a_lost_answer_at_a_call_loses_nothing_and_trains_nothing_tw
 
 
 def test_inboxes_within_each_other_are_refused(world: World) -> None:
-    with pytest.raises(UnsupportedStore, match="must lie beside each other"):
+    with pytest.raises(PlacesOverlap, match=r"the inbox, .* holds the labels inbox .* beside each other"):
         world.run(labels={"inbox": world.url("inbox/labels"), "key": "id"})
 
 
