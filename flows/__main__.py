@@ -1,5 +1,0 @@
-"""`python -m tidemill` is `tidemill`."""
-
-from tidemill.flows.cli import main
-
-main()
