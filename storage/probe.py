@@ -4,46 +4,82 @@ import logging
 import uuid
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from typing import Final
+from urllib.parse import urlsplit
 
 from tidemill.storage.errors import (
     AlreadyExists,
     NotFound,
     PermissionDenied,
     PreconditionFailed,
+    StoreFull,
     StoreNotFound,
     UnsupportedStore,
 )
-from tidemill.storage.store import Store
+from tidemill.storage.store import Promises, Store
 
 logger = logging.getLogger("tidemill.storage")
 
-_REMEDY = "Use AWS S3, Cloudflare R2, SeaweedFS, or MinIO RELEASE.2024-05-07 or newer"
+_REMEDY: Final = "Use AWS S3, Cloudflare R2, SeaweedFS, or MinIO RELEASE.2024-05-07 or newer"
 
-_PREFIX = ".tidemill_probe-"
-_OLD = timedelta(hours=1)  # no probe takes that long: what is older was left by a process that was killed
+_PREFIX: Final = ".tidemill_probe-"
+_OLD: Final = timedelta(hours=1)
+"""No probe takes that long: what is older was left by a process that was killed."""
 
-_compares_on_delete: dict[str, bool] = {}
-"""Results by URL, for the life of this process."""
+_found: dict[str, Promises] = {}
+"""What was found out, by URL, for the life of this process."""
+_unasked: set[str] = set()
+"""URLs of inboxes where nothing may be created, so that they cannot be asked."""
+_warned: set[tuple[str, str]] = set()
+"""Servers and buckets whose deletes have been warned of."""
 
 
 def check_preconditions(store: Store) -> None:
-    """Create a hidden object twice, delete it with a wrong etag, then delete it. Done once per process and URL.
+    """Make sure that a registry can live here, and give the store its `promises`. Asked once per process and URL.
 
-    This catches a server that ignores a precondition, not one that honours it but races. If deletes are not compared,
-    `store.conditional_delete` is cleared, with one warning. A root that does not exist yet is left so and not tested.
+    A hidden object is created twice, deleted with a wrong etag, then deleted. This catches a server that ignores a
+    precondition, not one that honours it but races. A root that does not exist yet is left so and not tested.
 
     Raises:
         UnsupportedStore: put-if-absent is ignored: two runs could both commit the same version.
         PermissionDenied: the credentials may not create objects here.
+        StoreFull: no room for the hidden object.
     """
-    if store.url not in _compares_on_delete:
+    if store.url not in _found:
         key = f"{_PREFIX}{uuid.uuid4().hex}"
         try:
             _remove_old(store)
         except StoreNotFound:
             return
-        _compares_on_delete[store.url] = _probe(store, key)
-    store.conditional_delete = _compares_on_delete[store.url]
+        _found[store.url] = _ask(store, key)
+    store.promises = _found[store.url]
+
+
+def check_inbox(store: Store) -> None:
+    """The same for an inbox, out of which objects will be deleted: warn, once a bucket, if deletes are not compared.
+
+    A consumer need not be allowed to write there, and the disk may be full: then each delete compares for itself.
+
+    Raises:
+        UnsupportedStore: as `check_preconditions`.
+    """
+    try:
+        if store.url not in _unasked:
+            check_preconditions(store)
+    except (PermissionDenied, StoreFull):
+        _unasked.add(store.url)
+    if store.url in _unasked:
+        store.promises = Promises(compares_on_delete=False)
+        return
+    place = urlsplit(store.url)[:2]
+    if not store.promises.compares_on_delete and place not in _warned:
+        _warned.add(place)
+        logger.warning(
+            "%s: the store ignores If-Match on DELETE (MinIO does). Tidemill compares before it deletes instead: an object "
+            "that is replaced in that very moment is lost, unless the bucket keeps versions. Let producers never reuse a key, "
+            "or use another store",
+            store.url,
+        )
 
 
 def _remove_old(store: Store) -> None:
@@ -53,13 +89,12 @@ def _remove_old(store: Store) -> None:
                 store.delete(left.key)
 
 
-def _probe(store: Store, key: str) -> bool:
-    """Whether deletes compare etags."""
+def _ask(store: Store, key: str) -> Promises:
     with suppress(AlreadyExists):  # nobody else knows the key: our own write, whose answer was lost
         store.create(key, b"first")
     try:
         _check_create(store, key)
-        return _delete_compares(store, key)
+        return Promises(compares_on_delete=_compares_on_delete(store, key))
     finally:
         with suppress(NotFound, PermissionDenied):  # a registry may well forbid deletes
             store.delete(key)
@@ -75,15 +110,10 @@ def _check_create(store: Store, key: str) -> None:
     )
 
 
-def _delete_compares(store: Store, key: str) -> bool:
+def _compares_on_delete(store: Store, key: str) -> bool:
     stale = "0" * 32  # no etag of these bytes
     try:
         store.delete(key, if_match=stale)
     except (PreconditionFailed, PermissionDenied):
         return True
-    logger.warning(
-        "%s: the store ignores If-Match on DELETE (MinIO does). Tidemill compares before it deletes instead: an object "
-        "that is replaced in that very moment is lost. Let producers never reuse a key, or use another store",
-        store.url,
-    )
     return False

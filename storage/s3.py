@@ -35,6 +35,7 @@ from tidemill.storage.errors import (
     StoreNotFound,
     Unavailable,
     UnsupportedStore,
+    on_one_line,
 )
 from tidemill.storage.store import ObjectInfo, PassedOver, Store
 
@@ -181,9 +182,10 @@ class S3Store(Store):
     def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
         """One DELETE with `If-Match`; a stat, then a DELETE, without it or where the server ignores it.
 
-        In the latter case an object that is put between the two requests is lost.
+        In the latter case an object that is put between the two requests is lost, unless the bucket keeps versions: then it
+        is put back. The etags are of the bytes, so that `sha256` has nothing to add.
         """
-        if if_match is not None and self.conditional_delete:
+        if if_match is not None and self.promises.compares_on_delete:
             try:
                 self._call("delete_object", key, IfMatch=_quoted(if_match))
             except PreconditionFailed:
@@ -191,7 +193,28 @@ class S3Store(Store):
                 raise
             return
         self._stat_if_match(key, if_match)  # a DELETE of nothing succeeds
-        self._call("delete_object", key)
+        answer = self._call("delete_object", key)
+        if if_match is not None and answer.get("DeleteMarker") and "VersionId" in answer:
+            self._take_back_if_other(key, if_match, answer["VersionId"])
+
+    def _take_back_if_other(self, key: str, etag: str, marker: str) -> None:
+        """After a DELETE that nothing was compared for: show a version with another etag again that its marker has hidden."""
+        try:
+            full = self._root + key
+            below = self._call(
+                "list_object_versions", None, Prefix=full, KeyMarker=full, VersionIdMarker=marker, MaxKeys=1
+            )
+            hidden = [v for v in below.get("Versions", ()) if v["Key"] == full and _unquoted(v["ETag"]) != etag]
+            if not hidden:
+                return
+            self._call("delete_object", key, VersionId=marker)
+        except PermissionDenied as error:
+            logger.warning(
+                "%s/%s was deleted without knowing whether it was replaced in that moment: %s. If it was, delete the marker %s",
+                *(self.url, on_one_line(key), error, marker),
+            )
+        else:
+            raise PreconditionFailed(f"{self.url}/{key} was replaced while being deleted; the new object is back")
 
     def _put(self, key: str, data: bytes, **conditions: str) -> ObjectInfo:
         answer = self._call("put_object", key, Body=data, **conditions)

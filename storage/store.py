@@ -4,6 +4,8 @@ Certified by `tests/storage/test_conformance.py`, which runs the same bodies ove
 
 Keys are exact strings relative to the store's root, `/`-separated, never normalised.
 
+A key that is another key's folder (`a` beside `a/b`) may be refused, or not listed while the other is there.
+
 An etag is opaque. Equal etags of one key mean equal bytes; another etag does not mean other bytes (a local one changes by
 `chmod` too). S3 and memory make etags from the bytes. A local folder makes them from what the file system tells: a program
 that writes through a memory map, or after the clock was set back, can put other bytes under the same etag. A pinned
@@ -45,15 +47,23 @@ class ObjectInfo:
         return self.lasting_etag or self.etag
 
 
+@dataclass(frozen=True, slots=True)
+class Promises:
+    """What a store keeps where stores differ. Found by asking it (`probe.py`), not by its name."""
+
+    compares_on_delete: bool = True
+    """A delete that names an etag is refused if the object has another. Where the server does not compare, `delete` does
+    before it asks: an object that is put between the two requests is lost, or put back where the bucket keeps versions."""
+
+
 class Store(ABC):
     """A prefix of an object store, or a local folder. Threads may share an instance; a forked process must open its own."""
 
     url: str
     """Canonical URL of the root, without a trailing slash and without credentials."""
 
-    conditional_delete: bool = True
-    """Whether the server compares etags on delete. `probe.py` clears it where the server ignores them; then `delete`
-    compares by itself, and an object put between its two requests is lost."""
+    promises: Promises = Promises()
+    """Set once for each instance, by the probe."""
 
     concurrency: int = 1
     """How many calls are worth having under way at once. 1: a call returns sooner than another thread could take it over."""

@@ -21,7 +21,6 @@ from tidemill.storage.errors import (
     HeadMoved,
     NotFound,
     NotReady,
-    PermissionDenied,
     PreconditionFailed,
     ShardRejected,
     UnknownVersion,
@@ -39,7 +38,7 @@ from tidemill.storage.overlap import (
     relation,
 )
 from tidemill.storage.parallel import concurrently
-from tidemill.storage.probe import check_preconditions
+from tidemill.storage.probe import check_inbox, check_preconditions
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch import VersionInfo
@@ -137,10 +136,7 @@ class OnlineRun:
         self._warned: set[str] = set()
 
     def _certify(self, inbox: Inbox) -> None:
-        try:
-            check_preconditions(inbox.store)
-        except PermissionDenied:  # a consumer need not be allowed to write there: then each delete compares for itself
-            inbox.store.conditional_delete = False
+        check_inbox(inbox.store)
 
     def _check_places(self, inboxes: Sequence[Inbox]) -> None:
         """Every object below an inbox is a shard, to be consumed and removed: no other place may be, hold or lie in one.

@@ -241,13 +241,15 @@ def meanwhile(fault: Fault, act: Callable[[], object]) -> Plan:
 
 @pytest.mark.parametrize("fault", [*NOT_APPLIED, *sorted(APPLIED, key=lambda fault: fault.name)])
 def test_the_probe_takes_no_fault_for_an_answer(fault: Fault, proxy: FaultProxy, place: str) -> None:
-    """Every other request of the probe fails; the store honours its preconditions all the same."""
+    """Every other request of the probe fails; what the store promises is found out all the same."""
+    undisturbed = impatient(f"{place}/undisturbed")
+    check_preconditions(undisturbed)
     store = impatient(place, fault)
     proxy.use(lambda asked: fault if asked.number % 2 == 0 and fault in asked.possible else None)
 
     check_preconditions(store)
 
-    assert store.conditional_delete
+    assert store.promises == undisturbed.promises
     assert fault in [happened for _, happened in proxy.asked]
     proxy.use()
     assert contents(place) == {}

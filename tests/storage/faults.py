@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from tidemill.storage.errors import AlreadyExists, NotFound, PermissionDenied, PreconditionFailed, StorageError
-from tidemill.storage.store import ObjectInfo, PassedOver, Store
+from tidemill.storage.store import ObjectInfo, PassedOver, Promises, Store
 from tidemill.storage.urls import open_store
 
 Phase = Literal["before", "after"]
@@ -75,12 +75,12 @@ class FaultStore(Store):
         self.readers = store.readers if concurrency is None else min(concurrency, store.readers)
 
     @property
-    def conditional_delete(self) -> bool:  # type: ignore[override]  # the wrapped store acts on it
-        return self._store.conditional_delete
+    def promises(self) -> Promises:  # type: ignore[override]  # the wrapped store acts on them
+        return self._store.promises
 
-    @conditional_delete.setter
-    def conditional_delete(self, compares: bool) -> None:
-        self._store.conditional_delete = compares
+    @promises.setter
+    def promises(self, found: Promises) -> None:
+        self._store.promises = found
 
     def list(
         self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False

@@ -4,14 +4,22 @@ import logging
 import os
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.storage.faults import Call, FaultStore
-from tidemill.storage.errors import PermissionDenied, UnsupportedStore
+from tidemill.storage.errors import (
+    NotFound,
+    PermissionDenied,
+    PreconditionFailed,
+    StorageError,
+    StoreFull,
+    UnsupportedStore,
+)
 from tidemill.storage.memory import MemoryStore
-from tidemill.storage.probe import check_preconditions
+from tidemill.storage.probe import check_inbox, check_preconditions
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 
@@ -46,7 +54,14 @@ def test_every_backend_passes_and_nothing_stays(store: Store, caplog: pytest.Log
     caplog.set_level(logging.WARNING, "tidemill.storage")
     check_preconditions(store)
 
-    assert store.conditional_delete
+    trusting = open_store(store.url)  # takes for granted that the server compares
+    etag = trusting.write("a", b"old").etag
+    trusting.write("a", b"new")
+    with suppress(PreconditionFailed):
+        trusting.delete("a", if_match=etag)
+    assert store.promises.compares_on_delete == bool([*store.list()])
+    with suppress(NotFound):
+        store.delete("a")
     assert [*store.list()] == []
     assert not caplog.records
 
@@ -59,12 +74,19 @@ def test_a_store_without_put_if_absent_is_refused_with_a_remedy(name: str):
     assert [*store.list()] == []
 
 
-def test_a_store_that_deletes_anyway_is_remembered_with_one_warning(name: str, caplog: pytest.LogCaptureFixture):
+def test_a_store_that_deletes_anyway_is_remembered_with_one_warning_for_its_inboxes(
+    name: str, caplog: pytest.LogCaptureFixture
+):
     caplog.set_level(logging.WARNING, "tidemill.storage")
     for _ in range(2):
-        store = DeletesAnyway(name)
+        store = DeletesAnyway(name, "registry")
         check_preconditions(store)
-        assert not store.conditional_delete
+        assert not store.promises.compares_on_delete
+    assert not caplog.records
+    for inbox in ("inbox", "inbox", "labels"):
+        store = DeletesAnyway(name, inbox)
+        check_inbox(store)
+        assert not store.promises.compares_on_delete
     assert [*store.list()] == []
     [warning] = caplog.records
     assert warning.levelno == logging.WARNING
@@ -74,7 +96,27 @@ def test_a_store_that_deletes_anyway_is_remembered_with_one_warning(name: str, c
 def test_a_store_may_forbid_deletes(name: str):
     store = NeverDeletes(name)
     check_preconditions(store)
-    assert store.conditional_delete
+    assert store.promises.compares_on_delete
+
+
+class TakesNothing(MemoryStore):
+    """No room, or no permission to put anything."""
+
+    error: StorageError = StoreFull("no room")
+
+    def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [StoreFull("no room"), PermissionDenied("no")], ids=["full", "denied"])
+def test_an_inbox_need_not_take_anything_but_a_registry_must(name: str, error: StorageError):
+    for _ in range(2):
+        store = TakesNothing(name)
+        store.error = error
+        check_inbox(store)
+        assert not store.promises.compares_on_delete  # nobody knows: each delete compares for itself
+        with pytest.raises(type(error)):
+            check_preconditions(store)
 
 
 def test_it_asks_once_per_url(name: str):

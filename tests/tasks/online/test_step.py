@@ -28,8 +28,9 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.log import open_log
 from tidemill.storage.manifest import Entry
+from tidemill.storage.probe import check_inbox
 from tidemill.storage.retention import collect_garbage
-from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.store import ObjectInfo, Promises, Store
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
@@ -253,13 +254,15 @@ def test_what_another_run_owes_is_removed_as_its_store_can(registry: str, make_u
 
     def stores(url: str) -> Store:
         store = open_store(url)
-        store.conditional_delete = False  # as if nobody had asked yet
+        store.promises = Promises(compares_on_delete=False)  # as if nobody had asked yet
         return opened.setdefault(store.url, store)
 
     put(make_url("other"), days(1, start=5))
     drain(open_run(make_url("other"), registry, stores))
     assert keys(make_url("inbox")) == []
-    assert opened[open_store(make_url("inbox")).url].conditional_delete
+    store = open_store(make_url("inbox"))
+    check_inbox(store)
+    assert opened[store.url].promises == store.promises
 
 
 # ---- bad shards ------------------------------------------------------------------------------------------------------
