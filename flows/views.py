@@ -83,6 +83,8 @@ def models(logs: "Iterable[VersionLog]") -> View:
 
 def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
     """The state of one model, and what waits in the inbox for it."""
+    from tidemill.storage.audit import lost_versions
+
     head, aliases = log.head(), log.aliases()
     manifest = head.manifest
     facts: dict[str, Any] = {
@@ -113,6 +115,8 @@ def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
         lines.append(("new columns", f"{names}: in shards since the last batch training, not used by the model"))
     if quarantined:
         lines.append(("quarantine", f"{count(quarantined, 'shard')} (see tidemill requeue)"))
+    facts["lost_versions"] = lost_versions(log)
+    lines += [("warning", lost) for lost in facts["lost_versions"]]
     if inbox is not None:
         waiting, inbox_lines = _waiting(log, head, inbox)
         facts, lines = facts | waiting, lines + inbox_lines

@@ -14,6 +14,7 @@ from tidemill.storage.errors import CorruptObject, StorageError, UnknownVersion,
 from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import BlobRef, consumed_objects
 from tidemill.storage.tombstones import WINDOW
+from tidemill.storage.traces import traces_above
 
 _MANIFEST = re.compile(r"(\d{8,})\.json")
 
@@ -42,7 +43,8 @@ def audit(log: VersionLog) -> Audit:
 
     A version follows from the one before it (number, sha256, counters, ordinals, spec); blobs are what was committed; the head
     and every alias have theirs; no shard is consumed twice while it is remembered, or both consumed and rejected; the
-    head remembers what was consumed lately. Memory: one blob, and the identities of the last 10,000 shards.
+    head remembers what was consumed lately; nothing is left of versions above the head. Memory: one blob, and the
+    identities of the last 10,000 shards.
 
     Raises:
         UnknownModel: there is no version at all.
@@ -91,7 +93,24 @@ def audit(log: VersionLog) -> Audit:
         before = version
     if before is not None and before.number == numbers[-1]:
         result.findings += _forgotten(log, before, shards)
+    result.findings += lost_versions(log)
     return result
+
+
+def lost_versions(log: VersionLog) -> list[str]:
+    """What shows that versions above the head were committed and are gone, as after a restore from an older backup.
+
+    Their shards have left the inbox, and no version has them. A registry that was restored whole shows nothing.
+    """
+    numbers = max(_numbers(log), default=-1)
+    traces = list(traces_above(log.store, log.model, numbers))
+    if not traces or max(_numbers(log), default=-1) != numbers:  # committed since
+        return []
+    what = "; ".join(traces)
+    return [
+        f"{log.url}/log ends with version {numbers}, but there were more: {what}. Their shards have left the inbox, and no "
+        "version has them: restore the manifests, or put those shards into the inbox again (an archive has them)"
+    ]
 
 
 def _numbers(log: VersionLog) -> Iterator[int]:

@@ -74,7 +74,7 @@ class LocalStore(Store):
         return f"LocalStore({self.url!r})"
 
     def list(
-        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+        self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False
     ) -> Iterator[ObjectInfo]:
         """Yields while it scans. Also finishes what crashed processes left behind, as far as this one may."""
         if not os.path.isdir(self._root):
@@ -104,7 +104,7 @@ class LocalStore(Store):
                         continue
                     elif entry.is_dir(follow_symlinks=False):
                         folders.append(f"{key}/")
-                    else:
+                    elif key > after:
                         try:
                             info = _listed(entry, key, root)
                         except FileNotFoundError:  # it went since
@@ -208,6 +208,17 @@ class LocalStore(Store):
                         "for; the new object stays"
                     )
             fsync_folder(folder)
+
+    def make_durable(self, key: str) -> None:
+        """Fsyncs the object's folder and those above it: their maker may have died before it did."""
+        path = self._path(key)
+        with self._errors(key, obstacle=NotFound):
+            self._stat(path, key)
+            folder = os.path.dirname(path)
+            while len(folder) > len(self._root):
+                fsync_folder(folder)
+                folder = os.path.dirname(folder)
+            fsync_folder(self._root)
 
     def _path(self, key: str) -> str:
         problem = _problem(key)

@@ -6,6 +6,7 @@ written before, under names that only one attempt uses. See `docs/format.md` for
 what follows from it.
 """
 
+import contextlib
 import difflib
 import json
 import logging
@@ -45,6 +46,7 @@ from tidemill.storage.parallel import concurrently
 from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import Store
 from tidemill.storage.tombstones import Tombstones, due
+from tidemill.storage.traces import traces_above
 from tidemill.storage.urls import open_store
 
 logger = logging.getLogger("tidemill.storage")
@@ -53,7 +55,12 @@ HINT_EVERY = 16
 """A run that opens the log starts to look for the head at most this many versions below it."""
 
 _ALTERED = "The history was altered; restore it, for example from bucket versions."
+_GAP = (
+    "Versions are never deleted: restore their manifests from a backup or from bucket versions, and let no lifecycle rule reach "
+    "them; what cannot be restored ends this model (train another one under another name, or remove all of this one first)."
+)
 _RESTORE = "Nothing was loaded. Restore the object, or `tidemill rollback` to another version."
+_MANIFEST = re.compile(r"(\d{8,})\.json")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -103,21 +110,70 @@ class VersionLog:
 
         Raises:
             UnknownModel: there is no version 0: a wrong URL or name, never a fresh start.
-            CorruptObject: the manifest was altered, or does not follow from its parent.
+            CorruptObject: the manifest was altered, or does not follow from its parent; or numbers are missing below or
+                above it.
         """
         number = self._newest(self._hint())
-        if number < 0:
+        if number < 0 and not self.exists():
             raise UnknownModel(self._unknown())
+        while (above := self._first_above(number)) is not None:
+            if not self._has(number + 1):
+                raise CorruptObject(
+                    f"{self.url}/log: version {number + 1} is gone, though version {above} is there. {_GAP}"
+                )
+            number = self._newest(number + 1)  # committed since
+        if not self._has(0):
+            raise CorruptObject(f"{self.url}/log: version 0 is gone, though version {number} is there. {_GAP}")
         version = self.version(number)
         self._parent(version)
         return version
 
     def exists(self) -> bool:
-        """True if the model has a version 0. A registry that does not exist yet holds no model."""
+        """True if the model has a version 0. A registry that does not exist yet holds no model.
+
+        Raises:
+            CorruptObject: version 0 is gone, but there are others, or what only a version leaves behind.
+        """
         try:
-            return self._has(0)
+            if self._has(0):
+                return True
+            trace = self._lost_beginning()
+            if trace is None or self._has(0):  # the second: begun since
+                return trace is not None
         except StoreNotFound:
             return False
+        raise CorruptObject(f"{self.url}/log: version 0 is gone, though {trace}. {_GAP}")
+
+    def _lost_beginning(self) -> str | None:
+        """What shows that a model without version 0 had one; None: it never began."""
+        if (above := self._first_above(-1)) is not None:
+            return f"version {above} is there"
+        return next(traces_above(self.store, self.model, -1), None)
+
+    def check(self, version: Version) -> None:
+        """Make sure that a version which was read before is still there, unaltered. Costs one small request.
+
+        For whoever kept it in memory and acts on it: nothing may be committed or removed on the strength of a history that
+        was removed, restored from a backup or begun anew meanwhile.
+
+        Raises:
+            CorruptObject: it is gone, or another one has its number.
+        """
+        key = self._manifest_key(version.number)
+        try:
+            state = "is another one now" if sha256(self.store.read(key)) != version.sha256 else ""
+        except (NotFound, StoreNotFound):
+            state = "is gone"
+        if state:
+            raise CorruptObject(
+                f"{self.store.url}/{key} {state}: the registry was removed, restored or begun anew while a run went on from "
+                "this version. The run stops here: nothing of its last work counts, and its shards stay in the inbox. If what "
+                "is there now is right, start it again; else restore the registry first."
+            )
+
+    def make_durable(self, version: Version) -> None:
+        """Before acting on a version that another run may have written: it may have died before that was durable."""
+        self.store.make_durable(self._manifest_key(version.number))
 
     def version(self, number: int) -> Version:
         """One version by number.
@@ -273,8 +329,11 @@ class VersionLog:
     def commit(self, parent: Version | None, entry: Entry) -> Version:
         """Append a version after `parent` (None: as version 0). The one PUT of a manifest decides.
 
+        The parent must be there before and after that PUT: else the manifest is taken back, as are the blobs.
+
         Raises:
             HeadMoved: another run appended first. Reload the head; nothing of this attempt counts.
+            CorruptObject: the parent is gone or altered; or, for version 0, a lost history had one. Nothing is committed.
         """
         nonce, number = uuid.uuid4().hex, 0 if parent is None else parent.number + 1
         manifest = Manifest(
@@ -289,19 +348,58 @@ class VersionLog:
         # Read back before it counts: a manifest that cannot be read would end the model.
         version = Version(decode(data, f"{self.store.url}/{key}"), sha256(data))
         try:
-            self.store.create(key, data)
-        except AlreadyExists:
-            # Ours after a lost answer, or another run's: only the stored bytes tell.
-            if self.store.read(key) != data:
-                raise HeadMoved(
-                    f"{self.url}: another run committed version {number} first; this attempt is discarded, nothing is lost."
-                ) from None
+            self._check_ground(parent)
+            try:
+                self.store.create(key, data)
+            except AlreadyExists:
+                # Ours after a lost answer, or another run's: only the stored bytes tell.
+                if self.store.read(key) != data:
+                    raise HeadMoved(
+                        f"{self.url}: another run committed version {number} first; this attempt is discarded, nothing is "
+                        "lost."
+                    ) from None
+                self.make_durable(version)
+            if parent is not None:
+                self.check(parent)
+        except CorruptObject:
+            self._take_back(version)
+            raise
         if number % HINT_EVERY == 0:
             try:
                 self.store.write(f"{self.model}/head.json", json.dumps({"version": number}).encode())
             except StorageError as error:  # committed all the same; without it the head is only found more slowly
                 logger.warning("version %d is committed, but head.json could not be written: %s", number, error)
         return version
+
+    def _check_ground(self, parent: Version | None) -> None:
+        """Raises CorruptObject: a version after `parent` would stand on nothing."""
+        if parent is not None:
+            self.check(parent)
+        else:
+            self.exists()  # which knows a lost history from none; that there is a version 0 by now, the PUT tells
+
+    def _take_back(self, version: Version) -> None:
+        """Remove what an attempt wrote whose parent is gone: its manifest and blobs would be taken for a lost history's.
+
+        Others can have built on it only if the parent was there after all: then it stays.
+        """
+        own = f"{self.model}/blobs/{version.number:08d}-"
+        try:
+            key = self._manifest_key(version.number)
+            with contextlib.suppress(NotFound, StoreNotFound):
+                info = self.store.stat(key)
+                if sha256(self.store.read(key, if_match=info.etag)) == version.sha256:
+                    if self._has(version.number + 1):
+                        return
+                    self.store.delete(key, if_match=info.etag)
+            for ref in version.manifest.blobs.refs:
+                if ref.key.startswith(own):
+                    with contextlib.suppress(NotFound, StoreNotFound):
+                        self.store.delete(ref.key)
+        except StorageError as error:
+            logger.warning(
+                "%s: what was written for version %d could not be taken back: %s", self.url, version.number, error
+            )
 
     def rollback(self, name: str, head: Version | None = None) -> Version:
         """Append a version with the weights and state of an older one. Owed shards and tombstones stay the head's.
@@ -437,6 +535,14 @@ class VersionLog:
             return False
         return True
 
+    def _first_above(self, number: int) -> int | None:
+        """A version above this number that has a manifest, whatever lies between."""
+        prefix = f"{self.model}/log/"
+        for info in self.store.list(prefix, after=self._manifest_key(number) if number >= 0 else ""):
+            if (found := _MANIFEST.fullmatch(info.key.removeprefix(prefix))) is not None:
+                return int(found[1])
+        return None
+
     def _hint(self) -> int:
         """A version that probably exists; only ever a place to start looking."""
         try:
@@ -497,4 +603,7 @@ def list_models(registry: str) -> list[str]:
 
 
 def _models(store: Store) -> list[str]:
-    return sorted(info.key.split("/")[0] for info in store.list() if re.fullmatch(r"[^/]+/log/0{8}\.json", info.key))
+    """Those with any manifest: one whose beginning was lost is still one."""
+    return sorted(
+        {info.key.split("/")[0] for info in store.list() if re.fullmatch(r"[^/]+/log/\d{8,}\.json", info.key)}
+    )

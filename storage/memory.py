@@ -50,13 +50,14 @@ class MemoryStore(Store):
         return f"MemoryStore({self.url!r})"
 
     def list(
-        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+        self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False
     ) -> Iterator[ObjectInfo]:
         start = self._root + prefix
         with self._bucket.lock:
             found = [(key, obj) for key, obj in self._bucket.objects.items() if key.startswith(start)]
-        for key, obj in found:
-            yield obj.info(key.removeprefix(self._root))
+        for full_key, obj in found:
+            if (key := full_key.removeprefix(self._root)) > after:
+                yield obj.info(key)
 
     def stat(self, key: str) -> ObjectInfo:
         with self._bucket.lock:

@@ -22,6 +22,7 @@ def collect_garbage(log: VersionLog, keep: int) -> list[str]:
     prefix = f"{log.model}/blobs/"
     listed = [info.key for info in log.store.list(prefix)]  # before the head is read: what is newer is not in it
     head = log.head()
+    log.make_durable(head)  # or a power cut could leave an older head, without its blobs
     retained = list(log.history(head, keep))
     for alias in log.aliases():
         try:

@@ -51,10 +51,13 @@ class BatchProgress:
 
     def registered(self) -> tuple[Version, bool] | None:
         """(the version that this run has committed, True if it also finished), or None."""
+        if not self.log.exists():
+            return None
         if (done := self._number("done.json", "version")) is not None:
-            return self.log.version(done), True
-        after = self._number("run.json", "after")
-        if after is None or not self.log.exists():
+            version = self.log.version(done)
+            if version.manifest.run == self.key:  # else the history went back behind it and on again
+                return version, True
+        if (after := self._number("run.json", "after")) is None:
             return None
         for version in self.log.history(self.log.head()):
             if version.number <= after:

@@ -81,7 +81,7 @@ class S3Store(Store):
         return f"S3Store({self.url!r})"
 
     def list(
-        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+        self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False
     ) -> Iterator[ObjectInfo]:
         """One request for each 1000 objects, as they are consumed.
 
@@ -89,7 +89,7 @@ class S3Store(Store):
         """
         if _AMBIGUOUS.search(f"{prefix}x"):
             return  # no key of ours starts like that; MinIO would answer 400
-        params = {"Prefix": self._root + prefix}
+        params = {"Prefix": self._root + prefix} | ({"StartAfter": self._root + after} if after else {})
         while True:
             page = self._call("list_objects_v2", None, **params)
             for entry in page.get("Contents", ()):

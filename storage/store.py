@@ -73,10 +73,12 @@ class Store(ABC):
 
     @abstractmethod
     def list(
-        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+        self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False
     ) -> Iterator[ObjectInfo]:
         """Yield every object whose key starts with `prefix` (plain string prefix, all depths), in no stated order.
 
+        With `after`, only keys that sort after it, by their UTF-8 bytes: whether there is any costs one request.
+        (Not the name of a folder of keys: SeaweedFS passes over all of it.)
         Consistent for objects that exist from start to end of the call. Half-written objects of this API are never
         shown. Nothing ends a listing early: an entry that cannot be an object (a key that the other verbs would refuse, a
         link that leads nowhere, a pipe) is passed over, and `passed_over` is told. Without `passed_over`, one warning
@@ -87,6 +89,13 @@ class Store(ABC):
         Raises:
             StoreNotFound: the bucket or root folder does not exist.
             PermissionDenied: the root may not be listed; without `passed_over`, a folder below it.
+        """
+
+    def make_durable(self, key: str) -> None:  # noqa: B027  # most stores have nothing to do
+        """Make sure that an object which is there, written by whom it may be, is still there after a power cut.
+
+        For readers who act on it: another process may have made it visible and died before it was durable. Nothing to do
+        where a store shows only what is durable.
         """
 
     @abstractmethod

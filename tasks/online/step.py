@@ -216,10 +216,12 @@ class OnlineRun:
             inboxes = {inbox for inbox, _, _ in tombstones}
             if others := {url: spelled for url in inboxes if (spelled := self._spelled(url)) != url}:
                 tombstones.respell(others)
+            self.log.make_durable(version)  # before its debts are paid
             owed = self._settled(manifest.owed)
             self.champion.follow(version, learner)
             loaded = self._loaded = Loaded(version, learner, tombstones, owed, time.monotonic(), *self._past(version))
         elif loaded.owed and time.monotonic() - loaded.settled_at > SETTLE_AGAIN_SECONDS:
+            self.log.check(loaded.version)
             loaded.owed, loaded.settled_at = self._settled(loaded.owed), time.monotonic()
         self.report.head, self.report.owed = loaded.version.number, len(loaded.owed)
         return loaded
@@ -357,6 +359,8 @@ class OnlineRun:
         ]
         for debt in debts:
             logger.info("%s/%s was consumed before: removed, not trained on again", inbox.url, on_one_line(debt.key))
+        if debts:
+            self.log.check(loaded.version)  # whose memory they are removed on
         loaded.owed += self._settled(debts)
         self.report.duplicates += len(debts)
 

@@ -83,11 +83,14 @@ class FaultStore(Store):
         self._store.promises = found
 
     def list(
-        self, prefix: str = "", *, passed_over: PassedOver | None = None, inside: bool = False
+        self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False
     ) -> Iterator[ObjectInfo]:
         yield from self._around(
-            "list", prefix, lambda: [*self._store.list(prefix, passed_over=passed_over, inside=inside)]
+            "list", prefix, lambda: [*self._store.list(prefix, after=after, passed_over=passed_over, inside=inside)]
         )
+
+    def make_durable(self, key: str) -> None:
+        self._around("make_durable", key, lambda: self._store.make_durable(key))
 
     def stat(self, key: str) -> ObjectInfo:
         return self._around("stat", key, lambda: self._store.stat(key))

@@ -285,6 +285,24 @@ def test_an_empty_store_lists_nothing(store: Store):
     assert [*store.list("some/folder/")] == []
 
 
+@pytest.mark.parametrize("after", ["", "a/1", "a/2", "a/15", "b/", "z"])
+def test_list_begins_after_a_key(store: Store, after: str):
+    keys = ["a/1", "a/10", "a/2", "a/b/c", "b/0", "\u00fc/1"]
+    for key in keys:
+        store.write(key, b"")
+
+    assert sorted(info.key for info in store.list(after=after)) == [key for key in keys if key > after]
+    assert sorted(info.key for info in store.list("a/", after=after)) == [k for k in keys if k[0] == "a" and k > after]
+
+
+def test_what_is_there_can_be_made_durable(store: Store, outside: Outside):
+    for key in ("a", "folder/in/folder/b"):
+        store.write(key, b"data")
+        store.make_durable(key)
+
+    assert outside.keys() == {"a", "folder/in/folder/b"}
+
+
 def test_list_more_than_one_page(store: Store):
     keys = {f"folder{i % 3}/{i:05}" for i in range(1050)}
     with ThreadPoolExecutor(16) as pool:

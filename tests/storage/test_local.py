@@ -50,6 +50,19 @@ def own_files(root: Path) -> list[str]:
     return sorted(path.name for path in root.rglob(".tidemill-*"))
 
 
+def test_what_another_process_made_is_made_durable_up_to_the_root(tmp_path: Path) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").write_bytes(b"visible, and not durable yet")
+    shown = run(tmp_path, WATCH + "store.make_durable('a/b/c')\nprint(*folders, sep='\\n')")
+    assert shown.stdout.split() == [str(tmp_path / "a/b"), str(tmp_path / "a"), str(tmp_path)], shown.stderr
+
+
+WATCH = """
+folders = []
+sys.addaudithook(lambda event, args: event == "open" and args[2] & os.O_DIRECTORY and folders.append(args[0]))
+"""
+
+
 # ---- crashes
 
 KILL_AT = """

@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from tests.storage.faults import Call, FaultStore
+from tests.storage.faults import Call, Deny, FaultStore, hooked
 from tests.tasks.rows import SPEC, keys, parquet, put, rows
+from tidemill.flows import views
 from tidemill.storage import inbox as inboxes
 from tidemill.storage import tombstones
 from tidemill.storage.audit import audit
@@ -656,3 +657,94 @@ def test_a_model_whose_code_changed_is_refused(memory_registry: str, memory_url:
     log.commit(log.head(), Entry.model_validate(manifest.model_dump(include={"kind", "blobs"}) | {"spec": spec}))
     with pytest.raises(StateMismatch):
         online.step(open_run(memory_url("inbox"), memory_registry))
+
+
+# ---- a history that goes while a run is under way -----------------------------------------------------------------------
+def remove_and_begin_anew(registry: str, dataset: str) -> None:
+    store = open_store(registry)
+    for key in keys(registry):
+        store.delete(key)
+    begin(registry, dataset)
+
+
+@pytest.mark.parametrize("after_commit", ["delete", "archive"])
+def test_a_follower_of_a_history_that_was_begun_anew_stops_and_removes_nothing(
+    registry: str, make_url: MakeUrl, after_commit: str
+) -> None:
+    archive = {"archive_to": make_url("archive")} if after_commit == "archive" else {}
+    run = open_run(make_url("inbox"), registry, max_shards=1, after_commit=after_commit, **archive)
+    put(make_url("inbox"), days(3))
+    drain(run)
+    remove_and_begin_anew(registry, make_url("dataset"))
+    before = keys(registry)
+    put(make_url("inbox"), days(2, start=3))
+    with pytest.raises(CorruptObject, match="removed, restored or begun anew"):
+        online.step(run)
+    assert keys(make_url("inbox")) == ["03.parquet", "04.parquet"]
+    assert keys(registry) == before, "neither an orphan nor its blobs"
+
+    drain(run)  # asked again, it goes on from what is there
+    log = open_log(registry, "model")
+    assert [s.key for n in (1, 2) for s in log.version(n).manifest.consumed] == ["03.parquet", "04.parquet"]
+
+
+def test_shards_put_again_for_a_model_that_was_begun_anew_are_no_duplicates(registry: str, make_url: MakeUrl) -> None:
+    run = open_run(make_url("inbox"), registry)
+    put(make_url("inbox"), days(2))
+    drain(run)
+    remove_and_begin_anew(registry, make_url("dataset"))
+    put(make_url("inbox"), days(2))
+    with pytest.raises(CorruptObject, match="removed, restored or begun anew"):
+        drain(run)
+    assert keys(make_url("inbox")) == ["00.parquet", "01.parquet"]
+    assert drain(run).shards == 4, "two of each history"
+
+
+def test_debts_of_a_history_that_is_gone_are_not_paid(
+    memory_registry: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(online, "SETTLE_AGAIN_SECONDS", -1.0)
+    inbox = memory_url("inbox")
+    deny = Deny(inbox, "delete")
+    run = open_run(inbox, memory_registry, hooked(deny))
+    put(inbox, days(1))
+    drain(run)
+    remove_and_begin_anew(memory_registry, memory_url("dataset"))
+    deny.denied = False
+    with pytest.raises(CorruptObject, match="removed, restored or begun anew"):
+        online.step(run)
+    assert keys(inbox) == ["00.parquet"]
+
+
+def test_what_another_run_committed_is_made_durable_before_its_debts_are_paid(registry: str, make_url: MakeUrl) -> None:
+    calls: list[Call] = []
+    inbox = make_url("inbox")
+    put(inbox, days(2))
+    other = open_run(inbox, registry, hooked(Deny(open_store(inbox).url, "delete")), max_shards=1)
+    assert online.step(other).outcome is Outcome.COMMITTED
+    run = open_run(inbox, registry, hooked(calls.append), max_shards=1)
+    online.step(run)
+    log_key = "model/log/00000001.json"
+    verbs = [
+        (call.verb, call.key) for call in calls if call.phase == "before" and call.verb in ("make_durable", "delete")
+    ]
+    first = verbs.index(("delete", "00.parquet"))
+    assert ("make_durable", log_key) in verbs[:first]
+
+
+@pytest.mark.parametrize(("lost", "champion"), [(1, "move"), (2, "score")], ids=["the alias tells", "blobs tell"])
+def test_a_registry_restored_from_an_older_log_is_noticed(
+    registry: str, make_url: MakeUrl, lost: int, champion: str
+) -> None:
+    put(make_url("inbox"), days(3))
+    drain(open_run(make_url("inbox"), registry, max_shards=1, champion=champion))
+    log = open_log(registry, "model")
+    head = log.head().number
+    assert audit(log).findings == []
+    for number in range(head, head - lost, -1):
+        log.store.delete(f"model/log/{number:08d}.json")
+    [finding] = [found for found in audit(log).findings if "there were more" in found]
+    assert re.search(rf"ends with version {head - lost}, but .*Their shards have left the inbox", finding)
+    facts, words = views.model(log, None, 0)
+    assert facts["lost_versions"] == [finding]
+    assert finding in words
