@@ -671,8 +671,8 @@ def remove_and_begin_anew(registry: str, dataset: str) -> None:
 def test_a_follower_of_a_history_that_was_begun_anew_stops_and_removes_nothing(
     registry: str, make_url: MakeUrl, after_commit: str
 ) -> None:
-    archive = {"archive_to": make_url("archive")} if after_commit == "archive" else {}
-    run = open_run(make_url("inbox"), registry, max_shards=1, after_commit=after_commit, **archive)
+    settings = {"after_commit": {"archive_to": make_url("archive")}} if after_commit == "archive" else {}
+    run = open_run(make_url("inbox"), registry, limits={"max_shards": 1}, **settings)
     put(make_url("inbox"), days(3))
     drain(run)
     remove_and_begin_anew(registry, make_url("dataset"))
@@ -720,9 +720,9 @@ def test_what_another_run_committed_is_made_durable_before_its_debts_are_paid(re
     calls: list[Call] = []
     inbox = make_url("inbox")
     put(inbox, days(2))
-    other = open_run(inbox, registry, hooked(Deny(open_store(inbox).url, "delete")), max_shards=1)
+    other = open_run(inbox, registry, hooked(Deny(open_store(inbox).url, "delete")), limits={"max_shards": 1})
     assert online.step(other).outcome is Outcome.COMMITTED
-    run = open_run(inbox, registry, hooked(calls.append), max_shards=1)
+    run = open_run(inbox, registry, hooked(calls.append), limits={"max_shards": 1})
     online.step(run)
     log_key = "model/log/00000001.json"
     verbs = [
@@ -737,7 +737,7 @@ def test_a_registry_restored_from_an_older_log_is_noticed(
     registry: str, make_url: MakeUrl, lost: int, champion: str
 ) -> None:
     put(make_url("inbox"), days(3))
-    drain(open_run(make_url("inbox"), registry, max_shards=1, champion=champion))
+    drain(open_run(make_url("inbox"), registry, limits={"max_shards": 1}, gate={"champion": champion}))
     log = open_log(registry, "model")
     head = log.head().number
     assert audit(log).findings == []
