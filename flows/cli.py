@@ -138,7 +138,8 @@ def status(
         tidemill status ./registry flights --inbox ./inbox
         tidemill status s3://bucket/registry flights --inbox s3://bucket/inbox --json
     """
-    from tidemill.storage.inbox import open_inbox, quarantined
+    from tidemill.storage.disposal import quarantined
+    from tidemill.storage.inbox import open_inbox
     from tidemill.storage.log import list_models
 
     if model is not None:
@@ -168,8 +169,10 @@ def history(
 
         tidemill log ./registry flights -n 5
     """
+    from tidemill.storage import aliases
+
     log = _open(registry, model)
-    _print(views.history(list(log.history(log.head(), last)), log.aliases()), as_json)
+    _print(views.history(list(log.history(log.head(), last)), aliases.all_aliases(log)), as_json)
 
 
 @app.command
@@ -181,7 +184,10 @@ def show(registry: Registry, model: Name, version: Which = "head", /, *, as_json
         tidemill show ./registry flights
         tidemill show ./registry flights champion | jq .spec > spec.json
     """
-    print(_open(registry, model).resolve(version).manifest.model_dump_json(indent=2, exclude_none=True))
+    from tidemill.storage import aliases
+
+    found = aliases.resolve(_open(registry, model), version)
+    print(found.manifest.model_dump_json(indent=2, exclude_none=True))
 
 
 @app.command
@@ -262,9 +268,11 @@ def promote(
         tidemill promote ./registry flights 12
         tidemill promote ./registry flights champion --alias previous
     """
+    from tidemill.storage import aliases
+
     log = _open(registry, model, writable=True)
-    found = log.resolve(version)
-    log.promote(alias, found)
+    found = aliases.resolve(log, version)
+    aliases.promote(log, alias, found)
     _print(({"alias": alias, "version": found.number}, f"{alias} is version {found.number}"), as_json)
 
 
@@ -280,10 +288,12 @@ def rollback(
 
         tidemill rollback ./registry flights 11
     """
+    from tidemill.storage import aliases
+
     log = _open(registry, model, writable=True)
-    target = log.resolve(version)
-    head = log.rollback(version)
-    log.promote(alias, target)
+    target = aliases.resolve(log, version)
+    head = log.rollback(target)
+    aliases.promote(log, alias, target)
     facts = {"head": head.number, "rolled_back_to": target.number, "alias": alias}
     words = f"head is version {head.number}, with the weights and state of version {target.number}"
     _print((facts, f"{words}; {alias} is version {target.number}"), as_json)
@@ -307,7 +317,7 @@ def requeue(
         tidemill requeue ./registry flights 00000012-6dea53e0e1c6c2dbf2b1d8f3c8fb1d4e
         tidemill requeue ./registry flights --all
     """
-    from tidemill.storage import inbox
+    from tidemill.storage import disposal
     from tidemill.storage.errors import on_one_line
 
     if names and everything:
@@ -315,14 +325,14 @@ def requeue(
     log = _open(registry, model, writable=True)
     log.head()  # a wrong name or URL must not look like an empty quarantine
     if not names and not everything:
-        kept = inbox.quarantined(log)
+        kept = disposal.quarantined(log)
         lines = [
             f"{name}  {reason['inbox']}/{on_one_line(reason['key'])}\n  {on_one_line(reason['reason'])}"
             for name, reason in kept.items()
         ]
         _print((kept, "\n".join(lines) or "quarantine is empty"), as_json)
         return
-    back = {name: inbox.requeue(log, name) for name in names or inbox.quarantined(log)}
+    back = {name: disposal.requeue(log, name) for name in names or disposal.quarantined(log)}
     words = "\n".join(f"{name} is {on_one_line(key)} again" for name, key in back.items()) or "quarantine is empty"
     _print((back, words), as_json)
 

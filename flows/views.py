@@ -62,10 +62,12 @@ def followed(report: "OnlineReport") -> View:
 # ---- the registry ----------------------------------------------------------------------------------------------------
 def models(logs: "Iterable[VersionLog]") -> View:
     """All models of a registry."""
+    from tidemill.storage.aliases import all_aliases
+
     found: list[dict[str, Any]] = []
     rows = []
     for log in logs:
-        head, aliases = log.head(), log.aliases()
+        head, aliases = log.head(), all_aliases(log)
         created, kind = head.manifest.created, head.manifest.kind
         found.append(
             {
@@ -83,9 +85,10 @@ def models(logs: "Iterable[VersionLog]") -> View:
 
 def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
     """The state of one model, and what waits in the inbox for it."""
+    from tidemill.storage.aliases import all_aliases
     from tidemill.storage.audit import lost_versions
 
-    head, aliases = log.head(), log.aliases()
+    head, aliases = log.head(), all_aliases(log)
     manifest = head.manifest
     facts: dict[str, Any] = {
         "model": log.model,

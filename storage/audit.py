@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from tidemill.storage.aliases import all_aliases
 from tidemill.storage.errors import CorruptObject, StorageError, UnknownVersion, UnsupportedFormat
 from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import BlobRef, consumed_objects
@@ -123,7 +124,7 @@ def _numbers(log: VersionLog) -> Iterator[int]:
 def _aliased(log: VersionLog, versions: int, findings: list[str]) -> dict[int, str]:
     """Version -> an alias that names it."""
     try:
-        aliases = log.aliases()
+        aliases = all_aliases(log)
     except CorruptObject as error:
         findings.append(str(error))
         return {}

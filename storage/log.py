@@ -13,7 +13,7 @@ import logging
 import re
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import pairwise
@@ -23,10 +23,8 @@ from tidemill.storage.errors import (
     CorruptObject,
     HeadMoved,
     NotFound,
-    PreconditionFailed,
     StorageError,
     StoreNotFound,
-    UnknownAlias,
     UnknownModel,
     UnknownVersion,
 )
@@ -61,7 +59,8 @@ _GAP = (
 )
 _RESTORE = "Nothing was loaded. Restore the object, or `tidemill rollback` to another version."
 _MANIFEST = re.compile(r"(\d{8,})\.json")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What models and aliases may be called."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,6 @@ class Version:
         return self.manifest.version
 
 
-@dataclass(frozen=True)
-class Alias:
-    """Where an alias stands."""
-
-    version: int
-    moves: int
-    """How often it has been moved: tells an alias that never moved from one that moved away and back."""
-
-
 class VersionLog:
     """The history of one model below a registry."""
 
@@ -94,7 +84,7 @@ class VersionLog:
         Raises:
             UnknownModel: the name cannot be a model's name.
         """
-        if not _NAME.fullmatch(model):
+        if not NAME.fullmatch(model):
             raise UnknownModel(
                 f"{model!r} cannot name a model: use letters, digits, '.', '_' and '-', starting with a letter or digit."
             )
@@ -115,7 +105,7 @@ class VersionLog:
         """
         number = self._newest(self._hint())
         if number < 0 and not self.exists():
-            raise UnknownModel(self._unknown())
+            raise self.unknown()
         while (above := self._first_above(number)) is not None:
             if not self._has(number + 1):
                 raise CorruptObject(
@@ -224,18 +214,6 @@ class VersionLog:
                 f"{self.url}/log: version {child.number} was made from another version {parent.number} than the one "
                 f"stored. {_ALTERED}"
             )
-
-    def resolve(self, name: str) -> Version:
-        """`head`, a version's number, or an alias.
-
-        Raises:
-            UnknownVersion, UnknownAlias, UnknownModel.
-        """
-        if name == "head":
-            return self.head()
-        if name.isdecimal():
-            return self.version(int(name))
-        return self.aliased(name)
 
     # ---- blobs -------------------------------------------------------------------------------------------------------
     def write_blob(self, number: int, suffix: str, data: bytes) -> BlobRef:
@@ -401,15 +379,14 @@ class VersionLog:
                 "%s: what was written for version %d could not be taken back: %s", self.url, version.number, error
             )
 
-    def rollback(self, name: str, head: Version | None = None) -> Version:
-        """Append a version with the weights and state of an older one. Owed shards and tombstones stay the head's.
+    def rollback(self, target: Version, head: Version | None = None) -> Version:
+        """Append a version with the weights and state of `target`. Owed shards and tombstones stay the head's.
 
         The blobs are copied under new names: garbage collection may be removing the old ones at this moment.
 
         Raises:
             HeadMoved: `head`, about which it was decided (None: whichever it is now), is the head no more.
         """
-        target = self.resolve(name)
         head = head or self.head()
         blobs, number = target.manifest.blobs, head.number + 1
         weights, state = self.read_blob(blobs.weights), self.read_blob(blobs.state)
@@ -430,99 +407,6 @@ class VersionLog:
             environment=target.manifest.environment,
         )
         return self.commit(head, entry)
-
-    # ---- aliases -----------------------------------------------------------------------------------------------------
-    def aliases(self) -> dict[str, int]:
-        """Every alias and the version that it names."""
-        prefix = f"{self.model}/aliases/"
-        keys = (info.key.removeprefix(prefix) for info in self.store.list(prefix))
-        names = sorted(key.removesuffix(".json") for key in keys if key.endswith(".json"))
-        return {name: alias.version for name in names if (alias := self.alias(name)) is not None}
-
-    def alias(self, name: str) -> Alias | None:
-        """Where an alias stands, or None if there is no such alias."""
-        return self._alias(name)[0]
-
-    def aliased(self, name: str) -> Version:
-        """The version that an alias names.
-
-        Raises:
-            UnknownAlias: no such alias, or it names a version that does not exist.
-        """
-        if (alias := self.alias(name)) is None:
-            if not self.exists():
-                raise UnknownModel(self._unknown())
-            known = ", ".join(self.aliases()) or "none yet"
-            raise UnknownAlias(f"{self.url} has no alias {name!r} (there are: {known}). `tidemill promote` makes one.")
-        try:
-            return self.version(alias.version)
-        except UnknownVersion:
-            raise UnknownAlias(
-                f"{self.url}: alias {name!r} names version {alias.version}, which does not exist. Set it with `tidemill promote`."
-            ) from None
-
-    def promote(self, alias: str, version: Version, only_from: Alias | None = None) -> Alias | None:
-        """Let `alias` name `version`, whose blobs must still be there. Compare-and-swap: of two at once, the last one holds.
-
-        With `only_from`, an alias that stands elsewhere stays, and None is returned: whoever moved it decided later.
-        Otherwise returns where the alias stands now.
-
-        Raises:
-            UnknownVersion: retention has removed the version's blobs.
-        """
-        if not _NAME.fullmatch(alias) or alias == "head" or alias.isdecimal():
-            raise UnknownAlias(
-                f"{alias!r} cannot be an alias: use a word such as 'champion' (not 'head', not a number)."
-            )
-        for ref in (version.manifest.blobs.weights, version.manifest.blobs.state):
-            try:
-                self.store.stat(ref.key)
-            except NotFound:
-                raise UnknownVersion(
-                    f"{self.url}: the blobs of version {version.number} were removed by retention; it cannot be served."
-                ) from None
-        key = f"{self.model}/aliases/{alias}.json"
-        while True:
-            try:
-                found, etag = self._alias(alias)
-                if found is not None and found.version == version.number:
-                    return found
-                if only_from is not None and found != only_from:
-                    return None
-                moved = Alias(version.number, 0 if found is None else found.moves + 1)
-                data = json.dumps(asdict(moved)).encode()
-                if etag is None:
-                    self.store.create(key, data)
-                else:
-                    self.store.replace(key, data, if_match=etag)
-            except (AlreadyExists, PreconditionFailed, NotFound):
-                continue  # somebody moved it in between, or our own answer was lost: look again
-            return moved
-
-    def _alias(self, name: str) -> tuple[Alias | None, str | None]:
-        """(where the alias stands, etag of its object), or (None, None)."""
-        if not _NAME.fullmatch(name):
-            return None, None
-        key = f"{self.model}/aliases/{name}.json"
-        while True:
-            try:
-                info = self.store.stat(key)
-                data = self.store.read(key, if_match=info.etag)
-            except (NotFound, StoreNotFound):
-                return None, None
-            except PreconditionFailed:
-                continue  # replaced between the two calls
-            try:
-                fields = json.loads(data)
-                alias = Alias(fields["version"], fields["moves"])
-                for number in (alias.version, alias.moves):
-                    if type(number) is not int or number < 0:
-                        raise TypeError(f"{str(number)[:20]} is no version or count")
-                return alias, info.etag
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                raise CorruptObject(
-                    f"{self.store.url}/{key} is no alias: {error}. Delete it and promote again."
-                ) from error
 
     # ---- keys --------------------------------------------------------------------------------------------------------
     def _manifest_key(self, number: int) -> str:
@@ -566,11 +450,12 @@ class VersionLog:
             known, absent = (middle, absent) if self._has(middle) else (known, middle)
         return known
 
-    def _unknown(self) -> str:
+    def unknown(self) -> UnknownModel:
+        """What to raise if the model does not exist: says which ones do."""
         known = _models(self.store)
         nearest = difflib.get_close_matches(self.model, known, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        return (
+        return UnknownModel(
             f"{self.store.url} holds no model {self.model!r}.{hint} It holds: {', '.join(known) or 'none'}. "
             "A model begins with `tidemill train`; check the registry's URL and the name."
         )

@@ -3,12 +3,23 @@
 import logging
 import re
 
+from tidemill.storage.aliases import aliased, all_aliases
 from tidemill.storage.errors import NotFound, UnknownAlias
-from tidemill.storage.log import VersionLog
+from tidemill.storage.log import VersionLog, open_log
 
 logger = logging.getLogger("tidemill.storage")
 
 _BLOB = re.compile(r"(\d{8})-[0-9a-f]{32}\..*")
+
+
+def maintain(registry: str, model: str, keep: int) -> list[str]:
+    """`collect_garbage` for a model by name, told in the log. Returns the deleted keys."""
+    log = open_log(registry, model)
+    deleted = collect_garbage(log, keep)
+    logger.info(
+        "%s: %d blobs removed; the last %d versions and the aliased ones keep theirs", log.url, len(deleted), keep
+    )
+    return deleted
 
 
 def collect_garbage(log: VersionLog, keep: int) -> list[str]:
@@ -24,9 +35,9 @@ def collect_garbage(log: VersionLog, keep: int) -> list[str]:
     head = log.head()
     log.make_durable(head)  # or a power cut could leave an older head, without its blobs
     retained = list(log.history(head, keep))
-    for alias in log.aliases():
+    for alias in all_aliases(log):
         try:
-            retained.append(log.aliased(alias))
+            retained.append(aliased(log, alias))
         except UnknownAlias as error:  # it was deleted just now, or it names nothing: then it keeps nothing
             logger.warning("%s", error)
     named = {ref.key for version in retained for ref in version.manifest.blobs.refs}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from tidemill.storage.aliases import promote
 from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.errors import HeadMoved, UnknownVersion
 from tidemill.storage.log import Version, VersionLog, open_log
@@ -227,7 +228,7 @@ def finish(run: BatchRun, version: Version) -> None:
     then the alias stays where it is.
     """
     try:
-        run.log.promote(run.settings.alias, version)
+        promote(run.log, run.settings.alias, version)
     except UnknownVersion as error:
         logger.warning("alias %r stays where it is: %s", run.settings.alias, error)
     run.progress.finish(version)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from tidemill.storage.aliases import resolve
 from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import DatasetError
 from tidemill.storage.log import open_log
@@ -49,7 +50,7 @@ def predict(
         UnknownAlias, UnknownVersion, UnknownModel, DatasetError, ColumnError.
     """
     log = open_log(registry, model, writable=False)
-    found = log.resolve(version)
+    found = resolve(log, version)
     learner = load_learner(log, found)
     taken, target = snapshot(dataset), open_store(output)
     for name, schema in taken.schemas:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
+from tidemill.storage.disposal import archive_keys
 from tidemill.storage.errors import CorruptObject, NotFound, ShardRejected, StoreNotFound, UnknownVersion
-from tidemill.storage.inbox import Shard, archive_keys
+from tidemill.storage.inbox import Shard
 from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import Consumed, LabelShard, sha256
 from tidemill.storage.store import ObjectInfo, Store

@@ -13,8 +13,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
+from tidemill.storage import retention
 from tidemill.storage.errors import HeadMoved, Unavailable
-from tidemill.tasks import batch, maintenance
+from tidemill.tasks import batch
 from tidemill.tasks.online import step as online
 
 logger = logging.getLogger("tidemill")
@@ -67,4 +68,4 @@ def look(run: online.OnlineRun) -> bool:
     return run.listed
 
 
-collect_garbage = _task(maintenance.collect_garbage, "garbage-collection")
+collect_garbage = _task(retention.maintain, "garbage-collection")

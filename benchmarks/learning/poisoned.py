@@ -25,6 +25,7 @@ from benchmarks.learning import poison
 from benchmarks.learning.ours import BATCH_SIZE, BUCKETS, CLIP_NORM, PASSES, Tidemill
 from benchmarks.learning.protocol import Settings, choose
 from benchmarks.learning.streams import STREAMS, Stream, Y
+from tidemill.storage.aliases import all_aliases
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
@@ -125,7 +126,7 @@ def traced(stream: Stream, shards: Iterable[pa.Table], chosen: Settings, seed: i
             continue
         found: dict[str, Any] = log.version(made.version).manifest.metrics.get("holdout", {})
         errors[made.version] = float(found.get(metric, float("inf")))
-        champions.append(log.aliases()["champion"])
+        champions.append(all_aliases(log)["champion"])
     return Errors(errors[0], [errors[champion] for champion in champions], list(errors.values()))
 
 

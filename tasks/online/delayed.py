@@ -11,6 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Final
 
+from tidemill.storage.aliases import find_alias
 from tidemill.storage.errors import CorruptObject, NotReady, ShardRejected, UnknownVersion
 from tidemill.storage.inbox import Inbox, Shard, original_key
 from tidemill.storage.log import Version, VersionLog
@@ -149,7 +150,7 @@ class DelayedLabels:
     def _serving(self, head: Version, moment: datetime) -> Version:
         """The version that served at a moment. Where no gate moves the alias, the one that it names, if that existed."""
         if self._settings.gate.champion != "move":
-            alias = self.log.alias(self._settings.gate.alias)
+            alias = find_alias(self.log, self._settings.gate.alias)
             newest = newest_at(self._version, head, moment)
             return newest if alias is None or alias.version > newest.number else self._version(alias.version)
         return served_at(self.log, self._version, head, moment)

@@ -11,9 +11,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import Final
 
+from tidemill.storage.aliases import Alias, find_alias, promote
 from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import CorruptObject, UnknownVersion
-from tidemill.storage.log import Alias, Version, VersionLog
+from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import Compared, Consumed, Gate
 from tidemill.tasks.scores import Means
 from tidemill.tasks.settings import GateSettings, OnlineSettings
@@ -63,7 +64,7 @@ class Champion:
             self._decided = self._last_decision(head)
 
     def _find(self, head: Version, learner: Learner) -> None:
-        self.alias = self.log.alias(self.settings.gate.alias)
+        self.alias = find_alias(self.log, self.settings.gate.alias)
         if self.alias is None or self.alias.version == self._number:
             return
         self._number, self._network, self._holdout_score = self.alias.version, None, None
@@ -136,7 +137,7 @@ class Champion:
         return replace(champion, metrics=champion.metrics | {metric: best})
 
     # ---- moving the alias --------------------------------------------------------------------------------------------
-    def settle(self, version: Version, learner: Learner) -> None:
+    def move_alias(self, version: Version, learner: Learner) -> None:
         """Move the alias, if the version just committed says so; else find out whether somebody else has moved it."""
         if self.alias is None:
             return
@@ -153,7 +154,7 @@ class Champion:
         if gate is None or gate.decision == "refused":
             return None
         try:
-            return self.log.promote(self.settings.gate.alias, version, only_from=Alias(gate.champion, gate.moves))
+            return promote(self.log, self.settings.gate.alias, version, only_from=Alias(gate.champion, gate.moves))
         except UnknownVersion:  # others have gone on long since, and retention has removed it
             return None
 

@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 
+from tidemill.storage.aliases import Alias, find_alias
+from tidemill.storage.disposal import dispose, quarantine_key
 from tidemill.storage.errors import (
     HeadMoved,
     NotFound,
@@ -26,8 +28,8 @@ from tidemill.storage.errors import (
     UnknownVersion,
     on_one_line,
 )
-from tidemill.storage.inbox import Inbox, quarantine_key, settle
-from tidemill.storage.log import Alias, Version, VersionLog
+from tidemill.storage.inbox import Inbox
+from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import Blobs, Consumed, Entry, Gate, Owed, TombstonesRef
 from tidemill.storage.overlap import (
     Relation,
@@ -65,7 +67,7 @@ LISTED_AHEAD = 10_000
 """How many shards one listing of the inbox hands to the following steps: listing again for each would cost O(inbox) a step."""
 PASSED_OVER = 1000
 """After so many versions that only rejected shards, those before them are not looked for when a run is opened."""
-SETTLE_AGAIN_SECONDS = 60.0
+DISPOSE_AGAIN_SECONDS = 60.0
 """How often a deletion that was denied is tried again."""
 
 
@@ -180,11 +182,11 @@ class OnlineRun:
             store = self._opened[url] = self._opened.setdefault(store.url, store)
         return store
 
-    def _settled(self, owed: Sequence[Owed]) -> tuple[Owed, ...]:
+    def _disposed(self, owed: Sequence[Owed]) -> tuple[Owed, ...]:
         """What is left of these debts, which may be of other inboxes than this run's."""
         for url in {debt.inbox for debt in owed}:
             self._certify(Inbox(self.stores(url)))
-        return settle(self.log, owed, self.stores)
+        return dispose(self.log, owed, self.stores)
 
     def forget(self) -> None:
         """Drop the memory: the next step starts from what is stored."""
@@ -217,12 +219,12 @@ class OnlineRun:
             if others := {url: spelled for url in inboxes if (spelled := self._spelled(url)) != url}:
                 tombstones.respell(others)
             self.log.make_durable(version)  # before its debts are paid
-            owed = self._settled(manifest.owed)
+            owed = self._disposed(manifest.owed)
             self.champion.follow(version, learner)
             loaded = self._loaded = Loaded(version, learner, tombstones, owed, time.monotonic(), *self._past(version))
-        elif loaded.owed and time.monotonic() - loaded.settled_at > SETTLE_AGAIN_SECONDS:
+        elif loaded.owed and time.monotonic() - loaded.disposed_at > DISPOSE_AGAIN_SECONDS:
             self.log.check(loaded.version)
-            loaded.owed, loaded.settled_at = self._settled(loaded.owed), time.monotonic()
+            loaded.owed, loaded.disposed_at = self._disposed(loaded.owed), time.monotonic()
         self.report.head, self.report.owed = loaded.version.number, len(loaded.owed)
         return loaded
 
@@ -361,7 +363,7 @@ class OnlineRun:
             logger.info("%s/%s was consumed before: removed, not trained on again", inbox.url, on_one_line(debt.key))
         if debts:
             self.log.check(loaded.version)  # whose memory they are removed on
-        loaded.owed += self._settled(debts)
+        loaded.owed += self._disposed(debts)
         self.report.duplicates += len(debts)
 
     def _warn(self, message: str) -> None:
@@ -499,7 +501,7 @@ class OnlineRun:
             loaded,
             version=version,
             owed=owed,
-            settled_at=time.monotonic(),
+            disposed_at=time.monotonic(),
             window=window,
             cumulative=cumulative,
             gate=gate or loaded.gate,
@@ -551,11 +553,11 @@ class OnlineRun:
             settings.gate, self.champion.alias, learner.spec.main_metric, window, scored, work.loaded.gate
         ), on_holdout
 
-    def settle(self) -> None:
+    def dispose(self) -> None:
         """Dispose of what the version just committed is done with; move the alias if it says so."""
         if (loaded := self._loaded) is not None:
-            loaded.owed, loaded.settled_at = self._settled(loaded.owed), time.monotonic()
-            self.champion.settle(loaded.version, loaded.learner)
+            loaded.owed, loaded.disposed_at = self._disposed(loaded.owed), time.monotonic()
+            self.champion.move_alias(loaded.version, loaded.learner)
             self.report.owed = len(loaded.owed)
 
     # ---- after many refusals -----------------------------------------------------------------------------------------
@@ -569,12 +571,12 @@ class OnlineRun:
         gate, settings, head = loaded.version.manifest.gate, self.settings.gate, loaded.version
         if gate is None or gate.refusals < settings.refusals or settings.after_refusals == "continue":
             return None
-        if self.log.alias(settings.alias) != Alias(gate.champion, gate.moves):  # somebody has decided otherwise
+        if find_alias(self.log, settings.alias) != Alias(gate.champion, gate.moves):  # somebody has decided otherwise
             return None
         if settings.retrain_on is not None:
             return Step(Outcome.RETRAIN)
         if settings.after_refusals == "rollback":
-            version = self.log.rollback(str(gate.champion), head)
+            version = self.log.rollback(self.log.version(gate.champion), head)
             logger.warning("version %d: back to version %d, %d refusals", version.number, gate.champion, gate.refusals)
             self.forget()
             return Step(Outcome.COMMITTED, version.number)
@@ -631,7 +633,7 @@ def step(run: OnlineRun) -> Step:
             if work.consumed or work.rejected:
                 break
         version = run.commit(work)  # 7 blobs, 8 the manifest
-        run.settle()  # 9
+        run.dispose()  # 9
     except HeadMoved as moved:
         logger.info(str(moved))
         run.forget()

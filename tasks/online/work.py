@@ -21,7 +21,7 @@ class Loaded:
     learner: Learner
     tombstones: Tombstones
     owed: tuple[Owed, ...]
-    settled_at: float
+    disposed_at: float
     window: deque[Consumed]
     """The last shards that this learner has scored and trained on."""
     cumulative: Summary

@@ -26,7 +26,8 @@ from tests.s3_server import S3
 from tidemill.flows import batch as batch_flow
 from tidemill.flows import online as online_flow
 from tidemill.flows.cli import app, main
-from tidemill.storage.inbox import quarantined
+from tidemill.storage.aliases import all_aliases
+from tidemill.storage.disposal import quarantined
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch import VersionInfo
@@ -259,7 +260,7 @@ def test_promote(tidemill: Run, model: Place) -> None:
     assert tidemill("promote", model.registry, "model", "2").out == "champion is version 2\n"
     result = tidemill("promote", model.registry, "model", "champion", "--alias", "previous", "--json")
     assert result.json == {"alias": "previous", "version": 2}
-    assert open_log(model.registry, "model").aliases() == {"champion": 2, "previous": 2}
+    assert all_aliases(open_log(model.registry, "model")) == {"champion": 2, "previous": 2}
 
 
 @memory

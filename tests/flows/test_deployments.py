@@ -25,6 +25,7 @@ from tests.flows.data import OWN_MODEL, SPEC
 from tests.flows.prefect_server import stop
 from tests.guarantees.audit import audit
 from tests.s3_server import wait_until
+from tidemill.storage.aliases import all_aliases
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
 
@@ -126,7 +127,7 @@ def test_schedules_run_both_pipelines(
     monkeypatch.syspath_prepend(tmp_path)  # the replay of the audit builds the model in this process
     monkeypatch.setenv("TIDEMILL_FACTORIES", "mymodel")
     audit(log, shards.items())
-    assert log.aliases()["champion"] == log.head().number
+    assert all_aliases(log)["champion"] == log.head().number
 
 
 def write_deployments(folder: Path, place: Place) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tidemill.storage.audit import audit as audit_history
-from tidemill.storage.inbox import archive_keys
+from tidemill.storage.disposal import archive_keys
 from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import sha256
 from tidemill.storage.memory import MemoryStore

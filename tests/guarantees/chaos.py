@@ -57,8 +57,9 @@ from tests.guarantees.children import (
 )
 from tests.s3_server import S3, Server, running_server, wait_until
 from tidemill.flows.stopping import stop_on_signals
+from tidemill.storage.aliases import all_aliases
+from tidemill.storage.disposal import quarantined
 from tidemill.storage.errors import StorageError, Unavailable
-from tidemill.storage.inbox import quarantined
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import sha256
 from tidemill.storage.s3 import S3Store
@@ -587,7 +588,7 @@ def verify(result: Result, folder: Path) -> None:
     assert waiting(INBOX) == []
     assert {(kept["key"], kept["sha256"]) for kept in quarantined(log).values()} == set(rejected)
     collect_garbage(open_store, REGISTRY, KEEP)
-    kept_versions = {version.number for version in history[:KEEP]} | set(log.aliases().values())
+    kept_versions = {version.number for version in history[:KEEP]} | set(all_aliases(log).values())
     retained = [version.manifest.blobs for version in history if version.number in kept_versions]
     assert {info.key for info in log.store.list(f"{MODEL}/blobs/")} == {
         ref.key for blobs in retained for ref in blobs.refs

@@ -27,6 +27,7 @@ import torch
 
 from tests.storage.faults import Call, act_once, hooked, together
 from tidemill.storage import retention
+from tidemill.storage.aliases import promote, resolve
 from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import NotFound, PreconditionFailed, UnknownVersion
 from tidemill.storage.inbox import is_shard
@@ -191,9 +192,9 @@ def train(
 def rollback(stores: Stores, registry: str, version: str) -> None:
     """`tidemill rollback`."""
     log = VersionLog(stores(registry), "model")
-    target = log.resolve(version)
-    log.rollback(version)
-    log.promote("champion", target)
+    target = resolve(log, version)
+    log.rollback(target)
+    promote(log, "champion", target)
 
 
 def collect_garbage(stores: Stores, registry: str, keep: int) -> None:

@@ -33,8 +33,10 @@ from pydantic import ValidationError
 
 from tests.guarantees.audit import audit
 from tests.guarantees.children import train
+from tidemill.storage.aliases import aliased, promote
+from tidemill.storage.disposal import dispose, quarantine_key, quarantined, requeue
 from tidemill.storage.errors import InvalidKey, NotReady, ShardRejected, StorageError
-from tidemill.storage.inbox import Inbox, Shard, is_shard, quarantine_key, quarantined, requeue, settle
+from tidemill.storage.inbox import Inbox, Shard, is_shard
 from tidemill.storage.local import LocalStore
 from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import Blobs, Entry, Owed, decode, encode, sha256
@@ -664,11 +666,11 @@ def runs_target(folder: Path) -> Check:
     progress.begin()
     own = commit(first, progress.key)
     head = commit(own)
-    log.promote("champion", own)
+    promote(log, "champion", own)
     info = inbox.store.write("d/a.parquet", b"bad")
     name = quarantine_key("model", 1, sha256(b"bad"), info.key)
     debt = {"inbox": inbox.url, "key": info.key, "sha256": sha256(b"bad")}
-    settle(log, [Owed.model_validate({**debt, "etag": info.etag, "then": "quarantine", "to": name, "reason": "bad"})])
+    dispose(log, [Owed.model_validate({**debt, "etag": info.etag, "then": "quarantine", "to": name, "reason": "bad"})])
     progress.finish(own)
     runs = f"model/runs/{progress.key}"
     keys = ["model/aliases/champion.json", f"{name}.json", f"{runs}/run.json", f"{runs}/done.json"]
@@ -692,7 +694,7 @@ def runs_target(folder: Path) -> Check:
                 raise AssertionError("a hint is only ever a place to start looking") from error
             return "ignored or followed"
         if "aliases" in key:
-            version = log.aliased("champion")
+            version = aliased(log, "champion")
             stated = json.loads(data)["version"]
             assert version.number == stated, f"{stated!r} was taken for {version.number}"
             return "accepted"
@@ -824,7 +826,7 @@ def keys_target(folder: Path) -> Check:
                 to=name,
                 reason="bad",
             )
-            assert settle(log, [owed]) == ()
+            assert dispose(log, [owed]) == ()
             assert not list(inbox.store.list())
             try:
                 back = requeue(log, name.removeprefix("model/quarantine/"))

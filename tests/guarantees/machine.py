@@ -24,8 +24,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.guarantees.audit import audit
 from tests.storage.faults import Call, FaultStore
 from tests.tasks.rows import parquet, rows
-from tidemill.storage import inbox as inboxes
-from tidemill.storage import retention
+from tidemill.storage import disposal, retention
+from tidemill.storage.aliases import all_aliases, promote
 from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import (
     AlreadyExists,
@@ -387,7 +387,7 @@ class World:
         with process.operation(plan):
             log = self.protocol.log(process.stores(self.registry.url), "model")
             try:
-                version = log.rollback(str(target)).manifest
+                version = log.rollback(log.version(target)).manifest
             except HeadMoved:
                 assert plan.meanwhile, "lost a race against nobody"
             except UnknownVersion:
@@ -409,28 +409,28 @@ class World:
         with process.operation(plan):
             log = self.protocol.log(process.stores(self.registry.url), "model")
             try:
-                log.promote(alias, self.log.version(target))
+                promote(log, alias, self.log.version(target))
             except UnknownVersion:
                 assert target not in self.retained, f"version {target} cannot be promoted"
             else:
-                assert self.log.aliases()[alias] == target, f"{alias} was not moved"
+                assert all_aliases(self.log)[alias] == target, f"{alias} was not moved"
 
     def requeue(self, choice: int, plan: Plan = QUIET) -> None:
         """Send a rejected shard back."""
-        names = list(inboxes.quarantined(self.log))
+        names = list(disposal.quarantined(self.log))
         if not names:
             return
         name, there = names[choice % len(names)], set(self._shards())
         self.requeued.add(name)
         process = Process(self)
         with process.operation(plan):
-            inboxes.requeue(self.protocol.log(process.stores(self.registry.url), "model"), name, process.stores)
+            disposal.requeue(self.protocol.log(process.stores(self.registry.url), "model"), name, process.stores)
         for pair in set(self._shards()) - there:
             self._arrived(pair, self.inbox.read(pair[0]))
 
     def collect(self, keep: int, plan: Plan = QUIET) -> None:
         """Garbage collection."""
-        aliased, process = set(self.log.aliases().values()), Process(self)
+        aliased, process = set(all_aliases(self.log).values()), Process(self)
         self.collections += 1
         self.collecting = True
         with process.operation(plan):
@@ -533,7 +533,7 @@ class World:
                 if debt.then == "delete" or pair in self.replaced or self.arrivals[pair] > 1:
                     continue
                 if debt.then == "archive":
-                    keys = inboxes.archive_keys(*pair)
+                    keys = disposal.archive_keys(*pair)
                     held = any(_holds(self.archive, key, debt.sha256) for key in keys)
                     assert held, f"{pair} is not in the archive"
                 elif debt.to is not None and debt.to.rpartition("/")[2] not in self.requeued:

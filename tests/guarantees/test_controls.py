@@ -18,8 +18,9 @@ import pytest
 
 from tests.guarantees.machine import BAD, GOOD, Fault, Meanwhile, Plan, Protocol, World
 from tests.storage.faults import Call, FaultStore
+from tidemill.storage.aliases import aliased, all_aliases
+from tidemill.storage.disposal import dispose
 from tidemill.storage.errors import AlreadyExists, CorruptObject, HeadMoved, StorageError
-from tidemill.storage.inbox import settle
 from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import BlobRef, Entry, decode, encode
 from tidemill.storage.store import ObjectInfo, Store
@@ -185,7 +186,7 @@ class DeletesFirst(OnlineRun):
     """Disposes of the shards, then commits."""
 
     def commit(self, work: Trained) -> Version:
-        settle(self.log, self._debts(work, work.loaded.version.number + 1), self.stores)
+        dispose(self.log, self._debts(work, work.loaded.version.number + 1), self.stores)
         return super().commit(work)
 
 
@@ -196,7 +197,7 @@ class LoserDeletes(OnlineRun):
         try:
             return super().commit(work)
         except HeadMoved:
-            settle(self.log, self._debts(work, work.loaded.version.number + 1), self.stores)
+            dispose(self.log, self._debts(work, work.loaded.version.number + 1), self.stores)
             raise
 
 
@@ -253,11 +254,11 @@ class DropsDebts(OnlineRun):
 class DeletesThenCopies(OnlineRun):
     """Removes a shard before it is in the archive or in quarantine."""
 
-    def settle(self) -> None:
+    def dispose(self) -> None:
         for debt in self._loaded.owed:
             with suppress(StorageError):
                 self.inbox.store.delete(debt.key, if_match=debt.etag)
-        super().settle()
+        super().dispose()
 
 
 class ListsFromCursor(OnlineRun):
@@ -376,7 +377,7 @@ class ReadsAnything(Broken):
 
 def collects_above_the_head(log: VersionLog, keep: int) -> list[str]:
     """Takes every blob that no version in retention names for garbage."""
-    retained = [*log.history(log.head(), keep), *map(log.aliased, log.aliases())]
+    retained = [*log.history(log.head(), keep), *(aliased(log, name) for name in all_aliases(log))]
     named = {ref.key for version in retained for ref in version.manifest.blobs.refs}
     garbage = [info.key for info in log.store.list(f"{log.model}/blobs/") if info.key not in named]
     for key in garbage:

@@ -43,8 +43,9 @@ from tests.storage.faults import Call, FaultStore
 from tidemill.flows import views
 from tidemill.flows.cli import main
 from tidemill.flows.flags import UsageError, spec_file
+from tidemill.storage.disposal import quarantined, requeue
 from tidemill.storage.errors import InvalidKey, PermissionDenied, StorageError
-from tidemill.storage.inbox import is_shard, quarantined, requeue
+from tidemill.storage.inbox import is_shard
 from tidemill.storage.manifest import Blobs, Entry
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.s3 import S3Store

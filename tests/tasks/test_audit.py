@@ -9,6 +9,7 @@ import pytest
 
 from tests.tasks.rows import parquet, put, rows
 from tidemill.storage import tombstones
+from tidemill.storage.aliases import aliased
 from tidemill.storage.audit import Audit, audit
 from tidemill.storage.errors import UnknownModel
 from tidemill.storage.log import VersionLog, open_log
@@ -70,7 +71,7 @@ def history(monkeypatch: pytest.MonkeyPatch) -> History:
     put(inbox, SHARDS | BAD)
     drain(inbox, registry, archive)
     log = open_log(registry, "model")
-    log.rollback("1")
+    log.rollback(log.version(1))
     put(inbox, LATER)
     drain(inbox, registry, archive)
     train(registry, f"{root}/two", 2)
@@ -166,7 +167,7 @@ DAMAGE: dict[str, tuple[Callable[[VersionLog], None], str]] = {
         "version 7, the head: .*is missing",
     ),
     "the champion's weights are gone": (
-        lambda log: log.store.delete(log.aliased("champion").manifest.blobs.weights.key),
+        lambda log: log.store.delete(aliased(log, "champion").manifest.blobs.weights.key),
         "version 6, alias 'champion': .*is missing",
     ),
     "an alias to nowhere": (

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from tests.tasks.rows import SPEC, keys, put, rows
+from tidemill.storage import retention
 from tidemill.storage.errors import DatasetError, UnknownAlias
 from tidemill.storage.parquet import RowGroup
 from tidemill.storage.urls import open_store
-from tidemill.tasks import batch, maintenance
+from tidemill.tasks import batch
 from tidemill.tasks.predict import predict
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.training.errors import ColumnError
@@ -115,5 +116,5 @@ def test_garbage_collection_is_told_in_keys(memory_url: MakeUrl) -> None:
     put(memory_url("dataset"), {"a.parquet": rows(100, 0)})
     for seed in range(3):
         train(memory_url("registry"), memory_url("dataset"), Spec.model_validate(SPEC.model_dump() | {"seed": seed}))
-    deleted = maintenance.collect_garbage(memory_url("registry"), "model", keep=1)
+    deleted = retention.maintain(memory_url("registry"), "model", keep=1)
     assert sorted(key.split("/")[-1][:8] for key in deleted) == ["00000000"] * 2 + ["00000001"] * 2

@@ -11,8 +11,8 @@ import pytest
 from tests.storage.faults import Call, Phase, fail_at, hooked
 from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage.audit import audit
+from tidemill.storage.disposal import quarantined, requeue
 from tidemill.storage.errors import PlacesOverlap, Unavailable
-from tidemill.storage.inbox import quarantined, requeue
 from tidemill.storage.log import Version, VersionLog, open_log
 from tidemill.storage.manifest import Compared, Entry, Gate
 from tidemill.storage.store import Store

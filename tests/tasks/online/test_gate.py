@@ -9,8 +9,9 @@ import pytest
 
 from tests.storage.faults import Call, FaultStore
 from tests.tasks.rows import SPEC, keys, put, rows
+from tidemill.storage.aliases import Alias, all_aliases, find_alias, promote
 from tidemill.storage.errors import HeadMoved, Unavailable
-from tidemill.storage.log import Alias, VersionLog, open_log
+from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.manifest import Compared, Consumed, Entry, Gate
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
@@ -80,7 +81,7 @@ class World:
 
     @property
     def champion(self) -> int:
-        return self.log.aliases()["champion"]
+        return all_aliases(self.log)["champion"]
 
     def error(self, number: int) -> float:
         """Of a version, on the holdout."""
@@ -214,7 +215,7 @@ def test_poison_does_not_reach_the_champion(world: World) -> None:
 
 def refused(world: World, best: float) -> Entry:
     """A version that was refused, when the best champion so far had this error on the holdout."""
-    alias = world.log.alias("champion")
+    alias = find_alias(world.log, "champion")
     assert alias is not None
     gate = Gate(
         champion=alias.version,
@@ -245,10 +246,10 @@ def test_champions_may_not_get_worse_step_by_step(world: World) -> None:
     assert on_holdout(world) == pytest.approx(own)
     world.log.commit(world.log.head(), refused(world, best=own / 2))
     assert on_holdout(world) == pytest.approx(own / 2)
-    world.log.rollback("0")
+    world.log.rollback(world.log.version(0))
     assert on_holdout(world) == pytest.approx(own / 2)
-    world.log.promote("champion", world.log.version(1))
-    world.log.promote("champion", world.log.version(0))
+    promote(world.log, "champion", world.log.version(1))
+    promote(world.log, "champion", world.log.version(0))
     assert on_holdout(world) == pytest.approx(own)
 
 
@@ -262,7 +263,7 @@ def test_a_run_that_goes_on_notices_that_somebody_has_moved_the_alias(world: Wor
     put(world.url("inbox"), POISON)
     run = world.run(gate={"holdout_dataset": world.url("holdout")})
     step(run)
-    world.log.promote("champion", world.log.head())
+    promote(world.log, "champion", world.log.head())
     step(run)  # had begun before it could know
     step(run)
     assert [world.gate(number).champion for number in (1, 2, 3)] == [0, 0, 1]
@@ -276,7 +277,7 @@ def test_many_refusals_stop_the_run_until_a_person_decides(world: World) -> None
     assert keys(world.url("inbox")) == ["06.parquet", "07.parquet"], "nothing more was trained on"
     with pytest.raises(GateClosed):
         step(world.run(gate=gate))
-    world.log.promote("champion", world.log.head())
+    promote(world.log, "champion", world.log.head())
     assert step(world.run(gate=gate)).version == 7
 
 
@@ -318,7 +319,7 @@ def test_whoever_moves_the_alias_has_decided(then: str, world: World) -> None:
     run = world.run(gate=gate)
     while world.log.head().number < 6:
         step(run)
-    world.log.promote("champion", world.log.version(3))
+    promote(world.log, "champion", world.log.version(3))
     assert [step(run).version, step(run).version] == [7, 8]
     assert [world.log.version(number).manifest.kind for number in (7, 8)] == ["online", "online"]
     assert (world.gate(8).champion, world.gate(8).refusals) == (3, 1)  # the seventh had begun before it could know
@@ -361,7 +362,7 @@ def test_an_alias_that_a_killed_run_left_behind_is_moved_by_the_next(world: Worl
 def test_an_alias_that_a_person_moved_back_stays(world: World) -> None:
     world.drain(GOOD)
     assert world.champion == 4
-    world.log.promote("champion", world.log.version(3))
+    promote(world.log, "champion", world.log.version(3))
     world.run().load()  # the head says: from 3, after three moves, to 4
     assert world.gate(4).champion == 3
     assert world.champion == 3

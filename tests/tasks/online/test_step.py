@@ -15,8 +15,7 @@ import pytest
 from tests.storage.faults import Call, Deny, FaultStore, hooked
 from tests.tasks.rows import SPEC, keys, parquet, put, rows
 from tidemill.flows import views
-from tidemill.storage import inbox as inboxes
-from tidemill.storage import tombstones
+from tidemill.storage import disposal, tombstones
 from tidemill.storage.audit import audit
 from tidemill.storage.errors import (
     CorruptObject,
@@ -285,7 +284,7 @@ def test_values_far_out_do_not_become_running_statistics(column: str, value: flo
         log = open_log(memory_url(f"{name}/registry"), "model")
         states.append(log.head().manifest.blobs.state.sha256)
         if name == "with":
-            ((_, about),) = inboxes.quarantined(log).items()
+            ((_, about),) = disposal.quarantined(log).items()
             assert about["key"] == "01b.parquet"
             assert f"'{column}'" in about["reason"]
     assert states[0] == states[1]
@@ -316,7 +315,7 @@ def test_a_bad_shard_is_rejected_once_and_the_others_are_trained(
     report = drain(open_run(memory_url("inbox"), memory_registry))
     assert (report.shards, report.rejected, keys(memory_url("inbox"))) == (3, 1, [])
     log = open_log(memory_registry, "model")
-    ((kept, about),) = inboxes.quarantined(log).items()
+    ((kept, about),) = disposal.quarantined(log).items()
     assert log.store.read(f"model/quarantine/{kept}") == data
     assert about["key"] == "01b.parquet"
     assert re.search(reason, about["reason"])
@@ -382,13 +381,13 @@ def test_a_requeued_shard_is_consumed_once_the_reason_is_gone(registry: str, mak
     put(make_url("inbox"), {"sub/late.parquet": whole[:-1]})
     drain(open_run(make_url("inbox"), registry))
     log = open_log(registry, "model")
-    (name,) = inboxes.quarantined(log)
-    back = inboxes.requeue(log, name)
+    (name,) = disposal.quarantined(log)
+    back = disposal.requeue(log, name)
     assert back.startswith("sub/late.requeued-")
     assert keys(make_url("inbox")) == [back]
     open_store(make_url("inbox")).write(back, whole)
     assert drain(open_run(make_url("inbox"), registry)).rows == 30
-    assert inboxes.quarantined(log) == {}
+    assert disposal.quarantined(log) == {}
 
 
 def test_a_shard_too_large_for_memory_stays(memory_registry: str, memory_url: MakeUrl, caplog) -> None:
@@ -465,7 +464,8 @@ def test_a_lost_race_is_an_outcome_and_no_error(memory_registry: str, memory_url
     put(memory_url("inbox"), days(1))
     run = open_run(memory_url("inbox"), memory_registry)
     run.load()
-    open_log(memory_registry, "model").rollback("0")
+    log = open_log(memory_registry, "model")
+    log.rollback(log.version(0))
     assert online.step(run).outcome is Outcome.LOST
     assert online.step(run) == online.Step(Outcome.COMMITTED, 2)
     assert run.report.lost_races == 1
@@ -502,7 +502,7 @@ def test_training_continues_from_a_rollback_and_remembers_what_was_consumed(regi
     drain(open_run(make_url("inbox"), registry, limits={"max_shards": 1}))
     log = open_log(registry, "model")
     weights = log.version(1).manifest.blobs.weights.sha256
-    assert log.rollback("1").manifest.blobs.weights.sha256 == weights
+    assert log.rollback(log.version(1)).manifest.blobs.weights.sha256 == weights
     put(make_url("inbox"), days(3))  # 0 and 1 again, and a new one
     assert drain(open_run(make_url("inbox"), registry)).shards == 1
     assert keys(make_url("inbox")) == []
@@ -703,7 +703,7 @@ def test_shards_put_again_for_a_model_that_was_begun_anew_are_no_duplicates(regi
 def test_debts_of_a_history_that_is_gone_are_not_paid(
     memory_registry: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(online, "SETTLE_AGAIN_SECONDS", -1.0)
+    monkeypatch.setattr(online, "DISPOSE_AGAIN_SECONDS", -1.0)
     inbox = memory_url("inbox")
     deny = Deny(inbox, "delete")
     run = open_run(inbox, memory_registry, hooked(deny))

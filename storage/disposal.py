@@ -1,0 +1,182 @@
+"""What leaves an inbox once a committed version is done with it: deleted, archived or quarantined; and the way back.
+
+Nothing here decides what was consumed: that stands in the version log alone. Every removal names the bytes that were consumed.
+"""
+
+import contextlib
+import logging
+import posixpath
+from collections.abc import Callable, Iterable
+
+from tidemill.storage.errors import (
+    AlreadyExists,
+    CorruptObject,
+    InvalidKey,
+    NotFound,
+    PermissionDenied,
+    PreconditionFailed,
+    StorageError,
+    StoreNotFound,
+    on_one_line,
+)
+from tidemill.storage.inbox import original_key
+from tidemill.storage.log import VersionLog
+from tidemill.storage.manifest import Owed, checked, sha256, verified
+from tidemill.storage.parallel import concurrently
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+
+logger = logging.getLogger("tidemill.storage")
+
+
+# ---- what a committed version owes -----------------------------------------------------------------------------------
+def dispose(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store] = open_store) -> tuple[Owed, ...]:
+    """Copy each owed object where it must go, then delete it, if it is still the one that was consumed.
+
+    Only for debts of a committed version. Safe to repeat and to run twice at once: gone means done, another etag means new
+    data, which stays. Returns what could not be disposed of now (not allowed, or its inbox as a whole is gone), to be carried
+    by the next version.
+    """
+    debts = list(owed)
+    inboxes = {url: stores(url) for url in {debt.inbox: None for debt in debts}}
+
+    def is_paid(debt: Owed) -> bool:
+        inbox = inboxes[debt.inbox]
+        try:
+            if debt.then == "delete" or _copied(log, inbox, debt, stores):
+                inbox.delete(debt.key, if_match=debt.etag, sha256=debt.sha256)
+        except (NotFound, PreconditionFailed):
+            return True
+        except (PermissionDenied, InvalidKey, StoreNotFound, CorruptObject) as error:
+            logger.warning(
+                "%s/%s stays in the inbox, and is remembered as consumed: %s of it failed: %s",
+                *(debt.inbox, on_one_line(debt.key), debt.then, error),
+            )
+            return False
+        return True
+
+    # In turn where the copies go under one key, as of a shard and its labels: the first of them gets the plain name.
+    same_place: dict[tuple[str | None, str], list[Owed]] = {}
+    for debt in debts:
+        same_place.setdefault((debt.to, debt.key), []).append(debt)
+    workers = max((inbox.concurrency for inbox in inboxes.values()), default=1)
+    left = concurrently(lambda some: [debt for debt in some if not is_paid(debt)], same_place.values(), workers)
+    return tuple(debt for some in left for debt in some)
+
+
+def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], Store]) -> bool:
+    """Copy to the archive or to quarantine; False if the object is no longer there to copy."""
+    assert debt.to is not None
+    try:
+        data = inbox.read(debt.key, if_match=debt.etag)
+    except (NotFound, PreconditionFailed):
+        return False
+    if sha256(data) != debt.sha256:  # corrupted on the way, now or when it was consumed: keep the original
+        raise CorruptObject("its bytes are not those that were consumed, though its etag is the same")
+    if debt.then == "quarantine":
+        reason = debt.model_dump(mode="json", include={"inbox", "key", "sha256", "etag", "reason"})
+        log.store.write(debt.to, data)
+        log.store.write(f"{debt.to}.json", checked(reason))
+        return True
+    archive = stores(debt.to)
+    for key in archive_keys(debt.key, debt.sha256):
+        try:
+            archive.create(key, data)
+        except AlreadyExists:
+            if not _holds(archive, key, debt.sha256):
+                continue
+        except StoreNotFound as error:  # not to be taken for a lost inbox
+            raise StorageError(f"the archive cannot be written: {error}") from error
+        return True
+    raise StorageError(f"{debt.to} holds other bytes under both names of {debt.key}; move them away and run again.")
+
+
+def archive_keys(key: str, digest: str) -> tuple[str, str]:
+    """Where an archive holds a shard: under its own key, or under the second name if other bytes were there before."""
+    stem, suffix = posixpath.splitext(key)
+    return key, f"{stem}.{digest[:16]}{suffix}"
+
+
+def _holds(store: Store, key: str, digest: str) -> bool:
+    """True if exactly these bytes are at `key`."""
+    try:
+        return sha256(store.read(key)) == digest
+    except NotFound:
+        return False
+
+
+# ---- quarantine ------------------------------------------------------------------------------------------------------
+def quarantine_key(model: str, version: int, shard_sha256: str, key: str) -> str:
+    """Where version `version` sends a rejected shard. The shard's own key stands in the reason beside it: it may be hostile."""
+    identity = sha256(f"{shard_sha256} {key}".encode(errors="surrogatepass"))  # two keys may hold the same bytes
+    return f"{model}/quarantine/{version:08d}-{identity[:32]}"
+
+
+def quarantined(log: VersionLog) -> dict[str, dict[str, str]]:
+    """Name in quarantine -> {inbox, key, sha256, etag, reason} of every rejected shard that is kept there."""
+    prefix = f"{log.model}/quarantine/"
+    names = sorted(i.key.removeprefix(prefix) for i in log.store.list(prefix) if i.key.endswith(".json"))
+    kept = {}
+    for name in names:
+        with contextlib.suppress(NotFound):  # sent back since it was listed
+            kept[name.removesuffix(".json")] = _reason(log, prefix + name)
+    return kept
+
+
+def _reason(log: VersionLog, key: str) -> dict[str, str]:
+    """What stands beside a quarantined shard."""
+    data = log.store.read(key)
+    try:
+        reason: dict[str, str] = verified(data)
+        if {type(reason[name]) for name in ("inbox", "key", "sha256", "reason")} != {str}:
+            raise TypeError("a field is no string")
+    except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptObject(
+            f"{log.store.url}/{key} is no reason of a rejection: {error!r}. Restore or delete it."
+        ) from error
+    return reason
+
+
+def requeue(log: VersionLog, name: str, stores: Callable[[str], Store] = open_store) -> str:
+    """Send a quarantined shard back to its inbox, under a new key, and return that key.
+
+    A new key, because a run that slept since the rejection may still delete the old one. It follows from the name in
+    quarantine, so that doing it twice (after a crash) finds the first copy or its tombstone.
+
+    Raises:
+        NotFound: nothing of that name is in quarantine.
+        CorruptObject: its bytes are not those that were rejected.
+        AlreadyExists: its new key is taken by other bytes. It stays in quarantine.
+    """
+    key = f"{log.model}/quarantine/{name}"
+    try:
+        reason = _reason(log, f"{key}.json")
+    except NotFound:
+        known = ", ".join(quarantined(log)) or "it is empty"
+        raise NotFound(f"{log.url}/quarantine holds no {name!r}; there is: {known}.") from None
+    # Without the mark of an earlier time: a name that grew each time would end as one that no store takes.
+    stem, suffix = posixpath.splitext(original_key(reason["key"]))
+    back = f"{stem}.requeued-{name}{suffix}"
+    try:
+        data = log.store.read(key)
+    except NotFound:  # a requeue that crashed had sent it back already
+        _delete(log.store, f"{key}.json")
+        return back
+    if sha256(data) != reason["sha256"]:
+        raise CorruptObject(f"{log.url}/quarantine/{name} is not the object that was rejected: its sha256 differs.")
+    inbox = stores(reason["inbox"])
+    try:
+        inbox.create(back, data)
+    except AlreadyExists:
+        with contextlib.suppress(NotFound):  # consumed in this moment
+            if sha256(inbox.read(back)) != reason["sha256"]:
+                raise
+        logger.info("%s/%s had been sent back before", inbox.url, on_one_line(back))
+    _delete(log.store, key)
+    _delete(log.store, f"{key}.json")
+    return back
+
+
+def _delete(store: Store, key: str) -> None:
+    with contextlib.suppress(NotFound):  # another requeue was faster
+        store.delete(key)

@@ -1,0 +1,53 @@
+"""What the tests of inboxes are made of: small shards, debts for them, and stores that fail."""
+
+import io
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.storage.faults import Call, FaultStore
+from tidemill.storage.disposal import quarantine_key
+from tidemill.storage.inbox import Inbox
+from tidemill.storage.manifest import Owed, sha256
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.urls import open_store
+
+Stores = Callable[[str], Store]
+
+
+def parquet(*numbers: int, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"x": pa.array(numbers, pa.int64())}), sink, **options)
+    return sink.getvalue()
+
+
+def unknown(_: ObjectInfo) -> bool:
+    return False
+
+
+def keys(store: Store, prefix: str = "") -> list[str]:
+    return sorted(info.key for info in store.list(prefix))
+
+
+def owe(inbox: Inbox, key: str, then: Literal["delete", "archive", "quarantine"], to: str | None = None) -> Owed:
+    """The debt for the object that is there now."""
+    info = inbox.store.stat(key)
+    digest = sha256(inbox.store.read(key))
+    if then == "quarantine":
+        to = quarantine_key("taxi", 3, digest, key)
+    return Owed(inbox=inbox.url, key=key, sha256=digest, etag=info.etag, then=then, to=to, reason="no rows")
+
+
+def faulty(url: str, hook: Callable[[Call], None]) -> Stores:
+    """Opens stores as usual, but the one at `url` with a hook."""
+    return lambda other: FaultStore(open_store(other), hook) if other == url else open_store(other)
+
+
+def fails(verb: str, error: Exception, phase: str = "before") -> Callable[[Call], None]:
+    def hook(call: Call) -> None:
+        if (call.verb, call.phase) == (verb, phase):
+            raise error
+
+    return hook
