@@ -25,12 +25,14 @@ from tidemill.storage.manifest import Blobs, Entry
 from tidemill.storage.parquet import RowGroup
 from tidemill.storage.runs import BatchProgress
 from tidemill.tasks.settings import BatchSettings
-from tidemill.tasks.training.batches import ORDER, Split
+from tidemill.tasks.training.batches import ORDER
 from tidemill.tasks.training.environment import code_revision, environment
 from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import Score, score, train_pass
 from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.steps import Steps
 
 logger = logging.getLogger("tidemill.batch")
 
@@ -62,6 +64,7 @@ class BatchRun:
         self.losses: tuple[float, ...] = ()
         self.held_out: tuple[float, ...] = ()
         self._learner: Learner | None = None
+        self._steps: Steps | None = None
         self.split = Split(settings.holdout_share, held_out=False) if settings.holdout_share else None
         self.progress.begin()
         self.registered = self.progress.registered()
@@ -92,6 +95,14 @@ class BatchRun:
         if self._learner is None:
             self._learner = self._restored() or self._fresh()
         return self._learner
+
+    @property
+    def steps(self) -> Steps:
+        """The gradient steps of the learner, made once: to compile them takes a while."""
+        if self._steps is None or self._steps.learner is not self.learner:
+            rows = sum(group.num_rows for group in self.dataset.row_groups)
+            self._steps = Steps(self.learner, rows * self.spec.epochs // self.spec.batch_size)
+        return self._steps
 
     def forget(self) -> None:
         """Drop a learner that may be half trained: the next use reloads the checkpoint."""
@@ -150,8 +161,7 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
         if run.learner.counters.epochs > epoch:
             return run.losses[epoch]
         key = ("epoch", epoch)
-        groups, epochs = run.dataset.row_groups, run.spec.epochs
-        result = train_pass(run.learner, groups, key=key, split=run.split, remember=epoch == 0, repeats=epochs)
+        result = train_pass(run.steps, run.dataset.row_groups, key=key, split=run.split, remember=epoch == 0)
         run.learner.counters.epochs = epoch + 1
         if run.settings.patience is not None:
             held_out = _held_out(run).loss

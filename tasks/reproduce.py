@@ -17,6 +17,7 @@ from tidemill.tasks.training.errors import TrainingError
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import train_shard
+from tidemill.tasks.training.steps import Steps
 from tidemill.tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.replay")
@@ -40,40 +41,40 @@ def replay(log: VersionLog, archives: Sequence[Store]) -> Replay:
     the sha256 in its manifest. Shards are looked for in `archives`, one after the other. Memory: a learner and a shard.
     """
     result = Replay()
-    learner: Learner | None = None
+    steps: Steps | None = None
     for number in range(log.head().number + 1):
         version = log.version(number)
         if version.manifest.kind != "online":
-            learner = _stored(log, version)
+            steps = _stored(log, version)
             continue
-        if learner is None:
+        if steps is None:
             result.skipped += 1
-            learner = _stored(log, version)
+            steps = _stored(log, version)
             continue
         try:
             for consumed in version.manifest.consumed:
-                train_shard(learner, _groups(consumed, archives, learner.features.targets), consumed.passes)
+                train_shard(steps, _groups(consumed, archives, steps.learner.features.targets), consumed.passes)
                 result.shards += 1
         except (NotFound, ShardRejected, TrainingError) as error:
             result.findings.append(f"version {number} cannot be replayed: {error}")
-            learner = _stored(log, version)
+            steps = _stored(log, version)
             continue
         result.replayed += 1
-        if not _same(learner, version):
+        if not _same(steps.learner, version):
             changed = "; ".join(differences(version.manifest.environment, environment()))
             result.findings.append(
                 f"version {number}: the shards that it names give other weights or another state than it has"
                 + (f" (but bits may differ here: {changed})" if changed else "")
             )
-            learner = _stored(log, version)
+            steps = _stored(log, version)
         logger.info("version %d: %d shards replayed", number, len(version.manifest.consumed))
     return result
 
 
-def _stored(log: VersionLog, version: Version) -> Learner | None:
-    """As it was committed; None if retention has removed it, or if it is no longer what was committed (see `audit`)."""
+def _stored(log: VersionLog, version: Version) -> Steps | None:
+    """Of the learner as it was committed; None if retention has removed it, or if it is no longer that (`audit`)."""
     try:
-        return load_learner(log, version)
+        return Steps(load_learner(log, version))
     except (UnknownVersion, CorruptObject):
         return None
 

@@ -15,6 +15,7 @@ from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import predict, train_pass, train_shard
 from tidemill.tasks.training.spec import Column, Model, ReplayMemory, Spec
+from tidemill.tasks.training.steps import Steps
 
 GROUP_ROWS: Final = 4096
 BUCKETS: Final = 4096  # hardly any two values share one (of 102 destinations, two do): the others get one-hot columns
@@ -93,8 +94,9 @@ class Tidemill:
         groups = groups_of(table)
         features = Features.resolve(self.spec, table.schema).fit(groups)
         self.learner = Learner.create(self.spec, features)
+        self.steps = Steps(self.learner)
         for epoch in range(self.spec.epochs):
-            train_pass(self.learner, groups, key=("epoch", epoch), remember=epoch == 0)
+            train_pass(self.steps, groups, key=("epoch", epoch), remember=epoch == 0)
 
     def predict(self, table: pa.Table) -> np.ndarray:
         return torch.cat(list(predict(self.learner, groups_of(table)))).double().numpy()
@@ -102,7 +104,7 @@ class Tidemill:
     def learn(self, table: pa.Table) -> None:
         """As `tidemill follow --passes`; or, a few times in a stream, as a new `tidemill train`."""
         if self.policy == "online":
-            train_shard(self.learner, groups_of(table), PASSES[self.factory])
+            train_shard(self.steps, groups_of(table), PASSES[self.factory])
         elif self.policy == "retrain":
             self.seen.append(table)
             if (len(self.seen) - 1) % self.every == 0:  # the batch part is among those seen

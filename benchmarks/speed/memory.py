@@ -27,11 +27,12 @@ def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     from tidemill.tasks.settings import BatchSettings
     from tidemill.tasks.training.groups import Split
     from tidemill.tasks.training.loop import train_pass
+    from tidemill.tasks.training.steps import Steps
 
     learner, groups = begun(work, compile="off")
     split = Split(BatchSettings().held_out, held_out=False)
     before = peak_mb()
-    result = train_pass(learner, groups, key=("epoch", 0), split=split)
+    result = train_pass(Steps(learner), groups, key=("epoch", 0), split=split)
     assert 0.8 * work.rows < result.rows < work.rows, f"{result.rows} of {work.rows} rows"
     return {"before_mb": before, "peak_mb": peak_mb(), "seconds": time.perf_counter() - began}
 

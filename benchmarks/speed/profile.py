@@ -87,15 +87,17 @@ def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     """Shares of the time of the main thread, and of one core by the others together; a pass as in the `training` suite."""
     from benchmarks.speed.training.ours import begun
     from tidemill.tasks.training.loop import train_pass
+    from tidemill.tasks.training.steps import Steps
 
     learner, groups = begun(work, compile="on" if case == "tidemill_compiled" else "off")
-    train_pass(learner, groups[:1], key=("warm-up", 0))
+    steps = Steps(learner)
+    train_pass(steps, groups[:1], key=("warm-up", 0))
     at = time.perf_counter()
-    train_pass(learner, groups[:1], key=("warm-up", 1))
+    train_pass(steps, groups[:1], key=("warm-up", 1))
     count = max(1, round(work.seconds / (time.perf_counter() - at)))
     sampler = Sampler()
     sampler.start()
-    train_pass(learner, [groups[i % len(groups)] for i in range(count)], key=("epoch", 0))
+    train_pass(steps, [groups[i % len(groups)] for i in range(count)], key=("epoch", 0))
     sampler.stop()
     main = sampler.samples.pop(threading.get_ident())
     others = sum(sampler.samples.values(), Counter[str]())

@@ -23,7 +23,7 @@ from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, TrainingError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup as AnyRowGroup
-from tidemill.tasks.training.learner import Frozen
+from tidemill.tasks.training.learner import Predictor
 from tidemill.tasks.training.loop import score
 from tidemill.tasks.versions import load_learner
 
@@ -59,7 +59,7 @@ class DelayedLabels:
     ) -> None:
         self.log, self.inbox, self.column, self._settings, self._warn = log, inbox, column, settings, warn
         self._waiting: dict[str, ObjectInfo] = {}
-        self._then: tuple[int, Frozen | None] | None = None
+        self._then: tuple[int, Predictor | None] | None = None
         self._version = lru_cache(maxsize=64)(log.version)
         """Manifests never change; bisections for neighbouring moments ask for the same ones."""
 
@@ -135,7 +135,7 @@ class DelayedLabels:
         version = self._serving(head, arrived)
         if self._then is None or self._then[0] != version.number:
             try:
-                network = load_learner(self.log, version, self._settings.device).frozen()
+                network = load_learner(self.log, version, self._settings.device).predictor()
             except (UnknownVersion, CorruptObject, TrainingError) as error:
                 logger.warning("version %d cannot be scored any more: %s", version.number, error)
                 network = None

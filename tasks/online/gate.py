@@ -20,7 +20,7 @@ from tidemill.tasks.scores import Means
 from tidemill.tasks.settings import GateSettings, OnlineSettings
 from tidemill.tasks.training.errors import TrainingError
 from tidemill.tasks.training.groups import RowGroup
-from tidemill.tasks.training.learner import Frozen, Learner
+from tidemill.tasks.training.learner import Learner, Predictor
 from tidemill.tasks.training.loop import Score, score
 from tidemill.tasks.versions import load_learner
 
@@ -42,7 +42,7 @@ class Champion:
     def __init__(self, log: VersionLog, settings: OnlineSettings) -> None:
         self.log, self.settings = log, settings
         self.alias: Alias | None = None
-        self._network: Frozen | None = None
+        self._network: Predictor | None = None
         self._number: int | None = None
         self._holdout: Sequence[RowGroup] | None = None
         self._holdout_score: Score | None = None
@@ -70,10 +70,10 @@ class Champion:
         self._number, self._network, self._holdout_score = self.alias.version, None, None
         try:
             if self.alias.version == head.number:
-                self._network = learner.frozen()
+                self._network = learner.predictor()
             else:
                 champion = self.log.version(self.alias.version)
-                self._network = load_learner(self.log, champion, self.settings.device).frozen()
+                self._network = load_learner(self.log, champion, self.settings.device).predictor()
         except (UnknownVersion, CorruptObject, TrainingError) as error:
             logger.warning("champion, version %d, cannot be compared with: %s", self.alias.version, error)
 
@@ -147,7 +147,7 @@ class Champion:
             self._find(version, learner)
         else:
             self.alias, self._number = moved, version.number
-            self._network, self._holdout_score = learner.frozen(), None
+            self._network, self._holdout_score = learner.predictor(), None
 
     def _promote(self, version: Version) -> Alias | None:
         gate = version.manifest.gate

@@ -57,6 +57,7 @@ from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import score, train_shard
 from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.steps import Steps
 from tidemill.tasks.versions import load_learner, spec_of
 
 logger = logging.getLogger("tidemill.online")
@@ -221,7 +222,9 @@ class OnlineRun:
             self.log.make_durable(version)  # before its debts are paid
             owed = self._disposed(manifest.owed)
             self.champion.follow(version, learner)
-            loaded = self._loaded = Loaded(version, learner, tombstones, owed, time.monotonic(), *self._past(version))
+            loaded = self._loaded = Loaded(
+                version, Steps(learner), tombstones, owed, time.monotonic(), *self._past(version)
+            )
         elif loaded.owed and time.monotonic() - loaded.disposed_at > DISPOSE_AGAIN_SECONDS:
             self.log.check(loaded.version)
             loaded.owed, loaded.disposed_at = self._disposed(loaded.owed), time.monotonic()
@@ -440,7 +443,7 @@ class OnlineRun:
         if self.delayed is not None:
             scored.predicted = self.delayed.predicted(work.loaded.version, info.last_modified, found.groups)
         try:
-            result = train_shard(learner, found.groups, self.settings.passes)
+            result = train_shard(work.loaded.steps, found.groups, self.settings.passes)
         except (ColumnError, NonFiniteLoss) as broken:
             return str(broken)
         work.add(shard, found.labels, ordinal, scored, result, self.settings.passes)

@@ -11,6 +11,7 @@ from tidemill.storage.tombstones import Tombstones
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import PassResult
+from tidemill.tasks.training.steps import Steps
 
 
 @dataclass
@@ -18,7 +19,8 @@ class Loaded:
     """A committed version in memory. Dropped whenever a step does not end in the commit of exactly this memory."""
 
     version: Version
-    learner: Learner
+    steps: Steps
+    """Of the learner; they live as long as it, since to compile them takes a while."""
     tombstones: Tombstones
     owed: tuple[Owed, ...]
     disposed_at: float
@@ -28,6 +30,11 @@ class Loaded:
     """Of all shards that this learner has seen since the last batch training."""
     gate: Gate | None
     """The last decision in the window."""
+
+    @property
+    def learner(self) -> Learner:
+        """As it was committed, until the next shard is trained on."""
+        return self.steps.learner
 
 
 @dataclass

@@ -21,8 +21,6 @@ from tidemill.tasks.training.groups import THREADS, RowGroup, Split, generator, 
 from tidemill.tasks.training.packing import place
 from tidemill.tasks.training.pool import Empty, WindowPool
 
-__all__ = ["ORDER", "Batch", "RowGroup", "Split", "Stream", "ahead", "in_batches", "joined"]
-
 ORDER: Final = 2
 """Number of the rule that makes a shuffled order of a seed. Another rule needs another number: a batch run of one spec is then
 another run, and a replay says why it finds other bits."""

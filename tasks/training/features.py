@@ -65,7 +65,7 @@ class Features:
 
     By default the statistics are learned once and never move: shifting the inputs under trained weights changes the function
     that the model computes without any gradient step, and the optimizer's moments are then about inputs that no longer exist.
-    With `running_statistics` they follow the shards (`followed`), for data that leaves the range of the dataset.
+    With `running_statistics` they follow the shards (`updated`), for data that leaves the range of the dataset.
     """
 
     columns: tuple[Input, ...]
@@ -236,12 +236,12 @@ class Features:
             self, statistics=Statistics.of(rows, nulls, *found, class_counts, running=self.running_statistics)
         )
 
-    def followed(self, groups: Iterable[RowGroup]) -> Self:
+    def updated(self, groups: Iterable[RowGroup]) -> Self:
         """A copy whose statistics are of the rows of `groups` too; class weights stay.
 
         Raises ColumnError: as `fit` does, or values so far out that the statistics would be of them alone.
         """
-        assert self.statistics is not None, "fit() comes before followed()"
+        assert self.statistics is not None, "fit() comes before updated()"
         rows, nulls, inputs, targets, _ = self._counted(groups, None)
         found = Moments.of_columns(inputs), Moments.of_columns(targets)
         return replace(self, statistics=self.statistics.with_rows(rows, nulls, *found, self._number_names()))

@@ -5,12 +5,11 @@ of the optimizer and of the feature statistics, everything else as JSON in its m
 """
 
 import copy
-import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Final, Self
+from functools import cached_property
+from typing import Any, Final, Self
 
 import torch
 from safetensors import SafetensorError
@@ -20,38 +19,22 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 from torchmetrics import Metric
 
-from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch, TrainingError
+from tidemill.tasks.training.errors import SpecError, StateMismatch, TrainingError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.metrics import metrics_of
 from tidemill.tasks.training.models import build
+from tidemill.tasks.training.optimizers import (
+    make_average,
+    make_optimizer,
+    make_schedule,
+    restore_optimizer,
+    restore_schedule,
+    schedule_position,
+)
 from tidemill.tasks.training.replay import Memory
-from tidemill.tasks.training.spec import BUILT_IN_MODELS, ScheduleName, Spec
+from tidemill.tasks.training.spec import BUILT_IN_MODELS, Spec
 
-if TYPE_CHECKING:
-    from tidemill.tasks.training.steps import CompiledSteps
-
-OPTIMIZERS: Final[dict[str, type[torch.optim.Optimizer]]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adagrad": torch.optim.Adagrad,
-    "rmsprop": torch.optim.RMSprop,
-    "adadelta": torch.optim.Adadelta,
-    "adamax": torch.optim.Adamax,
-    "nadam": torch.optim.NAdam,
-    "radam": torch.optim.RAdam,
-}
-SCHEDULES: Final[dict[ScheduleName, Callable[..., lr_scheduler.LRScheduler]]] = {
-    "constant": partial(lr_scheduler.ConstantLR, factor=1.0),
-    "linear": lr_scheduler.LinearLR,
-    "step": lr_scheduler.StepLR,
-    "multistep": lr_scheduler.MultiStepLR,
-    "exponential": lr_scheduler.ExponentialLR,
-    "cosine": lr_scheduler.CosineAnnealingLR,
-    "cosine_restarts": lr_scheduler.CosineAnnealingWarmRestarts,
-    "polynomial": lr_scheduler.PolynomialLR,
-}
 METADATA_KEY: Final = "tidemill"  # a single key: safetensors does not fix the order of several
 STATE_FORMAT: Final = 1
 
@@ -69,7 +52,7 @@ class Counters:
 
 
 @dataclass(frozen=True, eq=False)
-class Frozen:
+class Predictor:
     """A network that is not trained any more, with all that scoring and predicting needs."""
 
     spec: Spec
@@ -101,8 +84,6 @@ class Learner:
     memory: Memory | None = None
     """Old rows for online training, if the spec asks for them."""
     counters: Counters = field(default_factory=Counters)
-    compiled: "CompiledSteps | None" = None
-    """The compiled steps, once the loop has asked for them."""
 
     @classmethod
     def create(cls, spec: Spec, features: Features, device: str = "cpu") -> Self:
@@ -115,14 +96,14 @@ class Learner:
             raise SpecError("the spec needs statistics of the columns: pass what features.fit(groups) returned")
         place = device_of(device)
         model = build(spec, features).to(place)
-        optimizer = _optimizer(spec, model)
+        optimizer = make_optimizer(spec, model)
         return cls(
             spec,
             features,
             model,
             optimizer,
-            schedule=_schedule(spec, optimizer),
-            averaged=_averaged(spec, model),
+            schedule=make_schedule(spec, optimizer),
+            averaged=make_average(spec, model),
             memory=None if spec.replay is None else Memory(spec, features),
         )
 
@@ -133,7 +114,7 @@ class Learner:
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
-        """As in `Frozen`."""
+        """As in `Predictor`."""
         return metrics_of(self.spec)
 
     @property
@@ -141,15 +122,15 @@ class Learner:
         """The network that is scored and predicts: the averaged one if there is one."""
         return self.model if self.averaged is None else self.averaged.module
 
-    def follow(self, groups: Sequence[RowGroup]) -> None:
+    def update_statistics(self, groups: Sequence[RowGroup]) -> None:
         """Brings the running statistics up to the rows of `groups`, and the memory to their scale. Raises ColumnError."""
-        old, self.features = self.features, self.features.followed(groups)
+        old, self.features = self.features, self.features.updated(groups)
         if self.memory is not None:
             self.memory.rescale(old, self.features)
 
-    def frozen(self) -> Frozen:
+    def predictor(self) -> Predictor:
         """A copy of what is served now, which further training does not change."""
-        return Frozen(self.spec, self.features, copy.deepcopy(self.served))
+        return Predictor(self.spec, self.features, copy.deepcopy(self.served))
 
     def dump(self) -> tuple[bytes, bytes]:
         """(weights, state) as safetensors. Equal learners give equal bytes. The weights are those of `served`."""
@@ -171,7 +152,7 @@ class Learner:
             "counters": asdict(self.counters),
         }
         if self.schedule is not None:
-            about["schedule"] = _position(self.schedule.state_dict())
+            about["schedule"] = schedule_position(self.schedule.state_dict())
         if self.averaged is not None:
             tensors["averaged.steps"] = self.averaged.n_averaged
             tensors |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -229,11 +210,9 @@ class Learner:
             _check_weights(learner.model, trained_weights)
             learner.model.load_state_dict(trained_weights)
             learner.averaged.n_averaged.copy_(tensors["averaged.steps"])
-        _restore_optimizer(learner.optimizer, spec, about["optimizer"], _under("optimizer.", tensors))
+        restore_optimizer(learner.optimizer, spec, about["optimizer"], _under("optimizer.", tensors))
         if learner.schedule is not None:
-            learner.schedule.load_state_dict(about["schedule"])
-            for group, rate in zip(learner.optimizer.param_groups, learner.schedule.get_last_lr(), strict=True):
-                group["lr"] = rate
+            restore_schedule(learner.schedule, about["schedule"])
         if learner.memory is not None:
             learner.memory = Memory.load(spec, features, _under("memory.", tensors))
         learner.counters = Counters(**about["counters"])
@@ -248,53 +227,6 @@ def device_of(name: str) -> torch.device:
     if name != "cpu" and (found is None or found.type != name):
         raise SpecError(f"device {name!r} is not available here ({found or 'only cpu'} is): choose auto or cpu")
     return torch.device(name)
-
-
-def _optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
-    settings = spec.optimizer
-    make = OPTIMIZERS[settings.name]
-    known = [name for name in inspect.signature(make).parameters if name not in ("params", "lr")]
-    if unknown := sorted(set(settings.arguments) - set(known)):
-        raise SpecError(f"optimizer.arguments holds {unknown}, which {settings.name} does not take: it takes {known}")
-    # JSON has no tuples, and torch compares betas with them.
-    arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.arguments.items()}
-    try:
-        return make(model.parameters(), lr=spec.learning_rate, **arguments)  # type: ignore[call-arg]  # not in the base
-    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise SpecError(f"optimizer.arguments: {settings.name} refuses {settings.arguments}: {error}") from error
-
-
-def _schedule(spec: Spec, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler | None:
-    if (settings := spec.schedule) is None:
-        return None
-    make = SCHEDULES[settings.name]
-    try:
-        main = make(optimizer, **settings.arguments)
-        if not settings.warmup_steps:
-            return main
-        rise = lr_scheduler.LinearLR(optimizer, 1 / (settings.warmup_steps + 1), total_iters=settings.warmup_steps)
-        return lr_scheduler.SequentialLR(optimizer, [rise, main], [settings.warmup_steps])
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise SpecError(f"schedule.arguments: {settings.name} refuses {settings.arguments}: {error}") from error
-
-
-def _position(state: dict[str, Any]) -> dict[str, Any]:
-    """What of a schedule's state moves; the rest, such as its milestones, is the spec's to say."""
-    moving = {"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"}
-    found = {name: value for name, value in state.items() if name in moving}
-    if "_schedulers" in state:
-        found["_schedulers"] = [_position(inner) for inner in state["_schedulers"]]
-    return found
-
-
-def _averaged(spec: Spec, model: nn.Module) -> swa_utils.AveragedModel | None:
-    if spec.ema_decay is None:
-        return None
-    average = swa_utils.get_ema_multi_avg_fn(spec.ema_decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    try:
-        return swa_utils.AveragedModel(model, multi_avg_fn=average)
-    except (TypeError, RuntimeError) as error:
-        raise FactoryError(f"ema_decay: the model of {spec.model.factory!r} cannot be copied: {error}") from error
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -354,24 +286,3 @@ def _check_weights(model: nn.Module, stored: dict[str, Tensor]) -> None:
 
 def _shape(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-
-
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, spec: Spec, about: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
-    if about["name"] != spec.optimizer.name:
-        raise StateMismatch(f"the stored state is of {about['name']}, the spec's optimizer is {spec.optimizer.name}")
-    values: dict[int, dict[str, Any]] = {int(index): dict(plain) for index, plain in about["values"].items()}
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        values.setdefault(int(index), {})[name] = tensor
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, named in values.items():
-        for name, value in named.items():
-            fits = number < len(parameters) and (
-                not isinstance(value, Tensor) or not value.ndim or value.shape == parameters[number].shape
-            )
-            if not fits:
-                raise StateMismatch(f"the stored {name} of parameter {number} does not fit the model of the spec")
-    # The groups hold learning rate and the like, which are the spec's to say; only the state comes from storage.
-    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,34 +1,103 @@
-"""Gradients and the optimizer's step: torch's own arithmetic, without the Python that torch has around it.
+"""torch's optimizers, schedules and average of the weights: made as the spec says, stepped, stored and restored.
 
-Of a small net's step `Tensor.backward` spends 35 to 50 us on what is of no use here, `Optimizer.step` 60 to 90 us. The
-state stays in the optimizer, which makes it in its own first step and stores and restores it.
+The step and the backward pass are torch's own arithmetic without the Python that torch has around it. Of a small net's step
+`Tensor.backward` spends 35 to 50 us on what is of no use here, `Optimizer.step` 60 to 90 us. The state stays in the optimizer,
+which makes it in its own first step.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.optim import adadelta, adagrad, adam, adamax, nadam, radam, rmsprop, sgd
+from torch import Tensor, nn
+from torch.optim import adadelta, adagrad, adam, adamax, lr_scheduler, nadam, radam, rmsprop, sgd, swa_utils
 from torch.overrides import has_torch_function_unary
 
-# Of each optimizer: the function, and the state that it takes for every parameter, in the order of its arguments.
-FUNCTIONAL: Final[dict[str, tuple[Callable[..., None], tuple[str, ...]]]] = {
-    "sgd": (sgd.sgd, ("momentum_buffer",)),
-    "adam": (adam.adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")),
-    "adamw": (adam.adam, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")),
-    "adagrad": (adagrad.adagrad, ("sum", "step")),
-    "rmsprop": (rmsprop.rmsprop, ("square_avg", "grad_avg", "momentum_buffer", "step")),
-    "adadelta": (adadelta.adadelta, ("square_avg", "acc_delta", "step")),
-    "adamax": (adamax.adamax, ("exp_avg", "exp_inf", "step")),
-    "nadam": (nadam.nadam, ("exp_avg", "exp_avg_sq", "mu_product", "step")),
-    "radam": (radam.radam, ("exp_avg", "exp_avg_sq", "step")),
+from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch
+from tidemill.tasks.training.spec import OptimizerName, ScheduleName, Spec
+
+
+class Kind(NamedTuple):
+    """One of torch's optimizers."""
+
+    make: type[torch.optim.Optimizer]
+    update: Callable[..., None]
+    """Its arithmetic, as a function of the parameters, their gradients, and one list of each of `state`."""
+    state: tuple[str, ...]
+    """What it keeps for every parameter, in the order of the arguments of `update`."""
+
+
+_ADAM: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
+OPTIMIZERS: Final[dict[OptimizerName, Kind]] = {
+    "sgd": Kind(torch.optim.SGD, sgd.sgd, ("momentum_buffer",)),
+    "adam": Kind(torch.optim.Adam, adam.adam, _ADAM),
+    "adamw": Kind(torch.optim.AdamW, adam.adam, _ADAM),
+    "adagrad": Kind(torch.optim.Adagrad, adagrad.adagrad, ("sum", "step")),
+    "rmsprop": Kind(torch.optim.RMSprop, rmsprop.rmsprop, ("square_avg", "grad_avg", "momentum_buffer", "step")),
+    "adadelta": Kind(torch.optim.Adadelta, adadelta.adadelta, ("square_avg", "acc_delta", "step")),
+    "adamax": Kind(torch.optim.Adamax, adamax.adamax, ("exp_avg", "exp_inf", "step")),
+    "nadam": Kind(torch.optim.NAdam, nadam.nadam, ("exp_avg", "exp_avg_sq", "mu_product", "step")),
+    "radam": Kind(torch.optim.RAdam, radam.radam, ("exp_avg", "exp_avg_sq", "step")),
+}
+SCHEDULES: Final[dict[ScheduleName, Callable[..., lr_scheduler.LRScheduler]]] = {
+    "constant": partial(lr_scheduler.ConstantLR, factor=1.0),
+    "linear": lr_scheduler.LinearLR,
+    "step": lr_scheduler.StepLR,
+    "multistep": lr_scheduler.MultiStepLR,
+    "exponential": lr_scheduler.ExponentialLR,
+    "cosine": lr_scheduler.CosineAnnealingLR,
+    "cosine_restarts": lr_scheduler.CosineAnnealingWarmRestarts,
+    "polynomial": lr_scheduler.PolynomialLR,
 }
 
 _engine: Final = torch.autograd.Variable._execution_engine  # what `Tensor.backward` calls in the end
 
 
+# ---- making ----------------------------------------------------------------------------------------------------------
+def make_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
+    """The spec's optimizer of all parameters. Raises SpecError: arguments that it does not take."""
+    settings = spec.optimizer
+    make = OPTIMIZERS[settings.name].make
+    taken = [name for name in inspect.signature(make).parameters if name not in ("params", "lr")]
+    if unknown := sorted(set(settings.arguments) - set(taken)):
+        raise SpecError(f"optimizer.arguments holds {unknown}, which {settings.name} does not take: it takes {taken}")
+    # JSON has no tuples, and torch compares betas with them.
+    arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.arguments.items()}
+    try:
+        return make(model.parameters(), lr=spec.learning_rate, **arguments)  # type: ignore[call-arg]  # not in the base
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise SpecError(f"optimizer.arguments: {settings.name} refuses {settings.arguments}: {error}") from error
+
+
+def make_schedule(spec: Spec, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler | None:
+    """The spec's schedule of the learning rate, or None. Raises SpecError: arguments that it does not take."""
+    if (settings := spec.schedule) is None:
+        return None
+    make = SCHEDULES[settings.name]
+    try:
+        main = make(optimizer, **settings.arguments)
+        if not settings.warmup_steps:
+            return main
+        rise = lr_scheduler.LinearLR(optimizer, 1 / (settings.warmup_steps + 1), total_iters=settings.warmup_steps)
+        return lr_scheduler.SequentialLR(optimizer, [rise, main], [settings.warmup_steps])
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SpecError(f"schedule.arguments: {settings.name} refuses {settings.arguments}: {error}") from error
+
+
+def make_average(spec: Spec, model: nn.Module) -> swa_utils.AveragedModel | None:
+    """The moving average of the weights, or None. Raises FactoryError: the model cannot be copied."""
+    if spec.ema_decay is None:
+        return None
+    average = swa_utils.get_ema_multi_avg_fn(spec.ema_decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    try:
+        return swa_utils.AveragedModel(model, multi_avg_fn=average)
+    except (TypeError, RuntimeError) as error:
+        raise FactoryError(f"ema_decay: the model of {spec.model.factory!r} cannot be copied: {error}") from error
+
+
+# ---- stepping --------------------------------------------------------------------------------------------------------
 def backward(loss: Tensor) -> None:
     """As `loss.backward()`: adds the gradients of a loss to those of the parameters, and raises what torch raises.
 
@@ -52,11 +121,13 @@ def arguments_of(optimizer: torch.optim.Optimizer, function: Callable[..., None]
     return {name: settings[name] for name in names if name in settings} | {"foreach": False}
 
 
-def states_of(optimizer: torch.optim.Optimizer, name: str, parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
+def states_of(
+    optimizer: torch.optim.Optimizer, name: OptimizerName, parameters: Sequence[Tensor]
+) -> list[list[Tensor | None]]:
     """The state of these parameters, a list for each argument; empty where the settings need none of a kind."""
     states = [optimizer.state.get(p, {}) for p in parameters]  # never `state[p]`, which would add an entry
     found: list[list[Tensor | None]] = [
-        [state[key] for state in states if state.get(key) is not None] for key in FUNCTIONAL[name][1]
+        [state[key] for state in states if state.get(key) is not None] for key in OPTIMIZERS[name].state
     ]
     if name == "sgd" and not found[0]:
         return [[None] * len(parameters)]  # what SGD takes for no momentum
@@ -66,10 +137,10 @@ def states_of(optimizer: torch.optim.Optimizer, name: str, parameters: Sequence[
 class Update:
     """A step of an optimizer that has made its first step on all of the parameters."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, name: str, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, name: OptimizerName, parameters: Sequence[Tensor]) -> None:
         self._optimizer, self._parameters = optimizer, list(parameters)
         (self._group,) = optimizer.param_groups
-        self._function, _ = FUNCTIONAL[name]
+        self._function = OPTIMIZERS[name].update
         self._arguments = arguments_of(optimizer, self._function)
         self._states = states_of(optimizer, name, parameters)
 
@@ -91,3 +162,42 @@ class Update:
             return
         with torch.no_grad():
             self._function(self._parameters, gradients, *self._states, lr=self._group["lr"], **self._arguments)
+
+
+# ---- storing ---------------------------------------------------------------------------------------------------------
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, spec: Spec, about: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Fills the spec's optimizer with stored state: tensors by `parameter.name`, the rest in `about`. Raises StateMismatch."""
+    if about["name"] != spec.optimizer.name:
+        raise StateMismatch(f"the stored state is of {about['name']}, the spec's optimizer is {spec.optimizer.name}")
+    values: dict[int, dict[str, Any]] = {int(index): dict(plain) for index, plain in about["values"].items()}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        values.setdefault(int(index), {})[name] = tensor
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, named in values.items():
+        for name, value in named.items():
+            fits = number < len(parameters) and (
+                not isinstance(value, Tensor) or not value.ndim or value.shape == parameters[number].shape
+            )
+            if not fits:
+                raise StateMismatch(f"the stored {name} of parameter {number} does not fit the model of the spec")
+    # The groups hold learning rate and the like, which are the spec's to say; only the state comes from storage.
+    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def schedule_position(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a schedule's state moves; the rest, such as its milestones, is the spec's to say."""
+    moving = {"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"}
+    moved = {name: value for name, value in state.items() if name in moving}
+    if "_schedulers" in state:
+        moved["_schedulers"] = [schedule_position(inner) for inner in state["_schedulers"]]
+    return moved
+
+
+def restore_schedule(schedule: lr_scheduler.LRScheduler, position: dict[str, Any]) -> None:
+    """Brings a schedule, and the learning rate of its optimizer, to a position."""
+    schedule.load_state_dict(position)
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate

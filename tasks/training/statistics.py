@@ -101,7 +101,7 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What `Features.fit` learned, and `followed` after it. Standard deviations are of the population; a constant column's is 1.
+    """What `Features.fit` learned, and `updated` after it. Standard deviations are of the population; a constant column's is 1.
 
     Each row counts once, whatever its sample weight.
     """

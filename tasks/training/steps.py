@@ -1,4 +1,7 @@
-"""Whole gradient steps, compiled: forward, loss, backward, clipping, optimizer and average, many steps a call.
+"""Gradient steps of a learner: forward, loss, backward, clipping, optimizer, schedule and average of the weights.
+
+Eager, one step at a time; or compiled, many in one call. Both do the same, but sums are made in another order, so the bits are
+not the same. The learner knows neither.
 
 Shape legend: K steps of a call, B rows of a batch, F numbers and C ids of one row, T targets.
 """
@@ -10,116 +13,227 @@ from contextlib import contextmanager
 from typing import Any, Final, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from tidemill.tasks.training.batches import Batch
+from tidemill.tasks.training.batches import Batch, in_batches
 from tidemill.tasks.training.learner import Learner
-from tidemill.tasks.training.losses import LossFunction, is_column
-from tidemill.tasks.training.optimizers import FUNCTIONAL, arguments_of, states_of
+from tidemill.tasks.training.losses import LossFunction, is_column, loss_of
+from tidemill.tasks.training.optimizers import (
+    OPTIMIZERS,
+    Update,
+    arguments_of,
+    backward,
+    restore_schedule,
+    states_of,
+)
+from tidemill.tasks.training.spec import Spec
 
 Forward = Callable[[Callable[..., Tensor], Tensor, Tensor | None], Tensor]
 """(network, x_BF, ids_BC or None) to the network's outputs in float32."""
 
-STEPS: Final = 16  # of a call; twice as many gain little and double the time of compilation
+STEPS_PER_CALL: Final = 16
+"""Twice as many gain little and double the time of compilation."""
 AUTO_STEPS: Final = 200_000
 """Steps of a run from which `compile: auto` compiles. Compilation takes 16 s (a linear model) to 43 s (an MLP) the first time,
-5 to 8 s from the cache; a compiled step saves 0.15 ms (linear) to 0.5 ms (MLP): so many win it back (docs/performance.md)."""
-
-log = logging.getLogger("tidemill.training")
-
+5 to 8 s from the cache; a compiled step saves 0.15 ms (linear) to 0.5 ms (MLP): this many win it back (docs/performance.md)."""
 _INDUCTOR: Final = {
     "fallback_random": True,  # dropout draws what it would draw in eager mode
     # Its fusion of `add(weight, mm, alpha)` into `addmm` drops alpha in torch 2.13.0: weights went up instead of down.
     "pattern_matcher": False,
 }
 
+logger = logging.getLogger("tidemill.training")
+
 
 def wanted(mode: str, steps: int) -> bool:
-    """Whether a run of so many gradient steps is compiled in this mode of the spec."""
+    """Whether a run of `steps` gradient steps is compiled in this mode of the spec."""
     return mode == "on" or (mode == "auto" and steps >= AUTO_STEPS)
 
 
-@contextmanager
-def tracing(compiled: "CompiledSteps | None") -> Iterator[None]:
-    """While steps may be compiled: backward is inside of their graph, which torch does not trace by default."""
-    # Without the option an older torch does not compile, and `run` says so.
-    if compiled is None or not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        yield
-        return
-    with torch._dynamo.config.patch(trace_autograd_ops=True):  # for a whole pass: it takes 5% of a call
-        yield
+def forward_of(spec: Spec, device: torch.device) -> Forward:
+    """How a network is called, in the spec's precision."""
+
+    def plain(network: Callable[..., Tensor], x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
+        return network(x_BF) if ids_BC is None else network(x_BF, ids_BC)
+
+    if spec.precision == "float32":
+        return plain
+
+    def mixed_precision(network: Callable[..., Tensor], x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            output = plain(network, x_BF, ids_BC)
+        return output.float() if isinstance(output, Tensor) else output
+
+    return mixed_precision
 
 
-class CompiledSteps:
-    """Several gradient steps of a learner as one compiled function.
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    if device.type == "cpu":
+        return batch
+    return Batch(*(None if tensor is None else tensor.to(device) for tensor in batch))  # type: ignore[arg-type]
 
-    The semantics are those of the eager loop; sums are made in another order, so the bits are not the same. The learner
-    must have made an eager step before, which makes the optimizer's state. What does not compile is said once, and is
-    trained by the eager loop from then on.
+
+class Steps:
+    """Gradient steps of one learner, kept from pass to pass: what is compiled, and the optimizer's arithmetic, are made once.
+
+    Which steps are compiled depends on the learner and the pass alone, so that a resumed run has the same bits: with the
+    spec's `compile: on` all calls of full size but the learner's first, with `auto` the same if the run is long enough.
     """
 
     def __init__(
-        self,
-        learner: Learner,
-        forward: Forward,
-        loss_function: LossFunction,
-        *,
-        steps: int = STEPS,
-        backend: str = "inductor",
+        self, learner: Learner, expected: int = 0, *, per_call: int = STEPS_PER_CALL, backend: str = "inductor"
     ) -> None:
-        """`steps` of a call; `backend` is torch.compile's."""
-        self.steps = steps
-        self._learner = learner
-        self._parts = forward, loss_function
-        self._backend = backend
-        self._call: Callable[..., Tensor] | None = None
-        self._compiles: bool | None = None  # None: not tried yet
+        """`expected` gradient steps of the whole run decide about `compile: auto`; `backend` is torch.compile's.
 
-    def run(self, block: Batch) -> Tensor | None:
-        """Trains on the rows of `steps` batches of one size, one after the other; to be called inside of `tracing`.
-
-        Returns the sum of loss * rows, float64; None: nothing was done, it does not compile.
+        Raises:
+            FactoryError: a loss of the user's that cannot be imported.
         """
-        if self._compiles is False:
+        spec, model = learner.spec, learner.model
+        self.learner = learner
+        compiles = wanted(spec.compile, expected)
+        self.per_call = per_call if compiles else 1
+        """Steps that one block may hold."""
+        self._device = learner.device
+        self._elsewhere = self._device.type != "cpu"
+        self._forward, self._loss = forward_of(spec, self._device), loss_of(spec, learner.features)
+        self._parameters = list(model.parameters())
+        self._trainable = [p for p in self._parameters if p.requires_grad]
+        self._update: Update | None = None
+        """Made after the first step, which makes the optimizer's state."""
+        self._column: bool | None = None
+        """Whether the output is [B, 1] where the targets are [B]; None: not seen yet."""
+        self._compiled = _Compiled(learner, self._forward, self._loss, per_call, backend) if compiles else None
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around the steps of a pass: the model is in training mode."""
+        self.learner.model.train()
+        # Backward is inside of the compiled graph, which torch does not trace by default: an older torch, which has no option
+        # for it, does not compile and says so. For a whole pass, since the option takes 5% of a call.
+        if self._compiled is None or not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            yield
+            return
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            yield
+
+    def take(self, block: Batch, count: int = 1) -> Tensor:
+        """Trains on the rows of `count` batches of one size, one after the other; to be called inside of `training`.
+
+        Returns the mean loss of the rows, each with the weights at its step, on the device: no step waits for a number.
+
+        Raises:
+            OutputShapeError: the model or the loss returned another shape than the task needs.
+        """
+        counters = self.learner.counters
+        if self._elsewhere:
+            block = moved(block, self._device)
+        if count == 1:
+            counters.steps += 1
+            return self._eager(block)
+        loss = None
+        if self._compiled is not None and counters.steps:  # the first steps are eager: they make the optimizer's state
+            loss = self._compiled.call(block)
+        if loss is None:
+            size = len(block.y_B) // count
+            loss = torch.stack([self._eager(batch) for batch in in_batches(block, size)]).double().mean()
+        else:
+            counters.compiled_steps += count
+        counters.steps += count
+        return loss
+
+    def _eager(self, batch: Batch) -> Tensor:
+        """One step. Returns its loss."""
+        learner = self.learner
+        x_BF, ids_BC, y_B, w_B = batch
+        output = self._forward(learner.model, x_BF, ids_BC)
+        if self._column is None:
+            self._column = is_column(learner.spec, output, len(y_B))
+        loss = self._loss(output, y_B.unsqueeze(1) if self._column else y_B, w_B)
+        for parameter in self._parameters:  # optimizer.zero_grad() without its bookkeeping, 8% of a small step
+            parameter.grad = None
+        backward(loss)
+        if learner.spec.clip_norm is not None:
+            clip_grad_norm_(self._parameters, learner.spec.clip_norm)
+        if self._update is not None:
+            self._update.step()
+        else:
+            optimizer = learner.optimizer
+            optimizer.step()
+            # torch skips parameters without a gradient, and which ones may change from step to step, so all must have one.
+            if Update.serves(optimizer) and all(p.grad is not None for p in self._trainable):
+                self._update = Update(optimizer, learner.spec.optimizer.name, self._trainable)
+        if learner.schedule is not None:
+            learner.schedule.step()
+        if learner.averaged is not None:
+            learner.averaged.update_parameters(learner.model)
+        return loss.detach()
+
+    @torch.no_grad()
+    def loss_after(self, block: Batch, count: int = 1) -> Tensor:
+        """The loss of the last batch of a block with the weights as they are now; nothing changes but the model's mode."""
+        learner = self.learner
+        *_, batch = in_batches(moved(block, self._device), len(block.y_B) // count)
+        learner.model.eval()  # so that neither buffers nor the random state change
+        output = self._forward(learner.model, batch.x_BF, batch.ids_BC)
+        column = is_column(learner.spec, output, len(batch.y_B))
+        return self._loss(output, batch.y_B.unsqueeze(1) if column else batch.y_B, batch.w_B)
+
+
+class _Compiled:
+    """Several steps of a learner as one compiled function. What does not compile is said once."""
+
+    def __init__(
+        self, learner: Learner, forward: Forward, loss_function: LossFunction, steps: int, backend: str
+    ) -> None:
+        self._learner, self._forward, self._loss, self._steps = learner, forward, loss_function, steps
+        self._backend = backend
+        self._function: Callable[..., Tensor] | None = None
+        """Made when first called: only then the optimizer has its state."""
+        self._works: bool | None = None
+        """None: not tried yet."""
+
+    def call(self, block: Batch) -> Tensor | None:
+        """Trains on the rows of a block of steps. Returns the mean loss, float64; None: nothing was done, it does not compile."""
+        if self._works is False:
             return None
         learner = self._learner
-        if self._call is None:  # not earlier: only now the optimizer has its state
+        if self._function is None:
             options: dict[str, Any] | None = None
             if self._backend == "inductor":
                 options = _INDUCTOR | {"cpp_wrapper": learner.device.type == "cpu"}
             torch._dynamo.reset()  # what it compiled for learners before this one counts against its limit
-            function = _steps(learner, *self._parts, self.steps)
-            self._call = torch.compile(function, fullgraph=True, dynamic=False, backend=self._backend, options=options)
-        shape = self.steps, len(block.y_B) // self.steps
+            function = _function(learner, self._forward, self._loss, self._steps)
+            self._function = torch.compile(
+                function, fullgraph=True, dynamic=False, backend=self._backend, options=options
+            )
+        shape = self._steps, len(block.y_B) // self._steps
         parts = [None if tensor is None else tensor.view(*shape, *tensor.shape[1:]) for tensor in block]
         position = None if learner.schedule is None else learner.schedule.state_dict()
-        rate_K = _rates(learner, self.steps)
+        rate_K = _rates(learner, self._steps)
         began = time.perf_counter()
         try:
             with torch.no_grad():
-                total: Tensor = self._call(*parts, rate_K)
+                loss: Tensor = self._function(*parts, rate_K)
         except Exception as error:
-            if self._compiles:
+            if self._works:
                 raise
-            self._compiles = False
+            self._works = False
             if learner.schedule is not None and position is not None:
-                learner.schedule.load_state_dict(position)
-                for group, rate in zip(learner.optimizer.param_groups, learner.schedule.get_last_lr(), strict=True):
-                    group["lr"] = rate
+                restore_schedule(learner.schedule, position)
             reason = " ".join(str(error).split("\n", 2)[:2])  # the second line has the cause of a backend's failure
-            log.warning("compile: trained without compilation, which failed: %s: %s", type(error).__name__, reason)
+            logger.warning("compile: trained without compilation, which failed: %s: %s", type(error).__name__, reason)
             return None
-        if not self._compiles:
-            log.info("compile: %d steps a call, compiled in %.1f s", self.steps, time.perf_counter() - began)
-        self._compiles = True
+        if not self._works:
+            logger.info("compile: %d steps a call, compiled in %.1f s", self._steps, time.perf_counter() - began)
+        self._works = True
         if learner.averaged is not None:
-            learner.averaged.n_averaged += self.steps
+            learner.averaged.n_averaged += self._steps
             for average, buffer in zip(learner.averaged.module.buffers(), learner.model.buffers(), strict=True):
                 average.copy_(buffer)  # as `update_parameters` does at each step
-        learner.counters.compiled_steps += self.steps
-        return total
+        return loss
 
 
 def _rates(learner: Learner, steps: int) -> Tensor:
@@ -133,15 +247,15 @@ def _rates(learner: Learner, steps: int) -> Tensor:
     return torch.tensor(rates, device=learner.device)
 
 
-def _steps(learner: Learner, forward: Forward, loss_function: LossFunction, count: int) -> Callable[..., Tensor]:
-    """The function to compile: (x_KBF, ids_KBC, y_KB, w_KB, rate_K) to the sum of loss * rows. It changes the learner."""
+def _function(learner: Learner, forward: Forward, loss_function: LossFunction, count: int) -> Callable[..., Tensor]:
+    """The function to compile: (x_KBF, ids_KBC, y_KB, w_KB, rate_K) to the mean loss. It changes the learner."""
     model, spec = learner.model, learner.spec
     clip_norm, decay = spec.clip_norm, spec.ema_decay
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    averages: dict[str, Tensor] = {}
+    averages: dict[str, nn.Parameter] = {}
     if learner.averaged is not None:
         averages = {name: p for name, p in learner.averaged.module.named_parameters() if name in named}
-    update, _ = FUNCTIONAL[spec.optimizer.name]
+    update = OPTIMIZERS[spec.optimizer.name].update
     arguments = arguments_of(learner.optimizer, update)
     # Looked up here: a lookup in the graph would add an entry for what has none, and so compile everything again.
     states = {name: states_of(learner.optimizer, spec.optimizer.name, [p]) for name, p in named.items()}
@@ -161,19 +275,19 @@ def _steps(learner: Learner, forward: Forward, loss_function: LossFunction, coun
                     y_B = y_B.unsqueeze(1)
                 loss = loss_function(output, y_B, None if w_KB is None else w_KB[k])
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-            found = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
-            parameters, used = [named[name] for name in found], list(found.values())
+            used = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
+            parameters, clipped = [named[name] for name in used], list(used.values())
             if clip_norm is not None:  # as torch.nn.utils.clip_grad_norm_ does
-                scale = (clip_norm / (get_total_norm(used) + 1e-6)).clamp(max=1.0)
-                used = [g * scale for g in used]
+                scale = (clip_norm / (get_total_norm(clipped) + 1e-6)).clamp(max=1.0)
+                clipped = [g * scale for g in clipped]
             state_lists = [
                 [value for part in parts for value in part]
-                for parts in zip(*(states[name] for name in found), strict=True)
+                for parts in zip(*(states[name] for name in used), strict=True)
             ]
-            update(parameters, used, *state_lists, lr=rate_K[k], **arguments)
+            update(parameters, clipped, *state_lists, lr=rate_K[k], **arguments)
             for name, average in averages.items():
                 average.lerp_(named[name], 1 - cast(float, decay))
-            total = total + loss.detach().double() * len(y_B)
-        return total
+            total = total + loss.detach().double()
+        return total / count
 
     return steps

@@ -23,10 +23,10 @@ from tests.training.rows import (
     spec_of,
     table_of,
 )
-from tidemill.tasks.training.batches import Split
 from tidemill.tasks.training.columns import hash_bucket
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.spec import Column
 
 
@@ -93,7 +93,7 @@ def test_running_statistics_are_those_of_all_rows_seen_so_far():
     table = table.append_column("v", vectors)
     features = Features.resolve(spec, table.schema).fit(cut(table.slice(0, 100)))
     for start, rows in ((100, 1), (101, 0), (101, 199)):
-        features = features.followed(cut(table.slice(start, rows)))
+        features = features.updated(cut(table.slice(start, rows)))
         features = Features.from_state(*features.state())
     seen, straight = features.statistics, Features.resolve(spec, table.schema).fit(cut(table)).statistics
     assert (seen.rows, seen.nulls) == (straight.rows, straight.nulls)
@@ -108,14 +108,14 @@ def test_running_statistics_refuse_a_value_far_out(value):
     features = Features.resolve(spec, table.schema).fit(cut(table))
     bad = table.set_column(0, "x0", pa.array([value] + [0.0] * 99, pa.float64()))
     with pytest.raises(ColumnError, match="column 'x0' has values so far out"):
-        features.followed(cut(bad))
+        features.updated(cut(bad))
 
 
 def test_running_statistics_of_a_constant_column_may_begin_to_vary():
     spec = spec_of("a", standardize_features=True, running_statistics=True)
     table = table_of(pa.array([3.0] * 10))
     features = Features.resolve(spec, table.schema).fit(cut(table))
-    features = features.followed(cut(table_of(pa.array([1e6] * 10))))
+    features = features.updated(cut(table_of(pa.array([1e6] * 10))))
     assert features.statistics.std_F.item() == pytest.approx((1e6 - 3) / 2)
 
 
@@ -125,7 +125,7 @@ def test_running_statistics_refuse_what_the_dataset_would_be_refused_for():
     features = Features.resolve(spec, table.schema).fit(cut(table))
     bad = table.set_column(0, "x0", pa.array([float("nan")] * 10, pa.float32()))
     with pytest.raises(ColumnError, match=r"column 'x0' of part-0\.parquet row group 0 has NaN"):
-        features.followed(cut(bad))
+        features.updated(cut(bad))
 
 
 def test_statistics_are_of_the_split_only():

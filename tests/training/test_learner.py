@@ -10,8 +10,10 @@ from safetensors.torch import save as tensor_bytes
 from tests.training.rows import begin, cut, numbers_table, plain_spec
 from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.learner import OPTIMIZERS, Learner
+from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import predict, train_pass
+from tidemill.tasks.training.optimizers import OPTIMIZERS
+from tidemill.tasks.training.steps import Steps
 
 OPTIMIZER_CASES = [
     ("sgd", {}),
@@ -44,13 +46,13 @@ def test_going_on_from_stored_bytes_gives_the_same_bits(name, arguments):
     straight = begin(spec, groups)
     stored = [straight.dump()]
     for epoch in range(3):
-        train_pass(straight, groups, key=("epoch", epoch))
+        train_pass(Steps(straight), groups, key=("epoch", epoch))
         stored.append(straight.dump())
     for begun in range(4):
         resumed = Learner.load(spec, *stored[begun])
         assert resumed.dump() == stored[begun]
         for epoch in range(begun, 3):
-            train_pass(resumed, groups, key=("epoch", epoch))
+            train_pass(Steps(resumed), groups, key=("epoch", epoch))
         assert resumed.dump() == stored[3]
         assert resumed.counters.rows == 900
 
@@ -58,20 +60,20 @@ def test_going_on_from_stored_bytes_gives_the_same_bits(name, arguments):
 def test_tied_and_transposed_weights_are_stored_whole():
     spec = plain_spec(model={"factory": "tests.training.rows:TiedNet"})
     learner = begin(spec, GROUPS)
-    train_pass(learner, GROUPS, key=("epoch", 0))
+    train_pass(Steps(learner), GROUPS, key=("epoch", 0))
     weights, state = learner.dump()
     stored = parse_tensors(weights)
     assert stored.keys() == learner.model.state_dict().keys()
     loaded = Learner.load(spec, weights, state)
     assert loaded.model.a.weight is loaded.model.b.weight
-    train_pass(loaded, GROUPS, key=("epoch", 1))
-    train_pass(learner, GROUPS, key=("epoch", 1))
+    train_pass(Steps(loaded), GROUPS, key=("epoch", 1))
+    train_pass(Steps(learner), GROUPS, key=("epoch", 1))
     assert loaded.dump() == learner.dump()
 
 
 def test_the_weights_alone_are_enough_for_plain_torch():
     learner = begin(plain_spec(), GROUPS)
-    train_pass(learner, GROUPS, key=("epoch", 0))
+    train_pass(Steps(learner), GROUPS, key=("epoch", 0))
     model = torch.nn.Linear(10, 1)
     model.load_state_dict(parse_tensors(learner.dump()[0]))
     x_NF = torch.stack([torch.tensor(GROUPS[0].table.column(f"x{i}").to_pylist()) for i in range(10)], 1)
@@ -80,7 +82,7 @@ def test_the_weights_alone_are_enough_for_plain_torch():
 
 def test_the_state_is_json_and_tensors():
     learner = begin(plain_spec(optimizer={"name": "adam"}, standardize_features=True), GROUPS)
-    train_pass(learner, GROUPS, key=("epoch", 0))
+    train_pass(Steps(learner), GROUPS, key=("epoch", 0))
     state = learner.dump()[1]
     header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
     assert {"features.mean", "features.std", "optimizer.0.exp_avg", "optimizer.1.step"} < header.keys()
@@ -169,7 +171,7 @@ def test_optimizer_state_of_other_shapes_is_refused():
         plain_spec(model={"factory": "mlp", "arguments": {"hidden": [n]}}, optimizer=momentum) for n in (4, 5)
     )
     learner = begin(large, GROUPS)
-    train_pass(learner, GROUPS, key=("epoch", 0))
+    train_pass(Steps(learner), GROUPS, key=("epoch", 0))
     with pytest.raises(StateMismatch, match=r"momentum_buffer of parameter \d does not fit"):
         Learner.load(small, begin(small, GROUPS).dump()[0], learner.dump()[1])
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from tests.training.rows import Net, TableGroup, begin, cut, numbers_table, plain_spec, same_bits
-from tidemill.tasks.training.batches import Split
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, OutputShapeError
+from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import predict, score, train_pass
+from tidemill.tasks.training.steps import Steps
 
 NET = {"factory": "tests.training.rows:Net"}
 ROWS = 1000  # neither a multiple of the batch size nor of a row group
@@ -38,7 +39,7 @@ def by_hand(table: pa.Table, seed: int, batch: int, lr: float) -> tuple[nn.Modul
 def test_one_epoch_equals_the_loop_written_by_hand(batch):
     table = numbers_table(ROWS)
     learner = begin(plain_spec(model=NET, batch_size=batch, seed=7), cut(table, 300, 299, 1, 0, 200))
-    result = train_pass(learner, cut(table, 300, 299, 1, 0, 200), key=("epoch", 0))
+    result = train_pass(Steps(learner), cut(table, 300, 299, 1, 0, 200), key=("epoch", 0))
     model, loss = by_hand(table, seed=7, batch=batch, lr=0.01)
     assert all(same_bits(a.data, b.data) for a, b in zip(learner.model.parameters(), model.parameters(), strict=True))
     assert result.loss == pytest.approx(loss, rel=1e-12)
@@ -52,9 +53,9 @@ def test_the_cut_into_row_groups_and_windows_does_not_matter_unshuffled(sizes, s
     spec = plain_spec(model=NET, standardize_features=True, standardize_target=True)
     table = numbers_table(ROWS)
     whole = begin(spec, cut(table))
-    train_pass(whole, cut(table), key=("epoch", 0))
+    train_pass(Steps(whole), cut(table), key=("epoch", 0))
     other = begin(spec.model_copy(update={"shuffle_bytes": shuffle_bytes}), cut(table))
-    train_pass(other, cut(table, *sizes), key=("epoch", 0))
+    train_pass(Steps(other), cut(table, *sizes), key=("epoch", 0))
     assert other.dump()[0] == whole.dump()[0]
 
 
@@ -68,7 +69,7 @@ def test_a_pass_depends_on_its_key_and_learner_only():
         if disturb:
             torch.rand(5)
             score(learner, groups)
-        train_pass(learner, groups, key=key)
+        train_pass(Steps(learner), groups, key=key)
         return learner.dump()
 
     assert trained(("epoch", 3), False) == trained(("epoch", 3), True)
@@ -78,7 +79,7 @@ def test_a_pass_depends_on_its_key_and_learner_only():
 def test_the_global_random_state_is_left_alone():
     groups = cut(numbers_table(100))
     before = torch.get_rng_state()
-    train_pass(begin(plain_spec(shuffle=True), groups), groups, key=("epoch", 0))
+    train_pass(Steps(begin(plain_spec(shuffle=True), groups)), groups, key=("epoch", 0))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -86,7 +87,7 @@ def test_the_global_random_state_is_left_alone():
 def test_outputs_of_shape_b_and_b_1_train_alike(factory):
     groups = cut(numbers_table(ROWS))
     learner = begin(plain_spec(model={"factory": factory}), groups)
-    results = [train_pass(learner, groups, key=("epoch", e)) for e in range(10)]
+    results = [train_pass(Steps(learner), groups, key=("epoch", e)) for e in range(10)]
     assert results[-1].loss < 0.5 * results[0].loss
 
 
@@ -101,13 +102,13 @@ def test_a_wrong_output_shape_is_named(settings, message):
     table = numbers_table(100).set_column(10, "y", pa.array([0] * 100))
     learner = begin(plain_spec(**settings), cut(table))
     with pytest.raises(OutputShapeError, match=message):
-        train_pass(learner, cut(table), key=("epoch", 0))
+        train_pass(Steps(learner), cut(table), key=("epoch", 0))
 
 
 def test_a_diverging_loss_is_an_error_that_says_what_to_do():
     groups = cut(numbers_table(ROWS))
     with pytest.raises(NonFiniteLoss, match=r"part-0.*lower learning_rate"):
-        train_pass(begin(plain_spec(learning_rate=1e6), groups), groups, key=("epoch", 0))
+        train_pass(Steps(begin(plain_spec(learning_rate=1e6), groups)), groups, key=("epoch", 0))
 
 
 def test_another_implementation_of_the_optimizer_makes_every_step(monkeypatch):
@@ -117,7 +118,7 @@ def test_another_implementation_of_the_optimizer_makes_every_step(monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: calls.append(self) or plain(self))
     groups = cut(numbers_table(ROWS))
     spec = plain_spec(optimizer={"arguments": {"fused": True}})
-    assert train_pass(begin(spec, groups), groups, key=("epoch", 0)).steps == len(calls) > 1
+    assert train_pass(Steps(begin(spec, groups)), groups, key=("epoch", 0)).steps == len(calls) > 1
 
 
 def normalised(inputs):
@@ -139,7 +140,7 @@ def test_what_the_last_step_breaks_is_seen_at_once(settings, value):
     x0 = table.column("x0").to_pylist()
     broken = cut(table.set_column(0, "x0", pa.array([*x0[:-1], value], pa.float32())))
     with pytest.raises(NonFiniteLoss, match=r"part-0.*non-finite"):
-        train_pass(begin(plain_spec(**settings), cut(table)), broken, key=("shard", 0))
+        train_pass(Steps(begin(plain_spec(**settings), cut(table))), broken, key=("shard", 0))
 
 
 def test_rows_without_a_target_are_left_out_and_counted():
@@ -149,8 +150,8 @@ def test_rows_without_a_target_are_left_out_and_counted():
     kept = table.filter(pa.array([i % 7 != 0 for i in range(ROWS)]))
     spec = plain_spec(model=NET)
     a, b = begin(spec, cut(kept)), begin(spec, cut(kept))
-    result = train_pass(a, cut(holes, 100, 333), key=("epoch", 0))
-    train_pass(b, cut(kept), key=("epoch", 0))
+    result = train_pass(Steps(a), cut(holes, 100, 333), key=("epoch", 0))
+    train_pass(Steps(b), cut(kept), key=("epoch", 0))
     assert (result.rows, result.unlabelled) == (kept.num_rows, ROWS - kept.num_rows)
     assert a.dump()[0] == b.dump()[0]
 
@@ -163,7 +164,7 @@ def test_a_shard_with_no_target_or_an_emptied_column_is_refused_when_it_is_score
         with pytest.raises(ColumnError, match=message):
             score(learner, cut(empty, 50))
         with pytest.raises(ColumnError, match=message):
-            train_pass(learner, cut(empty, 50), key=("shard", 0))
+            train_pass(Steps(learner), cut(empty, 50), key=("shard", 0))
 
 
 def test_a_column_that_is_seldom_filled_may_be_empty_in_a_small_shard():
@@ -171,14 +172,14 @@ def test_a_column_that_is_seldom_filled_may_be_empty_in_a_small_shard():
     sparse = pa.array([1.0 if i % 50 == 0 else None for i in range(200)], pa.float32())
     table = table.set_column(3, "x3", sparse)
     learner = begin(plain_spec(), cut(table))
-    assert train_pass(learner, cut(table.slice(1, 40)), key=("shard", 0)).rows == 40
+    assert train_pass(Steps(learner), cut(table.slice(1, 40)), key=("shard", 0)).rows == 40
 
 
 def test_only_the_rows_of_the_split_are_trained_on_and_scored():
     groups = cut(numbers_table(ROWS), 400)
     learner = begin(plain_spec(), groups)
     held_out = score(learner, groups, Split(0.3, held_out=True)).rows
-    trained = train_pass(learner, groups, key=("epoch", 0), split=Split(0.3, held_out=False)).rows
+    trained = train_pass(Steps(learner), groups, key=("epoch", 0), split=Split(0.3, held_out=False)).rows
     assert 200 < held_out < 400
     assert held_out + trained == ROWS
 
@@ -187,7 +188,7 @@ def test_a_score_over_no_rows():
     learner = begin(plain_spec(), cut(numbers_table(10)))
     empty = score(learner, [])
     assert (empty.rows, empty.metrics, math.isnan(empty.loss)) == (0, {}, True)
-    assert train_pass(learner, [], key=("epoch", 0)).rows == 0
+    assert train_pass(Steps(learner), [], key=("epoch", 0)).rows == 0
 
 
 def test_regression_scores_and_predictions_are_in_units_of_the_target():
@@ -197,7 +198,7 @@ def test_regression_scores_and_predictions_are_in_units_of_the_target():
     spec = plain_spec(standardize_features=True, standardize_target=True, shuffle=True, learning_rate=0.05)
     learner = begin(spec, groups)
     for epoch in range(5):
-        train_pass(learner, groups, key=("epoch", epoch))
+        train_pass(Steps(learner), groups, key=("epoch", epoch))
     predictions = list(predict(learner, groups))
     assert [len(p) for p in predictions] == [300, 1, 699]
     assert all(p.dtype == torch.float32 and p.ndim == 1 for p in predictions)
@@ -220,7 +221,7 @@ def test_binary_scores_and_probabilities():
     table, labels_N = labelled("binary")
     learner = begin(plain_spec(task="binary", shuffle=True, learning_rate=0.5), cut(table))
     for epoch in range(3):
-        train_pass(learner, cut(table, 900), key=("epoch", epoch))
+        train_pass(Steps(learner), cut(table, 900), key=("epoch", epoch))
     (p_N,) = predict(learner, cut(table))
     assert ((p_N >= 0) & (p_N <= 1)).all()
     result = score(learner, cut(table, 900))
@@ -239,7 +240,7 @@ def test_multiclass_scores_and_probabilities():
     table, labels_N = labelled("multiclass")
     learner = begin(plain_spec(task="multiclass", classes=3, shuffle=True, learning_rate=0.5), cut(table))
     for epoch in range(3):
-        train_pass(learner, cut(table), key=("epoch", epoch))
+        train_pass(Steps(learner), cut(table), key=("epoch", epoch))
     (p_NO,) = predict(learner, cut(table))
     assert p_NO.shape == (2000, 3)
     torch.testing.assert_close(p_NO.sum(1), torch.ones(2000))

@@ -9,6 +9,7 @@ from tidemill.tasks.training.errors import FactoryError
 from tidemill.tasks.training.features import Features, SequenceInput
 from tidemill.tasks.training.loop import train_pass
 from tidemill.tasks.training.models import Inputs, build, linear, mlp
+from tidemill.tasks.training.steps import Steps
 
 GROUPS = cut(numbers_table(100))
 
@@ -156,7 +157,7 @@ def test_built_in_models_learn_numbers_and_categories(factory):
     spec = plain_spec(2, features=["x0", "x1", "color"], model={"factory": factory}, shuffle=True, learning_rate=0.1)
     groups = cut(table, 300)
     learner = begin(spec, groups)
-    losses = [train_pass(learner, groups, key=("epoch", epoch)).loss for epoch in range(15)]
+    losses = [train_pass(Steps(learner), groups, key=("epoch", epoch)).loss for epoch in range(15)]
     assert losses[-1] < 0.1 < 1 < losses[0]
 
 
@@ -176,5 +177,5 @@ def test_built_in_models_learn_from_sequences(factory):
     )
     groups = cut(table, 300)
     learner = begin(spec, groups)
-    losses = [train_pass(learner, groups, key=("epoch", epoch)).loss for epoch in range(10)]
+    losses = [train_pass(Steps(learner), groups, key=("epoch", epoch)).loss for epoch in range(10)]
     assert losses[-1] < 0.05 < 0.2 < losses[0]

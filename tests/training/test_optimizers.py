@@ -1,17 +1,17 @@
 """Our backward pass and functional step have the bits of torch's own, for every optimizer and its main settings."""
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.training.rows import same_bits
-from tidemill.tasks.training.learner import OPTIMIZERS
-from tidemill.tasks.training.optimizers import FUNCTIONAL, Update, backward
+from tidemill.tasks.training.optimizers import OPTIMIZERS, Update, backward
+from tidemill.tasks.training.spec import OptimizerName
 
-CASES: list[tuple[str, dict[str, Any]]] = [
+CASES: list[tuple[OptimizerName, dict[str, Any]]] = [
     *((name, {}) for name in OPTIMIZERS),
     ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
     ("adam", {"amsgrad": True, "betas": (0.8, 0.95)}),
@@ -21,8 +21,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def test_every_optimizer_has_one() -> None:
-    assert FUNCTIONAL.keys() == OPTIMIZERS.keys()
+def test_every_optimizer_of_a_spec_is_in_the_table() -> None:
+    assert OPTIMIZERS.keys() == set(get_args(OptimizerName))
 
 
 @pytest.mark.parametrize("name", ["foreach", "fused", "differentiable"])
@@ -37,12 +37,12 @@ def test_an_accelerator_takes_all_parameters_at_once_as_torch_does() -> None:
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda value: str(value))
-def test_same_bits_as_torchs_step(name: str, settings: dict[str, Any]) -> None:
+def test_same_bits_as_torchs_step(name: OptimizerName, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
     theirs = copy.deepcopy(ours)
     nets = (ours, theirs)
-    optimizers = [OPTIMIZERS[name](net.parameters(), lr=0.1, **settings) for net in nets]  # type: ignore[call-arg]
+    optimizers = [OPTIMIZERS[name].make(net.parameters(), lr=0.1, **settings) for net in nets]  # type: ignore[call-arg]
     update: Update | None = None
     for step in range(8):
         x, rate = torch.randn(16, 4), 0.1 / (step + 1)

@@ -13,6 +13,7 @@ from tidemill.tasks.training.groups import generator
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import train_pass, train_shard
 from tidemill.tasks.training.replay import Memory, mixed
+from tidemill.tasks.training.steps import Steps
 
 
 def empty(rows: int = 100, classes: int = 0, **replay) -> Memory:
@@ -128,7 +129,7 @@ def learner_with(**settings) -> Learner:
     groups = cut(table)
     spec = plain_spec(3, shuffle=True, batch_size=16, **settings)
     learner = begin(spec, groups)
-    train_pass(learner, groups, key=("epoch", 0), remember=True)
+    train_pass(Steps(learner), groups, key=("epoch", 0), remember=True)
     return learner
 
 
@@ -140,8 +141,8 @@ def shard(number: int):
 def test_a_learner_stored_and_loaded_after_each_shard_gives_the_same_bits(replay):
     straight, stored = learner_with(replay=replay), learner_with(replay=replay)
     for number in range(4):
-        train_shard(straight, shard(number), 2)
-        train_shard(stored, shard(number), 2)
+        train_shard(Steps(straight), shard(number), 2)
+        train_shard(Steps(stored), shard(number), 2)
         stored = Learner.load(stored.spec, *stored.dump())
     assert straight.dump() == stored.dump()
 
@@ -151,8 +152,8 @@ def test_running_statistics_are_part_of_what_is_stored(replay):
     settings = {"replay": replay, "standardize_features": True, "standardize_target": True, "running_statistics": True}
     straight, stored = learner_with(**settings), learner_with(**settings)
     for number in range(4):
-        train_shard(straight, shard(number), 2)
-        train_shard(stored, shard(number), 2)
+        train_shard(Steps(straight), shard(number), 2)
+        train_shard(Steps(stored), shard(number), 2)
         stored = Learner.load(stored.spec, *stored.dump())
     assert straight.dump() == stored.dump()
     assert straight.features.statistics.rows == 300 + 50 + 51 + 52 + 53
@@ -161,7 +162,7 @@ def test_running_statistics_are_part_of_what_is_stored(replay):
 def test_statistics_stay_those_of_the_dataset_unless_they_are_to_run():
     learner = learner_with(standardize_features=True)
     before = learner.features
-    train_shard(learner, shard(0), 1)
+    train_shard(Steps(learner), shard(0), 1)
     assert learner.features is before
 
 
@@ -175,7 +176,7 @@ def test_kept_rows_follow_the_running_statistics():
     rows = encoded(learner.features, raw)
     learner.memory.offer(Batch(rows.x_NF, None, rows.y_N), generator(0))
     learner.memory.settle(generator(0))
-    learner.follow(cut(far))
+    learner.update_statistics(cut(far))
     today = encoded(learner.features, raw)
     kept = learner.memory.state()
     torch.testing.assert_close(kept["x_BF"][:3], today.x_NF[:3])
@@ -187,10 +188,10 @@ def test_kept_rows_follow_the_running_statistics():
 def test_old_rows_are_trained_on_beside_the_new_ones_and_counted_apart():
     learner = learner_with(replay={"rows": 40})
     before = learner.counters.rows
-    result = train_shard(learner, shard(0), 1)
+    result = train_shard(Steps(learner), shard(0), 1)
     assert (result.rows, learner.counters.rows - before) == (50, 50)
     plain = learner_with()
-    train_shard(plain, shard(0), 1)
+    train_shard(Steps(plain), shard(0), 1)
     assert not same_bits(learner.model.weight, plain.model.weight)
 
 
@@ -202,7 +203,7 @@ def test_the_first_shard_trains_on_rows_of_the_dataset():
     learner.memory.settle(generator(0))
     learner.memory.seen_P[0] = 10**9  # so that no new row takes its place
     for _ in range(100):
-        train_shard(learner, cut(numbers_table(8, 1).slice(0, 4)), 1)
+        train_shard(Steps(learner), cut(numbers_table(8, 1).slice(0, 4)), 1)
     assert learner.model(torch.tensor([[5.0]])).item() == pytest.approx(50, abs=10)
 
 

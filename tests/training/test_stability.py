@@ -13,6 +13,7 @@ from tests.training.rows import WHERE, TableGroup, begin, cut, numbers_table, pl
 from tidemill.tasks.training.errors import FactoryError, OutputShapeError, SpecError
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import predict, score, train_pass
+from tidemill.tasks.training.steps import Steps
 
 TABLE = numbers_table(96, 3)
 GROUPS = cut(TABLE)
@@ -21,7 +22,7 @@ GROUPS = cut(TABLE)
 def trained(epochs: int = 3, **settings) -> Learner:
     learner = begin(plain_spec(3, batch_size=8, learning_rate=0.1, **settings), GROUPS)
     for epoch in range(epochs):
-        train_pass(learner, GROUPS, key=("epoch", epoch))
+        train_pass(Steps(learner), GROUPS, key=("epoch", epoch))
     return learner
 
 
@@ -86,7 +87,7 @@ def test_a_learner_stored_and_loaded_goes_on_with_the_same_rates(schedule, warmu
     straight, stored = trained(0, **settings), trained(0, **settings)
     for epoch in range(3):
         for learner in (straight, stored):
-            train_pass(learner, GROUPS, key=("epoch", epoch))
+            train_pass(Steps(learner), GROUPS, key=("epoch", epoch))
         stored = Learner.load(stored.spec, *stored.dump())
     assert stored.dump() == straight.dump()
     assert stored.optimizer.param_groups[0]["lr"] == straight.optimizer.param_groups[0]["lr"]
@@ -121,8 +122,8 @@ def test_averaged_weights_follow_the_formula_and_are_what_is_scored_stored_and_s
     expected = None
     for step in range(12):  # one batch a pass, so that each step's weights can be seen
         part = cut(TABLE.slice(step * 8, 8))
-        train_pass(learner, part, key=("epoch", step))
-        train_pass(plain, part, key=("epoch", step))
+        train_pass(Steps(learner), part, key=("epoch", step))
+        train_pass(Steps(plain), part, key=("epoch", step))
         weight = plain.model.weight.detach().clone()
         expected = weight if expected is None else 0.9 * expected + 0.1 * weight
     assert same_bits(learner.model.weight, plain.model.weight)
@@ -137,8 +138,8 @@ def test_averaged_weights_follow_the_formula_and_are_what_is_scored_stored_and_s
 
 def test_a_frozen_copy_does_not_move():
     learner = trained(1)
-    frozen, before = learner.frozen(), score(learner, GROUPS)
-    train_pass(learner, GROUPS, key=("epoch", 1))
+    frozen, before = learner.predictor(), score(learner, GROUPS)
+    train_pass(Steps(learner), GROUPS, key=("epoch", 1))
     assert score(frozen, GROUPS) == before != score(learner, GROUPS)
 
 
@@ -153,7 +154,7 @@ def test_a_weight_of_two_counts_as_two_rows_would():
     spec = plain_spec(3, batch_size=1000, learning_rate=0.1, sample_weight="w")
     learner = begin(spec, cut(weighted_table(weights)))
     reference = copy.deepcopy(learner.model)
-    train_pass(learner, cut(weighted_table(weights)), key=("epoch", 0))
+    train_pass(Steps(learner), cut(weighted_table(weights)), key=("epoch", 0))
     x_NF = torch.tensor([TABLE.column(f"x{i}").to_pylist() for i in range(3)]).T
     error_N = reference(x_NF).squeeze(1) - torch.tensor(TABLE.column("y").to_pylist())
     (torch.tensor(weights) * error_N**2).mean().backward()
@@ -192,7 +193,7 @@ def test_weights_of_classes_and_rows_survive_storage():
     stored = begin(spec, cut(table, 40))
     for epoch in range(3):
         for learner in (straight, stored):
-            train_pass(learner, cut(table, 40), key=("epoch", epoch), replay=True, remember=True)
+            train_pass(Steps(learner), cut(table, 40), key=("epoch", epoch), replay=True, remember=True)
         stored = Learner.load(spec, *stored.dump())
     assert stored.dump() == straight.dump()
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.training.rows import begin, cut, numbers_table, plain_spec, same_bits
-from tidemill.tasks.training.learner import OPTIMIZERS, Learner
-from tidemill.tasks.training.loop import _forward, train_pass
-from tidemill.tasks.training.losses import loss_of
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import train_pass
+from tidemill.tasks.training.optimizers import OPTIMIZERS
 from tidemill.tasks.training.pool import WindowPool
-from tidemill.tasks.training.steps import AUTO_STEPS, STEPS, CompiledSteps, wanted
+from tidemill.tasks.training.steps import AUTO_STEPS, STEPS_PER_CALL, Steps, wanted
 
 COUNT = 3
 BATCH = 32
@@ -23,11 +23,9 @@ def trained(mode: str, epochs: int = 2, old_rows: bool = False, backend: str = "
     """`aot_eager` traces and differentiates as the real backend does, and runs the result without a C++ compiler."""
     groups = cut(numbers_table(ROWS))
     learner = begin(plain_spec(compile=mode, batch_size=BATCH, **spec), groups)
-    if mode == "on":
-        function, loss = _forward(learner), loss_of(learner.spec, learner.features)
-        learner.compiled = CompiledSteps(learner, function, loss, steps=COUNT, backend=backend)
+    steps = Steps(learner, per_call=COUNT, backend=backend)
     for epoch in range(epochs):
-        train_pass(learner, groups, key=("epoch", epoch), replay=old_rows and epoch > 0, remember=True)
+        train_pass(steps, groups, key=("epoch", epoch), replay=old_rows and epoch > 0, remember=True)
     return learner
 
 
@@ -64,9 +62,7 @@ def test_the_eager_steps_of_a_first_pass_keep_no_memory(monkeypatch: pytest.Monk
     rows = BATCH * COUNT + 20  # of a row group; two do not fit a window
     groups = cut(numbers_table(5 * rows), *[rows] * 4)
     learner = begin(plain_spec(compile="on", batch_size=BATCH, shuffle=True, shuffle_bytes=2 * 50 * rows), groups)
-    function, loss = _forward(learner), loss_of(learner.spec, learner.features)
-    learner.compiled = CompiledSteps(learner, function, loss, steps=COUNT, backend="aot_eager")
-    train_pass(learner, groups, key=("epoch", 0))
+    train_pass(Steps(learner, per_call=COUNT, backend="aot_eager"), groups, key=("epoch", 0))
     assert 0 < learner.counters.compiled_steps < learner.counters.steps
     assert len(made) == 2  # one for each of the two windows that are in memory at a time
 
@@ -94,11 +90,9 @@ def test_blocks_that_straddle_windows_hold_ids_weights_and_several_targets() -> 
     found = {}
     for mode in ("off", "on"):
         found[mode] = learner = begin(spec.model_copy(update={"compile": mode}), groups)
-        if mode == "on":
-            parts = _forward(learner), loss_of(learner.spec, learner.features)
-            learner.compiled = CompiledSteps(learner, *parts, steps=COUNT, backend="aot_eager")
+        steps = Steps(learner, per_call=COUNT, backend="aot_eager")
         for epoch in range(2):
-            train_pass(learner, groups, key=("epoch", epoch))
+            train_pass(steps, groups, key=("epoch", epoch))
     assert found["on"].counters.compiled_steps > 20 * COUNT
     assert furthest(found["off"], found["on"]) < 1e-5
 
@@ -107,7 +101,7 @@ def test_the_averaged_model_has_the_buffers_of_the_trained_one() -> None:
     compiled = trained("on", 1, ema_decay=0.9, model={"factory": f"{HERE}:DropoutNet"})
     before = compiled.counters.compiled_steps
     whole = cut(numbers_table(BATCH * COUNT, seed=1))  # no eager step after the last call, which would copy them
-    train_pass(compiled, whole, key=("epoch", 1))
+    train_pass(Steps(compiled, per_call=COUNT, backend="aot_eager"), whole, key=("epoch", 1))
     assert compiled.counters.compiled_steps == before + COUNT
     assert compiled.averaged is not None
     buffers = dict(compiled.model.named_buffers())
@@ -145,7 +139,7 @@ def test_what_does_not_compile_is_said_once_and_trained_eagerly(caplog: pytest.L
 
 
 def test_the_generated_code_makes_the_same_steps() -> None:
-    """The real backend, C++ compiler included; this found torch 2.13.0 drop `alpha` (see compiled.py)."""
+    """The real backend, C++ compiler included; this found torch 2.13.0 drop `alpha` (see `_INDUCTOR`)."""
     eager, compiled = trained("off"), trained("on", backend="inductor")
     assert compiled.counters.compiled_steps == 3 * COUNT
     assert furthest(eager, compiled) < 1e-5
@@ -156,9 +150,7 @@ def test_a_learner_that_was_stored_goes_on_with_the_same_bits() -> None:
     straight = trained("on")
     stored = trained("on", 1)
     resumed = Learner.load(stored.spec, *stored.dump())
-    function, loss = _forward(resumed), loss_of(resumed.spec, resumed.features)
-    resumed.compiled = CompiledSteps(resumed, function, loss, steps=COUNT, backend="aot_eager")
-    train_pass(resumed, groups, key=("epoch", 1))
+    train_pass(Steps(resumed, per_call=COUNT, backend="aot_eager"), groups, key=("epoch", 1))
     assert resumed.dump() == straight.dump()
 
 
@@ -167,10 +159,5 @@ def test_auto_compiles_long_runs_only() -> None:
     assert wanted("on", 0)
     assert not wanted("off", 10 * AUTO_STEPS)
     learner = begin(plain_spec(compile="auto", batch_size=BATCH), cut(numbers_table(ROWS)))
-    train_pass(learner, cut(numbers_table(ROWS)), key=("epoch", 0), repeats=10)
-    assert learner.compiled is None
-    few = ROWS // BATCH
-    train_pass(learner, cut(numbers_table(BATCH)), key=("epoch", 0), repeats=AUTO_STEPS)
-    assert learner.compiled is not None
-    assert few < STEPS  # so nothing was compiled here either: there was no full call
-    assert learner.counters.compiled_steps == 0
+    assert Steps(learner, AUTO_STEPS - 1).per_call == 1
+    assert Steps(learner, AUTO_STEPS).per_call == STEPS_PER_CALL

@@ -41,19 +41,21 @@ def trained(work: Work, began: float, **settings: Any) -> dict[str, Any]:
     code that watches for the first step would change what is compiled.
     """
     from tidemill.tasks.training.loop import train_pass
+    from tidemill.tasks.training.steps import Steps
 
     learner, groups = begun(work, **settings)
+    steps = Steps(learner)
     opened = time.perf_counter() - began
     took = []
     for number in range(2):
         at = time.perf_counter()
-        train_pass(learner, groups[:1], key=("warm-up", number))
+        train_pass(steps, groups[:1], key=("warm-up", number))
         took.append(time.perf_counter() - at)
     count = max(_least(learner.spec.window_bytes, work), math.ceil(work.seconds / took[1]))
     many = [groups[i % len(groups)] for i in range(count)]
     first_step = [] if learner.spec.compile == "on" else _watched(learner.model)
     called, cpu = time.perf_counter(), cpu_seconds()
-    result = train_pass(learner, many, key=("epoch", 0))
+    result = train_pass(steps, many, key=("epoch", 0))
     now = time.perf_counter()
     assert result.rows == sum(group.num_rows for group in many)
     if learner.spec.compile == "on" and not learner.counters.compiled_steps:

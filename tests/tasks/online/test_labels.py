@@ -19,6 +19,7 @@ from tidemill.tasks.training.errors import SpecError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import score, train_shard
+from tidemill.tasks.training.steps import Steps
 
 
 def shard(table: pa.Table, name: str = "x.parquet", row_group_size: int = 7) -> list[RowGroup]:
@@ -94,7 +95,7 @@ def test_training_takes_joined_rows_as_if_the_target_had_been_there() -> None:
     for groups in (joined, at_once):
         learner = Learner.create(SPEC, Features.resolve(SPEC, whole.schema).fit(shard(whole)))
         before = score(learner, groups)
-        result = train_shard(learner, groups, 2)
+        result = train_shard(Steps(learner), groups, 2)
         assert (before.rows, result.rows, result.unlabelled) == (30, 30, 10)
         dumps.append((before, result, learner.dump()))
     assert dumps[0] == dumps[1]
