@@ -14,13 +14,10 @@ from contextlib import suppress
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
-import aiohttp
 import s3fs
-from botocore import exceptions as boto
-from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -31,12 +28,9 @@ from tidemill.storage.errors import (
     NotFound,
     PermissionDenied,
     PreconditionFailed,
-    StorageError,
-    StoreNotFound,
-    Unavailable,
-    UnsupportedStore,
     on_one_line,
 )
+from tidemill.storage.s3_errors import FAILURES, Transient, Unexplained, translated
 from tidemill.storage.store import ObjectInfo, PassedOver, Store
 
 logger = logging.getLogger("tidemill.storage")
@@ -112,6 +106,9 @@ class S3Store(Store):
         except NotFound:
             with suppress(PermissionDenied):
                 self._call("head_bucket", None)  # a HEAD has no body to say whether the key or the bucket is missing
+            raise
+        except Unexplained:
+            self._call("get_object", key, Range="bytes=0-0")  # the body of its refusal tells the reason
             raise
         return ObjectInfo(
             key, answer["ContentLength"], _unquoted(answer["ETag"]), answer["LastModified"].astimezone(UTC)
@@ -251,21 +248,34 @@ class S3Store(Store):
         def attempt() -> dict[str, Any]:
             try:
                 answer: dict[str, Any] = sync(self._fs.loop, _request, self._fs, method, params, seconds)
-            except _FAILURES as error:
-                translated = _translated(error, method, where, has_key=key is not None)
-                raise translated from (None if isinstance(error, ValueError) else error)
+            except FAILURES as error:
+                told = translated(error, method, where, key)
+                raise told from (None if isinstance(error, ValueError) else error)
             return answer
 
+        told = False
+
+        def before_sleep(state: RetryCallState) -> None:
+            nonlocal told
+            assert state.outcome is not None
+            late = (state.seconds_since_start or 0) + state.upcoming_sleep > _TOLD_AFTER_SECONDS and not told
+            logger.log(
+                logging.WARNING if late else logging.INFO,
+                "%s of %s at %s: %s. Trying again for up to %.0f s: is the store up, and does AWS_ENDPOINT_URL_S3 name it?",
+                *(method, on_one_line(where), _endpoint(self._fs), state.outcome.exception(), self.retry_seconds),
+            )
+            told = told or late
+
         retrying = Retrying(
-            retry=retry_if_exception_type(_Transient),
+            retry=retry_if_exception_type(Transient),
             stop=stop_after_delay(self.retry_seconds),
             wait=wait_random_exponential(multiplier=0.1, max=5),
-            before_sleep=_log_retry,
+            before_sleep=before_sleep,
             reraise=True,
         )
         try:
             return retrying(attempt)
-        except _Transient as failure:
+        except Transient as failure:
             seconds = retrying.statistics["delay_since_first_attempt"]
             raise failure.verdict(
                 f"{method} of {where} at {_endpoint(self._fs)} failed for {seconds:.0f} s: {failure}. "
@@ -273,15 +283,10 @@ class S3Store(Store):
             ) from failure.__cause__
 
 
-_SLOWEST_UPLOAD = 128 * 1024  # bytes a second; slower than that is taken for a stall
-
-
-class _Transient(Exception):
-    """A failure that may go away. `verdict` is what to raise when it does not."""
-
-    def __init__(self, message: str, verdict: type[StorageError] = Unavailable) -> None:
-        super().__init__(message)
-        self.verdict = verdict
+_TOLD_AFTER_SECONDS: Final = 2.0
+"""A call that has failed for this long says so: nothing listens there, or the server is down."""
+_SLOWEST_UPLOAD: Final = 128 * 1024
+"""Bytes a second; slower than that is taken for a stall."""
 
 
 async def _request(fs: Any, method: str, params: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -289,7 +294,7 @@ async def _request(fs: Any, method: str, params: dict[str, Any], seconds: float)
         async with asyncio.timeout(seconds):
             answer: dict[str, Any] = await fs._call_s3(method, **params)
     except TimeoutError as error:
-        raise _Transient(f"no answer within {seconds:.0f} s") from error
+        raise Transient(f"no answer within {seconds:.0f} s") from error
     if "Body" in answer:
         async with answer["Body"] as body:
             data = await body.read()
@@ -297,10 +302,12 @@ async def _request(fs: Any, method: str, params: dict[str, Any], seconds: float)
         if (sent := _RANGE.match(answer.get("ContentRange", ""))) is not None:
             expected = int(sent[2]) - int(sent[1]) + 1
         if len(data) != expected:
-            raise _Transient(f"{len(data)} bytes of {expected} came", CorruptObject)
+            raise Transient(f"{len(data)} bytes of {expected} came", CorruptObject)
         answer["Body"] = data
     if method == "list_objects_v2" and "IsTruncated" not in answer:
-        raise _Transient("an empty answer came")
+        raise Transient("an empty answer came")
+    if method in ("get_object", "head_object", "put_object") and "ETag" not in answer:
+        raise Transient("an answer without an ETag came, unlike any of S3: the port of a web server?")
     return answer
 
 
@@ -318,93 +325,6 @@ def _vouched(answer: dict[str, Any]) -> bool:
     if etag is None or any("-" not in checksum for checksum in checksums):
         return True
     return hashlib.md5(answer["Body"], usedforsecurity=False).hexdigest() == etag[1]
-
-
-# All that s3fs raises when the store, the network or the configuration is at fault. A ClientError is the cause of an
-# OSError.
-_FAILURES = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, ResponseParserError, ValueError)
-
-_NETWORK = (
-    OSError,
-    aiohttp.ClientError,
-    boto.ConnectionError,
-    boto.HTTPClientError,
-    boto.CredentialRetrievalError,  # the metadata service did not answer
-    ResponseParserError,  # half an answer, or a proxy's error page
-)
-_NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound)
-
-# Codes that come with a 4xx status but go away
-_BUSY = {"BadDigest", "ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "RequestTimeout", "SlowDown"}
-
-_DENIED = {
-    "ExpiredToken": "the session token has expired: renew it",
-    "InvalidAccessKeyId": "the store does not know this access key: check AWS_ACCESS_KEY_ID or AWS_PROFILE",
-    "RequestTimeTooSkewed": "the clocks of this machine and the store differ: set this machine's clock",
-    "SignatureDoesNotMatch": "the secret key is wrong, or a proxy changed the request: check AWS_SECRET_ACCESS_KEY",
-}
-
-
-def _translated(error: BaseException, method: str, where: str, *, has_key: bool) -> StorageError | _Transient:
-    """What to raise for a failed request."""
-    answer = _error_answer(error)
-    if answer is None:
-        return _translated_without_answer(error, where)
-    status, code, message = answer
-    if (status >= 500 and status != 501) or status in (408, 409, 429) or code in _BUSY:
-        return _Transient(f"{code} ({status}): {message}")
-    if status == 412:
-        return PreconditionFailed(f"{where} does not have the etag that {method} named")
-    if code == "NoSuchBucket" or (status == 404 and not has_key):
-        return StoreNotFound(
-            f"{where}: there is no such bucket. Check the URL and AWS_ENDPOINT_URL_S3, or make the bucket"
-        )
-    if status == 404:
-        return NotFound(f"{where} does not exist")
-    if status == 416:
-        return CorruptObject(f"{where} is shorter than the range asked for")
-    if code in _DENIED or status in (401, 403):
-        hint = _DENIED.get(
-            code, f"these credentials may not {method}: grant it, or use others (AWS_PROFILE, AWS_ACCESS_KEY_ID)"
-        )
-        return PermissionDenied(f"{where}: {code}: {hint}")
-    if code == "KeyTooLongError":
-        return InvalidKey(f"{where}: the key is too long for this store")
-    if status == 501:
-        return UnsupportedStore(f"{where}: the store lacks what Tidemill needs for {method}: {message}")
-    if status == 301 or code == "AuthorizationHeaderMalformed":
-        return StorageError(f"{where}: the bucket is in another region: set AWS_REGION ({message})")
-    return StorageError(f"{where}: the store refused {method}: {code} ({status}): {message}")
-
-
-def _translated_without_answer(error: BaseException, where: str) -> StorageError | _Transient:
-    if isinstance(error, _NO_CREDENTIALS):
-        remedy = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        return PermissionDenied(f"{where}: no credentials for S3 ({error}): {remedy}")
-    if isinstance(error, boto.FlexibleChecksumError):
-        return _Transient(str(error), CorruptObject)
-    if isinstance(error, _NETWORK):
-        return _Transient(f"{type(error).__name__}: {error}")
-    if isinstance(error, ValueError):  # of the endpoint; botocore repeats it, with whatever secrets stand in it
-        return StorageError(
-            f"{where}: the endpoint is no URL: set AWS_ENDPOINT_URL_S3 to http://host:port or https://host"
-        )
-    return StorageError(f"{where}: {error}. Check the URL and the AWS configuration")
-
-
-def _error_answer(error: BaseException | None) -> tuple[int, str, str] | None:
-    """(HTTP status, S3's error code, message) of the answer behind `error`, None if there was no answer."""
-    while error is not None:
-        if isinstance(error, boto.ClientError):
-            about = error.response["Error"]
-            return error.response["ResponseMetadata"]["HTTPStatusCode"], about.get("Code", ""), about.get("Message", "")
-        error = error.__cause__
-    return None
-
-
-def _log_retry(state: RetryCallState) -> None:
-    assert state.outcome is not None
-    logger.info("%s; trying again in %.1f s", state.outcome.exception(), state.upcoming_sleep)
 
 
 @lru_cache(maxsize=8)

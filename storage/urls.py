@@ -2,13 +2,17 @@
 
 import os
 import re
+from typing import Final
 
 from tidemill.storage.errors import InvalidURL
 from tidemill.storage.local import LocalStore
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.store import Store
 
-_KINDS = "use one of ./folder, /folder, file:///folder, s3://bucket/prefix, memory://name/prefix"
+_KINDS: Final = "use one of ./folder, /folder, file:///folder, s3://bucket/prefix, memory://name/prefix"
+
+_S3: Final = "write s3://bucket/prefix, and give the server by AWS_ENDPOINT_URL_S3 if it is not that of AWS"
+_INSTEAD: Final = dict.fromkeys(("s3a", "s3n", "minio", "http", "https"), _S3)
 
 
 def open_store(url: str) -> Store:
@@ -19,25 +23,32 @@ def open_store(url: str) -> Store:
     percent-decoded.
 
     Raises:
-        InvalidURL: the scheme is unknown, or the URL carries credentials or options.
+        InvalidURL: the scheme is unknown, the URL carries credentials or options, or a relative path has nothing to start from.
     """
     scheme, separator, rest = url.partition("://")
-    if not url or "\0" in url:
+    scheme = scheme.lower() if separator else scheme
+    if not url.strip() or "\0" in url:
         raise InvalidURL(f"{_shown(url)} names no store; {_KINDS}")
+    if separator and url != url.strip():
+        raise InvalidURL(f"{_shown(url)} has white space at an end; remove it ({_KINDS})")
     if not separator:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
             raise InvalidURL(
                 f"{_shown(url)} looks like a URL without its //; {_KINDS} (./ before a folder with a colon)"
             )
-        return LocalStore(os.path.expanduser(url))
+        return _local(os.path.expanduser(url))
     if scheme == "file":
         path = rest.removeprefix("localhost")
         if not path.startswith("/"):
             raise InvalidURL(f"{_shown(url)} names a host; a file URL has three slashes: file:///folder")
-        return LocalStore(path)
+        return _local(path)
     if scheme not in ("s3", "memory"):
-        raise InvalidURL(f"{scheme}:// is not known here; {_KINDS}")
+        raise InvalidURL(f"{scheme}:// is not known here; {_INSTEAD.get(scheme, _KINDS)}")
     name, _, prefix = rest.partition("/")
+    if rest.startswith("arn:"):
+        raise InvalidURL(
+            f"{_shown(url)} is the ARN of an access point; give its alias in place of the bucket: s3://alias/prefix"
+        )
     if "@" in name or ":" in name:
         # The URL is not repeated here: secrets would end in the logs
         raise InvalidURL(
@@ -45,7 +56,9 @@ def open_store(url: str) -> Store:
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) and AWS_ENDPOINT_URL_S3"
         )
     prefix = prefix.rstrip("/")
-    if not name or "?" in rest or "#" in rest or "\\" in rest or (prefix and {"", ".", ".."} & set(prefix.split("/"))):
+    if not name:
+        raise InvalidURL(f"{_shown(url)} names no {'bucket' if scheme == 's3' else 'store'}; {_KINDS}")
+    if "?" in rest or "#" in rest or "\\" in rest or (prefix and {"", ".", ".."} & set(prefix.split("/"))):
         raise InvalidURL(
             f"{_shown(url)} should be {scheme}://name/prefix: no options after ? or #, no backslash, no //, /./ or /../"
         )
@@ -54,6 +67,15 @@ def open_store(url: str) -> Store:
     from tidemill.storage.s3 import S3Store  # here, because s3fs takes most of a second to import
 
     return S3Store(name, prefix)
+
+
+def _local(path: str) -> LocalStore:
+    try:
+        return LocalStore(path)
+    except FileNotFoundError as error:
+        raise InvalidURL(
+            f"{path!r} is relative to the current folder, which is gone: change to one that is there, or give the whole path"
+        ) from error
 
 
 def _shown(url: str) -> str:

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,10 +27,12 @@ from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
     InvalidKey,
+    InvalidURL,
     NotFound,
     PermissionDenied,
     PreconditionFailed,
     StorageError,
+    StoreFull,
     StoreNotFound,
     Unavailable,
     UnsupportedStore,
@@ -268,8 +270,9 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def error(cls, status: int, code: str) -> "Answer":
-        return cls(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
+    def error(cls, status: int, code: str, message: str = "no", more: str = "", **headers: str) -> "Answer":
+        body = f"<Error><Code>{code}</Code><Message>{message}</Message>{more}</Error>"
+        return cls(status, body.encode(), headers)
 
 
 @dataclass
@@ -297,7 +300,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *answers: Answer) -> Iterator[tupl
             answer = script.next()
             self.send_response(answer.status)
             for name, value in {**always, "Content-Length": str(len(answer.body)), **answer.headers}.items():
-                self.send_header(name, value)
+                if value:
+                    self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(answer.body)
@@ -372,11 +376,32 @@ def test_what_never_goes_away_is_told_in_the_end(
         (Answer.error(403, "AccessDenied"), PermissionDenied, "may not get_object"),
         (Answer.error(501, "NotImplemented"), UnsupportedStore, "lacks"),
         (Answer.error(400, "AuthorizationHeaderMalformed"), StorageError, "set AWS_REGION"),
+        (Answer.error(403, "InvalidObjectState"), PermissionDenied, "archived .* restore it"),
+        (Answer.error(400, "TokenRefreshRequired"), PermissionDenied, "renew it"),
+        (Answer.error(400, "InvalidToken"), PermissionDenied, "renew it"),
+        (Answer.error(403, "AllAccessDisabled"), PermissionDenied, "the bucket's owner"),
+        (
+            Answer.error(403, "AccessDenied", "not authorized to perform: kms:Decrypt"),
+            PermissionDenied,
+            "grant kms:Decrypt",
+        ),
+        (Answer.error(400, "KMS.DisabledException"), PermissionDenied, "enable the key"),
+        (
+            Answer.error(400, "InvalidRequest", "The object was stored using a form of Server Side Encryption."),
+            PermissionDenied,
+            "SSE-C",
+        ),
+        (Answer.error(403, "AccessDenied", "Object is WORM protected"), PermissionDenied, "object lock"),
+        (Answer.error(403, "QuotaExceeded"), StoreFull, "raise the quota"),
+        (Answer.error(507, "XMinioStorageFull"), StoreFull, "Make room"),
+        (Answer.error(400, "InvalidBucketName"), InvalidURL, "no bucket can have this name"),
+        (Answer.error(400, "KeyTooLongError"), InvalidKey, "too long"),
+        (Answer.error(400, "XMinioInvalidObjectName"), InvalidKey, "too long"),
         (Answer.error(400, "InvalidArgument"), StorageError, "InvalidArgument"),
         (Answer.error(404, "NoSuchKey"), NotFound, "does not exist"),
         (Answer.error(404, "NoSuchBucket"), StoreNotFound, "no such bucket"),
     ],
-    ids=lambda value: value.body.decode()[13:30] if isinstance(value, Answer) else "",
+    ids=lambda value: value.body.decode()[13:50] if isinstance(value, Answer) else "",
 )
 def test_what_will_not_go_away_is_told_at_once(
     answer: Answer, error: type[StorageError], told: str, monkeypatch: pytest.MonkeyPatch
@@ -384,6 +409,79 @@ def test_what_will_not_go_away_is_told_at_once(
     with scripted(monkeypatch, answer) as (store, script), pytest.raises(error, match=told):
         store.read("a")
     assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer.error(400, "AuthorizationHeaderMalformed", more="<Region>eu-west-1</Region>"),
+        Answer.error(301, "PermanentRedirect", **{"x-amz-bucket-region": "eu-west-1"}),
+    ],
+    ids=["body", "header"],
+)
+def test_the_region_that_the_store_tells_is_named(monkeypatch: pytest.MonkeyPatch, answer: Answer):
+    with scripted(monkeypatch, answer) as (store, _), pytest.raises(StorageError, match="set AWS_REGION=eu-west-1 "):
+        store.read("a")
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_the_reason_of_a_refused_head_is_asked_for(monkeypatch: pytest.MonkeyPatch, status: int):
+    """The answer to a HEAD has no body."""
+    with scripted(monkeypatch, Answer.error(status, "ExpiredToken")) as (store, script):
+        with pytest.raises(PermissionDenied, match="renew it"):
+            store.stat("a")
+        assert script.requests[-1][0] == "GET"
+    answers = Answer(status), Answer(206, b"x", {"Content-Range": "bytes 0-0/1"})
+    with scripted(monkeypatch, *answers) as (store, _), pytest.raises(StorageError, match=r"AWS_"):
+        store.stat("a")
+
+
+def test_a_long_segment_that_a_server_refuses_without_a_reason_is_an_invalid_key(monkeypatch: pytest.MonkeyPatch):
+    """As MinIO and versitygw do."""
+    with scripted(monkeypatch, Answer(400)) as (store, _), pytest.raises(InvalidKey, match="too long"):
+        store.stat("folder/" + "ä" * 128)
+
+
+@pytest.mark.parametrize(
+    ("page", "told"),
+    [
+        (
+            Answer(200, b"<!doctype html><html>Console</html>", {"Content-Type": "text/html"}),
+            "a web page|without an ETag",
+        ),
+        (Answer(502, b"<html>Bad gateway</html>", {"Content-Type": "text/html"}), "a web page"),
+    ],
+    ids=["console", "proxy"],
+)
+def test_a_web_page_in_place_of_an_answer_is_told(monkeypatch: pytest.MonkeyPatch, page: Answer, told: str):
+    page.headers["ETag"] = ""
+    with scripted(monkeypatch, page) as (store, _):
+        verbs: list[Callable[[], object]] = [
+            lambda: [*store.list()],
+            lambda: store.write("a", b""),
+            lambda: store.read("a"),
+        ]
+        for verb in verbs:
+            with pytest.raises(Unavailable, match=told):
+                verb()
+
+
+def test_nothing_at_the_endpoint_is_told_within_seconds_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.WARNING, "tidemill.storage")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://user:s3cr3t@127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    store = S3Store(BUCKET)
+    store.retry_seconds = 8
+    with pytest.raises(Unavailable):
+        store.read("a")
+
+    [warning] = [record for record in caplog.records if record.name == "tidemill.storage"]
+    assert "http://127.0.0.1:1" in warning.getMessage()
+    assert "does AWS_ENDPOINT_URL_S3 name it?" in warning.getMessage()
+    assert "s3cr3t" not in caplog.text
 
 
 def test_a_conflict_is_asked_again_until_it_is_answered(monkeypatch: pytest.MonkeyPatch):

@@ -23,6 +23,8 @@ from tidemill.storage.urls import open_store
         ("file:///x/", "file:///x"),
         ("file://localhost/x", "file:///x"),
         ("s3://bucket", "s3://bucket"),
+        ("S3://bucket/X", "s3://bucket/X"),
+        ("./ends with a space ", "file://{here}/ends with a space "),
         ("s3://bucket/", "s3://bucket"),
         ("s3://bucket/pre/fix/", "s3://bucket/pre/fix"),
         ("s3://bucket/a b%20+", "s3://bucket/a b%20+"),
@@ -62,11 +64,50 @@ def test_the_canonical_url_opens_the_same_store(
         "s3://bucket/a\\b",
         "s3://bucket/x?endpoint=y",
         "s3://bucket/x#y",
+        " s3://bucket/x",
+        "s3://bucket/x\n",
+        "s3a://bucket/x",
+        "minio://bucket/x",
+        "https://s3.amazonaws.com/bucket/x",
+        "s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/ap/x",
     ],
 )
 def test_what_names_no_store_is_refused_with_what_would(url: str):
     with pytest.raises(InvalidURL, match=r"s3://|three slashes"):
         open_store(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("s3a://bucket/x", "write s3://bucket/prefix"),
+        ("https://minio.example/bucket", "AWS_ENDPOINT_URL_S3"),
+        ("s3:///x", "no bucket"),
+        ("s3://arn:aws:s3:eu-west-1:1:accesspoint/ap", "alias"),
+        (" s3://bucket/x", "white space"),
+    ],
+)
+def test_the_remedy_fits_the_url(url: str, told: str):
+    with pytest.raises(InvalidURL, match=told):
+        open_store(url)
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path: Path):
+    code = """
+import os
+from tidemill.storage.errors import InvalidURL
+from tidemill.storage.urls import open_store
+os.mkdir("gone")
+os.chdir("gone")
+os.rmdir(os.getcwd())
+open_store("/whole/path")
+try:
+    open_store("./data")
+except InvalidURL as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "'./data' is relative to the current folder, which is gone" in run.stdout
 
 
 @pytest.mark.parametrize("url", ["s3://AKIA123:s3cr3t@bucket/x", "s3://s3cr3t@bucket", "memory://user:s3cr3t@name"])
