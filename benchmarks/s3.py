@@ -103,7 +103,7 @@ class Limit:
     def read(self, number: int) -> pa.Table:
         from fsspec.asyn import sync
 
-        from tidemill.storage.parquet import RangesFile
+        from tidemill.storage.ranges import RangesFile
 
         key, etag, size, metadata, index, ranges = self.groups[number]
         file = RangesFile(size, lambda start, length: b"")

@@ -5,93 +5,47 @@ comes through a `fetch` that pins the object's etag, and decoding never calls th
 """
 
 import contextlib
-import io
 import mmap
 import sys
 import threading
 from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import IO, Any, Protocol, cast
+from itertools import chain, product
+from typing import IO, Any, Final, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tidemill.storage.errors import NotReady, StorageError
 from tidemill.storage.pages import decoded_bytes
-from tidemill.storage.parallel import concurrently
+from tidemill.storage.ranges import Fetch, RangesFile, coalesced
 
-MAGIC = b"PAR1"
-MAX_DECODED_BYTES = 2 * 2**30
+MAGIC: Final = b"PAR1"
+ENCRYPTED: Final = b"PARE"
+"""The magic bytes of a file whose footer is encrypted."""
+MAX_DECODED_BYTES: Final = 2 * 2**30
 """The most that one row group may expand to. A file of 700 kB can claim 100 million rows; without a bound it takes all memory."""
 
-_FOOTER_GUESS = 64 * 1024
-_COALESCE_GAP = 256 * 1024  # reading this much for nothing is cheaper than another request
-_COALESCED_BYTES = 32 * 2**20  # as Arrow does: then several requests at once are faster than a larger one
-_KEPT_BYTES = 64 * 2**20  # of what was found out about row groups: 190,000 of them, if each is one range
-_ENTRY_BYTES = 176  # of one of them besides its ranges and names, measured
-_WIDTH = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
-_DELTA = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
-
-
-class Fetch(Protocol):
-    """Read exactly `length` bytes from `start` of one pinned object."""
-
-    def __call__(self, start: int, length: int) -> bytes: ...
-
-
-class RangesFile(io.RawIOBase):
-    """A read-only file over byte ranges fetched beforehand; what lies outside of them is fetched when asked for."""
-
-    def __init__(self, size: int, fetch: Fetch) -> None:
-        self._size, self._fetch, self._at = size, fetch, 0
-        self._starts: list[int] = []
-        self._chunks: list[memoryview] = []
-
-    def load(self, ranges: Sequence[tuple[int, int]], concurrency: int) -> None:
-        """Fetch [start, stop) ranges, each by one request, with so many requests under way. They are in order and apart."""
-        chunks = concurrently(lambda wanted: self._fetch(wanted[0], wanted[1] - wanted[0]), ranges, concurrency)
-        for (start, _), chunk in zip(ranges, chunks, strict=True):
-            self.hold(start, chunk)
-
-    def hold(self, start: int, data: bytes) -> None:
-        """Keep bytes that lie after all that are held already."""
-        self._starts.append(start)
-        self._chunks.append(memoryview(data))
-
-    def read(self, size: int | None = -1) -> Any:
-        end = self._size if size is None or size < 0 else min(self._at + size, self._size)
-        start, self._at = self._at, max(self._at, end)
-        i = bisect_right(self._starts, start) - 1
-        if i >= 0 and end - self._starts[i] <= len(self._chunks[i]):
-            return self._chunks[i][start - self._starts[i] : end - self._starts[i]]
-        return self._fetch(start, end - start) if end > start else b""
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        at = offset + (0, self._at, self._size)[whence]
-        if at < 0:
-            raise ValueError(f"offset {at} lies before the file")
-        self._at = at
-        return at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+_MANY_GROUPS: Final = 64
+"""A file of more row groups than this has neighbours joined, up to `_JOINED_ROWS` and `_JOINED_BYTES`. Each row group costs about
+as much as a thousand rows, so that a file of one row each would cost a thousand times what its rows cost."""
+_JOINED_ROWS: Final = 1024
+_JOINED_BYTES: Final = 2**20  # uncompressed, as the footer says
+_FOOTER_GUESS: Final = 64 * 1024
+_KEPT_BYTES: Final = 64 * 2**20  # of what was found out about row groups: 190,000 of them, if each is one range
+_ENTRY_BYTES: Final = 176  # of one of them besides its ranges and names, measured
+_WIDTH: Final = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8, "BYTE_ARRAY": 4}
+_DELTA: Final = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group of one file. Cheap to hold: the footer and the bytes are fetched again when it is read."""
+    """One row group of one file, or neighbours of few rows. Cheap to hold: footer and bytes are fetched again when it is read."""
 
     name: str
-    """`<file> row group <i>`: names it in messages, and the same data has the same name in every run."""
+    """`<file> row group <i>`, or `<file> row groups <i> to <j>`: names it in messages, and the same data has the same name in
+    every run."""
     file: str
     """Key of the file."""
     num_rows: int
@@ -101,6 +55,7 @@ class RowGroup:
     """How many row groups from the same store are worth reading at once."""
     _open: Callable[[], "ParquetFile"]
     _index: int
+    _count: int
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Exactly these columns, in this order, strings dictionary-encoded; `num_rows` rows. Threads may read at once.
@@ -108,7 +63,7 @@ class RowGroup:
         Raises:
             The file's own error (DatasetError or ShardRejected) when its bytes do not decode.
         """
-        return self._open().read(self._index, columns)
+        return self._open().read(self._index, columns, self._count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +134,7 @@ class ParquetFile:
 
         Raises:
             NotReady: the magic bytes are missing at either end: not a Parquet file, or not a whole one yet.
+            `error`: the file is encrypted, or its footer does not parse.
         """
         self.name, self._error, self._partitions = name, error, partitions or {}
         self._concurrency, self.readers = concurrency, readers
@@ -189,8 +145,10 @@ class ParquetFile:
         known = self._findings.footers.get(name)
         held = min(size, max(_FOOTER_GUESS, known or 0))
         tail = fetch(size - held, held)
-        begins = known is not None or (tail[:4] if held == size else fetch(0, 4)) == MAGIC
-        if not begins or tail[-4:] != MAGIC:
+        head = MAGIC if known is not None else tail[:4] if held == size else fetch(0, 4)
+        if head == tail[-4:] == ENCRYPTED:
+            raise error(f"{name} is encrypted, and Tidemill has no keys: write it without Parquet encryption")
+        if head != MAGIC or tail[-4:] != MAGIC:
             raise NotReady(f"{name} does not begin and end with {MAGIC.decode()}: not Parquet, or not fully written.")
         footer = int.from_bytes(tail[-8:-4], "little") + 8
         self._size, self._fetch = size, fetch
@@ -212,27 +170,41 @@ class ParquetFile:
                 raise ValueError("it claims a negative number of rows")
         self._findings.footers[name] = footer
 
-    def read(self, index: int, columns: Sequence[str]) -> pa.Table:
-        """Decode the named columns of one row group. Nothing of them stays in memory here."""
-        with self._decoding(f"row group {index}"):
+    def read(self, index: int, columns: Sequence[str], count: int = 1) -> pa.Table:
+        """Decode the named columns of `count` neighbouring row groups. Nothing of them stays in memory here."""
+        indices = range(index, index + count)
+        with self._decoding(_named(indices)):
             names = tuple(columns)
-            chosen, checked = self._selected(names), self._findings.checked(names, self.name, index)
+            chosen, checked = self._selected(names), self._findings.checked(names, self.name, indices.start)
             file = self._file()
             if checked is None:
-                checked = self._checked(index, chosen, file)
-                self._findings.keep(names, self.name, index, checked)
+                checked = self._check(indices, chosen, file)
+                self._findings.keep(names, self.name, indices.start, checked)
             else:
                 file.load(checked.ranges, self._concurrency)
             parquet = self._parquet(file, [c for c in chosen.strings if c not in checked.delta])
-            table = parquet.read_row_group(index, columns=[c for c in chosen.stored if c not in checked.delta])
-            if table.num_rows != self.group_rows[index]:
-                raise ValueError(f"{table.num_rows} rows where the footer says {self.group_rows[index]}")
+            table = parquet.read_row_groups(list(indices), columns=[c for c in chosen.stored if c not in checked.delta])
+            rows = sum(self.group_rows[i] for i in indices)
+            if table.num_rows != rows:
+                raise ValueError(f"{table.num_rows} rows where the footer says {rows}")
             for column, size in checked.delta.items():
-                table = table.append_column(self.schema.field(column), self._delta(parquet, index, column, size))
+                table = table.append_column(self.schema.field(column), self._delta(parquet, indices, column, size))
             for column in chosen.added:
                 value: Any = self._partitions[column]
                 table = table.append_column(self.schema.field(column), pa.repeat(value, table.num_rows))
             return table.select(list(columns))
+
+    def neighbours(self) -> Iterator[range]:
+        """The row groups, those joined that are read together."""
+        many, start, rows, size = len(self.group_rows) > _MANY_GROUPS, 0, 0, 0
+        for i, more in enumerate(self.group_rows):
+            more_bytes = self._metadata.row_group(i).total_byte_size if many else 0
+            if i > start and not (many and rows + more <= _JOINED_ROWS and size + more_bytes <= _JOINED_BYTES):
+                yield range(start, i)
+                start, rows, size = i, 0, 0
+            rows, size = rows + more, size + more_bytes
+        if self.group_rows:
+            yield range(start, len(self.group_rows))
 
     def _selected(self, columns: tuple[str, ...]) -> "_Selection":
         if (chosen := self._selections.get(columns)) is None:
@@ -245,28 +217,27 @@ class ParquetFile:
             )
         return chosen
 
-    def _checked(self, index: int, chosen: "_Selection", file: RangesFile) -> "_Checked":
-        """Fetches what `chosen` has in a row group into `file`, and makes sure that it can be decoded in bounded memory."""
+    def _check(self, indices: range, chosen: "_Selection", file: RangesFile) -> "_Checked":
+        """Fetches what `chosen` has in row groups into `file`, and makes sure that it can be decoded in bounded memory."""
         # Before any look at `row_group(index).column(i)`, which ends the whole process if the footer contradicts itself: Arrow
         # makes an ordinary exception of the same mistake when it is asked for the ranges.
-        ranges = list(_coalesced(self._ranges(index, chosen.leaves))) if chosen.leaves else []
-        schema, group = self._leaves, self._metadata.row_group(index)
-        decoded, delta = 8 * group.num_rows * len(chosen.added), dict[str, int]()
-        for i in chosen.leaves:
-            chunk, leaf = group.column(i), schema.column(i)
-            width = _WIDTH.get(leaf.physical_type) or int(leaf.length or 0)
+        ranges = list(coalesced(self._ranges(indices, chosen.leaves))) if chosen.leaves else []
+        decoded, delta = 8 * sum(self.group_rows[i] for i in indices) * len(chosen.added), dict[str, int]()
+        for index, i in product(indices, chosen.leaves):
+            group, leaf = self._metadata.row_group(index), self._leaves.column(i)
+            chunk, width = group.column(i), _WIDTH.get(leaf.physical_type) or int(leaf.length or 0)
             decoded += max(chunk.num_values * width, group.num_rows * width, chunk.total_uncompressed_size)
             if leaf.path in self._strings and _DELTA.intersection(chunk.encodings):
                 if leaf.path not in chosen.stored:
                     raise ValueError(f"{leaf.path} holds delta-encoded text in lists; write it with dictionaries")
-                delta[leaf.path] = chunk.total_uncompressed_size
+                delta[leaf.path] = delta.get(leaf.path, 0) + chunk.total_uncompressed_size
         _refuse_beyond_bound(decoded)
         file.load(ranges, self._concurrency)
-        decoded += sum(self._hidden(file, index, i) for i in chosen.leaves)
+        decoded += sum(self._hidden(file, index, i) for index, i in product(indices, chosen.leaves))
         _refuse_beyond_bound(decoded)
         return _Checked(array("q", chain.from_iterable(ranges)), delta)
 
-    def _ranges(self, index: int, leaves: list[int]) -> list[tuple[int, int]]:
+    def _ranges(self, indices: range, leaves: list[int]) -> list[tuple[int, int]]:
         """What Arrow will read to decode these columns: it opens them on a file of zeros that notes what is asked for."""
         ranges: list[tuple[int, int]] = []
 
@@ -274,7 +245,7 @@ class ParquetFile:
             ranges.append((start, start + length))
             return memoryview(mmap.mmap(-1, length))  # zeros that cost no memory as long as nobody looks at them
 
-        for _ in self._parquet(RangesFile(self._size, note), []).reader.iter_batches(0, [index], leaves, False):
+        for _ in self._parquet(RangesFile(self._size, note), []).reader.iter_batches(0, list(indices), leaves, False):
             pass  # batches of no rows: nothing is decoded
         return ranges
 
@@ -286,7 +257,7 @@ class ParquetFile:
         data = file.read(chunk.total_compressed_size)
         return max(0, decoded_bytes(data, chunk.num_values) - max(0, chunk.total_uncompressed_size))
 
-    def _delta(self, parquet: pq.ParquetFile, index: int, column: str, size: int) -> "pa.ChunkedArray[Any]":
+    def _delta(self, parquet: pq.ParquetFile, indices: range, column: str, size: int) -> "pa.ChunkedArray[Any]":
         """A string column that Arrow cannot decode into a dictionary by itself.
 
         A string may be stored as "like the one before", so `size`, its encoded bytes, bounds one value, not all: it is decoded
@@ -295,7 +266,7 @@ class ParquetFile:
         kind = self.schema.field(column).type
         rows = min(65_536, max(1, MAX_DECODED_BYTES // max(1, size)))
         pieces, decoded = [], 0
-        for batch in parquet.iter_batches(rows, row_groups=[index], columns=[column]):
+        for batch in parquet.iter_batches(rows, row_groups=list(indices), columns=[column]):
             pieces.append(batch.column(column).cast(kind.value_type).dictionary_encode())
             decoded += pieces[-1].nbytes
             if decoded > MAX_DECODED_BYTES:
@@ -308,8 +279,16 @@ class ParquetFile:
         return file
 
     def _parquet(self, file: RangesFile, dictionaries: list[str]) -> pq.ParquetFile:
+        options: dict[str, Any] = {
+            "arrow_extensions_enabled": False
+        }  # or JSON would be no dictionary; the stubs lack it
         return pq.ParquetFile(
-            _stream(file), metadata=self._metadata, read_dictionary=dictionaries, page_checksum_verification=True
+            _stream(file),
+            metadata=self._metadata,
+            read_dictionary=dictionaries,
+            page_checksum_verification=True,
+            coerce_int96_timestamp_unit="us",  # nanoseconds end in 2262, and Spark's "no end" is the year 9999
+            **options,
         )
 
     @contextlib.contextmanager
@@ -320,17 +299,31 @@ class ParquetFile:
         except StorageError:
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
+            if "decrypt" in str(error):
+                raise self._error(
+                    f"{self.name}: {part} has encrypted columns, and Tidemill has no keys: write them without Parquet encryption"
+                ) from error
             raise self._error(f"{self.name}: {part} cannot be read: {error}") from error
 
 
 def row_groups(file: ParquetFile, reopen: Callable[[], ParquetFile] | None = None) -> list[RowGroup]:
-    """The row groups of a file that have rows. They read through `reopen()`, or through `file` itself, which they then keep."""
+    """The row groups of a file that have rows. They read through `reopen()`, or through `file` itself, which they then keep.
+
+    Of a file with more than `_MANY_GROUPS`, small neighbours are joined.
+    """
     source = reopen or (lambda: file)
-    return [
-        RowGroup(f"{file.name} row group {i}", file.name, rows, file.schema, file.readers, source, i)
-        for i, rows in enumerate(file.group_rows)
-        if rows
-    ]
+    found = []
+    for indices in file.neighbours():
+        if rows := sum(file.group_rows[i] for i in indices):
+            name = f"{file.name} {_named(indices)}"
+            found.append(
+                RowGroup(name, file.name, rows, file.schema, file.readers, source, indices.start, len(indices))
+            )
+    return found
+
+
+def _named(indices: range) -> str:
+    return f"row group {indices[0]}" if len(indices) == 1 else f"row groups {indices[0]} to {indices[-1]}"
 
 
 def _stream(file: RangesFile) -> IO[bytes]:
@@ -351,7 +344,7 @@ def _is_below(path: str, columns: Collection[str]) -> bool:
 
 
 def _string_leaves(schema: pq.ParquetSchema) -> list[str]:
-    """Paths of the columns of text and bytes, those inside of lists included."""
+    """Paths of the columns of text and bytes, those inside of lists included, JSON and others that are kept as text too."""
     plain = {field.name for field in schema.to_arrow_schema() if _is_string(field.type)}
     leaves = [schema.column(i) for i in range(len(schema))]
     return [
@@ -364,20 +357,7 @@ def _string_leaves(schema: pq.ParquetSchema) -> list[str]:
 
 def _is_string(kind: pa.DataType) -> bool:
     types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return _is_string(kind.storage_type)
     texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
     return texts or types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
-
-
-def _coalesced(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Sorted ranges. Those are joined that overlap, or lie at most `_COALESCE_GAP` apart and have `_COALESCED_BYTES` together."""
-    begin, end = -1, -1
-    for start, stop in sorted(ranges):
-        small = start <= end + _COALESCE_GAP and stop - begin <= _COALESCED_BYTES
-        if begin >= 0 and (start < end or small):  # a footer that lies may have many columns share the same bytes
-            end = max(end, stop)
-            continue
-        if begin >= 0:
-            yield begin, end
-        begin, end = start, stop
-    if begin >= 0:
-        yield begin, end

@@ -21,8 +21,9 @@ import pyarrow.compute as pc
 
 from tidemill.storage.errors import ShardRejected
 from tidemill.storage.parquet import MAX_DECODED_BYTES, RowGroup
-from tidemill.tasks.training.columns import family_of, numbers, one_array
+from tidemill.tasks.training.columns import numbers, one_array
 from tidemill.tasks.training.errors import SpecError
+from tidemill.tasks.training.families import family_of, is_untyped, stored, told
 
 
 class _Keys(NamedTuple):
@@ -33,7 +34,7 @@ class _Keys(NamedTuple):
 
     @classmethod
     def of(cls, column: pa.ChunkedArray[Any]) -> _Keys:
-        array = one_array(column.unify_dictionaries())
+        array = one_array(stored(column, pa.string()).unify_dictionaries())
         encoded = cast("pa.DictionaryArray[Any, Any]", array)
         if not pa.types.is_dictionary(array.type):
             encoded = array.dictionary_encode()
@@ -76,7 +77,7 @@ class Labels:
                     f"{group.name}: the labels up to here take more than {MAX_DECODED_BYTES:,} bytes; write smaller shards"
                 )
         table = pa.concat_tables(tables)
-        self._values_L = {target: one_array(table.column(target)) for target in targets}
+        self._values_L = {field.name: one_array(stored(table.column(field.name), field.type)) for field in self.fields}
         keys = _Keys.of(table.column(key))
         self._keys_V = keys.values_V
         # Not the index itself: a file's dictionary may hold a value twice.
@@ -130,7 +131,7 @@ class Labels:
         theirs = _key_type(group.schema, self.key, group.file)
         if (kind := _common_type(theirs, self.key_type)) is None:
             raise ShardRejected(
-                f"{group.file}: column {self.key!r} is {theirs}, but {self.key_type} in {self.file}; "
+                f"{group.file}: column {self.key!r} is {told(theirs)}, but {told(self.key_type)} in {self.file}; "
                 "write both as integers, both as text or both as timestamps"
             )
         keys = _Keys.of(group.read([self.key]).column(self.key))
@@ -138,7 +139,7 @@ class Labels:
             theirs_V, ours_V = keys.values_V.cast(kind), self._keys_V.cast(kind)
         except pa.ArrowInvalid as error:  # a timestamp that does not exist in the finer unit
             raise ShardRejected(
-                f"{group.file}: column {self.key!r} is {theirs}, but {self.key_type} in {self.file}: {error}"
+                f"{group.file}: column {self.key!r} is {told(theirs)}, but {told(self.key_type)} in {self.file}: {error}"
             ) from error
         row_V = self._row_V.take(pc.index_in(theirs_V, value_set=ours_V, skip_nulls=True))
         return row_V.take(keys.indices_N)
@@ -202,24 +203,39 @@ def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:
 
 
 def _target_field(schema: pa.Schema, target: str, where: str) -> pa.Field[Any]:
-    kind = _field(schema, target, where).type
+    kind: Any = _field(schema, target, where).type
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    elif is_untyped(kind):
+        kind = pa.float64()
     if family_of(kind) not in (("number", None), ("duration", None)):  # what training takes as a target
-        raise ShardRejected(f"target {target!r} of {where} has type {kind}: write a number (classes as 0, 1, 2, ...)")
+        raise ShardRejected(
+            f"target {target!r} of {where} has type {told(kind)}: write a number (classes as 0, 1, 2, ...)"
+        )
     return pa.field(target, kind)  # nullable, whatever the file says
 
 
-def _key_type(schema: pa.Schema, key: str, where: str) -> pa.DataType:
+def _key_type(schema: pa.Schema, key: str, where: str) -> Any:
     """The type of the key's values; ShardRejected if it is none that can be a key."""
-    kind: pa.DataType = _field(schema, key, where).type
+    kind: Any = _field(schema, key, where).type
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
+    if is_untyped(kind):
+        kind = pa.null()
     if _common_type(kind, kind) is None:
-        raise ShardRejected(f"key column {key!r} of {where} has type {kind}; write integers, text or timestamps")
+        raise ShardRejected(f"key column {key!r} of {where} has type {told(kind)}; write integers, text or timestamps")
     return kind
 
 
 def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    """A type in which keys of both can be compared exactly, or None. Timestamps without a zone count as UTC."""
+    """A type in which keys of both can be compared exactly, or None. Timestamps without a zone count as UTC.
+
+    A key that is null in every row, and so has no type, can be compared with any.
+    """
+    if pa.types.is_null(a) or pa.types.is_null(b):
+        return pa.int64() if a == b else _common_type(*(2 * [b if pa.types.is_null(a) else a]))
     if family_of(a) == family_of(b) == ("text", None):
         return pa.large_binary()
     if pa.types.is_integer(a) and pa.types.is_integer(b):

@@ -7,57 +7,25 @@ column, L length of a padded sequence, B some neighbouring rows.
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
 from hashlib import blake2b
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-Family = Literal["number", "time", "duration", "text", "list of integers", "list of text"]
+from tidemill.tasks.training.families import family_of
 
 EXACT_IN_FLOAT32: Final = (pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32())
 TICKS_PER_SECOND: Final = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 SECONDS_PER_DAY: Final = 86_400.0
-
-
-def family_of(kind: pa.DataType) -> tuple[Family, int | None] | None:
-    """What a column of this Arrow type holds, and its width if it is a vector. None: not usable as an input.
-
-    The rule of types that change between files: types of one family and width are interchangeable, others are refused,
-    since they would change what the numbers mean. So bool, int32, int64, float16, float64 and decimals are all numbers;
-    string, large_string, binary and dictionaries of them are all text; a list may become a large_list, and its items
-    follow the same rule. From a number to text, from a date to a number or from 3 numbers to 4 there is no way but a
-    new model. A category that the dataset did not have is no change of type: it is hashed like any other.
-
-    A vector is a fixed-size list of numbers. Fixed-size lists inside each other, such as [channels][height][width], are
-    one vector of all their numbers in row-major order.
-    """
-    types = pa.types
-    if types.is_dictionary(kind):
-        return None if types.is_nested(kind.value_type) else family_of(kind.value_type)
-    if types.is_fixed_size_list(kind):
-        item = family_of(kind.value_type)
-        if item is None or item[0] != "number" or not kind.list_size:
-            return None
-        return "number", kind.list_size * (item[1] or 1)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_list_view(kind) or types.is_large_list_view(kind):
-        item_kind = kind.value_type.value_type if types.is_dictionary(kind.value_type) else kind.value_type
-        if types.is_integer(item_kind):
-            return "list of integers", None
-        return ("list of text", None) if family_of(item_kind) == ("text", None) else None
-    if types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
-        return "number", None
-    if types.is_date(kind) or types.is_timestamp(kind):
-        return "time", None
-    if types.is_time(kind) or types.is_duration(kind):
-        return "duration", None
-    text = (types.is_string, types.is_large_string, types.is_string_view)
-    data = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
-    return ("text", None) if any(test(kind) for test in (*text, *data)) else None
+MAX_FLOAT32: Final = float(np.finfo(np.float32).max)
+ROUNDED_BEYOND: Final[dict[Any, int]] = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
+"""Larger whole numbers may have been rounded to fit the type."""
 
 
 def one_array(column: pa.ChunkedArray[Any]) -> pa.Array[Any]:
@@ -135,8 +103,10 @@ def bucket_ids(array: pa.Array[Any], buckets: int) -> Ids:
     """For each row 0 if it is null, else 1 + hash mod `buckets` of the value (`hash_bucket` of its `canonical` bytes).
 
     Each distinct value is hashed once, at once; rows only look their id up.
-    Raises ValueError for NaN and infinity.
+    Raises ValueError for what is no category.
     """
+    if pa.types.is_decimal32(array.type) or pa.types.is_decimal64(array.type):  # Arrow makes no dictionary of them
+        array = array.cast(pa.decimal128(18, array.type.scale))
     encoded = cast("pa.DictionaryArray[Any, Any]", array)
     if not pa.types.is_dictionary(array.type):
         encoded = array.dictionary_encode()
@@ -145,7 +115,7 @@ def bucket_ids(array: pa.Array[Any], buckets: int) -> Ids:
     values = encoded.dictionary
     if family_of(values.type) == ("text", None):
         values = values.cast(pa.large_binary())  # string to binary is free and skips the decoding of UTF-8
-    ids_V = torch.tensor([0, *_bucket_of_each(values.to_pylist(), buckets)])
+    ids_V = torch.tensor([0, *(_bucket(value, values.type, buckets) for value in values.to_pylist())])
 
     def ids(rows: slice) -> Tensor:
         indices = encoded.indices.slice(rows.start, rows.stop - rows.start).cast(pa.int64())
@@ -161,7 +131,7 @@ def bucket_ids(array: pa.Array[Any], buckets: int) -> Ids:
 def sequence_ids(array: pa.Array[Any], buckets: int, length: int) -> Ids:
     """For each row the `bucket_ids` of the last L items of a list column. A shorter list is followed by 0, a null one all 0.
 
-    Raises ValueError for NaN and infinity.
+    Raises ValueError for what is no category.
     """
     n = len(array)
     lists = cast("pa.ListArray[Any]", array)
@@ -187,21 +157,40 @@ def sequence_ids(array: pa.Array[Any], buckets: int, length: int) -> Ids:
     return ids
 
 
-def _bucket_of_each(values: Sequence[Any], buckets: int) -> list[int]:
-    return [0 if value is None else 1 + hash_bucket(canonical(value), buckets) for value in values]
+def _bucket(value: bytes | float | Decimal | None, kind: pa.DataType, buckets: int) -> int:
+    return 0 if value is None else 1 + hash_bucket(canonical(value, kind), buckets)
 
 
-def canonical(value: bytes | float | Decimal) -> bytes:
-    """The bytes that stand for a category: text as UTF-8, numbers as digits, so that int8 3 and float64 3.0 agree.
+def canonical(value: bytes | float | Decimal, kind: Any) -> bytes:
+    """The bytes that stand for a category of Arrow's type `kind`, the same whatever the type of the file is.
 
-    Raises ValueError for NaN and infinity.
+    Text stands for itself as UTF-8, and a whole number for its digits: int8 3, float64 3.0 and decimal 3.00 agree. A fraction
+    stands for the shortest digits that name its nearest float32: 0.1 agrees in float32, float64 and decimals, and so does 1/3.
+
+    Raises ValueError for NaN and infinity; for a whole number that the type may have rounded (`ROUNDED_BEYOND`); and for a
+    fraction that float16 has rounded: the same number in a wider type would be another category.
     """
     if isinstance(value, bytes):
         return value
+    if isinstance(value, int):
+        return str(int(value)).encode()
     if not math.isfinite(value):
-        raise ValueError(f"{value} is not a category")
-    whole = isinstance(value, int) or value == int(value)
-    return (str(int(value)) if whole else repr(float(value))).encode()
+        raise ValueError(f"{value} is not a category: write nulls for missing values")
+    if value == int(value):
+        if isinstance(value, float) and abs(value) > ROUNDED_BEYOND[kind]:
+            raise ValueError(
+                f"{value:.17g} is not a category: {kind.bit_width} bits of a float round whole numbers beyond "
+                f"{ROUNDED_BEYOND[kind]:,}; write integers or text"
+            )
+        return str(int(value)).encode()
+    if kind == pa.float16() and float(str(np.float16(value))) != value:
+        raise ValueError(
+            f"{np.float16(value)!s} is not a category: float16 has rounded it; write float32, float64, decimals or text"
+        )
+    if not -MAX_FLOAT32 < value < MAX_FLOAT32:  # of decimals only: there are no such fractions in a float64
+        raise ValueError(f"{value} is not a category: it is beyond float32; write text")
+    nearest = float(str(np.float32(float(value))))
+    return (str(int(nearest)) if nearest == int(nearest) else repr(nearest)).encode()
 
 
 def hash_bucket(data: bytes, buckets: int) -> int:

@@ -18,8 +18,9 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from tidemill.tasks.training.columns import Family, Ids, as_tensor, bucket_ids, family_of, one_array, sequence_ids
+from tidemill.tasks.training.columns import Ids, as_tensor, bucket_ids, one_array, sequence_ids
 from tidemill.tasks.training.errors import ColumnError
+from tidemill.tasks.training.families import Family, family_of, is_untyped, stored, told, type_name, type_of
 from tidemill.tasks.training.groups import RowGroup, Split, read_ahead
 from tidemill.tasks.training.packing import blocks, pack
 from tidemill.tasks.training.pool import Empty
@@ -158,15 +159,24 @@ class Features:
                 names.append(self.sample_weight)
         return names
 
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """An Arrow type for each column of `names`: what a column without a type of its own stands for."""
+        read_as = [(column.name, column.family, column.width) for column in self.columns]
+        read_as += [(name, family, None) for name, family in zip(self.targets, self.target_families, strict=True)]
+        types = {name: type_of(family, width) for name, family, width in read_as}
+        return types if self.sample_weight is None else {self.sample_weight: pa.float64(), **types}
+
     def new_columns(self, schema: pa.Schema) -> dict[str, str]:
         """Columns that the first dataset did not have, used or not: their names and Arrow types."""
         known = set(self.dataset_columns)
-        return {field.name: str(field.type) for field in schema if field.name not in known}
+        return {field.name: type_name(field.type) for field in schema if field.name not in known}
 
     def check(self, schema: pa.Schema, where: str, *, labelled: bool = True) -> None:
         """Raises ColumnError if a column is missing from `schema`, or means something else than at the start.
 
-        `family_of` has the rule of types that may take each other's place.
+        `family_of` has the rule of types that may take each other's place. A column without a type (`is_untyped`) has no value
+        that could mean something else.
         """
         expected = [(column.name, column.family, column.width) for column in self.columns]
         if labelled:
@@ -175,10 +185,10 @@ class Features:
                 _check_weight(self.sample_weight, schema, where)
         for name, family, width in expected:
             found = _field(schema, name, where).type
-            if family_of(found) != (family, width):
+            if not is_untyped(found) and family_of(found) != (family, width):
                 vector = "" if width is None else f" vector of {width}"
                 raise ColumnError(
-                    f"column {name!r} of {where} has type {found}, but the model was begun with a {family}{vector}: "
+                    f"column {name!r} of {where} has type {told(found)}, but the model was begun with a {family}{vector}: "
                     f"write the old type, or begin a new model"
                 )
 
@@ -193,9 +203,18 @@ class Features:
             self.check(group.schema, group.name, labelled=labelled)
             table = group.read(names)
             assert table.num_rows == group.num_rows, f"{group.name} announced another number of rows than it read"
-            return table
+            return self._stored(table)
 
         return read_ahead(groups, read)
+
+    def _stored(self, table: pa.Table) -> pa.Table:
+        """The table with its columns as Tidemill computes with them (`families.stored`)."""
+        types = self.types
+        for i, name in enumerate(table.column_names):
+            column = table.column(i)
+            if name in types and (as_stored := stored(column, types[name])) is not column:
+                table = table.set_column(i, name, as_stored)
+        return table
 
     def labelled(self, table: pa.Table) -> int:
         """How many rows of a table have all targets."""
@@ -295,7 +314,7 @@ class Features:
     def encode(self, table: pa.Table, where: str) -> Encoded:
         """The inputs of a table, as `fill` makes them; `where` names the table in messages. Raises ColumnError: NaN, infinity."""
         inputs = self.room(table.num_rows)
-        self.fill(table, where, *inputs)
+        self.fill(self._stored(table), where, *inputs)
         return inputs
 
     def room(self, n: int, empty: Empty = torch.empty) -> Encoded:
@@ -466,9 +485,11 @@ def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:
 def _resolve(column: Column, schema: pa.Schema) -> Input:
     kind = _field(schema, column.name, "the dataset").type
     usable = family_of(kind)
+    if is_untyped(kind):
+        raise ColumnError(f"column {column.name!r} is null in all rows of the dataset: remove it from features")
     if usable is None:
         raise ColumnError(
-            f"column {column.name!r} has type {kind}, which cannot be an input: write numbers, booleans, dates, times, "
+            f"column {column.name!r} has type {told(kind)}, which cannot be an input: write numbers, booleans, dates, times, "
             f"text, fixed-size lists of numbers, or lists of integers or text"
         )
     family, width = usable
@@ -481,7 +502,7 @@ def _resolve(column: Column, schema: pa.Schema) -> Input:
         kinds = ("number", "category")
     if column.kind not in ("auto", *kinds):
         raise ColumnError(
-            f"column {column.name!r} has type {kind}, which cannot be a {column.kind}: use kind {kinds[0]!r}"
+            f"column {column.name!r} has type {told(kind)}, which cannot be a {column.kind}: use kind {kinds[0]!r}"
         )
     read_as = kinds[0] if column.kind == "auto" else column.kind
     return Input(
@@ -496,15 +517,17 @@ def _resolve(column: Column, schema: pa.Schema) -> Input:
 def _target_family(name: str, schema: pa.Schema, where: str) -> Family:
     kind = _field(schema, name, where).type
     usable = family_of(kind)
+    if is_untyped(kind):
+        raise ColumnError(f"target {name!r} is null in all rows of {where}: nothing can be learned")
     if usable not in (("number", None), ("duration", None)):
-        raise ColumnError(f"target {name!r} of {where} has type {kind}: write a number (classes as 0, 1, 2, ...)")
+        raise ColumnError(f"target {name!r} of {where} has type {told(kind)}: write a number (classes as 0, 1, 2, ...)")
     return usable[0]
 
 
 def _check_weight(name: str, schema: pa.Schema, where: str) -> None:
     kind = _field(schema, name, where).type
-    if family_of(kind) != ("number", None):
-        raise ColumnError(f"sample_weight {name!r} of {where} has type {kind}: write a number")
+    if not is_untyped(kind) and family_of(kind) != ("number", None):
+        raise ColumnError(f"sample_weight {name!r} of {where} has type {told(kind)}: write a number")
 
 
 def _null_count(array: pa.Array[Any], rows_N: Tensor | None) -> int:
@@ -535,7 +558,7 @@ def _fill_ids(
             else:
                 found.append((at, bucket_ids(array, column.buckets)))
         except ValueError as error:
-            raise ColumnError(f"column {column.name!r} of {where}: {error}: write nulls for missing values") from error
+            raise ColumnError(f"column {column.name!r} of {where}: {error}") from error
         at += column.length or 1
     for rows, ids_BC in blocks(len(columns[0][0]), ids_NC, places_N, columns=len(columns)):
         for here, ids in found:

@@ -353,11 +353,11 @@ def test_many_equal_files_share_one_schema(memory: MemoryStore) -> None:
 
 
 def test_the_list_of_row_groups_is_small(memory: MemoryStore) -> None:
-    wide = written(pa.table({f"column {i}": range(100) for i in range(50)}), row_group_size=1)
+    wide = written(pa.table({f"column {i}": range(60) for i in range(50)}), row_group_size=1)
     memory.write("a.parquet", wide)
     taken = snapshot(memory.url)
     groups = taken.row_groups
-    assert len(groups) == 100
+    assert len(groups) == 60
     seen = {id(groups[0].schema), id(groups[0]._open)}
     own = [o for g in groups for o in gc.get_referents(g) if id(o) not in seen and not isinstance(o, type)]
     assert sum(map(sys.getsizeof, [*groups, *own])) / len(groups) < 1_000
@@ -437,15 +437,15 @@ def test_a_long_footer_is_one_request_when_its_file_is_opened_again(memory: Memo
 def test_what_is_found_out_is_kept_of_a_bounded_number_of_row_groups(
     memory: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory.write("a.parquet", rows(*range(100), row_group_size=1))
+    memory.write("a.parquet", rows(*range(60), row_group_size=1))
     checks: list[int] = []
     decoded_bytes = parquet.decoded_bytes
     monkeypatch.setattr(parquet, "decoded_bytes", lambda *args: checks.append(1) or decoded_bytes(*args))  # type: ignore[func-returns-value]
     monkeypatch.setattr(parquet, "_KEPT_BYTES", 10_000)
     taken = snapshot(memory.url)
     for _ in range(3):
-        assert xs(taken) == list(range(100))
-    assert 100 + 2 * 60 < len(checks) < 100 + 2 * 80  # the first 20 to 40 are kept
+        assert xs(taken) == list(range(60))
+    assert 60 + 2 * 20 < len(checks) < 60 + 2 * 40  # the first 20 to 40 are kept
 
 
 def test_several_readers_open_a_file_once(memory: MemoryStore) -> None:

@@ -1,6 +1,8 @@
 """Parquet files as row groups: read exactly what is asked for, of any type, and refuse what is broken without falling over."""
 
+import base64
 import contextlib
+import datetime as dt
 import gc
 import io
 import os
@@ -18,13 +20,15 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidemill.storage import parquet
+from tidemill.storage import parquet, ranges
 from tidemill.storage.errors import DatasetChanged, DatasetError, NotReady, ShardRejected, StorageError, Unavailable
 from tidemill.storage.parquet import MAGIC, ParquetFile, row_groups
 
@@ -329,8 +333,8 @@ def test_distant_columns_are_fetched_at_once(wide: bytes) -> None:
 
 
 def test_a_large_row_group_comes_in_several_requests(monkeypatch: pytest.MonkeyPatch, wide: bytes) -> None:
-    monkeypatch.setattr(parquet, "_COALESCED_BYTES", 1_000_000)
-    monkeypatch.setattr(parquet, "_COALESCE_GAP", 600_000)
+    monkeypatch.setattr(ranges, "_COALESCED_BYTES", 1_000_000)
+    monkeypatch.setattr(ranges, "_COALESCE_GAP", 600_000)
     source = Source(wide)
     file = opened(source)
     source.calls.clear()
@@ -693,3 +697,102 @@ def refuse_contradiction() -> None:
 def test_a_footer_that_contradicts_itself_is_refused_and_does_not_end_the_process() -> None:
     """In pyarrow, `row_group(0).column(0)` calls `std::terminate` for this file."""
     run_apart("from tests.storage.test_parquet import refuse_contradiction; refuse_contradiction()")
+
+
+# ---- what writers do ---------------------------------------------------------------------------------------------------
+
+
+class Keys(encryption.KmsClient):
+    """Keys that are no secret."""
+
+    def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64encode(key_bytes)
+
+    def unwrap_key(self, wrapped_key: bytes, master_key_identifier: str) -> bytes:
+        return base64.b64decode(wrapped_key)
+
+
+def encrypted(*, plaintext_footer: bool) -> bytes:
+    table, sink = pa.table({"secret": [1.0], "plain": [2.0]}), io.BytesIO()
+    factory = encryption.CryptoFactory(lambda settings: Keys())
+    how = encryption.EncryptionConfiguration("key", column_keys={"key": ["secret"]}, plaintext_footer=plaintext_footer)
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), how)
+    with pq.ParquetWriter(sink, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def test_an_encrypted_file_is_told_as_such() -> None:
+    with pytest.raises(ShardRejected, match=r"f\.parquet is encrypted, and Tidemill has no keys: write it without"):
+        opened(encrypted(plaintext_footer=False))
+
+
+def test_encrypted_columns_are_told_as_such_and_the_others_are_read() -> None:
+    file = opened(encrypted(plaintext_footer=True))
+    assert file.read(0, ["plain"]).to_pydict() == {"plain": [2.0]}
+    with pytest.raises(ShardRejected, match="row group 0 has encrypted columns, and Tidemill has no keys"):
+        file.read(0, ["secret"])
+
+
+@pytest.mark.parametrize("zone", [None, "Europe/Paris"])
+@pytest.mark.parametrize("store_schema", [True, False])
+def test_old_timestamps_of_96_bits_reach_from_the_year_1_to_9999(zone: str | None, store_schema: bool) -> None:
+    times = [dt.datetime(2020, 1, 1), dt.datetime(9999, 12, 31), dt.datetime(1, 1, 1), None]
+    table = pa.table({"x": pa.array(times, pa.timestamp("us", zone))})
+    found = opened(written(table, use_deprecated_int96_timestamps=True, store_schema=store_schema)).read(0, ["x"])
+    assert (
+        found.column("x").cast(pa.timestamp("us")).to_pylist() == table.column("x").cast(pa.timestamp("us")).to_pylist()
+    )
+
+
+def test_json_is_read_as_text_that_keeps_each_value_once() -> None:
+    texts = pa.array(['{"a": "' + "x" * 10_000 + '"}'] * 1_000)
+    column = pa.ExtensionArray.from_storage(pa.json_(), texts)
+    for store_schema in (True, False):
+        table = opened(written(pa.table({"x": column}), store_schema=store_schema)).read(0, ["x"])
+        assert table.column("x").type == pa.dictionary(pa.int32(), pa.string())
+        assert table.nbytes < 100_000
+        assert table.column("x").to_pylist() == texts.to_pylist()
+
+
+# ---- many small row groups ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", [{}, {"use_dictionary": False, "column_encoding": {"s": "DELTA_BYTE_ARRAY"}}])
+def test_many_small_row_groups_are_read_as_few(encoding: dict[str, Any]) -> None:
+    if encoding:
+        encoding = {"use_dictionary": False, "column_encoding": {"s": "DELTA_BYTE_ARRAY", "x": "PLAIN"}}
+    table = pa.table({"x": range(3_000), "s": [str(i % 7) for i in range(3_000)]})
+    groups = row_groups(opened(written(table, row_group_size=1, **encoding)))
+    assert [(group.name, group.num_rows) for group in groups] == [
+        ("f.parquet row groups 0 to 1023", 1024),
+        ("f.parquet row groups 1024 to 2047", 1024),
+        ("f.parquet row groups 2048 to 2999", 952),
+    ]
+    for _ in range(2):  # the second time, what was found out is known
+        tables = [group.read(["s", "x"]) for group in groups]
+        assert pa.concat_tables(tables).to_pydict() == table.select(["s", "x"]).to_pydict()
+
+
+def test_row_groups_that_are_few_or_large_keep_to_themselves() -> None:
+    table = pa.table({"x": range(64 * 2)})
+    assert len(row_groups(opened(written(table, row_group_size=2)))) == 64
+    table = pa.table({"x": range(66 * 1024)})
+    assert len(row_groups(opened(written(table, row_group_size=1024)))) == 66
+
+
+def test_joined_row_groups_are_bounded_in_bytes_too() -> None:
+    noise = np.random.default_rng(0).bytes(100_000)
+    table = pa.table({"x": [noise[i:] for i in range(66)]})
+    sizes = [group.num_rows for group in row_groups(opened(written(table, row_group_size=1)))]
+    assert set(sizes) <= {9, 10, 66 % 10}
+    assert sum(sizes) == 66
+
+
+def test_a_file_of_row_groups_without_rows_has_none() -> None:
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, pa.schema([("x", pa.int64())])) as writer:
+        for i in range(100):
+            writer.write_table(pa.table({"x": pa.array([] if i % 50 else [i], pa.int64())}))
+    groups = row_groups(opened(sink.getvalue()))
+    assert [group.read(["x"]).column("x").to_pylist() for group in groups] == [[0, 50]]

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.training.rows import VECTORS, encode, same_bits, spec_of, table_of
-from tidemill.tasks.training import columns
+from tests.training.rows import VECTORS, TableGroup, encode, same_bits, spec_of, table_of
+from tidemill.tasks.training import columns, families
 from tidemill.tasks.training.columns import bucket_ids, hash_bucket
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
@@ -91,9 +91,148 @@ def test_numbers_as_categories_agree_across_types(array):
     assert encoded.ids_NC.squeeze(1).tolist() == [1 + hash_bucket(b"3", 500), 0, 1 + hash_bucket(b"0", 500)]
 
 
-def test_a_fraction_as_a_category_keeps_its_digits():
-    encoded = encode(spec_of(Column(name="a", kind="category")), table_of(pa.array([0.1, 1e300])))
-    assert encoded.ids_NC[0].item() == 1 + hash_bucket(b"0.1", 1000)
+def category(array, buckets=500):
+    encoded = encode(spec_of(Column(name="a", kind="category", buckets=buckets)), table_of(array))
+    return encoded.ids_NC.squeeze(1).tolist()
+
+
+def of_bytes(*digits, buckets=500):
+    return [1 + hash_bucket(data, buckets) for data in digits]
+
+
+FRACTIONS = [0.1, 0.25, 19.99, 3.0, 1e-7, -0.0001]
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pa.array(FRACTIONS, pa.float64()),
+        pa.array(FRACTIONS, pa.float32()),
+        pa.array(FRACTIONS, pa.float32()).dictionary_encode(),
+        *(pa.array([Decimal(str(x)) for x in FRACTIONS], kind) for kind in (
+            pa.decimal32(9, 7), pa.decimal64(18, 7), pa.decimal128(20, 9), pa.decimal256(60, 30),
+        )),
+    ],
+    ids=lambda array: str(array.type),
+)  # fmt: skip
+def test_a_fraction_as_a_category_has_its_digits_whatever_its_type(array):
+    assert category(array) == of_bytes(b"0.1", b"0.25", b"19.99", b"3", b"1e-07", b"-0.0001")
+
+
+@given(st.lists(st.floats(width=64, min_value=-(2.0**24), max_value=2.0**24), min_size=1))
+@settings(deadline=None)
+def test_a_float_is_in_one_bucket_in_float64_and_float32(values):
+    wide = pa.array([x for x in values if x != int(x)] or [0.5], pa.float64())
+    assert category(wide) == category(wide.cast(pa.float32()))
+
+
+def test_a_fraction_that_float16_holds_exactly_is_a_category_and_another_is_refused():
+    assert category(pa.array([0.5, -1.75, 7.0], pa.float16())) == category(pa.array([0.5, -1.75, 7.0]))
+    with pytest.raises(ColumnError, match=r"'a' of .*: 0\.1 is not a category: float16 has rounded it; write float32"):
+        category(pa.array([0.1], pa.float16()))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(pa.float16(), 11), (pa.float32(), 24), (pa.float64(), 53)], ids=str)
+def test_a_whole_number_that_a_float_may_have_rounded_is_no_category(kind, bits):
+    last = 2**bits
+    assert category(pa.array([last, -last], kind)) == category(pa.array([last, -last], pa.int64()))
+    with pytest.raises(
+        ColumnError, match=rf"is not a category: .* round whole numbers beyond {last:,}; write integers"
+    ):
+        category(pa.array([2.0 * last], kind))
+
+
+def test_whole_numbers_of_any_length_keep_their_digits():
+    long = 12345678901234567890123
+    assert category(pa.array([Decimal(long)], pa.decimal128(38, 2))) == of_bytes(b"12345678901234567890123")
+    assert category(pa.array([2**64 - 1], pa.uint64())) == of_bytes(b"18446744073709551615")
+    assert category(pa.array([True, False])) == of_bytes(b"1", b"0")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), Decimal("1" + "0" * 60 + ".5")], ids=str)
+def test_what_is_no_number_or_beyond_all_floats_is_no_category(value):
+    kind = pa.decimal256(70, 1) if isinstance(value, Decimal) else pa.float64()
+    with pytest.raises(ColumnError, match="is not a category: "):
+        category(pa.array([value], kind))
+
+
+# ---- extension types, and columns without a type -----------------------------------------------------------------------
+class Point(pa.ExtensionType):
+    """An extension type that somebody has made."""
+
+    def __init__(self):
+        super().__init__(pa.list_(pa.float32(), 2), "tests.point")
+
+    def __arrow_ext_serialize__(self):
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type, serialized):
+        return cls()
+
+
+def extension(kind, values):
+    return pa.ExtensionArray.from_storage(kind, pa.array(values, kind.storage_type))
+
+
+EXTENSIONS = [
+    extension(pa.uuid(), [b"0123456789abcdef", None]),
+    extension(pa.json_(), ['{"a": 1}', None]),
+    extension(pa.bool8(), [1, None]),
+    extension(pa.fixed_shape_tensor(pa.float32(), [2]), [[1, 2], None]),
+    extension(pa.opaque(pa.int32(), "geo", "vendor"), [5, None]),
+    extension(Point(), [[1, 2], None]),
+    pa.ListArray.from_arrays(pa.array([0, 2, 2], pa.int32()), extension(pa.uuid(), [b"0" * 16, b"1" * 16])),
+]
+
+
+@pytest.mark.parametrize("array", EXTENSIONS, ids=lambda array: str(array.type))
+def test_an_extension_type_is_what_it_is_stored_as(array):
+    kind = array.type.storage_type if isinstance(array.type, pa.BaseExtensionType) else pa.list_(pa.binary(16))
+    found, expected = (encode(spec_of("a"), table_of(a)) for a in (array, array.cast(kind)))
+    assert same_bits(found.x_NF, expected.x_NF)
+    assert found.ids_NC is expected.ids_NC is None or same_bits(found.ids_NC, expected.ids_NC)
+
+
+UNTYPED = [
+    (pa.array([1.5, 2.5]), pa.nulls(2)),
+    (pa.array(["x", "y"]), pa.nulls(2)),
+    (pa.array(["x", "y"]), pa.nulls(2).dictionary_encode()),
+    (pa.array([dt.date(2020, 1, 1), dt.date(2020, 1, 2)]), pa.nulls(2)),
+    (pa.array([dt.timedelta(1), dt.timedelta(2)]), pa.nulls(2)),
+    (pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32(), 2)), pa.nulls(2)),
+    (pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32(), 2)), pa.nulls(2, pa.list_(pa.null(), 2))),
+    (pa.array([[1], [2]]), pa.nulls(2)),
+    (pa.array([[1], [2]]), pa.array([[], None], pa.list_(pa.null()))),
+    (pa.array([["a"], ["b"]]), pa.array([[None, None], []], pa.large_list(pa.null()))),
+]
+
+
+@pytest.mark.parametrize(("typed", "untyped"), UNTYPED, ids=lambda array: str(array.type))
+def test_a_column_of_nothing_but_nulls_may_have_the_type_of_nulls(typed, untyped):
+    known = Features.resolve(spec_of("a"), table_of(typed).schema).fit([TableGroup("typed", table_of(typed))])
+    empty = untyped.cast(typed.type) if pa.types.is_list(typed.type) else pa.nulls(2, typed.type)
+    (found,) = known.tables([TableGroup("untyped", table_of(untyped))])
+    (expected,) = known.tables([TableGroup("typed nulls", table_of(empty))])
+    one, other = known.encode(found, "untyped"), known.encode(expected, "typed nulls")
+    assert same_bits(one.x_NF, other.x_NF)
+    assert one.ids_NC is other.ids_NC is None or same_bits(one.ids_NC, other.ids_NC)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.float32(), pa.string(), pa.dictionary(pa.int32(), pa.string()), pa.list_(pa.float32(), 3), pa.list_(pa.int64()),
+     pa.list_view(pa.string()), pa.large_list_view(pa.int8()), pa.large_list(pa.dictionary(pa.int32(), pa.string()))],
+    ids=str,
+)  # fmt: skip
+def test_a_column_of_a_plain_type_is_used_as_it_is(kind):
+    column = pa.chunked_array([pa.nulls(1, kind)])
+    assert families.stored(column, pa.float64()) is column
+
+
+def test_a_column_that_no_file_has_a_type_for_is_refused():
+    with pytest.raises(ColumnError, match="column 'a' is null in all rows of the dataset: remove it from features"):
+        encode(spec_of("a"), table_of(pa.nulls(3)))
 
 
 def test_each_distinct_value_is_hashed_once(monkeypatch):
@@ -137,7 +276,6 @@ def test_nulls_of_a_vector_become_its_means(item):
         pa.dictionary(pa.int8(), pa.list_(pa.int8())),
         pa.struct([("a", pa.int8())]),
         pa.map_(pa.string(), pa.int8()),
-        pa.null(),
         pa.list_(pa.string(), 2),
     ],
     ids=str,

@@ -16,6 +16,7 @@ from tidemill.storage.parquet import ParquetFile, RowGroup, row_groups
 from tidemill.tasks.online import labels as module
 from tidemill.tasks.online.labels import Labels
 from tidemill.tasks.training.errors import SpecError
+from tidemill.tasks.training.families import told
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import score, train_shard
@@ -68,6 +69,39 @@ def test_any_join_equals_that_of_a_dict(kind: pa.DataType, seed: int) -> None:
     found, unmatched = joined_values(column(keys, kind), labels_of(pa.array(label_keys, kind), values))
     assert found == [None if k is None else label_of.get(k) for k in keys]
     assert unmatched == sum(k is None or k not in keys for k in label_keys)
+
+
+def uuids(*values: bytes | None) -> pa.Array:
+    return pa.ExtensionArray.from_storage(pa.uuid(), pa.array(values, pa.binary(16)))
+
+
+def test_keys_may_be_of_an_extension_type_on_either_side() -> None:
+    one, two, three = (bytes([i]) * 16 for i in range(3))
+    labels = labels_of(uuids(one, two), [0.1, 0.2])
+    assert joined_values(pa.table({"id": uuids(two, None, three)}), labels) == ([0.2, None, None], 1)
+    assert joined_values(column([one], pa.binary(16)), labels) == ([0.1], 1)
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.string(), pa.timestamp("us")])
+def test_a_key_that_is_null_everywhere_has_no_labels_whatever_its_type_is(kind: pa.DataType) -> None:
+    labels = labels_of(pa.nulls(1, kind), [0.1])
+    assert joined_values(pa.table({"id": pa.nulls(2)}), labels) == ([None, None], 1)
+    untyped = labels_of(pa.nulls(1), [0.1])
+    assert joined_values(pa.table({"id": pa.nulls(2, kind)}), untyped) == ([None, None], 1)
+    assert joined_values(pa.table({"id": pa.nulls(2)}), untyped) == ([None, None], 1)
+
+
+def test_labels_that_are_all_null_need_no_type() -> None:
+    labels = Labels(shard(pa.table({"id": [1, 2], "y": pa.nulls(2)})), "id", ["y"])
+    assert joined_values(column([2, 3]), labels) == ([None, None], 1)
+
+
+def test_types_are_told_in_plain_words() -> None:
+    labels = labels_of(pa.array([1]), [0.1])
+    with pytest.raises(ShardRejected, match=r"column 'id' is text, but int64 in l\.parquet; write both"):
+        labels.join(shard(column(["a"])))
+    with pytest.raises(ShardRejected, match=r"target 'y' of x\.parquet has type text: write a number"):
+        Labels(shard(pa.table({"id": [1], "y": ["a"]})), "id", ["y"])
 
 
 def test_groups_are_those_of_the_features_with_the_targets_behind() -> None:
@@ -145,7 +179,7 @@ def test_integers_beyond_the_other_type_match_nothing() -> None:
 )
 def test_types_of_different_kinds_are_refused(kind: pa.DataType, other: pa.DataType) -> None:
     labels = labels_of(pa.nulls(1, other), [1.0])
-    said = re.escape(f"x.parquet: column 'id' is {kind}, but {other} in l.parquet;")
+    said = re.escape(f"x.parquet: column 'id' is {told(kind)}, but {told(other)} in l.parquet;")
     with pytest.raises(ShardRejected, match=said):
         labels.join(shard(column([None], kind)))
 
