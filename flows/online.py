@@ -36,7 +36,8 @@ def online_training(inbox: str, registry: str, model: str, settings: OnlineSetti
                     if settings.mode == "drain":
                         break
                     stop.wait(settings.poll_seconds)
-                    while not stop and not wrappers.look(run):
+                    # No task: a follower looks all day, and Prefect keeps every task run.
+                    while not stop and not run.poll():
                         stop.wait(settings.poll_seconds)
     if run.report.versions == 0:
         # Prefect shows the state's name, and hands its data to the caller.

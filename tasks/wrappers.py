@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
 from tidemill.storage import retention
-from tidemill.storage.errors import HeadMoved, Unavailable
+from tidemill.storage.errors import Unavailable
 from tidemill.tasks import batch
 from tidemill.tasks.online import step as online
 
@@ -57,15 +57,6 @@ finish = _task(batch.finish, "promote")
 
 open_online = _task(online.open_run, "open-inbox")
 step = _task(online.step, "step")
-
-
-def look(run: online.OnlineRun) -> bool:
-    """True if a step may find something to train on. No task: a follower looks all day, and Prefect keeps every task run."""
-    try:
-        run.look(run.load())
-    except (HeadMoved, Unavailable):
-        return True  # the step finds out for itself, with its retries
-    return run.listed
 
 
 collect_garbage = _task(retention.maintain, "garbage-collection")

@@ -1,4 +1,4 @@
-"""May a new version serve? The champion, its scores beside the learner's, and the decision that a manifest records.
+"""May a new version serve? The champion, what it scores and when it served; and the decision that a manifest records.
 
 Nothing here influences what the learner is trained on, except a rollback or a retraining after many refusals, which the log
 itself calls for.
@@ -6,8 +6,10 @@ itself calls for.
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from datetime import datetime
+from functools import lru_cache
 from itertools import islice
 from typing import Final
 
@@ -15,10 +17,12 @@ from tidemill.storage.aliases import Alias, find_alias, promote
 from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import CorruptObject, UnknownVersion
 from tidemill.storage.log import Version, VersionLog
-from tidemill.storage.manifest import Compared, Consumed, Gate
+from tidemill.storage.manifest import Compared, Consumed, Gate, Predicted
+from tidemill.storage.store import Store
+from tidemill.tasks.online.reading import may_be_the_shards
 from tidemill.tasks.scores import Means
-from tidemill.tasks.settings import GateSettings, OnlineSettings
-from tidemill.tasks.training.errors import TrainingError
+from tidemill.tasks.settings import GateSettings
+from tidemill.tasks.training.errors import TrainingError, described
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner, Predictor
 from tidemill.tasks.training.loop import Score, score
@@ -28,6 +32,8 @@ logger = logging.getLogger("tidemill.gate")
 
 REMEMBERED: Final = 1000
 """How many versions back the last decision on the holdout is looked for."""
+UNDECIDED: Final = 1000
+"""Give up the search for the version that served after this many versions without a decision of the gate."""
 AS_BAD_AS_CAN_BE: Final = sys.float_info.max
 """Stands for a score of the learner that is not finite: JSON has no infinity."""
 
@@ -39,8 +45,9 @@ class GateClosed(Exception):
 class Champion:
     """The version that an alias names, in memory: it scores what the learner scores, and makes way for better ones."""
 
-    def __init__(self, log: VersionLog, settings: OnlineSettings) -> None:
-        self.log, self.settings = log, settings
+    def __init__(self, log: VersionLog, settings: GateSettings, device: str, stores: Callable[[str], Store]) -> None:
+        """`stores` opens the holdout, and `device` is where networks score, as in `Learner.create`."""
+        self.log, self.settings, self._device, self._stores = log, settings, device, stores
         self.alias: Alias | None = None
         self._network: Predictor | None = None
         self._number: int | None = None
@@ -48,23 +55,27 @@ class Champion:
         self._holdout_score: Score | None = None
         self._decided: tuple[int, Gate] | None = None
         """The last decision, and the version that it was about."""
+        self._served: tuple[int, Predictor | None] | None = None
+        """A version that served once, and its network if that can still be read."""
+        self._version = lru_cache(maxsize=64)(log.version)
+        """Manifests never change; bisections for neighbouring moments ask for the same ones."""
 
-    def follow(self, head: Version, learner: Learner) -> None:
+    def refresh(self, head: Version, learner: Learner) -> None:
         """Finish what the head decided, if its run was killed before; then find out who the champion is.
 
         A champion that cannot be loaded is warned of, and nothing is compared.
         """
-        if self.settings.gate.champion == "ignore":
+        if self.settings.champion == "ignore":
             return
         self._promote(head)
         self._find(head, learner)
         if self.alias is None:
-            logger.warning("%s has no alias %r: nothing to compare with", self.log.url, self.settings.gate.alias)
-        elif self.settings.gate.champion == "move" and self.settings.gate.holdout_dataset is not None:
+            logger.warning("%s has no alias %r: nothing to compare with", self.log.url, self.settings.alias)
+        elif self.settings.champion == "move" and self.settings.holdout_dataset is not None:
             self._decided = self._last_decision(head)
 
     def _find(self, head: Version, learner: Learner) -> None:
-        self.alias = find_alias(self.log, self.settings.gate.alias)
+        self.alias = find_alias(self.log, self.settings.alias)
         if self.alias is None or self.alias.version == self._number:
             return
         self._number, self._network, self._holdout_score = self.alias.version, None, None
@@ -73,7 +84,7 @@ class Champion:
                 self._network = learner.predictor()
             else:
                 champion = self.log.version(self.alias.version)
-                self._network = load_learner(self.log, champion, self.settings.device).predictor()
+                self._network = load_learner(self.log, champion, self._device).predictor()
         except (UnknownVersion, CorruptObject, TrainingError) as error:
             logger.warning("champion, version %d, cannot be compared with: %s", self.alias.version, error)
 
@@ -86,13 +97,8 @@ class Champion:
 
     def score(self, groups: Sequence[RowGroup]) -> dict[str, float]:
         """The champion's scores on these rows; none if it cannot read them."""
-        if self._network is None:
-            return {}
-        try:
-            return score(self._network, groups).finite
-        except TrainingError as error:  # its spec may name columns that the head's does not
-            logger.warning("champion cannot score %s: %s", groups[0].name, error)
-            return {}
+        found = None if self._network is None else _scored(self._network, groups, groups[0].name)
+        return {} if found is None else found.finite
 
     def is_version(self, number: int) -> bool:
         """Whether the champion is this version."""
@@ -109,16 +115,14 @@ class Champion:
         Raises:
             ColumnError: the holdout lacks columns of the learner's spec, or has no label.
         """
-        if self.settings.gate.holdout_dataset is None:
+        if self.settings.holdout_dataset is None:
             return None
         if self._holdout is None:
-            self._holdout = snapshot(self.settings.gate.holdout_dataset).row_groups
+            self._holdout = snapshot(self.settings.holdout_dataset, self._stores).row_groups
         found = score(learner, self._holdout)
         if self._holdout_score is None and self._network is not None:
-            try:
-                self._holdout_score = score(self._network, self._holdout)
-            except TrainingError as error:  # its spec may name columns that the head's does not
-                logger.warning("champion cannot score %s: %s", self.settings.gate.holdout_dataset, error)
+            self._holdout_score = _scored(self._network, self._holdout, self.settings.holdout_dataset)
+            if self._holdout_score is None:
                 self._network = None
         return found, self._best(self._holdout_score, learner.spec.main_metric)
 
@@ -154,9 +158,75 @@ class Champion:
         if gate is None or gate.decision == "refused":
             return None
         try:
-            return promote(self.log, self.settings.gate.alias, version, only_from=Alias(gate.champion, gate.moves))
+            return promote(self.log, self.settings.alias, version, only_from=Alias(gate.champion, gate.moves))
         except UnknownVersion:  # others have gone on long since, and retention has removed it
             return None
+
+    # ---- who would have predicted ------------------------------------------------------------------------------------
+    def predicted(self, head: Version, arrived: datetime, groups: Sequence[RowGroup]) -> Predicted | None:
+        """The score, on rows whose labels came late, of the version that served when the rows arrived.
+
+        None if retention has removed that version, or if it cannot score them.
+        """
+        version = self._serving(head, arrived)
+        if self._served is None or self._served[0] != version.number:
+            try:
+                network = load_learner(self.log, version, self._device).predictor()
+            except (UnknownVersion, CorruptObject, TrainingError) as error:
+                logger.warning("version %d cannot be scored any more: %s", version.number, error)
+                network = None
+            self._served = version.number, network
+        network = self._served[1]
+        found = None if network is None else _scored(network, groups, groups[0].name)
+        return None if found is None else Predicted(version=version.number, score=found.finite)
+
+    def _serving(self, head: Version, moment: datetime) -> Version:
+        """The version that served at a moment. Where no gate moves the alias, the one that it names, if that existed."""
+        if self.settings.champion == "move":
+            return served_at(self.log, self._version, head, moment)
+        alias = find_alias(self.log, self.settings.alias)
+        newest = newest_at(self._version, head, moment)
+        return newest if alias is None or alias.version > newest.number else self._version(alias.version)
+
+
+def _scored(network: Predictor, groups: Sequence[RowGroup], name: str) -> Score | None:
+    """Scores of a version that is not being trained; None if it cannot score these rows, which is no fault of theirs.
+
+    Its spec may name columns that the head's does not, and its code may fail.
+    """
+    try:
+        return score(network, groups)
+    except Exception as error:
+        if not may_be_the_shards(error):
+            raise
+        logger.warning("champion cannot score %s: %s", name, described(error))
+        return None
+
+
+def served_at(log: VersionLog, version_at: Callable[[int], Version], head: Version, moment: datetime) -> Version:
+    """The version that served at a moment, as far as the gate moved the alias; version 0 before there was any.
+
+    That is what the last decision before it left as champion, or what a batch training or a rollback has made since.
+    """
+    newest = newest_at(version_at, head, moment)
+    for version in islice(log.history(newest), UNDECIDED):
+        if (gate := version.manifest.gate) is not None:
+            return version if gate.decision == "promoted" else version_at(gate.champion)
+        if version.manifest.kind != "online":
+            return version
+    return newest
+
+
+def newest_at(version_at: Callable[[int], Version], head: Version, moment: datetime) -> Version:
+    """The newest version at a moment; version 0 before there was any.
+
+    Found by bisection: the log is ordered by time as far as the clocks of its writers agree.
+    """
+    low, high = 0, head.number
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if version_at(middle).manifest.created <= moment else (low, middle - 1)
+    return version_at(low)
 
 
 # ---- deciding --------------------------------------------------------------------------------------------------------
@@ -164,21 +234,21 @@ def decide(
     settings: GateSettings,
     alias: Alias,
     metric: str,
-    window: Iterable[Consumed],
+    recent: Iterable[Consumed],
     holdout: tuple[Score, Score | None] | None,
     before: Gate | None,
 ) -> Gate | None:
-    """The decision on a version whose shards are the last of `window`; None if nothing can be compared.
+    """The decision on a version whose shards are the last of `recent`; None if nothing can be compared.
 
-    It is promoted if, with the tolerance, it is not worse than the champion: before training, on the rows of the window; and
+    It is promoted if, with the tolerance, it is not worse than the champion: before training, on the rows of these shards; and
     after it, on the holdout (`Champion.holdout`). `before` is the decision before this one, if there was one: refusals are
     counted in a row, until somebody moves the alias.
     """
-    recent = _compared(window, metric)
+    lately = _compared(recent, metric)
     fixed = None if holdout is None else _on_holdout(*holdout, metric)
-    if recent is None or (holdout is not None and fixed is None):
+    if lately is None or (holdout is not None and fixed is None):
         return None
-    worse = [c for c in (recent, fixed) if c is not None and not _holds(c, settings.tolerance)]
+    worse = [c for c in (lately, fixed) if c is not None and not _holds(c, settings.tolerance)]
     in_a_row = 0 if before is None or before.moves != alias.moves else before.refusals
     refusals = in_a_row + 1 if worse else 0
     resort = settings.after_refusals if isinstance(settings.after_refusals, str) else "retrain"
@@ -188,7 +258,7 @@ def decide(
         metric=metric,
         decision="refused" if worse else "promoted",
         tolerance=settings.tolerance,
-        window=recent,
+        window=lately,
         holdout=fixed,
         refusals=refusals,
         then=resort if refusals >= settings.refusals and resort != "continue" else None,

@@ -1,47 +1,166 @@
 """Shards on their way into training: fetched, checked and decoded while those before them are trained on.
 
-What is handed out, and in which order, follows from the listing alone, never from which read is faster.
+What is handed out, and in which order, follows from the listing alone, never from which read is faster. What became of
+reading one shard is decided here, once: it can be trained on, it never can, or a later listing decides (`Read`).
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Final
 
 import pyarrow as pa
 
-from tidemill.storage.errors import NotReady, ShardRejected
+from tidemill.storage.errors import (
+    NotFound,
+    NotReady,
+    PreconditionFailed,
+    ShardRejected,
+    StorageError,
+    StoreFull,
+    StoreNotFound,
+    Unavailable,
+    UnsupportedStore,
+)
 from tidemill.storage.inbox import Inbox, Shard
+from tidemill.storage.manifest import LabelShard
+from tidemill.storage.parquet import RowGroup as FileGroup
 from tidemill.storage.store import ObjectInfo
-from tidemill.tasks.online.delayed import BadLabels, Complete, DelayedLabels
-from tidemill.tasks.training.errors import ColumnError
+from tidemill.tasks.training.errors import ColumnError, described, is_of_the_machine
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
 
 AHEAD_BYTES: Final = 64 * 2**20
-"""Shards are read ahead for as long as they and their labels have no more bytes together than this; or one of them."""
+"""Shards are read ahead while they and their labels have no more bytes together than this; a larger one is read alone."""
 DECODED_BYTES: Final = 4 * 2**20
-"""A shard that takes more when encoded is decoded piece by piece when it is used, as often as it is: there it costs little."""
+"""Larger shards are not decoded ahead. They are decoded at each use, which is cheap next to training on them."""
+
+_OF_THE_STORE: Final = (Unavailable, StoreNotFound, StoreFull, UnsupportedStore)
+"""Errors that say something of a store, and nothing of the object that was asked for."""
+
+
+# ---- what became of reading a shard ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Readable:
+    """A shard that can be scored and trained on."""
+
+    shard: Shard
+    groups: Sequence[RowGroup]
+    labels: LabelShard | None = None
+    """Where its targets come from, if not from the shard itself."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it holds: those of the file, and those of its decoded columns."""
+        return len(self.shard.data) + sum(group.table.nbytes for group in self.groups if isinstance(group, Decoded))
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A shard that was read, and what can be trained on."""
+class Unusable:
+    """A shard that can never be used as it is: of features; or of labels, and then its features wait for better ones."""
 
     shard: Shard
-    found: Complete | None
-    """None: its labels have gone since they were listed, or there is a problem."""
-    problem: Exception | None = None
-    """Why it cannot be used now (NotReady) or ever (ShardRejected, BadLabels, ColumnError)."""
-
-    def complete(self) -> Complete | None:
-        """What was found. Raises the problem."""
-        if self.problem is not None:
-            raise self.problem
-        return self.found
+    reason: str
+    unforeseen: bool = False
+    """True: nobody had thought of this error. It is the shard's fault only if another shard can be trained on."""
 
 
+@dataclass(frozen=True)
+class Later:
+    """A shard that cannot be used now; a later listing decides."""
+
+    reason: str | None = None
+    """Why it cannot be read, where that is for a person to mend. None: it has gone, has changed, or is not whole yet."""
+
+
+Read = Readable | Unusable | Later
+
+
+def read_shard(
+    inbox: Inbox,
+    complete: "Callable[[Shard, Sequence[FileGroup], Features], Read] | None",
+    features: Features,
+    grace_seconds: float,
+    info: ObjectInfo,
+) -> Read:
+    """Fetch a shard, check its columns, and decode them if it is small.
+
+    Args:
+        inbox: Where it was listed.
+        complete: Joins the shard with the labels that have come for it; None if labels are not delayed.
+        features: The columns that training needs.
+        grace_seconds: What is no whole Parquet file is unusable once it has not changed for this long.
+        info: The shard as it was listed.
+
+    Raises:
+        Unavailable, StoreNotFound: the store as a whole cannot be read.
+    """
+    shard = fetched(inbox, info)
+    if isinstance(shard, Later):
+        return shard
+    try:
+        groups = shard.row_groups()
+        found = Readable(shard, groups) if complete is None else complete(shard, groups, features)
+        if not isinstance(found, Readable):
+            return found
+        features.check(found.groups[0].schema, info.key)
+        return replace(found, groups=_decoded(found.groups, features, info.size))
+    except NotReady as unready:
+        return unfinished(inbox, shard, unready, grace_seconds)
+    except (ShardRejected, ColumnError) as bad:
+        return Unusable(shard, str(bad))
+    except Exception as error:
+        if not may_be_the_shards(error):
+            raise
+        return Unusable(shard, described(error), unforeseen=True)
+
+
+def fetched(inbox: Inbox, info: ObjectInfo) -> Shard | Later:
+    """The whole object as it was listed. One that cannot be read must not stop the others."""
+    try:
+        return inbox.read(info) or Later()
+    except _OF_THE_STORE:
+        raise
+    except StorageError as error:
+        return Later(str(error))
+
+
+def unfinished(inbox: Inbox, shard: Shard, unready: NotReady, grace_seconds: float) -> Unusable | Later:
+    """What an object is that is no whole Parquet file: its writer is still at it, or has given up."""
+    return Unusable(shard, str(unready)) if inbox.is_stable(shard.info, grace_seconds) else Later()
+
+
+def count_rows(inbox: Inbox, grace_seconds: float, info: ObjectInfo) -> int | None:
+    """How many rows a shard has, by its footer alone; None where reading it would end in `Later`.
+
+    Raises:
+        ShardRejected: it can never be used.
+        Unavailable, StoreNotFound: as in `read_shard`.
+    """
+    try:
+        return inbox.count_rows(info)
+    except (NotFound, PreconditionFailed):
+        return None
+    except NotReady as unready:
+        if inbox.is_stable(info, grace_seconds):
+            raise ShardRejected(str(unready)) from unready
+        return None
+    except (ShardRejected, *_OF_THE_STORE):
+        raise
+    except StorageError:
+        return None
+
+
+def may_be_the_shards(error: Exception) -> bool:
+    """Whether an error met on a shard's rows may be the fault of these rows.
+
+    Errors of a store, of memory or of an accelerator never are. All others may be: of the model, the loss, a metric, Arrow.
+    """
+    return isinstance(error, ShardRejected) or not (isinstance(error, StorageError) or is_of_the_machine(error))
+
+
+# ---- row groups that are decoded already -----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Decoded:
     """A row group whose columns have been decoded already."""
@@ -68,40 +187,47 @@ class Decoded:
         return self.group.read(columns)
 
 
-def read_shard(inbox: Inbox, delayed: DelayedLabels | None, features: Features, info: ObjectInfo) -> Ready | None:
-    """Fetch a shard, and its labels if they are delayed; check its columns, and decode them if it is small.
-
-    None if it went or changed since it was listed.
-    """
-    if (shard := inbox.read(info)) is None:
-        return None
-    try:
-        groups = shard.row_groups()
-        found = Complete(groups, None)
-        if delayed is not None:
-            completed = delayed.completed(shard, groups, features)
-            if completed is None:
-                return Ready(shard, None)
-            found = completed
-        features.check(found.groups[0].schema, info.key)
-        return Ready(shard, replace(found, groups=_decoded(found.groups, features, info.size)))
-    except (NotReady, BadLabels, ShardRejected, ColumnError) as problem:
-        return Ready(shard, None, problem)
-
-
 def _decoded(groups: Sequence[RowGroup], features: Features, size: int) -> Sequence[RowGroup]:
     """The groups, decoded, if that takes no more than `DECODED_BYTES`; `size` is that of the file."""
     if size > DECODED_BYTES or sum(group.num_rows for group in groups) * features.row_bytes > DECODED_BYTES:
         return groups  # values that compress well may be far more bytes than the file
     columns = features.names(labelled=True)
-    tables: list[pa.Table] = []
-    decoded = 0
+    tables, nbytes = list[pa.Table](), 0
     for group in groups:
         tables.append(group.read(columns))
-        decoded += tables[-1].nbytes
-        if decoded > DECODED_BYTES:
+        nbytes += tables[-1].nbytes
+        if nbytes > DECODED_BYTES:
             return groups
     return [Decoded(group, table) for group, table in zip(groups, tables, strict=True)]
+
+
+# ---- reading ahead ---------------------------------------------------------------------------------------------------
+class Kept:
+    """Shards that were read before their turn, because a trigger asked how the model does on them.
+
+    They hold at most `AHEAD_BYTES`. What does not fit is read again when it has its turn.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, Readable] = {}
+        self._bytes = 0
+
+    def put(self, identity: Hashable, found: Readable) -> None:
+        """Keep a shard under an identity, which says exactly which bytes it was made of."""
+        if identity not in self._found and self._bytes + found.nbytes <= AHEAD_BYTES:
+            self._found[identity] = found
+            self._bytes += found.nbytes
+
+    def pop(self, identity: Hashable) -> Readable | None:
+        """Hand out what is kept under an identity, once."""
+        if (found := self._found.pop(identity, None)) is not None:
+            self._bytes -= found.nbytes
+        return found
+
+    def only(self, identities: Iterable[Hashable]) -> None:
+        """Drop all others."""
+        for gone in self._found.keys() - set(identities):
+            self.pop(gone)
 
 
 class Reader:
@@ -110,14 +236,14 @@ class Reader:
     def __init__(
         self,
         shards: Iterable[ObjectInfo],
-        read: Callable[[ObjectInfo], Ready | None],
+        read: Callable[[ObjectInfo], Read],
         size: Callable[[ObjectInfo], int],
         workers: int,
     ) -> None:
         """`read` may be called from any thread; `size` tells how many bytes it will hold."""
         self._waiting = deque(shards)
         self._read, self._size, self._ahead = read, size, 2 * workers if workers > 1 else 0
-        self._coming: deque[tuple[ObjectInfo, Future[Ready | None]]] = deque()
+        self._coming: deque[tuple[ObjectInfo, Future[Read]]] = deque()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tidemill-reader")
 
     def __len__(self) -> int:
@@ -128,20 +254,20 @@ class Reader:
         """The shard whose turn it is."""
         return self._coming[0][0] if self._coming else self._waiting[0]
 
-    def take(self) -> tuple[ObjectInfo, Ready | None]:
-        """The shard whose turn it is, read (None: it has gone or changed); reading of the next ones goes on.
+    def take(self) -> tuple[ObjectInfo, Read]:
+        """The shard whose turn it is, and what became of reading it; reading of the next ones goes on.
 
-        Raises what `Inbox.read` raises; the shard has then had its turn.
+        Raises what `read_shard` raises; the shard has then had its turn.
         """
         if not self._ahead:
             info = self._waiting.popleft()
             return info, self._read(info)
-        self._fill()
+        self._prefetch()
         info, coming = self._coming.popleft()
-        self._fill()
+        self._prefetch()
         return info, coming.result()
 
-    def _fill(self) -> None:
+    def _prefetch(self) -> None:
         size = sum(self._size(info) for info, _ in self._coming)
         while self._waiting and len(self._coming) < self._ahead:
             size += self._size(self._waiting[0])
@@ -152,6 +278,8 @@ class Reader:
 
     def put_back(self, shards: Sequence[ObjectInfo]) -> None:
         """Let these have their turn once more, before all others."""
+        if not shards:
+            return
         again = [*shards, *self._stop()]
         self._waiting.extendleft(reversed(again))
 

@@ -1,11 +1,16 @@
 """What an online run tells of itself when it ends."""
 
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Final
 
 from pydantic import BaseModel, PrivateAttr
 
 from tidemill.storage.manifest import Manifest
 from tidemill.tasks.scores import Summary
+
+NAMED: Final = 20
+"""How many shards a report names with the reason."""
 
 
 class OnlineReport(BaseModel):
@@ -41,7 +46,16 @@ class OnlineReport(BaseModel):
     waiting: int = 0
     """Shards in the inbox at the last look that were not trained on."""
     oldest_waiting: datetime | None = None
+    passed_over: int = 0
+    """Those of the waiting shards that stay until a person acts: too large, or not to be read."""
+    last_passed_over: dict[str, str] = {}
+    """URL -> reason of the last few."""
     _scored: Summary = PrivateAttr(default_factory=Summary)
+
+    def pass_over(self, shards: Mapping[str, str]) -> None:
+        """Count shards, URL -> reason, that are passed over since the last look."""
+        self.passed_over += len(shards)
+        self.last_passed_over = _last({**self.last_passed_over, **shards})
 
     def add(self, version: Manifest) -> None:
         """Count one committed version."""
@@ -57,8 +71,9 @@ class OnlineReport(BaseModel):
         if version.gate is not None:
             self.promoted += version.gate.decision == "promoted"
             self.refused += version.gate.decision == "refused"
-        for refused in version.rejected:
-            self.rejected += 1
-            self.last_rejected[refused.key] = refused.reason
-            while len(self.last_rejected) > 20:
-                del self.last_rejected[next(iter(self.last_rejected))]
+        self.rejected += len(version.rejected)
+        self.last_rejected = _last(self.last_rejected | {shard.key: shard.reason for shard in version.rejected})
+
+
+def _last(named: Mapping[str, str]) -> dict[str, str]:
+    return dict(list(named.items())[-NAMED:])

@@ -34,7 +34,7 @@ NEGLIGIBLE: Final = 1e-6
 
 
 @dataclass(frozen=True)
-class Seen:
+class Judged:
     """How the model did on one shard before it trained on it."""
 
     rows: int
@@ -50,7 +50,7 @@ class Trigger:
     one would have. A new version needs a new `Trigger`: the model scores differently.
     """
 
-    def __init__(self, settings: Triggers, past: Sequence[Seen]) -> None:
+    def __init__(self, settings: Triggers, past: Sequence[Judged]) -> None:
         """`past` is the history of the version, oldest first; the last `settings.recent_shards` shards of it are used.
 
         Raises:
@@ -60,13 +60,13 @@ class Trigger:
         self._past = [seen for seen in past if _is_usable(seen)][-settings.recent_shards :]
         self._detector = None if settings.drift is None else _detectors(settings.drift)
         self._rows: dict[tuple[str, str], int] = {}
-        self._scores: dict[tuple[str, str], Seen] = {}
+        self._scores: dict[tuple[str, str], Judged] = {}
 
     def fired(
         self,
         waiting: Sequence[ObjectInfo],
         rows: Callable[[ObjectInfo], int | None],
-        error: Callable[[ObjectInfo], Seen | None],
+        error: Callable[[ObjectInfo], Judged | None],
         now: datetime,
     ) -> list[Reason]:
         """Why to train now on what waits, given in the order of training; empty: not yet.
@@ -112,7 +112,7 @@ class Trigger:
                 return ["min_rows"]
         return []
 
-    def _by_score(self, scores: Iterator[Seen]) -> list[Reason]:
+    def _by_score(self, scores: Iterator[Judged]) -> list[Reason]:
         settings, reasons = self._settings, list[Reason]()
         if not settings.by_score:
             return reasons
@@ -145,11 +145,11 @@ def _each(
         yield known[identity]
 
 
-def _is_usable(seen: Seen) -> bool:
+def _is_usable(seen: Judged) -> bool:
     return seen.rows > 0 and math.isfinite(seen.error)
 
 
-def _mean_error(shards: Sequence[Seen]) -> float:
+def _mean_error(shards: Sequence[Judged]) -> float:
     """Mean over the rows of all of them."""
     return math.fsum(seen.error * seen.rows for seen in shards) / sum(seen.rows for seen in shards)
 

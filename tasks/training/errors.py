@@ -1,5 +1,13 @@
 """Everything that training refuses on purpose. Each message says what happened, where, and what to do."""
 
+import re
+import traceback
+from pathlib import Path
+from typing import Final
+
+MESSAGE: Final = 500
+"""Characters of a foreign error's message that are told."""
+
 
 class TrainingError(Exception):
     """Base of every error that `tidemill.tasks.training` raises on purpose."""
@@ -27,3 +35,36 @@ class NonFiniteLoss(TrainingError):
 
 class StateMismatch(TrainingError):
     """Stored weights or training state do not fit the model or the optimizer of the spec."""
+
+
+class ModelFails(TrainingError):
+    """The model fails on whatever it is trained on: its code, or the machine, is at fault, and no shard is."""
+
+
+# ---- errors that nobody raised on purpose ----------------------------------------------------------------------------
+_MACHINE = re.compile(
+    r"\b(CUDA|CUBLAS|cuBLAS|cuDNN|NCCL|HIP|MPS|XPU)\b.*error|can't allocate memory|start new thread", re.I
+)
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """Whether an error is of memory, of an accelerator or of the operating system, and so says nothing of the rows.
+
+    torch raises RuntimeError for most of these. An OSError without a number is not the operating system's: Arrow raises it
+    for bytes that it cannot decode.
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None
+    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):
+        return True
+    return isinstance(error, RuntimeError) and _MACHINE.search(str(error)) is not None
+
+
+def described(error: Exception) -> str:
+    """An error in one line: a TrainingError's own words; of any other its class, its message and where it was raised."""
+    if isinstance(error, TrainingError):
+        return str(error)
+    message = " ".join(str(error).split())
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f", in {frames[-1].name} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {message[:MESSAGE]}{'...' if len(message) > MESSAGE else ''}{where}"

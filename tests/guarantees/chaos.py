@@ -220,11 +220,7 @@ def follow(notes: Notes) -> None:
             try:
                 if run is None:
                     run = online.OnlineRun(INBOX, REGISTRY, MODEL, ONLINE, impatient)
-                if idle:
-                    run.look(run.load())
-                    idle = not run.listed
-                else:
-                    idle = _step(run, notes) is online.Outcome.IDLE
+                idle = not run.poll() if idle else _step(run, notes) is online.Outcome.IDLE
             except Unavailable as error:
                 notes.add("unavailable")
                 logging.getLogger("tidemill").warning("to be tried again: %s", error)
@@ -254,7 +250,7 @@ def finish(notes: Notes) -> None:
         lambda: _step(run, notes) is online.Outcome.IDLE and not waiting(INBOX), seconds=DEADLINE, what="an empty inbox"
     )
     run.forget()
-    run.load()
+    run.head()
     assert run.report.owed == 0, f"{run.report.owed} shards are still owed"
 
 

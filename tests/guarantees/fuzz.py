@@ -479,15 +479,15 @@ def step_target(_: Path) -> Check:
         run = run or begin()
         bad, after = f"{len(sent):04}.parquet", f"{len(sent):04}b.parquet"
         for key, data in ((bad, mutated_parquet(rng, files)), (after, good)):
-            run.inbox.store.write(key, data)
+            run.places.inbox.store.write(key, data)
             sent.append((key, data))
         assert online.step(run).outcome is online.Outcome.COMMITTED
-        assert not list(run.inbox.store.list())
-        manifest = run.log.head().manifest
+        assert not list(run.places.inbox.store.list())
+        manifest = run.places.log.head().manifest
         consumed, rejected = ([s.key for s in shards] for shards in (manifest.consumed, manifest.rejected))
         assert (consumed, rejected) in (([bad, after], []), ([after], [bad]))
         if len(sent) >= 50:
-            audit(run.log, sent)
+            audit(run.places.log, sent)
             run = None
         return "rejected" if rejected else "accepted"
 
@@ -501,11 +501,11 @@ def registry() -> tuple[VersionLog, Version, dict[str, bytes]]:
     open_store(f"{root}/dataset").write("a.parquet", parquet(table(64, 0)))
     train(open_store, f"{root}/dataset", f"{root}/registry", SPEC, BatchSettings())
     run = online.OnlineRun(f"{root}/inbox", f"{root}/registry", "model", OnlineSettings(grace_seconds=0))
-    run.inbox.store.write("a/b.parquet", parquet(table(24, 2)))
-    run.inbox.store.write("c.parquet", b"not Parquet")
+    run.places.inbox.store.write("a/b.parquet", parquet(table(24, 2)))
+    run.places.inbox.store.write("c.parquet", b"not Parquet")
     assert online.step(run).version == 1
-    store = run.log.store
-    return run.log, run.log.head(), {info.key: store.read(info.key) for info in store.list()}
+    store = run.places.log.store
+    return run.places.log, run.places.log.head(), {info.key: store.read(info.key) for info in store.list()}
 
 
 def tensors(data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -12,11 +12,12 @@ import sys
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, ClassVar, Literal
+from unittest.mock import patch
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -194,10 +195,19 @@ _AGAIN: dict[str, type[StorageError]] = {"create": AlreadyExists, "replace": Pre
 class Protocol:
     """What a world runs on: the product, or a variant that is broken on purpose (`test_controls.py`)."""
 
-    run: type[OnlineRun] = OnlineRun
+    rooms: Mapping[str, Any] = field(default_factory=dict)
+    """What stands in place of one room's function, by its name in `tidemill.tasks.online.step`."""
     log: type[VersionLog] = VersionLog
     collect_garbage: Callable[[VersionLog, int], list[str]] = retention.collect_garbage
     wrap: Callable[[Store], Store] = lambda store: store
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """In this context, runs are opened and steps are taken by this protocol."""
+        with ExitStack() as stack:
+            for name, instead in self.rooms.items():
+                stack.enter_context(patch.object(online, name, instead))
+            yield
 
 
 @cache
@@ -333,7 +343,7 @@ class World:
         trainer = self.trainers[number]
         if trainer.busy:
             return
-        with trainer.operation(plan):
+        with trainer.operation(plan), self.protocol.followed():
             if trainer.online is None:
                 trainer.online = self._open(trainer.stores, self.settings[number])
             try:
@@ -342,18 +352,20 @@ class World:
                 raise AssertionError(f"the head cannot be read: {error}") from error
 
     def _open(self, stores: Callable[[str], Store], settings: OnlineSettings) -> OnlineRun:
-        return self.protocol.run(self.inbox.url, self.registry.url, "model", settings, stores)
+        return OnlineRun(self.inbox.url, self.registry.url, "model", settings, stores)
 
     def drain(self) -> None:
         """A new online run without faults, until it finds nothing more."""
-        run = self._open(
-            lambda url: self.protocol.wrap(open_store(url)), OnlineSettings(grace_seconds=0, gate={"champion": "score"})
-        )
-        try:
-            while (outcome := online.step(run).outcome) is not Outcome.IDLE:
-                assert outcome is Outcome.COMMITTED, "lost a race against nobody"
-        except StorageError as error:
-            raise AssertionError(f"a new run cannot go on: {error}") from error
+        with self.protocol.followed():
+            run = self._open(
+                lambda url: self.protocol.wrap(open_store(url)),
+                OnlineSettings(grace_seconds=0, gate={"champion": "score"}),
+            )
+            try:
+                while (outcome := online.step(run).outcome) is not Outcome.IDLE:
+                    assert outcome is Outcome.COMMITTED, "lost a race against nobody"
+            except StorageError as error:
+                raise AssertionError(f"a new run cannot go on: {error}") from error
 
     # ---- everybody else ----------------------------------------------------------------------------------------------
     def retrain(self, seed: int, plan: Plan = QUIET) -> None:
@@ -507,8 +519,9 @@ class World:
         """Drain, then what must hold in the end. Every world ends here."""
         self.drain()
         self.check()
-        run = self._open(open_store, OnlineSettings(gate={"champion": "score"}))
-        assert run.load().owed == (), "something is still owed"
+        with self.protocol.followed():
+            run = self._open(open_store, OnlineSettings(gate={"champion": "score"}))
+            assert run.head().owed == (), "something is still owed"
         assert list(self._shards()) == [], "the inbox still holds shards"
         in_log = self.consumed() + self.rejected()
         # Once, but as often as the log has it where it was put again after it was rejected: `check` has bounded that.

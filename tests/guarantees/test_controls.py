@@ -8,24 +8,31 @@ fails one for the reason that it was made for.
 import re
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
+from weakref import WeakKeyDictionary
 
 import pytest
 
 from tests.guarantees.machine import BAD, GOOD, Fault, Meanwhile, Plan, Protocol, World
 from tests.storage.faults import Call, FaultStore
 from tidemill.storage.aliases import aliased, all_aliases
-from tidemill.storage.disposal import dispose
 from tidemill.storage.errors import AlreadyExists, CorruptObject, HeadMoved, StorageError
 from tidemill.storage.log import Version, VersionLog
-from tidemill.storage.manifest import BlobRef, Entry, decode, encode
+from tidemill.storage.manifest import BlobRef, Entry, Owed, decode, encode
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.tombstones import Tombstones
-from tidemill.tasks.online.step import OnlineRun, Trained
+from tidemill.tasks.online.commit import commit, debts
+from tidemill.tasks.online.gate import Champion
+from tidemill.tasks.online.places import Places
+from tidemill.tasks.online.reading import Reader
+from tidemill.tasks.online.selection import Selection, select
+from tidemill.tasks.online.work import Head, Identity, Work, train_on
+from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.training.steps import Steps
 
 Shards = tuple[tuple[str, bytes], ...]
 
@@ -182,92 +189,86 @@ def defects(protocol: Protocol, stride: int, scenarios: Sequence[Scenario] = SCE
 
 
 # ---- broken protocols ------------------------------------------------------------------------------------------------
-class DeletesFirst(OnlineRun):
+def deletes_first(
+    work: Work, selection: Selection, champion: Champion, places: Places, settings: OnlineSettings
+) -> Head:
     """Disposes of the shards, then commits."""
-
-    def commit(self, work: Trained) -> Version:
-        dispose(self.log, self._debts(work, work.loaded.version.number + 1), self.stores)
-        return super().commit(work)
+    places.dispose(debts(work, work.head.version.number + 1, places.log.model, settings))
+    return commit(work, selection, champion, places, settings)
 
 
-class LoserDeletes(OnlineRun):
+def loser_deletes(
+    work: Work, selection: Selection, champion: Champion, places: Places, settings: OnlineSettings
+) -> Head:
     """Disposes of the shards whether or not it won."""
-
-    def commit(self, work: Trained) -> Version:
-        try:
-            return super().commit(work)
-        except HeadMoved:
-            dispose(self.log, self._debts(work, work.loaded.version.number + 1), self.stores)
-            raise
+    try:
+        return commit(work, selection, champion, places, settings)
+    except HeadMoved:
+        places.dispose(debts(work, work.head.version.number + 1, places.log.model, settings))
+        raise
 
 
-class DropsOptimizer(OnlineRun):
+def drops_optimizer(
+    work: Work, selection: Selection, champion: Champion, places: Places, settings: OnlineSettings
+) -> Head:
     """Stores a state without the optimizer's, which it keeps in memory."""
-
-    def commit(self, work: Trained) -> Version:
-        state = work.loaded.learner.optimizer.state
-        kept = dict(state)
-        state.clear()
-        try:
-            return super().commit(work)
-        finally:
-            state.update(kept)
+    state = work.head.learner.optimizer.state
+    kept = dict(state)
+    state.clear()
+    try:
+        return commit(work, selection, champion, places, settings)
+    finally:
+        state.update(kept)
 
 
-class KeepsLearner(OnlineRun):
-    """Goes on with the learner that it trained for a version that another run committed first."""
-
-    _kept = None
-
-    def commit(self, work: Trained) -> Version:
-        try:
-            return super().commit(work)
-        except HeadMoved:
-            self._kept = work.loaded.learner
-            raise
-
-    def load(self):
-        loaded = super().load()
-        if self._kept is not None:
-            self._kept.counters = loaded.learner.counters
-            loaded.learner, self._kept = self._kept, None
-        return loaded
-
-
-class ForgetsWhatItOwes(OnlineRun):
-    """Selects shards whose removal it owes, as if they were new."""
-
-    def look(self, loaded) -> None:
-        owed, loaded.owed = loaded.owed, ()
-        super().look(loaded)
-        loaded.owed = owed + loaded.owed
-
-
-class DropsDebts(OnlineRun):
+def drops_debts(work: Work, selection: Selection, champion: Champion, places: Places, settings: OnlineSettings) -> Head:
     """Does not carry what could not be removed to the next version."""
-
-    def commit(self, work: Trained) -> Version:
-        work.loaded.owed = ()
-        return super().commit(work)
+    work.head.owed = ()
+    return commit(work, selection, champion, places, settings)
 
 
-class DeletesThenCopies(OnlineRun):
+def keeps_learner(reader: Reader, head: Head, champion: Champion, places: Places, settings: OnlineSettings) -> Work:
+    """Goes on with the learner that it trained for a version that another run committed first."""
+    if (kept := _kept.get(places)) is not None:
+        kept.learner.counters = head.learner.counters
+        head.steps = kept
+    work = train_on(reader, head, champion, places, settings)
+    _kept[places] = work.head.steps
+    return work
+
+
+_kept = WeakKeyDictionary[Places, Steps]()
+
+
+def forgets_what_it_owes(
+    head: Head, places: Places, settings: OnlineSettings, without: Collection[Identity] = ()
+) -> Selection:
+    """Selects shards whose removal it owes, as if they were new."""
+    owed, head.owed = head.owed, ()
+    try:
+        return select(head, places, settings, without)
+    finally:
+        head.owed = owed
+
+
+def lists_from_cursor(
+    head: Head, places: Places, settings: OnlineSettings, without: Collection[Identity] = ()
+) -> Selection:
+    """Looks only at keys above the last one that it consumed."""
+    selection = select(head, places, settings, without)
+    last = max((shard.key for shard in head.version.manifest.consumed), default="")
+    selection.reader._waiting = deque(info for info in selection.reader._waiting if info.key > last)
+    return selection
+
+
+class DeletesThenCopies(Places):
     """Removes a shard before it is in the archive or in quarantine."""
 
-    def dispose(self) -> None:
-        for debt in self._loaded.owed:
+    def dispose(self, owed: Collection[Owed]) -> tuple[Owed, ...]:
+        for debt in owed:
             with suppress(StorageError):
                 self.inbox.store.delete(debt.key, if_match=debt.etag)
-        super().dispose()
-
-
-class ListsFromCursor(OnlineRun):
-    """Looks only at keys above the last one that it consumed."""
-
-    def look(self, loaded) -> None:
-        super().look(loaded)
-        last = max((shard.key for shard in loaded.version.manifest.consumed), default="")
-        self._reader._waiting = deque(info for info in self._reader._waiting if info.key > last)
+        return super().dispose(owed)
 
 
 class NoParentCheck(VersionLog):
@@ -323,12 +324,12 @@ class RollbackForgets(VersionLog):
 def with_log(log: type[VersionLog]) -> Protocol:
     """Everybody uses this log."""
 
-    class Run(OnlineRun):
+    class WithLog(Places):
         def __init__(self, *arguments) -> None:
             super().__init__(*arguments)
             self.log = log(self.log.store, self.log.model)
 
-    return Protocol(run=Run, log=log)
+    return Protocol(rooms={"Places": WithLog}, log=log)
 
 
 class Broken(FaultStore):
@@ -404,14 +405,22 @@ class Control:
 
 
 CONTROLS = {
-    "delete before commit": Control(Protocol(run=DeletesFirst), "failed", "is lost"),
-    "the loser deletes": Control(Protocol(run=LoserDeletes), "overtaken", "is lost"),
-    "optimizer state dropped": Control(Protocol(run=DropsOptimizer), "failed", "other weights or another state"),
-    "learner kept after a lost race": Control(Protocol(run=KeepsLearner), "overtaken", "other weights or another"),
-    "owed shards trained on": Control(Protocol(run=ForgetsWhatItOwes), "denied", "was put 1 times and stands 2"),
-    "debts dropped": Control(Protocol(run=DropsDebts), "denied", "stands 2 times|nobody owes"),
-    "delete before copy": Control(Protocol(run=DeletesThenCopies), "overtaken", "not in (the archive|quarantine)"),
-    "listing from a cursor": Control(Protocol(run=ListsFromCursor), "failed", "inbox still holds"),
+    "delete before commit": Control(Protocol(rooms={"commit": deletes_first}), "failed", "is lost"),
+    "the loser deletes": Control(Protocol(rooms={"commit": loser_deletes}), "overtaken", "is lost"),
+    "optimizer state dropped": Control(
+        Protocol(rooms={"commit": drops_optimizer}), "failed", "other weights or another state"
+    ),
+    "learner kept after a lost race": Control(
+        Protocol(rooms={"train_on": keeps_learner}), "overtaken", "other weights or another"
+    ),
+    "owed shards trained on": Control(
+        Protocol(rooms={"select": forgets_what_it_owes}), "denied", "was put 1 times and stands 2"
+    ),
+    "debts dropped": Control(Protocol(rooms={"commit": drops_debts}), "denied", "stands 2 times|nobody owes"),
+    "delete before copy": Control(
+        Protocol(rooms={"Places": DeletesThenCopies}), "overtaken", "not in (the archive|quarantine)"
+    ),
+    "listing from a cursor": Control(Protocol(rooms={"select": lists_from_cursor}), "failed", "inbox still holds"),
     "no parent check": Control(with_log(NoParentCheck), "altered", "went on from altered history"),
     "no tombstones": Control(with_log(NoTombstones), "sent_again", "was consumed twice"),
     "blob alone": Control(with_log(BlobAlone), "sent_again", "was consumed twice"),

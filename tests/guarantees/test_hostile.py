@@ -234,16 +234,16 @@ def explode(stores: Stores, told: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESS_SPACE, mapped + ADDRESS_SPACE))
     for number, (name, (data, _)) in enumerate(bombs().items()):
         for key, shard in ((name, data), (f"{number} good", parquet(table(20, number)))):
-            run.inbox.store.write(key, shard)
+            run.places.inbox.store.write(key, shard)
             sent.append((key, shard))
         before = int(Path("/proc/self/statm").read_text().split()[1]) * page
         Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
         assert step(run).outcome is Outcome.COMMITTED
         status = Path("/proc/self/status").read_text()
         peaks[name] = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024 - before
-    history = audit(run.log, sent)
+    history = audit(run.places.log, sent)
     rejected = {shard.key: shard.reason for version in history for shard in version.manifest.rejected}
-    assert len(quarantined(run.log)) == len(rejected)
+    assert len(quarantined(run.places.log)) == len(rejected)
     assert {shard.rows for version in history for shard in version.manifest.consumed} == {20, ROWS}
     told.write_text(json.dumps([rejected, peaks]))
 
@@ -279,7 +279,7 @@ ENORMOUS: dict[str, dict[str, Any]] = {
 
 def load_enormous(stores: Stores, told: Path) -> None:
     """In a child: load versions whose spec asks for far more than their weights hold. Leaves the errors and peaks."""
-    log = begin(stores, "memory://enormous").log
+    log = begin(stores, "memory://enormous").places.log
     found = {}
     page = resource.getpagesize()
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * page
@@ -416,22 +416,22 @@ def test_hostile_keys_touch_nothing_but_themselves(make_url: MakeUrl, raw_put: C
     while step(run).outcome is not Outcome.IDLE:
         pass
 
-    rejected = {name: about["key"] for name, about in quarantined(run.log).items()}
+    rejected = {name: about["key"] for name, about in quarantined(run.places.log).items()}
     assert all(re.fullmatch(r"0000000\d-[0-9a-f]{32}", name) for name in rejected)
     archived = {key: data for key, (data, _) in objects(make_url("archive")).items()}
     left = objects(make_url("in")).keys() - hidden
-    owed = {debt.key for debt in run.log.head().manifest.owed} & left
+    owed = {debt.key for debt in run.places.log.head().manifest.owed} & left
     assert {key: data for key, data in taken.items() if not data.startswith(b"bad")} == archived | {
         key: taken[key] for key in owed
     }, "what the archive cannot hold stays, and is owed"
     assert sorted(rejected.values()) == sorted(key for key, data in taken.items() if data.startswith(b"bad"))
-    audit(run.log, [*taken.items()])
+    audit(run.places.log, [*taken.items()])
     assert left == owed
 
     back = []
     for name in rejected:
         try:
-            back.append(requeue(run.log, name))
+            back.append(requeue(run.places.log, name))
         except InvalidKey:
             assert len(rejected[name]) > 200, "only a name too long with its mark"
     assert objects(make_url("in")).keys() == owed | hidden | set(back)
@@ -457,7 +457,7 @@ def no_delete(call: Call) -> None:
 def test_a_key_cannot_forge_a_line_of_the_log(memory_run: OnlineRun, caplog: pytest.LogCaptureFixture) -> None:
     """Each line that names a key: refused, sent again, too large, not deleted, sent back."""
     caplog.set_level(logging.DEBUG, "tidemill")
-    run, store = memory_run, memory_run.inbox.store
+    run, store = memory_run, memory_run.places.inbox.store
     run.settings = run.settings.model_copy(update={"limits": Limits(max_shard_bytes=20_000)})
     good = parquet(table(20, 1))
     store.write(FORGED, good)
@@ -466,11 +466,11 @@ def test_a_key_cannot_forge_a_line_of_the_log(memory_run: OnlineRun, caplog: pyt
     assert step(run).outcome is Outcome.COMMITTED
     store.write(FORGED, good)  # sent again
     run = OnlineRun(
-        store.url, run.log.store.url, "model", run.settings, lambda url: FaultStore(open_store(url), no_delete)
+        store.url, run.places.log.store.url, "model", run.settings, lambda url: FaultStore(open_store(url), no_delete)
     )
     assert step(run).outcome is Outcome.IDLE
-    (name,) = quarantined(run.log)
-    requeue(run.log, name)
+    (name,) = quarantined(run.places.log)
+    requeue(run.places.log, name)
     told = [record.getMessage() for record in caplog.records]
     assert len([message for message in told if "forged" in message]) >= 3
     assert [message for message in told if not readable(message)] == []
@@ -481,12 +481,12 @@ def test_a_key_cannot_forge_a_line_of_the_terminal(
 ) -> None:
     (tmp_path / "in").mkdir()
     run = begin(open_store, str(tmp_path))
-    run.inbox.store.write(FORGED, b"bad")
+    run.places.inbox.store.write(FORGED, b"bad")
     assert step(run).outcome is Outcome.COMMITTED
     _, words = views.followed(run.report)
     with pytest.raises(SystemExit):
         main(["requeue", f"{tmp_path}/registry", "model"])
-    (name,) = quarantined(run.log)
+    (name,) = quarantined(run.places.log)
     with pytest.raises(SystemExit):
         main(["requeue", f"{tmp_path}/registry", "model", name])
     lines = f"{words}\n{capsys.readouterr().out}".split("\n")
@@ -538,7 +538,7 @@ def sentinel(tmp_path: Path) -> Path:
 
 
 def test_weights_and_state_are_never_unpickled(memory_run: OnlineRun, sentinel: Path, tmp_path: Path) -> None:
-    log = memory_run.log
+    log = memory_run.places.log
     head = log.head()
     torch.save({"weight": Payload(sentinel)}, tmp_path / "new.pt")
     torch.save({"weight": Payload(sentinel)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
@@ -565,10 +565,10 @@ def test_arrow_metadata_of_a_shard_runs_nothing(memory_run: OnlineRun, sentinel:
         schema = rows.schema.set(0, field).with_metadata({"pandas": pickled, "huggingface": pickled})
         data = parquet(rows.cast(schema))
         assert b"it ran" in data or b"ARROW:schema" in data
-        memory_run.inbox.store.write(f"{name}.parquet", data)
+        memory_run.places.inbox.store.write(f"{name}.parquet", data)
     assert step(memory_run).outcome is Outcome.COMMITTED
     assert not sentinel.exists()
-    manifest = memory_run.log.head().manifest
+    manifest = memory_run.places.log.head().manifest
     assert len(manifest.consumed) + len(manifest.rejected) == 2
 
 
@@ -676,8 +676,8 @@ def test_no_secret_is_stored_or_logged(
     secret = s3_server.admin.secret_key
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == secret
     run = begin(open_store, make_url("in").removesuffix("/in"))
-    run.inbox.store.write("a.parquet", parquet(table(20, 1)))
-    run.inbox.store.write("b.parquet", b"bad")
+    run.places.inbox.store.write("a.parquet", parquet(table(20, 1)))
+    run.places.inbox.store.write("b.parquet", b"bad")
     assert step(run).outcome is Outcome.COMMITTED
     for command in ("status", "show", "log", "requeue"):
         with pytest.raises(SystemExit):
@@ -688,5 +688,5 @@ def test_no_secret_is_stored_or_logged(
     assert "b.parquet" in printed
     logged = "\n".join(record.getMessage() for record in caplog.records)
     assert secret not in stored.decode(errors="replace") + printed + logged + run.report.model_dump_json() + repr(
-        run.log.store
+        run.places.log.store
     )

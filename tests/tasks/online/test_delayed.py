@@ -19,7 +19,7 @@ from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.online import delayed
-from tidemill.tasks.online.delayed import served_at
+from tidemill.tasks.online.gate import served_at
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.reproduce import replay
@@ -222,7 +222,7 @@ def test_labels_that_hold_up_others_are_told_of(
     run = world.run()
     for _ in range(2):
         step(run)
-    assert caplog.text.count("holds 3 shards of labels, of which the oldest 2 are matched") == 1
+    assert caplog.text.count("holds 3 shards of labels. Only the oldest 2 are matched") == 1
 
 
 def test_features_that_cannot_be_joined_are_rejected_and_find_their_labels_when_they_are_sent_back(

@@ -10,7 +10,7 @@ import pytest
 from tests.storage.faults import Call, FaultStore
 from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage.aliases import Alias, all_aliases, find_alias, promote
-from tidemill.storage.errors import HeadMoved, Unavailable
+from tidemill.storage.errors import Unavailable
 from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.manifest import Compared, Consumed, Entry, Gate
 from tidemill.storage.store import Store
@@ -234,7 +234,7 @@ def refused(world: World, best: float) -> Entry:
 def on_holdout(world: World) -> float:
     """What a run that begins now would compare with."""
     run = world.run(gate={"holdout_dataset": world.url("holdout")})
-    found = run.champion.holdout(run.load().learner)
+    found = run.champion.holdout(run.head().learner)
     assert found is not None
     assert found[1] is not None
     return found[1].metrics["rmse"]
@@ -299,15 +299,14 @@ def test_a_run_that_was_frozen_before_a_rollback_gives_up_nothing(world: World) 
     run, frozen = world.run(gate=gate), world.run(gate=gate)
     while world.log.head().number < 6:
         step(run)
-    loaded = frozen.load()
+    frozen.head()
     assert step(run).version == 7
-    with pytest.raises(HeadMoved):
-        frozen.resolve(loaded)
+    assert step(frozen).outcome is Outcome.LOST
     assert world.log.head().number == 7
     put(world.url("inbox"), RECOVERY)
     while step(run).outcome is Outcome.COMMITTED:
         pass
-    assert frozen.resolve(loaded) is None  # the alias has moved as well
+    assert step(frozen).outcome is Outcome.IDLE  # the alias has moved as well
     assert world.log.head().number == world.champion == 12
 
 
@@ -355,7 +354,7 @@ def test_an_alias_that_a_killed_run_left_behind_is_moved_by_the_next(world: Worl
     with pytest.raises(Unavailable):
         step(world.run(lambda url: FaultStore(open_store(url), dies)))
     assert (world.log.head().number, world.champion) == (1, 0)
-    world.run().load()
+    world.run().head()
     assert world.champion == 1
 
 
@@ -363,7 +362,7 @@ def test_an_alias_that_a_person_moved_back_stays(world: World) -> None:
     world.drain(GOOD)
     assert world.champion == 4
     promote(world.log, "champion", world.log.version(3))
-    world.run().load()  # the head says: from 3, after three moves, to 4
+    world.run().head()  # the head says: from 3, after three moves, to 4
     assert world.gate(4).champion == 3
     assert world.champion == 3
 
@@ -438,7 +437,7 @@ def test_what_the_gate_compares_is_what_may_drop(world: World) -> None:
     run = world.run()
     learner, found = load_learner(world.log, world.log.head()), []
     for key in POISON:
-        shard = run.inbox.read(run.inbox.store.stat(key))
+        shard = run.places.inbox.read(run.places.inbox.store.stat(key))
         assert shard is not None
         found.append((shard.info.key, score(learner, shard.row_groups())))
     past = [s for version in world.log.history(world.log.head(), 64) for s in version.manifest.consumed]

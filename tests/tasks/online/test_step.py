@@ -34,6 +34,7 @@ from tidemill.storage.store import ObjectInfo, Promises, Store
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
+from tidemill.tasks.online import selection
 from tidemill.tasks.online import step as online
 from tidemill.tasks.online.step import OnlineRun, Outcome
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
@@ -104,7 +105,7 @@ def test_the_score_is_that_of_the_model_before_it_trained_on_the_shard(registry:
     put(make_url("inbox"), days(2))
     log = open_log(registry, "model")
     run = open_run(make_url("inbox"), registry, limits={"max_shards": 1})
-    shard = run.inbox.read(run.inbox.store.stat("00.parquet"))
+    shard = run.places.inbox.read(run.places.inbox.store.stat("00.parquet"))
     assert shard is not None
     expected = score(load_learner(log, log.head()), shard.row_groups())
     report = drain(run)
@@ -168,7 +169,7 @@ def test_what_was_kept_is_remembered_until_it_is_removed(
     memory_registry: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much it is: more than the tombstones' window and than one listing."""
-    monkeypatch.setattr(online, "LISTED_AHEAD", 2)
+    monkeypatch.setattr(selection, "LISTED_AHEAD", 2)
     monkeypatch.setattr(tombstones, "WHOLE_VERSIONS", 1)
     monkeypatch.setattr(Tombstones, "prune", partialmethod(Tombstones.prune, window=1))
     put(memory_url("inbox"), days(7))
@@ -329,28 +330,26 @@ def test_a_bad_shard_is_rejected_once_and_the_others_are_trained(
 
 
 def test_a_shard_mended_after_it_broke_the_training_is_trained_on_from_the_head(
-    memory_registry: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+    memory_registry: str, memory_url: MakeUrl
 ) -> None:
-    """Overwritten between its first reading and the second one, which would have rejected it."""
+    """The bytes that were rejected are gone. The new ones are another shard."""
     put(memory_url("inbox"), {"00.parquet": rows(10, 1).set_column(2, "y", [[1e38] * 10])})
-    run = open_run(memory_url("inbox"), memory_registry)
-    run.look(run.load())  # as a follower does before a step
-    load = run.load
+    mended: list[None] = []
 
-    def mended_meanwhile() -> online.Loaded:
-        if run._loaded is None:
-            put(memory_url("inbox"), days(1))
-        return load()
+    def mend(call: Call) -> None:
+        if call.verb == "read" and call.key == "00.parquet" and call.phase == "after" and not mended:
+            mended.append(put(memory_url("inbox"), days(1)))
 
-    monkeypatch.setattr(run, "load", mended_meanwhile)
-    report = drain(run)
-    assert (report.shards, report.rejected, report.rows) == (1, 0, 40)
+    report = drain(open_run(memory_url("inbox"), memory_registry, lambda url: FaultStore(open_store(url), mend)))
+    assert (report.shards, report.rejected, report.rows) == (1, 1, 40)
 
     begin(memory_url("clean/registry"), memory_url("clean/dataset"))
     put(memory_url("clean/inbox"), days(1))
     drain(open_run(memory_url("clean/inbox"), memory_url("clean/registry")))
-    mended, clean = (open_log(memory_url(where), "model").head().manifest for where in ("registry", "clean/registry"))
-    assert mended.blobs.weights.sha256 == clean.blobs.weights.sha256
+    mended_log, clean = (
+        open_log(memory_url(where), "model").head().manifest for where in ("registry", "clean/registry")
+    )
+    assert mended_log.blobs.weights.sha256 == clean.blobs.weights.sha256
 
 
 def test_versions_that_only_rejected_are_passed_over_not_without_end(
@@ -361,9 +360,9 @@ def test_versions_that_only_rejected_are_passed_over_not_without_end(
     put(memory_url("inbox"), {f"{i}.parquet": b"no Parquet" for i in range(4)})
     drain(open_run(memory_url("inbox"), memory_registry, limits={"max_shards": 1}))
     assert open_log(memory_registry, "model").head().number == 1 + 4
-    assert len(open_run(memory_url("inbox"), memory_registry).load().window) == 2
+    assert len(open_run(memory_url("inbox"), memory_registry).head().recent) == 2
     monkeypatch.setattr(online, "PASSED_OVER", 3)
-    assert len(open_run(memory_url("inbox"), memory_registry).load().window) == 0
+    assert len(open_run(memory_url("inbox"), memory_registry).head().recent) == 0
 
 
 def test_a_shard_that_is_still_being_written_is_waited_for(memory_registry: str, memory_url: MakeUrl) -> None:
@@ -401,7 +400,7 @@ def test_a_shard_too_large_for_memory_stays(memory_registry: str, memory_url: Ma
 def test_shards_too_large_do_not_hide_others(
     memory_registry: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(online, "LISTED_AHEAD", 2)
+    monkeypatch.setattr(selection, "LISTED_AHEAD", 2)
     put(memory_url("inbox"), {f"0{i}.parquet": rows(5000, i) for i in range(3)} | days(3, start=5))
     assert drain(open_run(memory_url("inbox"), memory_registry, limits={"max_shard_bytes": 20_000})).shards == 3
 
@@ -446,13 +445,9 @@ def test_a_denied_delete_is_carried_and_never_trained_again(registry: str, make_
 def test_of_overlapping_runs_one_wins_and_the_other_starts_again(registry: str, make_url: MakeUrl) -> None:
     put(make_url("inbox"), days(4))
     first, second = (open_run(make_url("inbox"), registry, limits={"max_shards": 2}) for _ in range(2))
-    loaded = first.load()
-    first.look(loaded)
-    work = first.train(loaded)
+    assert first.poll()
     assert online.step(second).outcome is Outcome.COMMITTED
-    with pytest.raises(online.HeadMoved):
-        first.commit(work)
-    first.forget()
+    assert online.step(first).outcome is Outcome.LOST
     drain(first)
     drain(second)
     log = open_log(registry, "model")
@@ -463,7 +458,7 @@ def test_of_overlapping_runs_one_wins_and_the_other_starts_again(registry: str, 
 def test_a_lost_race_is_an_outcome_and_no_error(memory_registry: str, memory_url: MakeUrl) -> None:
     put(memory_url("inbox"), days(1))
     run = open_run(memory_url("inbox"), memory_registry)
-    run.load()
+    run.head()
     log = open_log(memory_registry, "model")
     log.rollback(log.version(0))
     assert online.step(run).outcome is Outcome.LOST

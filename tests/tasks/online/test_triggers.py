@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from tidemill.storage.errors import ShardRejected
 from tidemill.storage.store import ObjectInfo
-from tidemill.tasks.online.triggers import Seen, Trigger
+from tidemill.tasks.online.triggers import Judged, Trigger
 from tidemill.tasks.settings import Triggers
 from tidemill.tasks.training.errors import ColumnError, SpecError
 
@@ -37,9 +37,9 @@ class Answers:
     def rows(self, info: ObjectInfo) -> int | None:
         return self._answer("rows", self._rows, info)
 
-    def loss(self, info: ObjectInfo) -> Seen | None:
+    def loss(self, info: ObjectInfo) -> Judged | None:
         found = self._answer("loss", self._losses, info)
-        return Seen(10, found) if isinstance(found, float) else found
+        return Judged(10, found) if isinstance(found, float) else found
 
     def _answer(self, what: str, answers: object, info: ObjectInfo):
         self.asked.append((what, info.key))
@@ -61,7 +61,7 @@ def decide(
     settings: dict[str, object],
     waiting: Sequence[ObjectInfo],
     answers: Answers | None = None,
-    past: Sequence[Seen] = (),
+    past: Sequence[Judged] = (),
 ) -> list[str]:
     return fired(Trigger(Triggers.model_validate(settings), past), waiting, answers)
 
@@ -71,11 +71,11 @@ def noisy(count: int, seed: int, level: float = 1.0) -> list[float]:
     return [level + 0.1 * source.gauss(0.0, 1.0) for _ in range(count)]
 
 
-def seen(losses: Sequence[float]) -> list[Seen]:
-    return [Seen(10, loss) for loss in losses]
+def seen(losses: Sequence[float]) -> list[Judged]:
+    return [Judged(10, loss) for loss in losses]
 
 
-def shifted(name: str, past: Sequence[Seen], losses: Sequence[float]) -> int | None:
+def shifted(name: str, past: Sequence[Judged], losses: Sequence[float]) -> int | None:
     """After how many of the waiting shards the detector fires, looking at each one as it comes."""
     trigger = Trigger(Triggers.model_validate({"drift": name}), past)
     answers = Answers(losses={shard(i).key: loss for i, loss in enumerate(losses)})
@@ -117,8 +117,8 @@ def test_score_drop(loss: float, expected: list[str]) -> None:
 
 
 def test_score_drop_weighs_losses_by_rows_on_both_sides() -> None:
-    past = [Seen(30, 1.0), Seen(10, 5.0)]  # mean 2
-    waiting = {shard(0).key: Seen(90, 1.0), shard(1).key: Seen(10, 12.0)}  # mean 2.1, of shards 6.5
+    past = [Judged(30, 1.0), Judged(10, 5.0)]  # mean 2
+    waiting = {shard(0).key: Judged(90, 1.0), shard(1).key: Judged(10, 12.0)}  # mean 2.1, of shards 6.5
     assert decide({"score_drop": 0.1}, shards(2), Answers(losses=waiting), past) == []
     assert decide({"score_drop": 0.04}, shards(2), Answers(losses=waiting), past) == ["score_drop"]
 
@@ -131,7 +131,7 @@ def test_score_drop_compares_with_the_window_only_and_knows_negative_losses() ->
 
 
 def test_score_drop_without_a_history_begins_one() -> None:
-    unlabelled = Seen(0, float("nan"))
+    unlabelled = Judged(0, float("nan"))
     assert decide({"score_drop": 0.1}, shards(1), Answers(losses=1.0), [unlabelled]) == ["no_history"]
     assert decide({"score_drop": 0.1}, shards(1), Answers(losses=unlabelled)) == []
 

@@ -1,0 +1,117 @@
+"""A commit: blobs first, then the manifest that names them. What is in no manifest has not happened."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal
+
+from tidemill.storage.disposal import quarantine_key
+from tidemill.storage.manifest import Blobs, Consumed, Entry, Gate, Owed, TombstonesRef
+from tidemill.storage.parallel import concurrently
+from tidemill.tasks.online.gate import Champion, decide
+from tidemill.tasks.online.places import Places
+from tidemill.tasks.online.reading import Kept
+from tidemill.tasks.online.selection import Selection
+from tidemill.tasks.online.work import Head, Work, trigger_on
+from tidemill.tasks.scores import Summary
+from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.training.environment import code_revision, environment
+
+
+def commit(work: Work, selection: Selection, champion: Champion, places: Places, settings: OnlineSettings) -> Head:
+    """Write the blobs, then create the manifest. Returns the new head; what it owes is not removed yet.
+
+    Raises:
+        HeadMoved: another run was faster; nothing of this work counts.
+    """
+    log, head = places.log, work.head
+    learner, parent, number = head.learner, head.version.manifest, head.version.number + 1
+    owed = (*head.owed, *debts(work, number, log.model, settings))
+    for shard in work.consumed_objects:
+        head.tombstones.add(shard.inbox, shard.key, shard.sha256, shard.etag)
+    weights, state = learner.dump()
+    recent = head.recent.copy()
+    recent.extend(work.consumed)
+    cumulative = head.cumulative.model_copy(deep=True)
+    cumulative.add(work.consumed)
+    compared = list(recent)[-settings.gate.recent_shards :]
+    gate, holdout = _decide(work, compared, champion, settings)
+    parts = [("safetensors", weights), ("state.safetensors", state)]
+    refs = concurrently(lambda part: log.write_blob(number, *part), parts, log.store.concurrency)
+    entry = Entry(
+        kind="online",
+        spec=parent.spec,
+        blobs=Blobs(
+            weights=refs[0], state=refs[1], tombstones=_tombstones(work, number, owed, selection, places, settings)
+        ),
+        consumed=tuple(work.consumed),
+        rejected=tuple(work.rejected),
+        owed=owed,
+        fired=selection.why if settings.train_when.given else (),
+        gate=gate,
+        new_columns=parent.new_columns | work.new_columns,
+        metrics=work.metrics()
+        | {"window": Summary.of(compared).model_dump(), "cumulative": cumulative.model_dump()}
+        | ({"holdout": holdout} if holdout else {}),
+        counters=asdict(learner.counters),
+        code=code_revision(),
+        environment=environment(),
+    )
+    return replace(
+        head,
+        version=log.commit(head.version, entry),
+        owed=owed,
+        disposed_at=time.monotonic(),
+        recent=recent,
+        cumulative=cumulative,
+        gate=gate or head.gate,
+        trigger=trigger_on(settings.train_when, learner.spec, recent),
+        kept=Kept(),
+    )
+
+
+def debts(work: Work, number: int, model: str, settings: OnlineSettings) -> list[Owed]:
+    """What version `number` owes for this work: shards to delete or to archive, unless they are kept, and to quarantine."""
+    to = settings.archive_to
+    then: Literal["delete", "archive"] = "delete" if to is None else "archive"
+    consumed = [] if settings.after_commit == "keep" else work.consumed_objects
+    removed = [Owed(inbox=s.inbox, key=s.key, sha256=s.sha256, etag=s.etag, then=then, to=to) for s in consumed]
+    return removed + [
+        Owed(
+            inbox=s.inbox,
+            key=s.key,
+            sha256=s.sha256,
+            etag=s.etag,
+            then="quarantine",
+            to=quarantine_key(model, number, s.sha256, s.key),
+            reason=s.reason,
+        )
+        for s in work.rejected
+    ]
+
+
+def _tombstones(
+    work: Work, number: int, owed: Sequence[Owed], selection: Selection, places: Places, settings: OnlineSettings
+) -> TombstonesRef | None:
+    """Where version `number` finds its tombstones; they are stored, and old ones forgotten, when that is due."""
+    head, log = work.head, places.log
+    if not log.tombstones_due(head.version, head.tombstones.loose):
+        return log.named_tombstones(head.version)
+    # What is in the inbox must be remembered: all that is kept, and what an earlier run has kept and is not removed yet.
+    if settings.after_commit != "keep" and selection.complete:
+        mine = {inbox.url for inbox in places.inboxes}
+        head.tombstones.prune(mine, keep=((debt.inbox, debt.key, debt.sha256) for debt in owed))
+    return log.write_tombstones(number, head.tombstones)
+
+
+def _decide(
+    work: Work, compared: Iterable[Consumed], champion: Champion, settings: OnlineSettings
+) -> tuple[Gate | None, dict[str, Any]]:
+    """(whether the champion moves to the new version, the new version's scores on the holdout)."""
+    learner = work.head.learner
+    scored = champion.holdout(learner)
+    on_holdout = {} if scored is None else {"rows": scored[0].rows, **scored[0].finite}
+    if settings.gate.champion != "move" or champion.alias is None or not work.consumed:
+        return None, on_holdout
+    gate = decide(settings.gate, champion.alias, learner.spec.main_metric, compared, scored, work.head.gate)
+    return gate, on_holdout

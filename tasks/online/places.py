@@ -1,0 +1,110 @@
+"""The stores of an online run: opened once, asked what they promise, and none of them inside another one's inbox."""
+
+from collections.abc import Callable, Collection
+from typing import Final
+
+from tidemill.storage.disposal import dispose
+from tidemill.storage.inbox import Inbox
+from tidemill.storage.log import VersionLog
+from tidemill.storage.manifest import Owed
+from tidemill.storage.overlap import (
+    Relation,
+    keep_out_of_dataset,
+    keep_out_of_inbox,
+    keep_out_of_registry,
+    named_datasets,
+    relation,
+)
+from tidemill.storage.probe import check_inbox, check_preconditions
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks.settings import OnlineSettings
+
+_ARCHIVE: Final = "after_commit.archive_to"
+_HOLDOUT: Final = "gate.holdout_dataset"
+_RETRAIN: Final = "gate.after_refusals.retrain_on"
+
+
+class Places:
+    """Where a run reads and writes."""
+
+    def __init__(
+        self,
+        inbox: str,
+        registry: str,
+        model: str,
+        settings: OnlineSettings,
+        stores: Callable[[str], Store] = open_store,
+    ) -> None:
+        """Open the places; nothing is written but what `check_preconditions` tries out.
+
+        Raises:
+            UnknownModel: the name cannot be a model's name.
+            UnsupportedStore: the registry ignores put-if-absent.
+            PlacesOverlap: one place is, holds or lies in another's way.
+        """
+        self._open = stores
+        self._opened: dict[str, Store] = {}
+        self._spellings: dict[str, str] = {}
+        self.log = VersionLog(self.store(registry), model)
+        self.inbox = Inbox(self.store(inbox))
+        self.labels = None if settings.labels is None else Inbox(self.store(settings.labels.inbox))
+        """Where labels arrive that come later than their features."""
+        self._keep_apart(settings)
+        check_preconditions(self.log.store)
+        for each in self.inboxes:
+            check_inbox(each.store)
+
+    @property
+    def inboxes(self) -> list[Inbox]:
+        """That of the shards, and that of the labels if there is one."""
+        return [self.inbox] if self.labels is None else [self.inbox, self.labels]
+
+    def spelled(self, url: str) -> str:
+        """The URL by which this run knows an inbox, however an earlier run spelled it."""
+        if (spelled := self._spellings.get(url)) is None:
+            mine = (inbox.url for inbox in self.inboxes if relation(url, inbox.url) is Relation.SAME)
+            spelled = self._spellings[url] = next(mine, url)
+        return spelled
+
+    def store(self, url: str) -> Store:
+        """The store at this URL, opened once: what was found out about it is kept."""
+        if url not in self._opened:
+            store = self._open(url)
+            self._opened[url] = self._opened.setdefault(store.url, store)
+        return self._opened[url]
+
+    def dispose(self, owed: Collection[Owed]) -> tuple[Owed, ...]:
+        """Remove what a committed version is done with. Returns the debts that could not be paid now.
+
+        They may be of other inboxes than this run's: of a run before it.
+        """
+        for url in {debt.inbox for debt in owed}:
+            check_inbox(self.store(url))
+        return dispose(self.log, owed, self.store)
+
+    def _keep_apart(self, settings: OnlineSettings) -> None:
+        """Every object below an inbox is a shard, to be consumed and removed: no other place may be, hold or lie in one.
+
+        Raises:
+            PlacesOverlap: before anything is written.
+        """
+        given = {
+            _ARCHIVE: settings.archive_to,
+            _HOLDOUT: settings.gate.holdout_dataset,
+            _RETRAIN: settings.gate.retrain_on,
+        }
+        places = {name: self.store(url).url for name, url in given.items() if url is not None}
+        trained_on = {f"the dataset of version {number}": url for url, number in named_datasets(self.log).items()}
+        others = [("the registry", self.log.store.url), *places.items(), *trained_on.items()]
+        for inbox, name in zip(self.inboxes, ("the inbox", "the labels inbox"), strict=False):
+            keep_out_of_inbox(inbox.url, others, name)
+            others.append((name, inbox.url))
+        if (archive := places.get(_ARCHIVE)) is not None:
+            keep_out_of_registry(self.log.url, _ARCHIVE, archive)
+            if self.labels is not None:  # features and labels lie there apart, under one name each
+                datasets = trained_on | {name: url for name, url in places.items() if name == _RETRAIN}
+                for name, url in datasets.items():
+                    keep_out_of_dataset(url, [(f"{_ARCHIVE}, where features and labels lie apart", archive)], name)
+        if (retrain_on := places.get(_RETRAIN)) is not None:
+            keep_out_of_dataset(retrain_on, [("the registry", self.log.url)], _RETRAIN)

@@ -1,0 +1,93 @@
+"""Rows that nobody has measured, of the columns that a model is trained on: to try whether it can take a step at all."""
+
+from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from tidemill.tasks.training.families import Family
+from tidemill.tasks.training.features import Features, Input
+from tidemill.tasks.training.groups import generator
+
+CATEGORIES: Final = 10
+"""How many values a made-up category has."""
+ITEMS: Final = 3
+"""How many items a made-up list has."""
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """A row group of made-up rows (`tidemill.tasks.training.groups.RowGroup`)."""
+
+    name: str
+    table: pa.Table
+
+    @property
+    def num_rows(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.table.schema
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        return self.table.select(list(columns))
+
+
+def made_up(features: Features, rows: int) -> MadeUp:
+    """`rows` labelled rows, the same each time.
+
+    Numbers are normal, with the mean and the deviation of the dataset where these are known, else with 0 and 1. Classes and
+    categories take turns. Weights are positive.
+    """
+    draw = generator("made up", rows)
+    columns: dict[str, pa.Array[Any]] = {}
+    seen, at = features.statistics, 0
+    for column in features.columns:
+        x_NK = torch.randn(rows, column.numbers or 1, generator=draw, dtype=torch.float64)
+        if seen is not None and column.numbers:
+            x_NK = seen.mean_F[at : at + column.numbers] + x_NK * seen.std_F[at : at + column.numbers]
+        at += column.numbers
+        if column.name == features.sample_weight:
+            x_NK = x_NK.abs()
+        columns[column.name] = _input(column, x_NK)
+    for i, (name, family) in enumerate(zip(features.targets, features.target_families, strict=True)):
+        if features.task == "regression":
+            y_N = torch.randn(rows, generator=draw, dtype=torch.float64)
+            if seen is not None:
+                y_N = seen.target_mean[i] + y_N * seen.target_std[i]
+        else:
+            y_N = (torch.arange(rows) % (features.classes or 2)).double()
+        columns[name] = _number(family, y_N)
+    if features.sample_weight is not None and features.sample_weight not in columns:
+        columns[features.sample_weight] = pa.array([1.0] * rows, pa.float64())
+    return MadeUp("made-up rows", pa.table(columns))
+
+
+def _input(column: Input, x_NK: Tensor) -> pa.Array[Any]:
+    rows = len(x_NK)
+    turns = [i % CATEGORIES for i in range(rows)]
+    if column.family == "text":
+        return pa.array([str(turn) for turn in turns], pa.string())
+    if column.family in ("list of integers", "list of text"):
+        item: pa.DataType = pa.int64() if column.family == "list of integers" else pa.string()
+        lists = [[turn + i for i in range(ITEMS)] for turn in turns]
+        return pa.array([[str(i) for i in some] for some in lists] if item == pa.string() else lists, pa.list_(item))
+    if column.buckets:
+        return pa.array(turns, pa.int64())
+    if column.width is not None:
+        return pa.FixedSizeListArray.from_arrays(pa.array(x_NK.flatten().numpy()), column.width)
+    return _number(column.family, x_NK.squeeze(1))
+
+
+def _number(family: Family, values_N: Tensor) -> pa.Array[Any]:
+    """Numbers as they are; times and durations, which are given in seconds, as what they are."""
+    if family == "number":
+        return pa.array(values_N.tolist(), pa.float64())
+    ticks = pa.array((values_N * 1e6).round().long().tolist(), pa.int64())
+    return ticks.cast(pa.timestamp("us", "UTC") if family == "time" else pa.duration("us"))
