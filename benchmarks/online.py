@@ -72,12 +72,7 @@ def begin(registry: str) -> None:
 
     dataset = f"{registry}-dataset"
     open_store(dataset).write("part.parquet", shard(1000, 0))
-    run = batch.open_run(
-        batch.take_snapshot(dataset), registry, "net", Spec.model_validate(SPEC), BatchSettings(holdout=0)
-    )
-    for epoch in run.epochs_left:
-        batch.train_epoch(run, epoch)
-    batch.finish(run, batch.register(run, batch.evaluate(run)))
+    batch.train(dataset, registry, "net", Spec.model_validate(SPEC), BatchSettings(holdout=0))
 
 
 # ---- what is measured, each in a process of its own ------------------------------------------------------------------

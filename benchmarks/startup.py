@@ -127,7 +127,7 @@ def bare_lines(kind: str) -> None:
         lines.end("work: open")
         batch.prepare(run)
         lines.end("work: fit")
-        for epoch in run.epochs_left:
+        while (epoch := run.next_epoch()) is not None:
             batch.train_epoch(run, epoch)
         lines.end("work: epoch")
         score = batch.evaluate(run)

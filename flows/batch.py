@@ -22,15 +22,4 @@ def batch_training(
         spec: What to train: columns, model, loss, optimizer, batch size, epochs, seed.
         settings: How to evaluate, and which alias to move.
     """
-    run = wrappers.open_batch(wrappers.take_snapshot(dataset), registry, model, spec, settings)
-    if run.registered is None:
-        wrappers.prepare(run)
-        for epoch in run.epochs_left:
-            wrappers.train_epoch(run, epoch)
-        version = wrappers.register(run, wrappers.evaluate(run))
-        wrappers.finish(run, version)
-        return batch.describe(run, version, trained=True)
-    version, finished = run.registered
-    if not finished:
-        wrappers.finish(run, version)
-    return batch.describe(run, version, trained=False)
+    return batch.train_by(wrappers.batch_steps, dataset, registry, model, spec, settings)

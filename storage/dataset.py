@@ -23,6 +23,7 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.lakehouse import refuse_parts_of_tables, refuse_tables
 from tidemill.storage.manifest import DatasetRef
+from tidemill.storage.overlap import inside
 from tidemill.storage.parquet import Findings, ParquetFile, RowGroup, row_groups
 from tidemill.storage.partitions import is_hidden, partition_types, partitions
 from tidemill.storage.store import ObjectInfo, Store
@@ -41,6 +42,7 @@ _NAMED: Final = 3
 """Names that are told of each kind of object that is passed over."""
 _HIDDEN: Final = "hidden Parquet files, whose name or folder begins with . or _"
 _FOREIGN: Final = f"files that do not end in {', '.join(SUFFIXES)}"
+_HOLDOUT: Final = "files of the holdout"
 _WRITERS: Final = "other hidden files"
 
 
@@ -95,7 +97,10 @@ class Snapshot:
 
 
 def snapshot(
-    url: str, stores: Callable[[str], Store] = open_store, types: Mapping[str, pa.DataType] | None = None
+    url: str,
+    stores: Callable[[str], Store] = open_store,
+    types: Mapping[str, pa.DataType] | None = None,
+    without: str | None = None,
 ) -> Snapshot:
     """List a dataset and read all its footers. What is passed over is counted, and told by one line of the log.
 
@@ -105,6 +110,7 @@ def snapshot(
         url: A folder.
         stores: Opens the store at a URL.
         types: Types of partition columns, as a model knows them. Of others, the values of this dataset decide.
+        without: `url` of the store of a holdout. Where it lies inside of the dataset, its objects are no part of that.
 
     Raises:
         StoreNotFound: no such folder or bucket.
@@ -113,7 +119,7 @@ def snapshot(
         DatasetChanged: a file changed between listing and reading.
     """
     store = stores(url)
-    infos, passed_over = _sorted_out(store)
+    infos, passed_over = _sorted_out(store, without)
     refuse_parts_of_tables(store.url, stores)
     if not infos:
         found = f" Passed over: {'; '.join(map(str, passed_over))}." if passed_over else ""
@@ -187,7 +193,7 @@ class _Opener:
             raise DatasetError(f"{self._store.url}/{info.key}: {error}. Move the file to another folder.") from error
 
 
-def _sorted_out(store: Store) -> tuple[list[ObjectInfo], tuple[LeftOut, ...]]:
+def _sorted_out(store: Store, without: str | None) -> tuple[list[ObjectInfo], tuple[LeftOut, ...]]:
     """The files that count, in order of their keys; and the other objects, by what keeps them out."""
     counted: list[ObjectInfo] = []
     others: dict[str, list[str]] = {reason: [] for reason in (_HIDDEN, _FOREIGN)}
@@ -195,7 +201,11 @@ def _sorted_out(store: Store) -> tuple[list[ObjectInfo], tuple[LeftOut, ...]]:
     def leave_out(key: str, reason: str) -> None:
         others.setdefault(reason, []).append(key)
 
+    is_holdout = (lambda key: False) if without is None else inside(store.url, without)
     for info in refuse_tables(store.url, store.list(passed_over=leave_out)):
+        if is_holdout(info.key):
+            leave_out(info.key, _HOLDOUT)
+            continue
         is_parquet, hidden = info.key.lower().endswith(SUFFIXES), is_hidden(info.key)
         if is_parquet and not hidden:
             counted.append(info)
@@ -210,6 +220,6 @@ def _sorted_out(store: Store) -> tuple[list[ObjectInfo], tuple[LeftOut, ...]]:
 def _tell(url: str, passed_over: Sequence[LeftOut]) -> None:
     """One line: a warning if what is passed over may be data, as hidden markers of writers (`_SUCCESS`) are not."""
     if passed_over:
-        data = any(kind.reason != _WRITERS for kind in passed_over)
+        data = any(kind.reason not in (_WRITERS, _HOLDOUT) for kind in passed_over)
         level = logging.WARNING if data else logging.INFO
         logger.log(level, "%s: passed over, and no part of the dataset: %s", url, "; ".join(map(str, passed_over)))

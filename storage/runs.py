@@ -8,7 +8,10 @@ done.json           {"version": n}: the run has registered its version and moved
 
 import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from pydantic import Field
 
 from tidemill.storage.errors import AlreadyExists, CorruptObject, NotFound, StoreNotFound, UnknownVersion
 from tidemill.storage.log import Version, VersionLog
@@ -24,8 +27,10 @@ class Checkpoint(Record):
     epochs: int
     losses: tuple[float, ...]
     """Mean loss over samples of each epoch so far."""
-    held_out: tuple[float, ...] = ()
-    """Loss on the held-out rows after each epoch so far, where a run chooses its best epoch by it."""
+    holdout_losses: tuple[float, ...] = ()
+    """Loss on the holdout after each epoch so far, where a run chooses its best epoch by it."""
+    environment: dict[str, str | int] = Field(default_factory=dict)
+    """What the bits depend on besides the inputs, where the last epoch was trained."""
     weights: BlobRef
     state: BlobRef
 
@@ -49,6 +54,10 @@ class BatchProgress:
         except AlreadyExists:
             return
 
+    def finished(self) -> bool:
+        """True if the run has registered its version and moved the alias."""
+        return self._number("done.json", "version") is not None
+
     def registered(self) -> tuple[Version, bool] | None:
         """(the version that this run has committed, True if it also finished), or None."""
         if not self.log.exists():
@@ -71,8 +80,9 @@ class BatchProgress:
         losses: tuple[float, ...],
         weights: bytes,
         state: bytes,
-        held_out: tuple[float, ...] = (),
+        holdout_losses: tuple[float, ...] = (),
         best: int | None = None,
+        environment: Mapping[str, str | int] | None = None,
     ) -> None:
         """Store a checkpoint after as many epochs as there are losses.
 
@@ -83,7 +93,14 @@ class BatchProgress:
             key = f"{self._prefix}/{epochs:08d}-{uuid.uuid4().hex}.{suffix}"
             self.log.store.write(key, data)
             refs.append(BlobRef(key=key, size=len(data), sha256=sha256(data)))
-        checkpoint = Checkpoint(epochs=epochs, losses=losses, held_out=held_out, weights=refs[0], state=refs[1])
+        checkpoint = Checkpoint(
+            epochs=epochs,
+            losses=losses,
+            holdout_losses=holdout_losses,
+            environment=dict(environment or {}),
+            weights=refs[0],
+            state=refs[1],
+        )
         self.log.store.write(f"{self._prefix}/{epochs:08d}.json", checked(checkpoint.model_dump(mode="json")))
         self._drop(before=epochs - 1, best=best)
 

@@ -5,29 +5,34 @@ Killed and started again, the same run goes on from its last checkpoint, and one
 of training again.
 """
 
-import hashlib
-import importlib.util
-import json
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 from pydantic import BaseModel
 
 from tidemill.storage.aliases import promote
 from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.errors import HeadMoved, UnknownVersion
-from tidemill.storage.log import Version, VersionLog, open_log
+from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import Blobs, Entry
+from tidemill.storage.overlap import (
+    check_holdout,
+    keep_out_of_dataset,
+    keep_out_of_inbox,
+    named_inboxes,
+)
 from tidemill.storage.parquet import RowGroup
-from tidemill.storage.runs import BatchProgress
+from tidemill.storage.probe import check_preconditions
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks.batch_run import BatchRun
+from tidemill.tasks.retrying import retried
 from tidemill.tasks.settings import BatchSettings
-from tidemill.tasks.training.batches import ORDER
 from tidemill.tasks.training.environment import code_revision, environment
-from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import Score, score, train_pass
@@ -50,146 +55,113 @@ class VersionInfo(BaseModel):
     """What lies in the dataset's folder and was not read: how many objects, why, and the first names."""
 
 
-class BatchRun:
-    """A batch run on its way: the learner in memory, and what is stored of it."""
+# ---- the steps -------------------------------------------------------------------------------------------------------
+def take_snapshot(dataset: str, holdout: str | None = None, stores: Callable[[str], Store] = open_store) -> Snapshot:
+    """The dataset as it is now, without a holdout that lies inside of it; see `tidemill.storage.dataset.snapshot`.
 
-    def __init__(self, dataset: Snapshot, log: VersionLog, spec: Spec, settings: BatchSettings) -> None:
-        """Continue from the newest checkpoint, or learn the statistics of the features and start.
-
-        Raises:
-            ColumnError, FactoryError: the spec does not fit the dataset, or the model cannot be built.
-        """
-        self.dataset, self.log, self.spec, self.settings = dataset, log, spec, settings
-        self.progress = BatchProgress(log, run_key(dataset, spec, settings))
-        self.losses: tuple[float, ...] = ()
-        self.held_out: tuple[float, ...] = ()
-        self._learner: Learner | None = None
-        self._steps: Steps | None = None
-        self.split = Split(settings.holdout_share, held_out=False) if settings.holdout_share else None
-        self.progress.begin()
-        self.registered = self.progress.registered()
-        """(version, True if nothing is left to do) if an earlier attempt had committed it."""
-
-    @property
-    def epochs_left(self) -> Iterator[int]:
-        """The epochs still to train, from 0; each is to be trained before the next is asked for."""
-        for epoch in range(self.learner.counters.epochs, self.spec.epochs):
-            if self._given_up:
-                return
-            yield epoch
-
-    @property
-    def best_epoch(self) -> int:
-        """How many epochs the registered model has been trained for: all, or with `patience` those up to the best one."""
-        if self.settings.patience is None or not self.held_out:
-            return len(self.losses)
-        return 1 + min(range(len(self.held_out)), key=self.held_out.__getitem__)
-
-    @property
-    def _given_up(self) -> bool:
-        return self.settings.patience is not None and len(self.losses) - self.best_epoch >= self.settings.patience
-
-    @property
-    def learner(self) -> Learner:
-        """As it was after the last finished epoch. Loaded, or fitted, when first asked for."""
-        if self._learner is None:
-            self._learner = self._restored() or self._fresh()
-        return self._learner
-
-    @property
-    def steps(self) -> Steps:
-        """The gradient steps of the learner, made once: to compile them takes a while."""
-        if self._steps is None or self._steps.learner is not self.learner:
-            rows = sum(group.num_rows for group in self.dataset.row_groups)
-            self._steps = Steps(self.learner, rows * self.spec.epochs // self.spec.batch_size)
-        return self._steps
-
-    def forget(self) -> None:
-        """Drop a learner that may be half trained: the next use reloads the checkpoint."""
-        self._learner = None
-
-    def choose_best(self) -> None:
-        """Let the learner be that of the best epoch."""
-        if self.learner.counters.epochs != self.best_epoch:
-            _, weights, state = self.progress.after(self.best_epoch)
-            self._learner = Learner.load(self.spec, weights, state, self.settings.device)
-            logger.info("the best of %d epochs was %d", len(self.losses), self.best_epoch)
-
-    def _restored(self) -> Learner | None:
-        if (found := self.progress.latest()) is None:
-            return None
-        checkpoint, weights, state = found
-        logger.info("going on from the checkpoint after epoch %d of %d", checkpoint.epochs, self.spec.epochs)
-        self.losses, self.held_out = checkpoint.losses, checkpoint.held_out
-        return Learner.load(self.spec, weights, state, self.settings.device)
-
-    def _fresh(self) -> Learner:
-        self.losses, self.held_out = (), ()
-        features = Features.resolve(self.spec, self.dataset.row_groups[0].schema)
-        for name, schema in self.dataset.schemas:
-            features.check(schema, f"{self.dataset.ref.url}/{name}")
-        return Learner.create(self.spec, features.fit(self.dataset.row_groups, self.split), self.settings.device)
-
-
-def take_snapshot(dataset: str) -> Snapshot:
-    """The dataset as it is now; see `tidemill.storage.dataset.snapshot`."""
-    taken = snapshot(dataset)
+    Raises:
+        PlacesOverlap: the dataset is its own holdout, or lies inside of it.
+    """
+    without = None
+    if holdout is not None:
+        without = stores(holdout).url
+        check_holdout(stores(dataset).url, without)
+    taken = snapshot(dataset, stores, without=without)
     logger.info("%s: %d files, %d rows", taken.ref.url, taken.ref.files, taken.ref.rows)
     return taken
 
 
-def open_run(dataset: Snapshot, registry: str, model: str, spec: Spec, settings: BatchSettings) -> BatchRun:
-    """Find what an earlier attempt of this run left, or begin it."""
-    return BatchRun(dataset, open_log(registry, model), spec, settings)
+def open_run(
+    dataset: Snapshot,
+    registry: str,
+    model: str,
+    spec: Spec,
+    settings: BatchSettings,
+    stores: Callable[[str], Store] = open_store,
+) -> BatchRun:
+    """Find what an earlier attempt of this run left, or begin it.
+
+    Raises:
+        PlacesOverlap: registry, dataset, holdout or an inbox of the model lie inside each other. Nothing was written.
+        UnsupportedStore: the registry's store cannot keep versions safe.
+    """
+    log = VersionLog(stores(registry), model)
+    _check_places(dataset, log, settings, stores)
+    check_preconditions(log.store)
+    run = BatchRun(dataset, log, spec, settings, stores)
+    if run.registered is not None:
+        version, finished = run.registered
+        logger.info(
+            "version %d of %s, committed at %s, was made from this dataset, spec and code%s",
+            version.number,
+            log.url,
+            version.manifest.created.isoformat(timespec="seconds"),
+            "; nothing is trained. To train all the same, set again (--again)"
+            if finished
+            else "; it is not finished yet",
+        )
+    return run
+
+
+def _check_places(dataset: Snapshot, log: VersionLog, settings: BatchSettings, stores: Callable[[str], Store]) -> None:
+    datasets = {"the dataset": dataset.ref.url}
+    if settings.holdout_dataset is not None:
+        datasets["holdout_dataset"] = stores(settings.holdout_dataset).url
+    for name, url in datasets.items():
+        keep_out_of_dataset(url, [("the registry", log.url)], name)
+    for inbox in sorted(named_inboxes(log)):
+        keep_out_of_inbox(inbox, datasets.items(), "an inbox of the model,")
 
 
 def prepare(run: BatchRun) -> None:
     """Load the last checkpoint, or learn the statistics of the features: one pass over the dataset."""
-    _ = run.learner
+    run.load_or_fit()
 
 
 def train_epoch(run: BatchRun, epoch: int) -> float:
     """Train one epoch, then store a checkpoint. Returns the mean loss over samples.
 
     Called again after an error, it finds out whether its checkpoint was stored: no epoch is trained twice. The first epoch
-    fills the replay memory, if the spec has one.
+    fills the replay buffer, if the spec has one.
 
     Raises:
         NonFiniteLoss: training diverged; the checkpoint before it stands.
     """
     try:
-        if run.learner.counters.epochs > epoch:
+        learner = run.load_or_fit()
+        if learner.counters.epochs > epoch:
             return run.losses[epoch]
         key = ("epoch", epoch)
-        result = train_pass(run.steps, run.dataset.row_groups, key=key, split=run.split, remember=epoch == 0)
-        run.learner.counters.epochs = epoch + 1
+        groups, epochs = run.dataset.row_groups, run.spec.epochs
+        result = train_pass(run.gradient_steps(), groups, key=key, split=run.split, remember=epoch == 0)
+        learner.counters.epochs = epoch + 1
         if run.settings.patience is not None:
-            held_out = _held_out(run).loss
-            run.held_out = (*run.held_out, held_out if math.isfinite(held_out) else sys.float_info.max)
-            logger.info("epoch %d of %d: loss %.6g on the held-out rows", epoch + 1, run.spec.epochs, held_out)
+            loss = _score_holdout(run, learner).loss
+            run.holdout_losses = (*run.holdout_losses, loss if math.isfinite(loss) else sys.float_info.max)
+            logger.info("epoch %d of %d: loss %.6g on the holdout", epoch + 1, epochs, loss)
         run.losses = (*run.losses, result.loss)
-        run.progress.save(run.losses, *run.learner.dump(), run.held_out, run.best_epoch)
+        run.progress.save(run.losses, *learner.dump(), run.holdout_losses, run.best_epoch, environment())
     except BaseException:
         run.forget()
         raise
-    logger.info("epoch %d of %d: loss %.6g over %d rows", epoch + 1, run.spec.epochs, result.loss, result.rows)
+    logger.info("epoch %d of %d: loss %.6g over %d rows", epoch + 1, epochs, result.loss, result.rows)
     return result.loss
 
 
 def evaluate(run: BatchRun) -> Score:
-    """Score the learner, of the best epoch, on the held-out rows or the separate dataset. None held out: a score of 0 rows."""
-    run.choose_best()
-    return _held_out(run)
+    """Score the learner, of the best epoch, on the held-out rows or the separate dataset. Without either: a score of 0 rows."""
+    return _score_holdout(run, run.load_best())
 
 
-def _held_out(run: BatchRun) -> Score:
+def _score_holdout(run: BatchRun, learner: Learner) -> Score:
     if run.settings.holdout_dataset is None:
-        groups: Sequence[RowGroup] = run.dataset.row_groups if run.settings.holdout_share else []
-        return score(run.learner, groups, Split(run.settings.holdout_share, held_out=True) if groups else None)
-    other = take_snapshot(run.settings.holdout_dataset)
+        share = run.settings.holdout_share
+        groups: Sequence[RowGroup] = run.dataset.row_groups if share else []
+        return score(learner, groups, Split(share, side="holdout") if share else None)
+    other = run.holdout()
     for name, schema in other.schemas:
-        run.learner.features.check(schema, f"{other.ref.url}/{name}")
-    return score(run.learner, other.row_groups)
+        learner.features.check(schema, f"{other.ref.url}/{name}")
+    return score(learner, other.row_groups)
 
 
 def register(run: BatchRun, result: Score) -> Version:
@@ -200,11 +172,13 @@ def register(run: BatchRun, result: Score) -> Version:
     while True:
         if (registered := run.progress.registered()) is not None:
             return registered[0]
+        learner = run.load_best()
         parent = run.log.head() if run.log.exists() else None
         number = 0 if parent is None else parent.number + 1
         try:
             # Written anew for each number: blobs of a number that another run has taken are garbage, and may be collected.
-            weights, state = run.learner.dump()
+            weights, state = learner.dump()
+            chosen = {"epoch_holdout": list(run.holdout_losses), "best_epoch": run.best_epoch}
             entry = Entry(
                 kind="batch",
                 spec=run.spec.model_dump(mode="json"),
@@ -216,11 +190,11 @@ def register(run: BatchRun, result: Score) -> Version:
                 owed=() if parent is None else parent.manifest.owed,
                 metrics={
                     "epoch_loss": list(run.losses),
-                    **({"epoch_held_out": list(run.held_out), "best_epoch": run.best_epoch} if run.held_out else {}),
+                    **(chosen if run.holdout_losses else {}),
                     "holdout_rows": result.rows,
                     "holdout": result.finite if result.rows else {},
                 },
-                counters=asdict(run.learner.counters),
+                counters=asdict(learner.counters),
                 dataset=run.dataset.ref,
                 run=run.progress.key,
                 code=code_revision(),
@@ -244,8 +218,85 @@ def finish(run: BatchRun, version: Version) -> None:
     run.progress.finish(version)
 
 
-def describe(run: BatchRun, version: Version, *, trained: bool) -> VersionInfo:
-    """What a flow returns of a version."""
+# ---- all of them -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a batch run, as `train_by` takes them: plain functions that try again, or Prefect's tasks."""
+
+    take_snapshot: Callable[[str, str | None, Callable[[str], Store]], Snapshot]
+    open_run: Callable[[Snapshot, str, str, Spec, BatchSettings, Callable[[str], Store]], BatchRun]
+    prepare: Callable[[BatchRun], None]
+    train_epoch: Callable[[BatchRun, int], float]
+    evaluate: Callable[[BatchRun], Score]
+    register: Callable[[BatchRun, Score], Version]
+    finish: Callable[[BatchRun, Version], None]
+
+    @classmethod
+    def of(cls, called: Callable[[Callable[..., Any]], Callable[..., Any]]) -> "Steps":
+        """The functions of this module, each as `called` makes it."""
+        steps = (take_snapshot, open_run, prepare, train_epoch, evaluate, register, finish)
+        return cls(*(called(step) for step in steps))
+
+
+PLAIN: Final = Steps.of(retried)
+
+
+def train(
+    dataset: str,
+    registry: str,
+    model: str,
+    spec: Spec,
+    settings: BatchSettings = BatchSettings(),
+    *,
+    stores: Callable[[str], Store] = open_store,
+) -> VersionInfo:
+    """Train a model from a Parquet dataset, register it as the new head, and move the alias to it. Needs no Prefect.
+
+    Killed and called again with the same arguments, it continues after its last checkpoint and ends with the same bits. A
+    step that finds a store away is tried again for about a minute.
+
+    Args:
+        dataset: URL of a folder of Parquet files: a local path, `file://` or `s3://bucket/prefix`.
+        registry: URL below which models live.
+        model: Name of the model in the registry; made if it is new.
+        spec: What to train: columns, model, loss, optimizer, batch size, epochs, seed.
+        settings: How to evaluate, and which alias to move.
+        stores: Opens the store at a URL.
+
+    Raises:
+        StorageError: the dataset or the registry cannot be used; the classes below it say why.
+        TrainingError: the spec does not fit the dataset, the model cannot be built, or training diverged.
+    """
+    return train_by(PLAIN, dataset, registry, model, spec, settings, stores)
+
+
+def train_by(
+    steps: Steps,
+    dataset: str,
+    registry: str,
+    model: str,
+    spec: Spec,
+    settings: BatchSettings,
+    stores: Callable[[str], Store] = open_store,
+) -> VersionInfo:
+    """One body for `train` and for the flow: whoever runs the steps, their order is this."""
+    run = steps.open_run(
+        steps.take_snapshot(dataset, settings.holdout_dataset, stores), registry, model, spec, settings, stores
+    )
+    if run.registered is None:
+        steps.prepare(run)
+        while (epoch := run.next_epoch()) is not None:
+            steps.train_epoch(run, epoch)
+        version = steps.register(run, steps.evaluate(run))
+        steps.finish(run, version)
+        return _described(run, version, trained=True)
+    version, finished = run.registered
+    if not finished:
+        steps.finish(run, version)
+    return _described(run, version, trained=False)
+
+
+def _described(run: BatchRun, version: Version, *, trained: bool) -> VersionInfo:
     return VersionInfo(
         registry=run.log.store.url,
         model=run.log.model,
@@ -254,29 +305,3 @@ def describe(run: BatchRun, version: Version, *, trained: bool) -> VersionInfo:
         metrics=version.manifest.metrics,
         passed_over=[str(kind) for kind in run.dataset.passed_over],
     )
-
-
-def run_key(dataset: Snapshot, spec: Spec, settings: BatchSettings) -> str:
-    """What makes two batch runs the same run: same files, spec, split, model source and order of rows give the same bits."""
-    identity = [
-        ORDER if spec.shuffle else None,
-        dataset.ref.url,
-        dataset.ref.fingerprint,
-        spec.model_dump(mode="json"),
-        settings.model_dump(mode="json"),
-        _source(spec.model.factory),
-    ]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _source(factory: str) -> str:
-    """sha256 of the module that a factory is imported from, so that an edited model is another run."""
-    if ":" not in factory:
-        return ""
-    try:
-        found = importlib.util.find_spec(factory.partition(":")[0])
-    except (ImportError, ValueError):
-        return ""  # building the model will say what is wrong
-    if found is None or found.origin is None or not Path(found.origin).is_file():
-        return ""
-    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()

@@ -37,6 +37,10 @@ class BatchSettings(_Settings):
         "the best epoch.",
     )
     device: Device = Field(default="auto", description=_DEVICE)
+    again: bool = Field(
+        default=False,
+        description="Train anew even if the same data, spec and code were trained on before.",
+    )
 
     @model_validator(mode="after")
     def _one_holdout(self) -> Self:

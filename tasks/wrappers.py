@@ -17,6 +17,7 @@ from tidemill.storage import retention
 from tidemill.storage.errors import Unavailable
 from tidemill.tasks import batch
 from tidemill.tasks.online import step as online
+from tidemill.tasks.retrying import BACKOFF_SECONDS, RETRIES
 
 logger = logging.getLogger("tidemill")
 if logger.level == logging.NOTSET:
@@ -41,19 +42,21 @@ def _task(function: Callable[P, R], name: str, run_name: str | None = None) -> T
         task_run_name=run_name,
         cache_policy=NO_CACHE,
         persist_result=False,
-        retries=3,
-        retry_delay_seconds=exponential_backoff(backoff_factor=10),
+        retries=RETRIES,
+        retry_delay_seconds=exponential_backoff(backoff_factor=BACKOFF_SECONDS),
         retry_condition_fn=_store_was_away,
     )(function)
 
 
-take_snapshot = _task(batch.take_snapshot, "snapshot")
-open_batch = _task(batch.open_run, "open-dataset")
-prepare = _task(batch.prepare, "fit")
-train_epoch = _task(batch.train_epoch, "epoch", "epoch-{epoch}")
-evaluate = _task(batch.evaluate, "evaluate")
-register = _task(batch.register, "register")
-finish = _task(batch.finish, "promote")
+batch_steps = batch.Steps(
+    take_snapshot=_task(batch.take_snapshot, "snapshot"),
+    open_run=_task(batch.open_run, "open-run"),
+    prepare=_task(batch.prepare, "fit"),
+    train_epoch=_task(batch.train_epoch, "epoch", "epoch-{epoch}"),
+    evaluate=_task(batch.evaluate, "evaluate"),
+    register=_task(batch.register, "register"),
+    finish=_task(batch.finish, "promote"),
+)
 
 open_online = _task(online.open_run, "open-inbox")
 step = _task(online.step, "step")

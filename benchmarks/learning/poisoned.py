@@ -101,13 +101,9 @@ def traced(stream: Stream, shards: Iterable[pa.Table], chosen: Settings, seed: i
     put(f"{root}/holdout", "part.parquet", stream.batch.slice(rows))
     settings = BatchSettings(holdout_dataset=f"{root}/holdout", device="cpu")
     spec = spec_for(stream, chosen, seed)
-    run = batch.open_run(batch.take_snapshot(f"{root}/dataset"), f"{root}/registry", "model", spec, settings)
-    for epoch in run.epochs_left:
-        batch.train_epoch(run, epoch)
-    first = batch.register(run, batch.evaluate(run))
-    batch.finish(run, first)
+    first = batch.train(f"{root}/dataset", f"{root}/registry", "model", spec, settings)
     metric = spec.main_metric
-    errors: dict[int, float] = {0: float(first.manifest.metrics["holdout"][metric])}
+    errors: dict[int, float] = {0: float(first.metrics["holdout"][metric])}
     log = open_log(f"{root}/registry", "model")
     follower = online.open_run(
         *(f"{root}/inbox", f"{root}/registry", "model"),

@@ -30,7 +30,7 @@ def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     from tidemill.tasks.training.steps import Steps
 
     learner, groups = begun(work, compile="off")
-    split = Split(BatchSettings().held_out, held_out=False)
+    split = Split(BatchSettings().holdout_share, side="train")
     before = peak_mb()
     result = train_pass(Steps(learner), groups, key=("epoch", 0), split=split)
     assert 0.8 * work.rows < result.rows < work.rows, f"{result.rows} of {work.rows} rows"

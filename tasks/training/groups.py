@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, Literal, Protocol, runtime_checkable
 
 import pyarrow as pa
 import torch
@@ -127,14 +127,16 @@ class Split:
     Neither the spec's seed nor the epoch enters, so a held-out row is never trained on, whatever else is changed.
     """
 
-    fraction: float  # of the rows, in (0, 1), is held out
-    held_out: bool  # True: the held-out rows; False: the rest
+    share: float
+    """Of the rows, in (0, 1), that is held out."""
+    side: Literal["train", "holdout"]
+    """`holdout`: the rows that are held out. `train`: all others."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1:
-            raise ValueError(f"fraction is {self.fraction}: choose a share of the rows between 0 and 1")
+        if not 0 < self.share < 1:
+            raise ValueError(f"share is {self.share}: choose a share of the rows between 0 and 1")
 
     def rows(self, group: RowGroup) -> Tensor:
         """bool [N]: which rows of the group are on this side."""
-        held_out_N = torch.rand(group.num_rows, generator=generator("split", group.name)) < self.fraction
-        return held_out_N if self.held_out else ~held_out_N
+        holdout_N = torch.rand(group.num_rows, generator=generator("split", group.name)) < self.share
+        return holdout_N if self.side == "holdout" else ~holdout_N

@@ -288,8 +288,8 @@ def test_only_a_store_that_was_away_is_tried_again(error: Exception, retried: bo
 
 def test_every_task_tries_again_and_stores_nothing() -> None:
     tasks = (
-        *(wrappers.take_snapshot, wrappers.open_batch, wrappers.train_epoch, wrappers.evaluate, wrappers.register),
-        *(wrappers.finish, wrappers.open_online, wrappers.step, wrappers.collect_garbage),
+        *vars(wrappers.batch_steps).values(),
+        *(wrappers.open_online, wrappers.step, wrappers.collect_garbage),
     )
     for task in tasks:
         assert task.retries == 3

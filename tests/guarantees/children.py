@@ -28,12 +28,10 @@ import torch
 from tests.storage.faults import Call, act_once, hooked, together
 from tidemill.storage import retention
 from tidemill.storage.aliases import promote, resolve
-from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import NotFound, PreconditionFailed, UnknownVersion
 from tidemill.storage.inbox import is_shard
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import sha256
-from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
@@ -169,24 +167,8 @@ def train(
     stores: Stores, dataset: str, registry: str, spec: Spec, settings: BatchSettings, call: Caller = at_once
 ) -> None:
     """A batch run from start to registration."""
-
-    def open_run() -> batch.BatchRun:
-        store = stores(registry)
-        check_preconditions(store)
-        return batch.BatchRun(taken, VersionLog(store, "model"), spec, settings)
-
-    taken = call(lambda: snapshot(dataset, stores))
-    run = call(open_run)
-    if run.registered is None:
-        call(lambda: batch.prepare(run))
-        for epoch in run.epochs_left:
-            call(lambda epoch=epoch: batch.train_epoch(run, epoch))
-        score = call(lambda: batch.evaluate(run))
-        version = call(lambda: batch.register(run, score))
-        call(lambda: batch.finish(run, version))
-    elif not run.registered[1]:
-        finished = run.registered[0]
-        call(lambda: batch.finish(run, finished))
+    steps = batch.Steps.of(lambda step: lambda *args: call(lambda: step(*args)))
+    batch.train_by(steps, dataset, registry, "model", spec, settings, stores)
 
 
 def rollback(stores: Stores, registry: str, version: str) -> None:

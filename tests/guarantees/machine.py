@@ -46,7 +46,7 @@ from tidemill.storage.memory import MemoryStore
 from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
-from tidemill.tasks import batch
+from tidemill.tasks import batch, batch_run
 from tidemill.tasks.online import step as online
 from tidemill.tasks.online.step import OnlineRun, Outcome
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
@@ -215,11 +215,9 @@ def _begun() -> dict[str, bytes]:
     """A registry with version 0."""
     name = uuid.uuid4().hex
     MemoryStore(name, "dataset").write("part.parquet", parquet(rows(40, 0), row_group_size=20))
-    taken, registry = snapshot(f"memory://{name}/dataset"), f"memory://{name}/registry"
-    run = batch.open_run(taken, registry, "model", SPEC, BatchSettings(holdout=0))
-    batch.train_epoch(run, 0)
-    batch.finish(run, batch.register(run, batch.evaluate(run)))
-    return {info.key: run.log.store.read(info.key) for info in run.log.store.list("model/")}
+    batch.train(f"memory://{name}/dataset", f"memory://{name}/registry", "model", SPEC, BatchSettings(holdout=0))
+    registry = MemoryStore(name, "registry")
+    return {info.key: registry.read(info.key) for info in registry.list("model/")}
 
 
 class World:
@@ -374,12 +372,14 @@ class World:
         before, process = self.collections, Process(self)
         spec, settings = SPEC.model_copy(update={"seed": seed}), BatchSettings(holdout=0)
         taken = snapshot(self.dataset.url)
-        earlier = [v for v in self.versions if v.run == batch.run_key(taken, spec, settings)]
+        earlier = [v for v in self.versions if v.run == batch_run.run_key(taken, spec, settings)]
         with process.operation(plan):
-            run = batch.BatchRun(taken, self.protocol.log(process.stores(self.registry.url), "model"), spec, settings)
+            run = batch_run.BatchRun(
+                taken, self.protocol.log(process.stores(self.registry.url), "model"), spec, settings
+            )
             assert (run.registered is None) == (not earlier), "a run that had registered its version did not find it"
             if run.registered is None:
-                for epoch in run.epochs_left:
+                while (epoch := run.next_epoch()) is not None:
                     batch.train_epoch(run, epoch)
                 version = batch.register(run, batch.evaluate(run))
             else:

@@ -22,7 +22,7 @@ from tests.training.rows import plain_spec
 spec = plain_spec(batch_size=4096, epochs=1, shuffle=True, shuffle_bytes=24 * 2**20)
 run = batch.open_run(batch.take_snapshot(sys.argv[1]), "memory://memory/registry", "net", spec, BatchSettings(holdout=0))
 batch.train_epoch(run, 0)
-print(run.learner.counters.rows, re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+print(run.load_or_fit().counters.rows, re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 
 

@@ -20,7 +20,7 @@ from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.reproduce import replay
-from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.spec import Spec
 
 SPEC = Spec.model_validate(
@@ -42,10 +42,7 @@ History = tuple[VersionLog, str]
 
 def train(registry: str, dataset: str, seed: int) -> None:
     put(dataset, {"part.parquet": rows(100, seed)})
-    run = batch.open_run(batch.take_snapshot(dataset), registry, "model", SPEC, BatchSettings())
-    for epoch in run.epochs_left:
-        batch.train_epoch(run, epoch)
-    batch.finish(run, batch.register(run, batch.evaluate(run)))
+    batch.train(dataset, registry, "model", SPEC)
 
 
 def drain(inbox: str, registry: str, archive: str) -> None:

@@ -1,21 +1,38 @@
 """Batch training as plain functions: snapshot, epochs with checkpoints, evaluation, registration. No Prefect."""
 
+import logging
+import re
+from collections import Counter
 from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
 import torch
+from tenacity import wait_none
 
+from tests.storage.faults import Call, hooked
 from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage.aliases import all_aliases
-from tidemill.storage.errors import CorruptObject, DatasetChanged, DatasetError, StoreNotFound
+from tidemill.storage.audit import audit
+from tidemill.storage.errors import (
+    CorruptObject,
+    DatasetChanged,
+    DatasetError,
+    PlacesOverlap,
+    StoreNotFound,
+    Unavailable,
+)
 from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.manifest import Entry
 from tidemill.storage.retention import collect_garbage
+from tidemill.storage.store import Store
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
-from tidemill.tasks import batch
-from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks import batch, retrying
+from tidemill.tasks.batch_run import BatchRun
+from tidemill.tasks.online import step as online
+from tidemill.tasks.online.step import OnlineRun
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, FactoryError, NonFiniteLoss, OutputShapeError
 from tidemill.tasks.training.spec import Spec
 
@@ -29,17 +46,14 @@ def dataset(make_url: MakeUrl) -> str:
     return url
 
 
-def open_run(dataset: str, registry: str, spec: Spec = SPEC, **settings: object) -> batch.BatchRun:
+def open_run(dataset: str, registry: str, spec: Spec = SPEC, **settings: object) -> BatchRun:
     taken = batch.take_snapshot(dataset)
     return batch.open_run(taken, registry, "model", spec, BatchSettings.model_validate(settings))
 
 
 def train(dataset: str, registry: str, spec: Spec = SPEC, **settings: object) -> VersionLog:
-    run = open_run(dataset, registry, spec, **settings)
-    for epoch in run.epochs_left:
-        batch.train_epoch(run, epoch)
-    batch.finish(run, batch.register(run, batch.evaluate(run)))
-    return run.log
+    batch.train(dataset, registry, "model", spec, BatchSettings.model_validate(settings))
+    return open_log(registry, "model")
 
 
 def changed(**settings: object) -> Spec:
@@ -69,12 +83,11 @@ def test_a_run_ends_in_a_version_that_champion_names(dataset: str, make_url: Mak
 
 def test_what_a_dataset_passes_over_is_told_with_the_version(dataset: str, make_url: MakeUrl) -> None:
     put(dataset, {"_year=2020/part.parquet": rows(60, 2), "part-00000": rows(60, 3)})
-    run = open_run(dataset, make_url("registry"))
-    for epoch in run.epochs_left:
-        batch.train_epoch(run, epoch)
-    info = batch.describe(run, batch.register(run, batch.evaluate(run)), trained=True)
+    info = batch.train(dataset, make_url("registry"), "model", SPEC)
     assert info.passed_over == ["1 files that do not end in .parquet, .parq, .pq (part-00000)"]
-    assert run.dataset.ref.rows == 300
+    manifest = open_log(make_url("registry"), "model").head().manifest
+    assert manifest.dataset is not None
+    assert manifest.dataset.rows == 300
 
 
 def test_checkpoints_are_dropped_when_the_run_is_done(dataset: str, make_url: MakeUrl) -> None:
@@ -89,7 +102,7 @@ def test_an_interrupted_run_goes_on_after_its_last_checkpoint(dataset: str, make
     batch.train_epoch(interrupted, 0)
 
     again = open_run(dataset, make_url("registry"))
-    assert list(again.epochs_left) == [1, 2]
+    assert again.next_epoch() == 1
     log = train(dataset, make_url("registry"))
     assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
     assert log.head().manifest.metrics == reference.head().manifest.metrics
@@ -104,7 +117,7 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_nothing_else(dataset: str, make
     newest = max(i.key for i in store.list("model/runs/") if "/00000002-" in i.key and "state" not in i.key)
     store.write(newest, b"damaged")
 
-    assert list(open_run(dataset, make_url("registry")).epochs_left) == [1, 2]
+    assert open_run(dataset, make_url("registry")).next_epoch() == 1
     log = train(dataset, make_url("registry"))
     assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
 
@@ -121,7 +134,7 @@ def test_killed_between_commit_and_alias_the_version_is_found_and_the_alias_move
     dataset: str, make_url: MakeUrl
 ) -> None:
     run = open_run(dataset, make_url("registry"))
-    for epoch in run.epochs_left:
+    while (epoch := run.next_epoch()) is not None:
         batch.train_epoch(run, epoch)
     batch.register(run, batch.evaluate(run))
 
@@ -200,6 +213,135 @@ def test_hive_partitions_are_columns(make_url: MakeUrl) -> None:
     put(make_url("dataset"), {f"city={c}/x.parquet": rows(60, i) for i, c in enumerate(["oslo", "rome"])})
     spec = changed(features=["a", "b", {"name": "city", "buckets": 4}])
     assert train(make_url("dataset"), make_url("registry"), spec).head().manifest.dataset.rows == 120
+
+
+# ---- the plain door --------------------------------------------------------------------------------------------------
+def test_every_store_is_opened_by_the_one_that_is_given(dataset: str, memory_url: MakeUrl) -> None:
+    put(memory_url("holdout"), {"x.parquet": rows(40, 9)})
+    opened = set()
+
+    def stores(url: str) -> Store:
+        opened.add(url)
+        return open_store(url)
+
+    settings = BatchSettings(holdout_dataset=memory_url("holdout"))
+    info = batch.train(dataset, memory_url("registry"), "model", SPEC, settings, stores=stores)
+    assert (info.version, info.trained) == (0, True)
+    assert opened == {dataset, memory_url("holdout"), memory_url("registry")}
+
+
+def test_a_step_that_finds_the_store_away_is_tried_again(dataset: str, memory_url: MakeUrl, caplog) -> None:
+    """Twice with waits made short; any other error comes back at once."""
+    reference = train(dataset, memory_url("reference"))
+    calls = Counter[str]()
+
+    def impatient(step: Callable[..., object]) -> Callable[..., object]:
+        return retrying.retried(step).retry_with(wait=wait_none())  # type: ignore[attr-defined, no-any-return]
+
+    def away(call: Call) -> None:
+        calls[call.verb] += call.phase == "before"
+        if call.verb == "write" and call.phase == "after" and calls["write"] in (2, 3):
+            raise Unavailable("no answer")
+
+    steps = batch.Steps.of(impatient)
+    batch.train_by(steps, dataset, memory_url("registry"), "model", SPEC, BatchSettings(), hooked(away))
+    log = open_log(memory_url("registry"), "model")
+    assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
+    assert [record.message for record in caplog.records if "tried again" in record.message] == [
+        "to be tried again: no answer"
+    ] * 2
+
+    def broken(call: Call) -> None:
+        raise CorruptObject("damaged")
+
+    with pytest.raises(CorruptObject, match="damaged"):
+        batch.train_by(steps, dataset, memory_url("other"), "model", SPEC, BatchSettings(), hooked(broken))
+
+
+def test_what_an_earlier_run_has_made_is_said(dataset: str, make_url: MakeUrl, caplog) -> None:
+    made = batch.train(dataset, make_url("registry"), "model", SPEC)
+    caplog.set_level(logging.INFO, "tidemill.batch")
+    found = batch.train(dataset, make_url("registry"), "model", SPEC)
+    assert (found.version, found.trained, found.metrics) == (made.version, False, made.metrics)
+    created = open_log(make_url("registry"), "model").head().manifest.created.isoformat(timespec="seconds")
+    assert re.search(rf"version 0 of .*/model, committed at {re.escape(created)}, .*--again", caplog.text)
+
+
+def test_again_trains_what_has_not_changed_and_goes_on_when_killed(dataset: str, make_url: MakeUrl) -> None:
+    again = BatchSettings(again=True)
+    assert batch.train(dataset, make_url("registry"), "model", SPEC, again).version == 0  # the first time, as without
+    killed = batch.open_run(batch.take_snapshot(dataset), make_url("registry"), "model", SPEC, again)
+    batch.train_epoch(killed, 0)
+    assert batch.open_run(killed.dataset, make_url("registry"), "model", SPEC, again).next_epoch() == 1
+    found = batch.train(dataset, make_url("registry"), "model", SPEC)
+    assert (found.version, found.trained) == (0, False)  # what is not finished is not found
+    made = batch.train(dataset, make_url("registry"), "model", SPEC, again)
+    assert (made.version, made.trained) == (1, True)
+    assert batch.train(dataset, make_url("registry"), "model", SPEC).version == 1
+    log = open_log(make_url("registry"), "model")
+    assert log.version(0).manifest.blobs.weights.sha256 == log.version(1).manifest.blobs.weights.sha256
+    assert all_aliases(log) == {"champion": 1}
+    assert audit(log).findings == []
+
+
+def test_a_run_that_goes_on_elsewhere_says_what_the_bits_depend_on(dataset: str, memory_url: MakeUrl, caplog) -> None:
+    run = open_run(dataset, memory_url("registry"))
+    batch.train_epoch(run, 0)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        open_run(dataset, memory_url("registry")).load_or_fit()
+    finally:
+        torch.set_num_threads(threads)
+    assert f"bits may differ from those of an uninterrupted run: threads was {threads}, is now" in caplog.text
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+def test_a_holdout_inside_the_dataset_is_left_out_of_it(make_url: MakeUrl) -> None:
+    """Of the statistics, the epochs and the fingerprint: the bits are those of a dataset that never had it."""
+    parts, holdout = {f"part-{i}.parquet": rows(120, i) for i in range(2)}, {"x.parquet": rows(40, 9)}
+    put(make_url("dataset"), parts)
+    put(make_url("dataset") + "/sub/holdout", holdout)
+    put(make_url("apart"), holdout)
+    inside = train(make_url("dataset"), make_url("a"), holdout_dataset=make_url("dataset") + "/sub/holdout").head()
+    assert inside.manifest.dataset is not None
+    assert (inside.manifest.dataset.files, inside.manifest.dataset.rows) == (2, 240)
+    assert inside.manifest.metrics["holdout_rows"] == 40
+    open_store(make_url("dataset")).delete("sub/holdout/x.parquet")
+    without = train(make_url("dataset"), make_url("b"), holdout_dataset=make_url("apart")).head()
+    assert inside.manifest.dataset == without.manifest.dataset
+    assert inside.manifest.blobs.weights.sha256 == without.manifest.blobs.weights.sha256
+
+
+@pytest.mark.parametrize("holdout", ["dataset", "."])
+def test_a_dataset_inside_its_holdout_is_refused(holdout: str, dataset: str, make_url: MakeUrl) -> None:
+    url = dataset if holdout == "dataset" else dataset.rpartition("/")[0]
+    with pytest.raises(
+        PlacesOverlap, match=r"the dataset, .*, (is|lies inside) holdout_dataset .*nothing would be left"
+    ):
+        train(dataset, make_url("registry"), holdout_dataset=url)
+    assert keys(make_url("registry")) == []
+
+
+@pytest.mark.parametrize("place", ["", "/registry", "/city=oslo"])
+def test_a_registry_in_a_dataset_or_holdout_is_refused(place: str, dataset: str, make_url: MakeUrl) -> None:
+    before = keys(dataset)
+    with pytest.raises(PlacesOverlap, match=r"the registry, .* lies inside the dataset"):
+        train(dataset, dataset + place)
+    put(make_url("other"), {"x.parquet": rows(40, 9)})
+    with pytest.raises(PlacesOverlap, match=r"the registry, .* lies inside holdout_dataset"):
+        train(make_url("other"), dataset + place, holdout_dataset=dataset)
+    assert keys(dataset) == before
+
+
+def test_an_inbox_of_the_model_is_no_dataset(dataset: str, make_url: MakeUrl) -> None:
+    train(dataset, make_url("registry"))
+    put(make_url("inbox"), {"x.parquet": rows(40, 9)})
+    online.step(OnlineRun(make_url("inbox"), make_url("registry"), "model", OnlineSettings(after_commit="keep")))
+    with pytest.raises(PlacesOverlap, match=r"the dataset, .* is an inbox of the model"):
+        train(make_url("inbox"), make_url("registry"))
+    with pytest.raises(PlacesOverlap, match=r"holdout_dataset, .* is an inbox of the model"):
+        train(dataset, make_url("registry"), holdout_dataset=make_url("inbox"))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -300,7 +442,7 @@ def noise(memory_url: MakeUrl) -> str:
 def stopped_early(noise: str, registry: str, epochs: int = 60) -> VersionLog:
     """A run that trains at most so many epochs, and registers only if it came to its end."""
     run = batch.open_run(batch.take_snapshot(noise), registry, "model", OVERFITS, PATIENT)
-    for epoch in run.epochs_left:
+    while (epoch := run.next_epoch()) is not None:
         if epoch == epochs:
             return run.log
         batch.train_epoch(run, epoch)
@@ -310,7 +452,7 @@ def stopped_early(noise: str, registry: str, epochs: int = 60) -> VersionLog:
 
 def test_it_stops_when_held_out_rows_get_worse_and_registers_the_best_epoch(noise: str, memory_url: MakeUrl) -> None:
     manifest = stopped_early(noise, memory_url("registry")).head().manifest
-    held_out, best = manifest.metrics["epoch_held_out"], manifest.metrics["best_epoch"]
+    held_out, best = manifest.metrics["epoch_holdout"], manifest.metrics["best_epoch"]
     assert len(held_out) == len(manifest.metrics["epoch_loss"]) == best + 3 < 60
     assert held_out[best - 1] == min(held_out) == manifest.metrics["holdout"]["loss"]
     assert manifest.counters["epochs"] == best
@@ -331,7 +473,7 @@ def test_killed_it_goes_on_to_the_same_best_epoch(noise: str, memory_url: MakeUr
 
 def test_a_best_epoch_that_is_lost_is_not_replaced_by_another(noise: str, memory_url: MakeUrl) -> None:
     run = batch.open_run(batch.take_snapshot(noise), memory_url("registry"), "model", OVERFITS, PATIENT)
-    for epoch in run.epochs_left:
+    while (epoch := run.next_epoch()) is not None:
         batch.train_epoch(run, epoch)
     run.log.store.write(f"model/runs/{run.progress.key}/{run.best_epoch:08d}.json", b"damaged")
     with pytest.raises(CorruptObject, match="the best epoch, is damaged or gone"):

@@ -24,10 +24,7 @@ MakeUrl = Callable[[str], str]
 
 
 def train(registry: str, dataset: str, spec: Spec = SPEC) -> None:
-    run = batch.open_run(batch.take_snapshot(dataset), registry, "model", spec, BatchSettings(holdout=0))
-    for epoch in run.epochs_left:
-        batch.train_epoch(run, epoch)
-    batch.finish(run, batch.register(run, batch.evaluate(run)))
+    batch.train(dataset, registry, "model", spec, BatchSettings(holdout=0))
 
 
 def read_back(url: str, key: str) -> pa.Table:

@@ -57,7 +57,7 @@ def test_every_labelled_row_comes_once_in_full_batches(sizes, batch_size, window
     table = counted(sum(sizes))
     labels = [None if i in unlabelled else i for i in range(sum(sizes))]
     groups = cut(table.set_column(1, "y", pa.array(labels, pa.float32())), *sizes)
-    split = None if fraction is None else Split(fraction, held_out=False)
+    split = None if fraction is None else Split(fraction, side="train")
     batches = list(
         stream(
             groups,
@@ -205,7 +205,7 @@ def test_only_the_needed_columns_are_read():
 
 def test_unlabelled_rows_of_the_split_are_counted():
     table = pa.table({"x0": [1.0] * 100, "y": pa.array([None, 1.0] * 50)})
-    groups, split = cut(table, 40), Split(0.5, held_out=True)
+    groups, split = cut(table, 40), Split(0.5, side="holdout")
     kept = torch.cat([split.rows(group) for group in groups])
     for shuffle_seed in (None, (0,)):
         found = stream(groups, split=split, shuffle_seed=shuffle_seed)
@@ -346,8 +346,8 @@ def test_several_readers_give_the_bits_of_one(readers, shuffle_seed):
     seen, groups = far(near, readers=readers, wait=lambda: time.sleep(random.random() / 500))
     spec = plain_spec(3, standardize_features=True)
     unfitted = Features.resolve(spec, near[0].schema)
-    features = unfitted.fit(near, Split(0.2, held_out=False))
-    assert unfitted.fit(groups, Split(0.2, held_out=False)).state()[1] == features.state()[1]
+    features = unfitted.fit(near, Split(0.2, side="train"))
+    assert unfitted.fit(groups, Split(0.2, side="train")).state()[1] == features.state()[1]
     for tensor, expected in zip(*(unfitted.fit(some).state()[0].values() for some in (near, groups)), strict=True):
         assert same_bits(tensor, expected)
     arguments = {"batch_size": 64, "window_bytes": 700 * 20, "shuffle_seed": shuffle_seed}
@@ -457,17 +457,17 @@ def test_a_single_row_group_needs_no_thread():
 # ---- the split -------------------------------------------------------------------------------------------------------
 def test_the_sides_of_a_split_are_complements_and_depend_on_the_name_only():
     a, b = TableGroup("a", counted(1000)), TableGroup("b", counted(1000))
-    held_out, rest = Split(0.25, held_out=True), Split(0.25, held_out=False)
-    assert torch.equal(held_out.rows(a), ~rest.rows(a))
-    assert torch.equal(held_out.rows(a), held_out.rows(TableGroup("a", counted(1000))))
-    assert not torch.equal(held_out.rows(a), held_out.rows(b))
-    assert 180 < held_out.rows(a).sum() < 320
+    holdout, rest = Split(0.25, side="holdout"), Split(0.25, side="train")
+    assert torch.equal(holdout.rows(a), ~rest.rows(a))
+    assert torch.equal(holdout.rows(a), holdout.rows(TableGroup("a", counted(1000))))
+    assert not torch.equal(holdout.rows(a), holdout.rows(b))
+    assert 180 < holdout.rows(a).sum() < 320
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5])
 def test_a_split_needs_a_share_of_the_rows(fraction):
     with pytest.raises(ValueError, match="between 0 and 1"):
-        Split(fraction, held_out=True)
+        Split(fraction, side="holdout")
 
 
 def test_seeds_are_stable_across_processes_and_keys_apart():
@@ -513,7 +513,7 @@ def test_windows_are_filled_with_the_rows_of_the_split(monkeypatch):
     room = Features.room
     monkeypatch.setattr(Features, "room", lambda self, n, empty: sizes.append(n) or room(self, n, empty))
     groups = cut(counted(1000), *[10] * 99)
-    found = stream(groups, window_bytes=100 * ROW_BYTES, shuffle_seed=(0,), split=Split(0.5, held_out=False))
+    found = stream(groups, window_bytes=100 * ROW_BYTES, shuffle_seed=(0,), split=Split(0.5, side="train"))
     assert len(rows_of(found)) == sum(sizes)
     assert all(90 < size <= 100 for size in sizes[:-1])
 

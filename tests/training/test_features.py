@@ -132,7 +132,7 @@ def test_statistics_are_of_the_split_only():
     table = numbers_table(1000, 1).append_column("s", pa.array(["a", None] * 500))
     groups = cut(table, 400)
     spec = spec_of("x0", "s", standardize_features=True)
-    split = Split(0.4, held_out=False)
+    split = Split(0.4, side="train")
     kept = torch.cat([split.rows(group) for group in groups])
     filtered = table.filter(pa.array(kept.tolist()))
     seen = Features.resolve(spec, table.schema).fit(groups, split).statistics
@@ -512,7 +512,7 @@ def test_balanced_class_weights_are_inverse_to_the_labelled_rows(task, labels, e
 def test_classes_are_counted_on_one_side_of_the_split():
     labels = torch.randint(0, 2, (400,), generator=torch.Generator().manual_seed(0))
     table = pa.table({"a": pa.array([1.0] * 400), "y": labels.numpy()})
-    split, groups = Split(0.3, held_out=False), cut(table, 150)
+    split, groups = Split(0.3, side="train"), cut(table, 150)
     kept = torch.cat([split.rows(group) for group in groups])
     features = Features.resolve(spec_of("a", task="binary", class_weights="balanced"), table.schema).fit(groups, split)
     assert features.statistics.class_counts.tolist() == labels[kept].bincount().tolist()

@@ -178,8 +178,8 @@ def test_a_column_that_is_seldom_filled_may_be_empty_in_a_small_shard():
 def test_only_the_rows_of_the_split_are_trained_on_and_scored():
     groups = cut(numbers_table(ROWS), 400)
     learner = begin(plain_spec(), groups)
-    held_out = score(learner, groups, Split(0.3, held_out=True)).rows
-    trained = train_pass(Steps(learner), groups, key=("epoch", 0), split=Split(0.3, held_out=False)).rows
+    held_out = score(learner, groups, Split(0.3, side="holdout")).rows
+    trained = train_pass(Steps(learner), groups, key=("epoch", 0), split=Split(0.3, side="train")).rows
     assert 200 < held_out < 400
     assert held_out + trained == ROWS
 

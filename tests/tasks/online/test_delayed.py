@@ -23,7 +23,7 @@ from tidemill.tasks.online.gate import served_at
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.reproduce import replay
-from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.loop import score
 from tidemill.tasks.versions import load_learner
 
@@ -47,12 +47,7 @@ class World:
         put(self.url("dataset"), {"part-0.parquet": rows(200, 0)})
         for name in ("inbox", "labels"):
             put(self.url(name), {})
-        run = batch.open_run(
-            batch.take_snapshot(self.url("dataset")), self.url("registry"), "model", SPEC, BatchSettings()
-        )
-        for epoch in run.epochs_left:
-            batch.train_epoch(run, epoch)
-        batch.finish(run, batch.register(run, batch.evaluate(run)))
+        batch.train(self.url("dataset"), self.url("registry"), "model", SPEC)
 
     def url(self, name: str) -> str:
         return f"{self.root}/{name}"

@@ -19,7 +19,7 @@ from tidemill.tasks import batch
 from tidemill.tasks.online.gate import GateClosed, decide
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
-from tidemill.tasks.settings import BatchSettings, GateSettings, OnlineSettings
+from tidemill.tasks.settings import GateSettings, OnlineSettings
 from tidemill.tasks.training.loop import Score, score
 from tidemill.tasks.versions import load_learner
 
@@ -45,12 +45,7 @@ class World:
         return open_log(self.url("registry"), "model")
 
     def train(self, dataset: str) -> None:
-        run = batch.open_run(
-            batch.take_snapshot(self.url(dataset)), self.url("registry"), "model", SPEC, BatchSettings()
-        )
-        for epoch in run.epochs_left:
-            batch.train_epoch(run, epoch)
-        batch.finish(run, batch.register(run, batch.evaluate(run)))
+        batch.train(self.url(dataset), self.url("registry"), "model", SPEC)
 
     def run(
         self,

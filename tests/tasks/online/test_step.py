@@ -37,7 +37,7 @@ from tidemill.tasks import batch
 from tidemill.tasks.online import selection
 from tidemill.tasks.online import step as online
 from tidemill.tasks.online.step import OnlineRun, Outcome
-from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.errors import StateMismatch
 from tidemill.tasks.training.loop import score
 from tidemill.tasks.training.spec import Spec
@@ -49,10 +49,7 @@ MakeUrl = Callable[[str], str]
 def begin(registry: str, dataset: str, spec: Spec = SPEC) -> None:
     """Version 0, from a dataset of 200 rows."""
     put(dataset, {"part-0.parquet": rows(200, 0)})
-    run = batch.open_run(batch.take_snapshot(dataset), registry, "model", spec, BatchSettings())
-    for epoch in run.epochs_left:
-        batch.train_epoch(run, epoch)
-    batch.finish(run, batch.register(run, batch.evaluate(run)))
+    batch.train(dataset, registry, "model", spec)
 
 
 @pytest.fixture

@@ -1,0 +1,150 @@
+"""A batch run on its way: which run it is, the learner in memory, and what is stored of it."""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from tidemill.storage.dataset import Snapshot, snapshot
+from tidemill.storage.log import VersionLog
+from tidemill.storage.runs import BatchProgress
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.training.batches import ORDER
+from tidemill.tasks.training.environment import differences, environment
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import Split
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.spec import Spec
+
+logger = logging.getLogger("tidemill.batch")
+
+
+class BatchRun:
+    """A batch run on its way: the learner in memory, and what is stored of it."""
+
+    def __init__(
+        self,
+        dataset: Snapshot,
+        log: VersionLog,
+        spec: Spec,
+        settings: BatchSettings,
+        stores: Callable[[str], Store] = open_store,
+    ) -> None:
+        """Find what an earlier attempt has stored, or note that this run begins. Nothing is loaded or trained yet."""
+        self.dataset, self.log, self.spec, self.settings, self.stores = dataset, log, spec, settings, stores
+        self.progress = _attempt(log, run_key(dataset, spec, settings), again=settings.again)
+        self.losses: tuple[float, ...] = ()
+        """Mean loss over samples of each finished epoch."""
+        self.holdout_losses: tuple[float, ...] = ()
+        """Loss on the holdout after each finished epoch, where `patience` asks for it."""
+        self.split = Split(settings.holdout_share, side="train") if settings.holdout_share else None
+        self._learner: Learner | None = None
+        self._holdout: Snapshot | None = None
+        self.progress.begin()
+        self.registered = self.progress.registered()
+        """(version, True if nothing is left to do) if an earlier attempt had committed it."""
+
+    def load_or_fit(self) -> Learner:
+        """The learner after the last finished epoch: kept, loaded, or new, after a pass over the dataset for statistics.
+
+        Raises:
+            ColumnError: the spec does not fit the dataset.
+            FactoryError: the model cannot be built.
+        """
+        if self._learner is None:
+            self._learner = self._restored() or self._fresh()
+        return self._learner
+
+    def forget(self) -> None:
+        """Drop a learner that may be half trained: the next use reloads the checkpoint."""
+        self._learner = None
+
+    def next_epoch(self) -> int | None:
+        """The epoch to train now, from 0; None if all are done, or `patience` has given up. Loads or fits the learner."""
+        epoch = self.load_or_fit().counters.epochs
+        patience = self.settings.patience
+        given_up = patience is not None and len(self.losses) - self.best_epoch >= patience
+        return None if given_up or epoch >= self.spec.epochs else epoch
+
+    @property
+    def best_epoch(self) -> int:
+        """How many epochs the registered model has been trained for: all, or with `patience` those up to the best one."""
+        if self.settings.patience is None or not self.holdout_losses:
+            return len(self.losses)
+        return 1 + min(range(len(self.holdout_losses)), key=self.holdout_losses.__getitem__)
+
+    def load_best(self) -> Learner:
+        """The learner after the best epoch."""
+        learner = self.load_or_fit()
+        if learner.counters.epochs != self.best_epoch:
+            _, weights, state = self.progress.after(self.best_epoch)
+            learner = self._learner = Learner.load(self.spec, weights, state, self.settings.device)
+            logger.info("the best of %d epochs was %d", len(self.losses), self.best_epoch)
+        return learner
+
+    def holdout(self) -> Snapshot:
+        """The separate dataset of the settings, as it was when it was first asked for."""
+        assert self.settings.holdout_dataset is not None, "the settings ask for a dataset"
+        if self._holdout is None:
+            self._holdout = snapshot(self.settings.holdout_dataset, self.stores)
+        return self._holdout
+
+    def _restored(self) -> Learner | None:
+        if (stored := self.progress.latest()) is None:
+            return None
+        checkpoint, weights, state = stored
+        logger.info("going on from the checkpoint after epoch %d of %d", checkpoint.epochs, self.spec.epochs)
+        if checkpoint.environment and (changed := differences(checkpoint.environment, environment())):
+            logger.warning("bits may differ from those of an uninterrupted run: %s", "; ".join(changed))
+        self.losses, self.holdout_losses = checkpoint.losses, checkpoint.holdout_losses
+        return Learner.load(self.spec, weights, state, self.settings.device)
+
+    def _fresh(self) -> Learner:
+        self.losses, self.holdout_losses = (), ()
+        features = Features.resolve(self.spec, self.dataset.schema)
+        for name, schema in self.dataset.schemas:
+            features.check(schema, f"{self.dataset.ref.url}/{name}")
+        return Learner.create(self.spec, features.fit(self.dataset.row_groups, self.split), self.settings.device)
+
+
+def _attempt(log: VersionLog, key: str, *, again: bool) -> BatchProgress:
+    """The last finished attempt at the run with this key, or the first that is not; with `again` always the latter."""
+    finished: BatchProgress | None = None
+    for number in itertools.count():
+        own_key = key if number == 0 else hashlib.sha256(f"{key} {number}".encode()).hexdigest()[:32]
+        progress = BatchProgress(log, own_key)
+        if not progress.finished():
+            return progress if again or finished is None else finished
+        finished = progress
+    raise AssertionError("counting never ends")
+
+
+def run_key(dataset: Snapshot, spec: Spec, settings: BatchSettings) -> str:
+    """What makes two batch runs the same run: same files, spec, split, model source and order of rows give the same bits."""
+    identity = [
+        ORDER if spec.shuffle else None,
+        dataset.ref.url,
+        dataset.ref.fingerprint,
+        spec.model_dump(mode="json"),
+        settings.model_dump(mode="json", exclude={"again"}),
+        _source(spec.model.factory),
+    ]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _source(factory: str) -> str:
+    """sha256 of the module that a factory is imported from, so that an edited model is another run."""
+    if ":" not in factory:
+        return ""
+    try:
+        found = importlib.util.find_spec(factory.partition(":")[0])
+    except (ImportError, ValueError):
+        return ""  # building the model will say what is wrong
+    if found is None or found.origin is None or not Path(found.origin).is_file():
+        return ""
+    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()
