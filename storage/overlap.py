@@ -22,6 +22,7 @@ from tidemill.storage.errors import (
     InvalidURL,
     NotFound,
     PlacesOverlap,
+    StoreNotFound,
     UnknownModel,
     UnknownVersion,
     UnsupportedFormat,
@@ -188,7 +189,7 @@ def named_inboxes(log: "VersionLog") -> set[str]:
     """URLs of the inboxes that the head's manifest names: of what it consumed, rejected or still owes."""
     try:
         manifest = log.head().manifest
-    except UnknownModel:
+    except (UnknownModel, StoreNotFound):  # a registry on a disk begins with its first object
         return set()
     consumed = {shard.inbox for shard in consumed_objects(manifest.consumed)}
     return consumed | {shard.inbox for shard in manifest.rejected} | {debt.inbox for debt in manifest.owed}

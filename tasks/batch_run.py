@@ -1,18 +1,17 @@
 """A batch run on its way: which run it is, the learner in memory, and what is stored of it."""
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.log import VersionLog
 from tidemill.storage.runs import BatchProgress
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
+from tidemill.tasks.code import Code, code_of
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.training.batches import ORDER
 from tidemill.tasks.training.environment import differences, environment
@@ -37,7 +36,8 @@ class BatchRun:
     ) -> None:
         """Find what an earlier attempt has stored, or note that this run begins. Nothing is loaded or trained yet."""
         self.dataset, self.log, self.spec, self.settings, self.stores = dataset, log, spec, settings, stores
-        self.progress = _attempt(log, run_key(dataset, spec, settings), again=settings.again)
+        self.code = code_of(spec)
+        self.progress = _attempt(log, run_key(dataset, spec, settings, self.code), again=settings.again)
         self.losses: tuple[float, ...] = ()
         """Mean loss over samples of each finished epoch."""
         self.holdout_losses: tuple[float, ...] = ()
@@ -55,8 +55,10 @@ class BatchRun:
         Raises:
             ColumnError: the spec does not fit the dataset.
             FactoryError: the model cannot be built.
+            StaleCode: the user's code in this process is not what this run is recorded under.
         """
         if self._learner is None:
+            self.code.load()
             self._learner = self._restored() or self._fresh()
         return self._learner
 
@@ -124,27 +126,14 @@ def _attempt(log: VersionLog, key: str, *, again: bool) -> BatchProgress:
     raise AssertionError("counting never ends")
 
 
-def run_key(dataset: Snapshot, spec: Spec, settings: BatchSettings) -> str:
-    """What makes two batch runs the same run: same files, spec, split, model source and order of rows give the same bits."""
+def run_key(dataset: Snapshot, spec: Spec, settings: BatchSettings, code: Code | None = None) -> str:
+    """What makes two batch runs the same run: same files, spec, split, user's code and order of rows give the same bits."""
     identity = [
         ORDER if spec.shuffle else None,
         dataset.ref.url,
         dataset.ref.fingerprint,
         spec.model_dump(mode="json"),
         settings.model_dump(mode="json", exclude={"again"}),
-        _source(spec.model.factory),
+        (code or code_of(spec)).identity or "",
     ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _source(factory: str) -> str:
-    """sha256 of the module that a factory is imported from, so that an edited model is another run."""
-    if ":" not in factory:
-        return ""
-    try:
-        found = importlib.util.find_spec(factory.partition(":")[0])
-    except (ImportError, ValueError):
-        return ""  # building the model will say what is wrong
-    if found is None or found.origin is None or not Path(found.origin).is_file():
-        return ""
-    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()

@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -294,6 +295,11 @@ def test_a_run_that_goes_on_elsewhere_says_what_the_bits_depend_on(dataset: str,
     finally:
         torch.set_num_threads(threads)
     assert f"bits may differ from those of an uninterrupted run: threads was {threads}, is now" in caplog.text
+
+
+def test_a_registry_begins_with_its_first_object(tmp_path: Path) -> None:
+    put(str(tmp_path / "dataset"), {"x.parquet": rows(60, 0)})
+    assert batch.train(str(tmp_path / "dataset"), str(tmp_path / "new/registry"), "model", SPEC).version == 0
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------
