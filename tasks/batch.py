@@ -37,7 +37,6 @@ from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import Score, score, train_pass
 from tidemill.tasks.training.spec import Spec
-from tidemill.tasks.training.steps import Steps
 
 logger = logging.getLogger("tidemill.batch")
 
@@ -220,7 +219,7 @@ def finish(run: BatchRun, version: Version) -> None:
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Steps:
+class BatchSteps:
     """The steps of a batch run, as `train_by` takes them: plain functions that try again, or Prefect's tasks."""
 
     take_snapshot: Callable[[str, str | None, Callable[[str], Store]], Snapshot]
@@ -232,13 +231,13 @@ class Steps:
     finish: Callable[[BatchRun, Version], None]
 
     @classmethod
-    def of(cls, called: Callable[[Callable[..., Any]], Callable[..., Any]]) -> "Steps":
+    def of(cls, called: Callable[[Callable[..., Any]], Callable[..., Any]]) -> "BatchSteps":
         """The functions of this module, each as `called` makes it."""
         steps = (take_snapshot, open_run, prepare, train_epoch, evaluate, register, finish)
         return cls(*(called(step) for step in steps))
 
 
-PLAIN: Final = Steps.of(retried)
+PLAIN: Final = BatchSteps.of(retried)
 
 
 def train(
@@ -271,7 +270,7 @@ def train(
 
 
 def train_by(
-    steps: Steps,
+    steps: BatchSteps,
     dataset: str,
     registry: str,
     model: str,

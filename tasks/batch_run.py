@@ -19,6 +19,7 @@ from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.steps import Steps
 
 logger = logging.getLogger("tidemill.batch")
 
@@ -44,6 +45,7 @@ class BatchRun:
         """Loss on the holdout after each finished epoch, where `patience` asks for it."""
         self.split = Split(settings.holdout_share, side="train") if settings.holdout_share else None
         self._learner: Learner | None = None
+        self._steps: Steps | None = None
         self._holdout: Snapshot | None = None
         self.progress.begin()
         self.registered = self.progress.registered()
@@ -61,6 +63,14 @@ class BatchRun:
             self.code.load()
             self._learner = self._restored() or self._fresh()
         return self._learner
+
+    def gradient_steps(self) -> Steps:
+        """The gradient steps of the learner, made once: to compile them takes a while."""
+        learner = self.load_or_fit()
+        if self._steps is None or self._steps.learner is not learner:
+            rows = sum(group.num_rows for group in self.dataset.row_groups)
+            self._steps = Steps(learner, rows * self.spec.epochs // self.spec.batch_size)
+        return self._steps
 
     def forget(self) -> None:
         """Drop a learner that may be half trained: the next use reloads the checkpoint."""

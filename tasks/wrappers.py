@@ -48,7 +48,7 @@ def _task(function: Callable[P, R], name: str, run_name: str | None = None) -> T
     )(function)
 
 
-batch_steps = batch.Steps(
+batch_steps = batch.BatchSteps(
     take_snapshot=_task(batch.take_snapshot, "snapshot"),
     open_run=_task(batch.open_run, "open-run"),
     prepare=_task(batch.prepare, "fit"),

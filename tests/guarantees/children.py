@@ -167,7 +167,7 @@ def train(
     stores: Stores, dataset: str, registry: str, spec: Spec, settings: BatchSettings, call: Caller = at_once
 ) -> None:
     """A batch run from start to registration."""
-    steps = batch.Steps.of(lambda step: lambda *args: call(lambda: step(*args)))
+    steps = batch.BatchSteps.of(lambda step: lambda *args: call(lambda: step(*args)))
     batch.train_by(steps, dataset, registry, "model", spec, settings, stores)
 
 

@@ -244,7 +244,7 @@ def test_a_step_that_finds_the_store_away_is_tried_again(dataset: str, memory_ur
         if call.verb == "write" and call.phase == "after" and calls["write"] in (2, 3):
             raise Unavailable("no answer")
 
-    steps = batch.Steps.of(impatient)
+    steps = batch.BatchSteps.of(impatient)
     batch.train_by(steps, dataset, memory_url("registry"), "model", SPEC, BatchSettings(), hooked(away))
     log = open_log(memory_url("registry"), "model")
     assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
