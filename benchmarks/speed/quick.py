@@ -4,7 +4,7 @@
 
 Each suite measures ours and its references once, on small data. Every line must have the fields that the report reads, and the
 page, of which a copy is filled, all of its tables. Cases run in this process, since starting others would take longer than
-measuring; the scripts run beside it, and one process in which two cases take turns.
+measuring; the scripts run beside it, one process in which two cases take turns, and `before_after.py` on HEAD itself.
 """
 
 import copy
@@ -12,6 +12,8 @@ import json
 import math
 import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks.speed import child, claims, data, machine, report, rounds, siblings, summary
+from benchmarks.speed.processes import ROOT
 from benchmarks.speed.suites import SUITES, Setup
 from benchmarks.speed.training.limits import hand_written
 from benchmarks.speed.training.nets import eager
@@ -66,8 +69,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tidemill-bench-") as scratch, ThreadPoolExecutor(2) as beside:
         place = data.made(data.dataset("narrow", small=True), Path(scratch))
         others = [*(beside.submit(script, name) for name in SCRIPTS), beside.submit(turns, place, scratch)]
+        compared = beside.submit(before_after)
         lines = [machine.about(), *measurements(place, scratch)]
         lines += [line for future in others for line in future.result()]
+        compared.result()
         lines = [{"run": "quick", **line} for line in lines]
         for line in lines:
             print(json.dumps(line))
@@ -79,6 +84,12 @@ def main() -> None:
 def script(name: str) -> list[dict[str, Any]]:
     """What one of the scripts prints in its smallest size."""
     return list(siblings.measurements(name, shlex.split(SCRIPTS[name])))
+
+
+def before_after() -> None:
+    """Every row of the comparison with an older commit, in its smallest size."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "before_after.py"), "HEAD", "--pairs", "2", "--small"]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def turns(folder: Path, scratch: str) -> list[dict[str, Any]]:
