@@ -1,8 +1,8 @@
 """One shard after the other: scored, trained on, or rejected. What of that is not committed yet lives in memory alone.
 
 A shard on which the model, the loss or Arrow fails is rejected only if it is shown to be at fault: the learner, read anew,
-takes a step on another shard that waits, or on made-up rows where no other can be trained on. Else the model is at fault: a
-bad deploy must not empty an inbox into quarantine.
+fails on it again, and takes a step on another shard that waits, or on made-up rows where no other can be trained on. Else the
+model is at fault: a bad deploy must not empty an inbox into quarantine.
 """
 
 import logging
@@ -25,7 +25,7 @@ from tidemill.tasks.online.reading import Kept, Later, Readable, Reader, Unusabl
 from tidemill.tasks.online.triggers import Judged, Trigger
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import Limits, OnlineSettings, Triggers
-from tidemill.tasks.training.errors import ColumnError, ModelFails, described, is_of_the_machine
+from tidemill.tasks.training.errors import ColumnError, ModelFails, NonFiniteLoss, described, is_of_the_machine
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import PassResult, score, train_shard
 from tidemill.tasks.training.made_up import made_up
@@ -192,14 +192,16 @@ class Fault:
     reason: str
     certain: bool = False
     """True: the reason says what is wrong with the rows. False: it may be the model's fault as well."""
+    passing: bool = True
+    """True: it may not happen again, and the shard has its turn once more."""
 
 
 def train_on(reader: Reader, head: Head, champion: Champion, places: Places, settings: OnlineSettings) -> Work:
     """Validate, score and train on the next of the selected shards, one by one, in order. Changes the learner of `head`.
 
     At most `max_shards`, of `max_bytes` together (or one), and none after `max_rows`. A shard that cannot be used is rejected
-    before the model is touched. One on which something fails is taken out, and the others are trained on again from the
-    head, as if it had not been there; if none of them can be, more are taken, beyond the limits.
+    before the model is touched. One on which something fails twice is taken out, and the others are trained on again from
+    the head, as if it had not been there; if none of them can be, more are taken, beyond the limits.
 
     Raises:
         ModelFails: the model fails on all that waits and on made-up rows too. Nothing is rejected.
@@ -207,14 +209,20 @@ def train_on(reader: Reader, head: Head, champion: Champion, places: Places, set
         StorageError, MemoryError, RuntimeError: of the store, of memory, of an accelerator: no shard is at fault.
     """
     faults: list[Fault] = []
+    once: set[Identity] = set()
     while True:
         suspects = [fault for fault in faults if not fault.certain]
         work = Work(head, rejected=[fault.shard.rejected(fault.reason) for fault in faults if fault.certain])
         taken: list[ObjectInfo] = []
         if (fault := _train_in_turn(work, taken, reader, champion, places, settings, bool(suspects))) is None:
             break
-        faults.append(fault)
         head.read_again(places.log, settings.device)
+        identity = (fault.shard.inbox, fault.shard.info.key, fault.shard.info.etag)
+        if fault.passing and identity not in once:
+            once.add(identity)
+            reader.put_back(taken)
+            continue
+        faults.append(fault)
         reader.put_back(taken[:-1])
         if len(faults) % SUSPECTS == 0 and not work.consumed:  # before the rest of a large inbox is tried in vain
             _try_made_up_rows(head, faults, places.log, settings)
@@ -304,7 +312,8 @@ def _fault(shard: Shard, error: Exception) -> Fault:
     if not may_be_the_shards(error):
         raise error
     logger.debug("%s/%s", shard.inbox, on_one_line(shard.info.key), exc_info=error)
-    return Fault(shard, described(error), isinstance(error, ColumnError | ShardRejected))
+    certain = isinstance(error, ColumnError | ShardRejected)
+    return Fault(shard, described(error), certain, not (certain or isinstance(error, NonFiniteLoss)))
 
 
 def _new_columns(learner: Learner, schema: pa.Schema, key: str, settings: OnlineSettings) -> dict[str, str]:

@@ -1,0 +1,418 @@
+"""A shard on which the model fails is rejected, a model that fails on everything stops the run; nothing is half done.
+
+The models are those of `failing.py`. Column b of shard i is i / 16 in every row: by that they know what they are given.
+"""
+
+from collections.abc import Callable
+
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor
+
+from tests.storage.faults import Call, hooked
+from tests.tasks.online import failing
+from tests.tasks.online.failing import Backward, Deed, Failing
+from tests.tasks.rows import SPEC, keys, put, rows
+from tidemill.storage.audit import audit
+from tidemill.storage.disposal import quarantined
+from tidemill.storage.log import VersionLog, open_log
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch
+from tidemill.tasks.online import work
+from tidemill.tasks.online.report import OnlineReport
+from tidemill.tasks.online.step import OnlineRun, Outcome, step
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.training.errors import ModelFails
+from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.made_up import made_up
+from tidemill.tasks.training.spec import Spec
+
+MODULE = failing.__name__
+FAILING = SPEC.model_copy(
+    update={
+        "model": SPEC.model.model_copy(update={"factory": f"{MODULE}:model", "arguments": {"numbers": 2}}),
+        "loss": f"{MODULE}:loss",
+        "standardize_features": False,
+        "standardize_target": False,
+    }
+)
+PAIRS = SPEC.model_copy(
+    update={"model": SPEC.model.model_copy(update={"factory": f"{MODULE}:pairs", "arguments": {"numbers": 2}})}
+)
+
+
+def shard(number: int, count: int = 20) -> pa.Table:
+    table = rows(count, number)
+    return table.set_column(1, "b", [[number / 16] * count])
+
+
+def shards(*numbers: int) -> dict[str, pa.Table]:
+    return {f"{number}.parquet": shard(number) for number in numbers}
+
+
+class World:
+    """A registry with version 0 of a model, and an inbox, in memory."""
+
+    def __init__(self, make_url: Callable[[str], str], spec: Spec = FAILING) -> None:
+        self.url = make_url
+        put(self.url("dataset"), {"part-0.parquet": rows(200, 0)})
+        put(self.url("inbox"), {})
+        taken = batch.take_snapshot(self.url("dataset"))
+        run = batch.open_run(taken, self.url("registry"), "model", spec, BatchSettings(device="cpu"))
+        for epoch in run.epochs_left:
+            batch.train_epoch(run, epoch)
+        batch.finish(run, batch.register(run, batch.evaluate(run)))
+
+    @property
+    def log(self) -> VersionLog:
+        return open_log(self.url("registry"), "model")
+
+    def put(self, tables: dict[str, pa.Table]) -> None:
+        put(self.url("inbox"), tables)
+
+    def run(self, stores: Callable[[str], Store] = open_store, **settings: object) -> OnlineRun:
+        given = OnlineSettings.model_validate({"grace_seconds": 0, "device": "cpu"} | settings)
+        return OnlineRun(self.url("inbox"), self.url("registry"), "model", given, stores)
+
+    def drain(self, stores: Callable[[str], Store] = open_store, **settings: object) -> OnlineReport:
+        run = self.run(stores, **settings)
+        while step(run).outcome is not Outcome.IDLE:
+            pass
+        return run.report
+
+    @property
+    def bits(self) -> tuple[str, str]:
+        blobs = self.log.head().manifest.blobs
+        return blobs.weights.sha256, blobs.state.sha256
+
+    @property
+    def rejected(self) -> dict[str, str]:
+        """Key -> reason of all that is in quarantine."""
+        return {about["key"]: about["reason"] for about in quarantined(self.log).values()}
+
+    @property
+    def consumed(self) -> list[str]:
+        return [s.key for v in list(self.log.history(self.log.head()))[::-1] for s in v.manifest.consumed]
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEMILL_FACTORIES", MODULE)
+
+
+@pytest.fixture
+def world(memory_url: Callable[[str], str]) -> World:
+    return World(memory_url)
+
+
+def clean_bits(
+    memory_url: Callable[[str], str], *numbers: int, spec: Spec = FAILING, **settings: object
+) -> tuple[str, str]:
+    """Of a run that never saw any other shards."""
+    other = World(lambda name: memory_url(f"clean/{name}"), spec)
+    other.put(shards(*numbers))
+    other.drain(**settings)
+    return other.bits
+
+
+def given(x_BF: Tensor) -> int:
+    """The number of the shard that a model is given, 0 for other rows."""
+    b_B = x_BF[:, 1]
+    return int(b_B[0].item() * 16) if (b_B == b_B[0]).all() else 0
+
+
+def on(*numbers: int, error: Callable[[], BaseException] = lambda: ValueError("cannot have it")) -> Deed:
+    """Fails on these shards."""
+
+    def deed(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+        if given(x_BF) in numbers:
+            raise error()
+
+    return deed
+
+
+def everywhere(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+    raise RuntimeError("size mismatch, m1: [20 x 2], m2: [3 x 1]")
+
+
+def in_scoring(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+    if not model.training and given(x_BF) == 2:
+        raise ValueError("cannot have it")
+
+
+def in_training(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+    if model.training and given(x_BF) == 2:
+        raise ValueError("cannot have it")
+
+
+def in_backward(model: Failing, x_BF: Tensor, output: Tensor) -> Tensor | None:
+    return Backward.apply(output) if given(x_BF) == 2 and model.training else None
+
+
+def not_finite(model: Failing, x_BF: Tensor, output: Tensor) -> Tensor | None:
+    return output * torch.inf if given(x_BF) == 2 else None
+
+
+# ---- a shard is at fault ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("deed", [on(2), in_scoring, in_training, in_backward, not_finite])
+@pytest.mark.parametrize("max_shards", [1, 256])
+def test_a_shard_on_which_the_model_fails_is_rejected_as_if_it_had_not_been_there(
+    deed: Deed, max_shards: int, world: World, memory_url: Callable[[str], str]
+) -> None:
+    limits = {"max_shards": max_shards}
+    world.put(shards(1, 2, 3))
+    with failing.failing(deed):
+        report = world.drain(limits=limits)
+    assert (report.shards, report.rejected, keys(world.url("inbox"))) == (2, 1, [])
+    assert world.consumed == ["1.parquet", "3.parquet"]
+    (reason,) = world.rejected.values()
+    assert "cannot have it" in reason or "no gradient today" in reason or "non-finite" in reason
+    assert audit(world.log).findings == []
+    assert world.bits == clean_bits(memory_url, 1, 3, limits=limits)
+
+
+def test_the_reason_names_the_class_the_message_and_the_place(world: World) -> None:
+    world.put(shards(1, 2))
+    with failing.failing(on(2)):
+        world.drain()
+    assert world.rejected["2.parquet"].startswith("ValueError: cannot have it, in deed (test_work.py, line ")
+
+
+def test_a_loss_that_fails_on_a_shard_rejects_it(world: World, memory_url: Callable[[str], str]) -> None:
+    world.put(shards(1, 3) | {"2.parquet": shard(2).set_column(2, "y", [[77.0] * 20])})
+
+    def picky(target: Tensor) -> None:
+        if 77.0 in target:
+            raise AssertionError("77 is no target")
+
+    with failing.losing(picky):
+        world.drain()
+    assert list(world.rejected) == ["2.parquet"]
+    assert world.bits == clean_bits(memory_url, 1, 3)
+
+
+@pytest.mark.parametrize("bad", [(1, 2), (1, 3), (2, 3)])
+@pytest.mark.parametrize("max_shards", [1, 256])
+def test_one_good_shard_shows_that_two_others_are_at_fault(
+    bad: tuple[int, int], max_shards: int, world: World, memory_url: Callable[[str], str]
+) -> None:
+    world.put(shards(1, 2, 3))
+    with failing.failing(on(*bad)):
+        world.drain(limits={"max_shards": max_shards})
+    assert sorted(world.rejected) == [f"{number}.parquet" for number in bad]
+    (good,) = {1, 2, 3} - set(bad)
+    assert world.bits == clean_bits(memory_url, good)
+
+
+@pytest.mark.parametrize("numbers", [(2,), (1, 2)])
+def test_where_nothing_else_waits_made_up_rows_show_it(
+    numbers: tuple[int, ...], world: World, memory_url: Callable[[str], str]
+) -> None:
+    world.put(shards(*numbers))
+    before = world.bits
+    with failing.failing(on(*numbers)):
+        world.drain()
+    assert sorted(world.rejected) == [f"{number}.parquet" for number in numbers]
+    assert world.bits == before, "the step on made-up rows is undone"
+    world.put(shards(5))
+    world.drain()
+    assert world.bits == clean_bits(memory_url, 5)
+
+
+def test_what_fails_once_only_is_trained_on_in_its_turn(world: World, memory_url: Callable[[str], str]) -> None:
+    """As the first call after a deploy may: no shard is at fault."""
+    world.put(shards(1, 2, 3))
+    calls: list[int] = []
+
+    def first(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+        calls.append(given(x_BF))
+        if len(calls) == 1:
+            raise RuntimeError("warming up")
+
+    with failing.failing(first):
+        report = world.drain()
+    assert (report.shards, report.rejected) == (3, 0)
+    assert world.bits == clean_bits(memory_url, 1, 2, 3)
+
+
+def test_a_champion_that_fails_rejects_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """The champion stays version 0, whose weights the model knows."""
+    world.put(shards(1, 2, 3))
+    learner = world.run().head().learner
+    first = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
+
+    def old(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+        if not model.training and torch.equal(model.linear.weight, first["linear.weight"]) and given(x_BF) > 1:
+            raise KeyError("an old bug")
+
+    with failing.failing(old):
+        report = world.drain(gate={"champion": "score"}, limits={"max_shards": 1})
+    assert (report.shards, report.rejected) == (3, 0)
+    scored = [bool(s.champion) for v in list(world.log.history(world.log.head()))[::-1] for s in v.manifest.consumed]
+    assert scored == [True, False, False]
+    assert "champion cannot score" in caplog.text
+
+
+def test_a_trigger_that_scores_does_not_die_of_a_shard(world: World) -> None:
+    world.put(shards(1, 2, 3))
+    with failing.failing(on(2)):
+        world.drain(train_when={"score_drop": 0.5})
+    assert (world.consumed, list(world.rejected)) == (["1.parquet", "3.parquet"], ["2.parquet"])
+
+
+def test_a_lone_row_is_rejected_by_a_model_that_needs_two(memory_url: Callable[[str], str]) -> None:
+    world = World(memory_url, PAIRS)
+    world.put({"1.parquet": rows(1, 1), "2.parquet": rows(40, 2)})
+    assert world.drain().shards == 1
+    assert "Expected more than 1 value per channel" in world.rejected["1.parquet"]
+
+
+# ---- the model is at fault -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("numbers", [(1,), (1, 2, 3)])
+def test_a_model_that_fails_on_everything_stops_the_run_and_rejects_nothing(
+    numbers: tuple[int, ...], world: World, memory_url: Callable[[str], str]
+) -> None:
+    world.put(shards(*numbers))
+    run = world.run()
+    with failing.failing(everywhere), pytest.raises(ModelFails, match="RuntimeError: size mismatch") as told:
+        step(run)
+    assert "the shards stay in the inbox" in str(told.value)
+    assert (world.log.head().number, world.rejected) == (0, {})
+    assert keys(world.url("inbox")) == [f"{number}.parquet" for number in numbers]
+    while step(run).outcome is not Outcome.IDLE:  # the code is mended
+        pass
+    assert world.bits == clean_bits(memory_url, *numbers)
+
+
+def test_what_fails_on_a_whole_backlog_is_given_up_early(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "SUSPECTS", 3)
+    world.put(shards(*range(1, 10)))
+    seen: set[int] = set()
+
+    def deed(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+        seen.add(given(x_BF))
+        raise RuntimeError("no")
+
+    with failing.failing(deed), pytest.raises(ModelFails, match="on each of 3 shards"):
+        world.drain()
+    assert seen == {0, 1, 2, 3}
+    assert world.rejected == {}
+
+
+def test_made_up_rows_alone_do_not_empty_an_inbox(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "SUSPECTS", 3)
+    world.put(shards(*range(1, 6)))
+    with failing.failing(on(*range(1, 6))), pytest.raises(ModelFails, match="on each of 5 shards"):
+        world.drain()
+    assert world.rejected == {}
+    world.put(shards(6))
+    with failing.failing(on(*range(1, 6))):
+        world.drain()
+    assert (world.consumed, len(world.rejected)) == (["6.parquet"], 5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        OSError(28, "No space left on device"),
+        KeyboardInterrupt(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_is_no_shards_fault_is_raised_and_rejects_nothing(
+    error: BaseException, world: World, memory_url: Callable[[str], str]
+) -> None:
+    world.put(shards(1, 2, 3))
+    with failing.failing(on(2, error=lambda: error)), pytest.raises(type(error)):
+        world.drain()
+    assert world.rejected == {}
+    world.drain()
+    assert world.bits == clean_bits(memory_url, 1, 2, 3)
+
+
+def test_a_run_that_is_killed_in_the_step_on_made_up_rows_has_changed_nothing(
+    world: World, memory_url: Callable[[str], str]
+) -> None:
+    world.put(shards(2))
+
+    class Killed(BaseException):
+        pass
+
+    def deed(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+        if given(x_BF) == 2:
+            raise ValueError("cannot have it")
+        if model.training:
+            raise Killed
+
+    before = world.bits
+    with failing.failing(deed), pytest.raises(Killed):
+        world.drain()
+    assert (world.bits, world.log.head().number, keys(world.url("inbox"))) == (before, 0, ["2.parquet"])
+    with failing.failing(on(2)):
+        world.drain()
+    assert list(world.rejected) == ["2.parquet"]
+    assert world.bits == before
+
+
+def test_it_costs_nothing_while_no_shard_fails(world: World) -> None:
+    """The head's weights and state are read once, each shard once."""
+    world.put(shards(1, 2, 3))
+    read: list[str] = []
+
+    def note(call: Call) -> None:
+        if (call.verb, call.phase) == ("read", "before") and (call.key.endswith((".safetensors", ".parquet"))):
+            read.append(call.key.rpartition("/")[2].partition(".")[2])
+
+    world.drain(hooked(note), gate={"champion": "ignore"})
+    assert sorted(read) == ["parquet"] * 3 + ["safetensors", "state.safetensors"]
+
+
+# ---- made-up rows ----------------------------------------------------------------------------------------------------
+EVERY_KIND = pa.table(
+    {
+        "number": pa.array([1.0, 2.0]),
+        "vector": pa.array([[1.0, 2.0, 3.0]] * 2, pa.list_(pa.float32(), 3)),
+        "time": pa.array([0, 86_400_000_000], pa.timestamp("us")),
+        "duration": pa.array([0, 1_000_000], pa.duration("us")),
+        "text": ["a", "b"],
+        "id": [1, 2],
+        "integers": [[1, 2], [3]],
+        "texts": [["a"], ["b", "c"]],
+        "weight": [1.0, 2.0],
+        "y": [0, 1],
+    }
+)
+
+
+@pytest.mark.parametrize("task", ["regression", "binary", "multiclass"])
+def test_made_up_rows_have_every_kind_of_column(task: str) -> None:
+    columns = ["number", "vector", "time", "duration", "text", {"name": "id", "kind": "category"}, "integers", "texts"]
+    spec = Spec.model_validate(
+        {"features": columns, "target": "y", "task": task, "sample_weight": "weight"}
+        | ({"classes": 3} if task == "multiclass" else {})
+    )
+    features = Features.resolve(spec, EVERY_KIND.schema).fit([made_up(Features.resolve(spec, EVERY_KIND.schema), 50)])
+    group = made_up(features, 50)
+    features.check(group.schema, group.name)
+    table = group.read(features.names(labelled=True))
+    encoded = features.encode(table, group.name)
+    assert (len(encoded.x_NF), torch.isfinite(encoded.x_NF).all().item()) == (50, True)
+    y_N, labelled_N = features.target(table, group.name)
+    assert (len(y_N), labelled_N) == (50, None)
+    assert features.weights(table, group.name) is not None
+    assert group.table.equals(made_up(features, 50).table)
+
+
+def test_made_up_rows_are_like_those_of_the_dataset(memory_url: Callable[[str], str]) -> None:
+    table = rows(200, 0)
+    far = table.set_column(0, "a", [[1e6 + 10 * value for value in table["a"].to_pylist()]])
+    world = World(memory_url, SPEC)
+    features = Features.resolve(SPEC, far.schema)
+    put(world.url("far"), {"part-0.parquet": far})
+    group = made_up(features.fit(batch.take_snapshot(world.url("far")).row_groups), 100)
+    values = torch.tensor(group.table["a"].to_pylist(), dtype=torch.float64)
+    assert (values - 1e6).abs().max() < 60
