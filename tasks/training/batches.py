@@ -122,8 +122,8 @@ class Stream:
             places_N = torch.full((len(kept_N),), -1, dtype=torch.int32)
             places_N[rows_N] = torch.arange(rows, dtype=torch.int32)
             y_N, w_N = y_N.index_select(0, rows_N), None if w_N is None else w_N.index_select(0, rows_N)
-        x_NF, ids_NC = features.room(rows)
-        features.fill(table, where, x_NF, ids_NC, places_N)
+        x_NF, ids_NC = features.allocate(rows)
+        features.encode_into(table, where, x_NF, ids_NC, places_N)
         self.rows += rows
         self.unlabelled += piece.rows - rows
         return Batch(x_NF, ids_NC, y_N, w_N)
@@ -215,7 +215,7 @@ class _Window:
 
     def __init__(self, features: Features, order_N: Tensor, empty: Empty) -> None:
         self._features, self._order_N, self._empty = features, order_N, empty
-        self._x_NF, self._ids_NC = features.room(len(order_N), empty)
+        self._x_NF, self._ids_NC = features.allocate(len(order_N), empty)
         self._y_N: Tensor | None = None  # made for the first table, which has its type, as the weights
         self._w_N: Tensor | None = None
         self._added = 0
@@ -237,7 +237,7 @@ class _Window:
             places_N = torch.full((len(wanted_N),), -1, dtype=torch.int32).masked_scatter_(wanted_N, places_N)
         if labelled_N is not None:
             self._holes.append(places_N[~labelled_N])
-        features.fill(table, where, self._x_NF, self._ids_NC, places_N)
+        features.encode_into(table, where, self._x_NF, self._ids_NC, places_N)
         for tensor, room in ((y_N, self._y_N), (w_N, self._w_N)):
             if tensor is not None and room is not None:
                 place(tensor, places_N, room)

@@ -25,8 +25,12 @@ class ColumnError(TrainingError):
     """A column that cannot be used: missing, of another type, wholly null, or holding NaN, infinity or a bad label."""
 
 
-class OutputShapeError(TrainingError):
-    """The model's output does not have the shape that the task needs."""
+class ModelError(TrainingError):
+    """The model, the loss or the optimizer raised when it was called with rows. The learner must be loaded again."""
+
+
+class OutputShapeError(ModelError):
+    """The output of the model or the loss does not have the shape that the task needs."""
 
 
 class NonFiniteLoss(TrainingError):

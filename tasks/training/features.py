@@ -144,7 +144,7 @@ class Features:
         if self.class_weighting is None:
             return None
         if self.class_weighting != "balanced":
-            return torch.tensor(self.class_weighting)
+            return torch.tensor(self.class_weighting, dtype=torch.float32)
         assert self.statistics is not None, "fit() comes before class_weights"
         counts = self.statistics.class_counts
         assert counts is not None, "fit() counts the classes"
@@ -312,35 +312,37 @@ class Features:
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
     def encode(self, table: pa.Table, where: str) -> Encoded:
-        """The inputs of a table, as `fill` makes them; `where` names the table in messages. Raises ColumnError: NaN, infinity."""
-        inputs = self.room(table.num_rows)
-        self.fill(self._stored(table), where, *inputs)
+        """The inputs of a table, as `encode_into` makes them; `where` names it in messages. Raises ColumnError: NaN, infinity."""
+        inputs = self.allocate(table.num_rows)
+        self.encode_into(self._stored(table), where, *inputs)
         return inputs
 
-    def room(self, n: int, empty: Empty = torch.empty) -> Encoded:
+    def allocate(self, n: int, empty: Empty = torch.empty) -> Encoded:
         """For n rows, not filled."""
         ids_NC = empty((n, self.ids), dtype=torch.int64) if self.ids else None
         return Encoded(empty((n, self.numbers), dtype=torch.float32), ids_NC)
 
-    def fill(
+    def encode_into(
         self, table: pa.Table, where: str, x_NF: Tensor, ids_NC: Tensor | None, places_N: Tensor | None = None
     ) -> None:
-        """Fills `room` with the inputs of a table; with `places_N` (int32 or int64, one for each row of the table) each row
-        goes there, or nowhere if that is negative.
+        """Writes the inputs of a table into what `allocate` made.
+
+        With `places_N` (int32 or int64, one for each row of the table) each row goes there, or nowhere if that is negative.
 
         A null number becomes the mean (0 once standardised; 0 too if not standardising), a null category id 0, a null
         list no items. Raises ColumnError: NaN, infinity.
         """
-        assert self.fitted, "fit() comes before fill()"
+        assert self.fitted, "fit() comes before encode_into()"
         columns = [(one_array(table.column(column.name)), column) for column in self.columns]
         if self.standardize_features and self.statistics is not None:
             center_F, scale_F = self.statistics.mean_F, self.statistics.std_F
         else:
-            center_F, scale_F = torch.zeros(self.numbers).double(), torch.ones(self.numbers).double()
+            center_F, scale_F = torch.zeros(2, self.numbers, dtype=torch.float64).unbind()
+            scale_F = scale_F + 1
         numbers = [(array, c.width) for array, c in columns if not c.buckets]
         if not pack(numbers, center_F, scale_F, x_NF, places_N):
             if places_N is not None:  # a window is shared with other tables
-                x_NF = torch.empty(table.num_rows, self.numbers)
+                x_NF = torch.empty(table.num_rows, self.numbers, dtype=torch.float32)
                 pack(numbers, center_F, scale_F, x_NF)
             raise self._non_finite(x_NF, where)
         if ids_NC is not None:

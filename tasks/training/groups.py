@@ -138,5 +138,6 @@ class Split:
 
     def rows(self, group: RowGroup) -> Tensor:
         """bool [N]: which rows of the group are on this side."""
-        holdout_N = torch.rand(group.num_rows, generator=generator("split", group.name)) < self.share
+        random = generator("split", group.name)
+        holdout_N = torch.rand(group.num_rows, dtype=torch.float32, generator=random) < self.share
         return holdout_N if self.side == "holdout" else ~holdout_N

@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from tidemill.tasks.training.calling import first_line, frames_of, importing
 from tidemill.tasks.training.errors import FactoryError
 from tidemill.tasks.training.spec import Spec
 
@@ -51,13 +52,17 @@ def imported(name: str, setting: str) -> Callable[..., Any]:
     """
     module_name, _, attribute = name.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        with importing():
+            found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise FactoryError(
             f"{setting} {name!r}: no module named {error.name!r}: install its package, or start from its folder"
         ) from error
     except Exception as error:  # importing runs the user's code
-        raise FactoryError(f"{setting} {name!r}: importing it raised {type(error).__name__}: {error}") from error
+        where = "; ".join(frames_of(error))
+        raise FactoryError(
+            f"{setting} {name!r}: importing it raised {type(error).__name__}: {first_line(error)}{f' ({where})' if where else ''}"
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise FactoryError(f"{setting} {name!r}: {module_name!r} has no attribute {attribute!r}")

@@ -84,6 +84,8 @@ class Learner:
     memory: Memory | None = None
     """Old rows for online training, if the spec asks for them."""
     counters: Counters = field(default_factory=Counters)
+    resting: tuple[nn.Module, ...] = ()
+    """Parts of the model that its factory left in evaluation mode, as a frozen backbone: they stay so while it is trained."""
 
     @classmethod
     def create(cls, spec: Spec, features: Features, device: str = "cpu") -> Self:
@@ -96,6 +98,8 @@ class Learner:
             raise SpecError("the spec needs statistics of the columns: pass what features.fit(groups) returned")
         place = device_of(device)
         model = build(spec, features).to(place)
+        # A whole model in evaluation mode is just what a library returned.
+        resting = tuple(module for module in model.modules() if not module.training) if model.training else ()
         optimizer = make_optimizer(spec, model)
         return cls(
             spec,
@@ -105,6 +109,7 @@ class Learner:
             schedule=make_schedule(spec, optimizer),
             averaged=make_average(spec, model),
             memory=None if spec.replay is None else Memory(spec, features),
+            resting=resting,
         )
 
     @property
@@ -130,7 +135,12 @@ class Learner:
 
     def predictor(self) -> Predictor:
         """A copy of what is served now, which further training does not change."""
-        return Predictor(self.spec, self.features, copy.deepcopy(self.served))
+        try:
+            served = copy.deepcopy(self.served)
+        except Exception:  # noqa: BLE001  # of the user's classes, or of a result with a gradient that the model keeps
+            served = build(self.spec, self.features).to(self.device)
+            served.load_state_dict(self.served.state_dict())
+        return Predictor(self.spec, self.features, served)
 
     def dump(self) -> tuple[bytes, bytes]:
         """(weights, state) as safetensors. Equal learners give equal bytes. The weights are those of `served`."""

@@ -8,13 +8,14 @@ import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, islice, repeat
+from itertools import islice, repeat
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from tidemill.tasks.training.batches import Batch, Stream, ahead, in_batches, joined
+from tidemill.tasks.training.calling import told, usual_types
 from tidemill.tasks.training.errors import NonFiniteLoss
 from tidemill.tasks.training.features import Encoded
 from tidemill.tasks.training.groups import RowGroup, Split, generator, stable_seed
@@ -72,7 +73,7 @@ def train_pass(
     pass.
 
     Raises:
-        ColumnError, OutputShapeError, NonFiniteLoss: the learner is then half trained and must be loaded again.
+        ColumnError, ModelError, NonFiniteLoss: the learner is then half trained and must be loaded again.
     """
     learner, began = steps.learner, steps.learner.counters.steps
     spec, memory = learner.spec, learner.memory if replay or remember else None
@@ -99,7 +100,7 @@ def train_pass(
         if block is not None:  # the last step is followed by no loss that would show what it has done
             after = steps.loss_after(block, count)
     mean = total.item() / rows if rows else float("nan")
-    if after is not None and not (torch.isfinite(total) and torch.isfinite(after) and _is_finite(learner)):
+    if after is not None and not (torch.isfinite(total) and torch.isfinite(after) and steps.is_finite()):
         raise NonFiniteLoss(
             f"training on {_named(groups)} made the loss {mean}, then {after.item()}, or a weight, a buffer or the optimizer's "
             "state non-finite: lower learning_rate, standardise the columns, or look for extreme values there"
@@ -108,13 +109,6 @@ def train_pass(
     if stream.unlabelled:
         logger.debug("left out %d rows of %s without a target", stream.unlabelled, _named(groups))
     return PassResult(stream.rows, learner.counters.steps - began, mean, stream.unlabelled)
-
-
-def _is_finite(learner: Learner) -> bool:
-    """Whether all that a version would hold is: weights, buffers, the optimizer's state."""
-    states = (value for state in learner.optimizer.state.values() for value in state.values())
-    kept = chain(learner.model.parameters(), learner.model.buffers(), (v for v in states if isinstance(v, Tensor)))
-    return all(bool(torch.isfinite(tensor).all()) for tensor in kept)
 
 
 def _blocks(batches: Iterator[Batch], size: int, per_call: int, *, single: bool) -> Iterator[tuple[Batch, int]]:
@@ -171,14 +165,14 @@ def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int) -> PassRe
     return result
 
 
-@torch.inference_mode()
+@torch.no_grad()  # no inference mode: what a model caches meanwhile is used in training too
 def score(learner: Learner | Predictor, groups: Sequence[RowGroup], split: Split | None = None) -> Score:
     """Loss and metrics of the served network on every labelled row of the groups (of `split`). The learner is not changed.
 
     Metrics: mae and rmse for regression, in units of the target; accuracy and auroc (from binned scores; left out when
     only one class occurs) for binary; accuracy for multiclass; and the spec's own. Class and sample weights count in the
     loss, not in the metrics. A metric that cannot be computed of so few rows, as R2 of one, is left out with a warning. A
-    non-finite loss is returned, not raised. Raises ColumnError and OutputShapeError.
+    non-finite loss is returned, not raised. Raises ColumnError and ModelError.
     """
     spec, device = learner.spec, learner.device
     stream = Stream(groups, learner.features, batch_size=EVALUATION_ROWS, window_bytes=spec.window_bytes, split=split)
@@ -191,7 +185,8 @@ def score(learner: Learner | Predictor, groups: Sequence[RowGroup], split: Split
         for batch in batches:
             x_BF, ids_BC, y_B, w_B = moved(batch, device)
             output = _outputs(learner, x_BF, ids_BC)
-            total.add_(loss_function(output, y_B, w_B), alpha=len(y_B))
+            with told(f"loss {spec.loss_name!r}", output, y_B):
+                total.add_(loss_function(output, y_B, w_B), alpha=len(y_B))
             predicted, actual = _in_target_units(learner, output).cpu(), batch.y_B
             if spec.task == "regression":
                 actual = _unscaled(learner, actual)
@@ -219,7 +214,7 @@ def predict(learner: Learner | Predictor, groups: Sequence[RowGroup]) -> Generat
     probabilities, float32 [N, O].
 
     Row groups are read as for training, and encoded in slices of at most `window_bytes`, one slice ahead of its use. To be
-    closed as `ahead` is. Raises ColumnError and OutputShapeError.
+    closed as `ahead` is. Raises ColumnError and ModelError.
     """
     features = learner.features
     piece = max(
@@ -241,7 +236,7 @@ def predict(learner: Learner | Predictor, groups: Sequence[RowGroup]) -> Generat
             done = []
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _predicted(learner: Learner | Predictor, rows: Encoded) -> Tensor:
     xs = torch.split(rows.x_NF, EVALUATION_ROWS)
     ids = repeat(None) if rows.ids_NC is None else torch.split(rows.ids_NC, EVALUATION_ROWS)
@@ -260,7 +255,8 @@ def zero(device: torch.device) -> Tensor:
 
 def _outputs(learner: Learner | Predictor, x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
     """The served network's outputs, [B] for one output, else [B, O]."""
-    output = forward_of(learner.spec, learner.device)(learner.served, x_BF, ids_BC)
+    with told("the model, in evaluation mode,", x_BF, ids_BC), usual_types():
+        output = forward_of(learner.spec, learner.device)(learner.served, x_BF, ids_BC)
     return output.squeeze(1) if is_column(learner.spec, output, len(x_BF)) else output
 
 

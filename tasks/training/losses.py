@@ -76,6 +76,10 @@ def _user_loss(spec: Spec) -> Callable[[Tensor, Tensor], Tensor]:
 def is_column(spec: Spec, output: object, rows: int) -> bool:
     """Whether the output is [B, 1] for a single target; False for the other allowed shapes. Raises OutputShapeError."""
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if isinstance(output, Tensor) and not output.is_floating_point():
+        raise OutputShapeError(
+            f"the model returned {output.dtype} for a {spec.task} task: return real numbers, as float32"
+        )
     if spec.outputs > 1:
         if shape != (rows, spec.outputs):
             what = "targets" if spec.classes is None else "classes"

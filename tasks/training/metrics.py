@@ -16,7 +16,7 @@ from tidemill.tasks.training.imports import imported
 from tidemill.tasks.training.spec import Spec
 
 # Even in logits, so that probabilities near 0 and 1, where rare classes live, get their share of the bins.
-AUROC_EDGES: Final = torch.linspace(-16.0, 16.0, 1025)
+AUROC_EDGES: Final = torch.linspace(-16.0, 16.0, 1025, dtype=torch.float32)
 
 
 class BinnedAUROC(Metric):

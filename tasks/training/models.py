@@ -19,8 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 
-from tidemill.tasks.training.errors import FactoryError
+from tidemill.tasks.training.calling import first_line, frames_of, importing, told
+from tidemill.tasks.training.errors import FactoryError, ModelError
 from tidemill.tasks.training.features import Features, SequenceInput
 from tidemill.tasks.training.imports import imported
 from tidemill.tasks.training.spec import Spec
@@ -137,28 +139,50 @@ def build(spec: Spec, features: Features) -> nn.Module:
     arguments: dict[str, Any] = dict(spec.model.arguments)
     if "inputs" in _parameters(factory, name):
         arguments["inputs"] = Inputs(features.numbers, features.buckets, spec.outputs, features.sequences)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), importing():
         torch.manual_seed(spec.seed)
         try:
             model = factory(**arguments)
         except Exception as error:  # the user's code may raise anything
             given = ", ".join(spec.model.arguments) or "none"
+            where = "; ".join(frames_of(error))
             raise FactoryError(
-                f"model.factory {name!r} raised {type(error).__name__}: {_first_line(error)} (arguments given: {given})"
+                f"model.factory {name!r} raised {type(error).__name__}: {first_line(error)} (arguments given: {given}"
+                f"{f'; {where}' if where else ''})"
             ) from error
-    if not isinstance(model, nn.Module):
-        raise FactoryError(f"model.factory {name!r} returned {type(model).__name__}: return a torch.nn.Module")
+        if not isinstance(model, nn.Module):
+            raise FactoryError(f"model.factory {name!r} returned {type(model).__name__}: return a torch.nn.Module")
+        if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
+            _give_shapes(model, name, features)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FactoryError(f"model.factory {name!r} returned a model without trainable parameters")
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise FactoryError(f"model.factory {name!r}: {key!r} of its state_dict is no tensor and cannot be stored")
+        if value.layout != torch.strided or value.is_quantized:
+            raise FactoryError(
+                f"model.factory {name!r}: {key!r} of its state_dict is {value.layout}, which cannot be stored: register it "
+                "dense, or with persistent=False"
+            )
     return model
 
 
-def _first_line(error: Exception) -> str:
-    """torch appends the stack of its C++ code."""
-    return next(iter(str(error).splitlines()), "")
+def _give_shapes(model: nn.Module, name: str, features: Features) -> None:
+    """Lazy modules learn their shapes of the first rows that they see: two made-up ones. Raises FactoryError."""
+    rows = features.allocate(2)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), told(f"model.factory {name!r}: its lazy modules", *rows):
+            model(*(tensor.zero_() for tensor in rows if tensor is not None))
+    except ModelError as error:
+        raise FactoryError(str(error)) from error
+    for module in training:
+        module.training = True
+    if left := [key for key, value in model.state_dict().items() if is_lazy(value)]:
+        raise FactoryError(
+            f"model.factory {name!r}: {left[0]!r} has no shape after a first call, and cannot be trained or stored"
+        )
 
 
 def _parameters(factory: Callable[..., object], name: str) -> Sequence[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import adadelta, adagrad, adam, adamax, lr_scheduler, nadam, radam, rmsprop, sgd, swa_utils
 from torch.overrides import has_torch_function_unary
 
+from tidemill.tasks.training.calling import first_line
 from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch
 from tidemill.tasks.training.spec import OptimizerName, ScheduleName, Spec
 
@@ -93,8 +94,10 @@ def make_average(spec: Spec, model: nn.Module) -> swa_utils.AveragedModel | None
     average = swa_utils.get_ema_multi_avg_fn(spec.ema_decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     try:
         return swa_utils.AveragedModel(model, multi_avg_fn=average)
-    except (TypeError, RuntimeError) as error:
-        raise FactoryError(f"ema_decay: the model of {spec.model.factory!r} cannot be copied: {error}") from error
+    except Exception as error:  # of the user's classes
+        raise FactoryError(
+            f"ema_decay: the model of {spec.model.factory!r} cannot be copied: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 # ---- stepping --------------------------------------------------------------------------------------------------------

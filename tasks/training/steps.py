@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Final, cast
 
 import torch
@@ -18,6 +19,8 @@ from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from tidemill.tasks.training.batches import Batch, in_batches
+from tidemill.tasks.training.calling import model_error, of_the_machine, told, torch_as_usual
+from tidemill.tasks.training.errors import TrainingError
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.losses import LossFunction, is_column, loss_of
 from tidemill.tasks.training.optimizers import (
@@ -31,7 +34,7 @@ from tidemill.tasks.training.optimizers import (
 from tidemill.tasks.training.spec import Spec
 
 Forward = Callable[[Callable[..., Tensor], Tensor, Tensor | None], Tensor]
-"""(network, x_BF, ids_BC or None) to the network's outputs in float32."""
+"""(network, x_BF, ids_BC or None) to the network's outputs, in float32 whatever the network computes in."""
 
 STEPS_PER_CALL: Final = 16
 """Twice as many gain little and double the time of compilation."""
@@ -56,15 +59,17 @@ def forward_of(spec: Spec, device: torch.device) -> Forward:
     """How a network is called, in the spec's precision."""
 
     def plain(network: Callable[..., Tensor], x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
-        return network(x_BF) if ids_BC is None else network(x_BF, ids_BC)
+        output = network(x_BF) if ids_BC is None else network(x_BF, ids_BC)
+        if isinstance(output, Tensor) and output.dtype is not torch.float32 and output.is_floating_point():
+            return output.float()  # of a model in float64 or bfloat16
+        return output
 
     if spec.precision == "float32":
         return plain
 
     def mixed_precision(network: Callable[..., Tensor], x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            output = plain(network, x_BF, ids_BC)
-        return output.float() if isinstance(output, Tensor) else output
+            return plain(network, x_BF, ids_BC)
 
     return mixed_precision
 
@@ -105,12 +110,21 @@ class Steps:
         """Made after the first step, which makes the optimizer's state."""
         self._column: bool | None = None
         """Whether the output is [B, 1] where the targets are [B]; None: not seen yet."""
+        self._masks = {id(tensor) for tensor in _kept(model) if not is_finite(tensor)}
+        """Tensors that were not finite when the learner was made or loaded."""
         self._compiled = _Compiled(learner, self._forward, self._loss, per_call, backend) if compiles else None
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Around the steps of a pass: the model is in training mode."""
+        """Around the steps of a pass: the model is in training mode, but for what its factory left in evaluation mode."""
         self.learner.model.train()
+        for module in self.learner.resting:
+            module.training = False
+        with torch_as_usual(), self._tracing():
+            yield
+
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
         # Backward is inside of the compiled graph, which torch does not trace by default: an older torch, which has no option
         # for it, does not compile and says so. For a whole pass, since the option takes 5% of a call.
         if self._compiled is None or not hasattr(torch._dynamo.config, "trace_autograd_ops"):
@@ -125,24 +139,34 @@ class Steps:
         Returns the mean loss of the rows, each with the weights at its step, on the device: no step waits for a number.
 
         Raises:
-            OutputShapeError: the model or the loss returned another shape than the task needs.
+            ModelError: the model, the loss or the optimizer raised; or returned another shape than the task needs
+                (OutputShapeError). Errors of the machine, as no memory, are raised as they are.
         """
         counters = self.learner.counters
         if self._elsewhere:
             block = moved(block, self._device)
         if count == 1:
             counters.steps += 1
-            return self._eager(block)
+            return self._told(block)
         loss = None
         if self._compiled is not None and counters.steps:  # the first steps are eager: they make the optimizer's state
             loss = self._compiled.call(block)
         if loss is None:
             size = len(block.y_B) // count
-            loss = torch.stack([self._eager(batch) for batch in in_batches(block, size)]).double().mean()
+            loss = torch.stack([self._told(batch) for batch in in_batches(block, size)]).double().mean()
         else:
             counters.compiled_steps += count
         counters.steps += count
         return loss
+
+    def _told(self, batch: Batch) -> Tensor:
+        """As `_eager`; an error of the model's is told with its frames and shapes."""
+        try:
+            return self._eager(batch)
+        except Exception as error:  # not `calling.told`, which would take a percent of a small step
+            if isinstance(error, TrainingError) or of_the_machine(error):
+                raise
+            raise model_error("a gradient step of the model", error, batch.x_BF, batch.ids_BC) from error
 
     def _eager(self, batch: Batch) -> Tensor:
         """One step. Returns its loss."""
@@ -163,7 +187,7 @@ class Steps:
             optimizer = learner.optimizer
             optimizer.step()
             # torch skips parameters without a gradient, and which ones may change from step to step, so all must have one.
-            if Update.serves(optimizer) and all(p.grad is not None for p in self._trainable):
+            if Update.serves(optimizer) and all(p.grad is not None and not p.grad.is_sparse for p in self._trainable):
                 self._update = Update(optimizer, learner.spec.optimizer.name, self._trainable)
         if learner.schedule is not None:
             learner.schedule.step()
@@ -177,9 +201,33 @@ class Steps:
         learner = self.learner
         *_, batch = in_batches(moved(block, self._device), len(block.y_B) // count)
         learner.model.eval()  # so that neither buffers nor the random state change
-        output = self._forward(learner.model, batch.x_BF, batch.ids_BC)
-        column = is_column(learner.spec, output, len(batch.y_B))
-        return self._loss(output, batch.y_B.unsqueeze(1) if column else batch.y_B, batch.w_B)
+        with told("the model, in evaluation mode,", batch.x_BF, batch.ids_BC):
+            output = self._forward(learner.model, batch.x_BF, batch.ids_BC)
+            column = is_column(learner.spec, output, len(batch.y_B))
+            return self._loss(output, batch.y_B.unsqueeze(1) if column else batch.y_B, batch.w_B)
+
+    def is_finite(self) -> bool:
+        """Whether all that a version would hold is: weights, buffers, the optimizer's state.
+
+        What was not from the start, as a causal mask of -inf, may stay so, but for NaN.
+        """
+        states = (value for state in self.learner.optimizer.state.values() for value in state.values())
+        kept = chain(_kept(self.learner.model), (value for value in states if isinstance(value, Tensor)))
+        return all(
+            is_finite(tensor) or (id(tensor) in self._masks and not bool(torch.isnan(tensor).any())) for tensor in kept
+        )
+
+
+def _kept(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; of any layout and type."""
+    values = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
+    if values.dtype.itemsize == 1 and values.is_floating_point():
+        values = values.float()  # torch has no such check for its 8-bit types
+    return bool(torch.isfinite(values).all())
 
 
 class _Compiled:
@@ -244,7 +292,7 @@ def _rates(learner: Learner, steps: int) -> Tensor:
         rates.append(group["lr"])
         if learner.schedule is not None:
             learner.schedule.step()
-    return torch.tensor(rates, device=learner.device)
+    return torch.tensor(rates, dtype=torch.float32, device=learner.device)
 
 
 def _function(learner: Learner, forward: Forward, loss_function: LossFunction, count: int) -> Callable[..., Tensor]:

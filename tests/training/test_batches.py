@@ -496,7 +496,7 @@ def test_two_windows_are_alive_and_no_more(monkeypatch):
             made.notify_all()
         return torch.from_numpy(memory), None
 
-    monkeypatch.setattr(Features, "room", watched)
+    monkeypatch.setattr(Features, "allocate", watched)
     groups = cut(counted(40_000), *[1000] * 39)
     taken = 0
     for batch in stream(groups, batch_size=3000, window_bytes=10_000 * ROW_BYTES, shuffle_seed=(0,)):
@@ -510,8 +510,8 @@ def test_two_windows_are_alive_and_no_more(monkeypatch):
 
 def test_windows_are_filled_with_the_rows_of_the_split(monkeypatch):
     sizes = []
-    room = Features.room
-    monkeypatch.setattr(Features, "room", lambda self, n, empty: sizes.append(n) or room(self, n, empty))
+    room = Features.allocate
+    monkeypatch.setattr(Features, "allocate", lambda self, n, empty: sizes.append(n) or room(self, n, empty))
     groups = cut(counted(1000), *[10] * 99)
     found = stream(groups, window_bytes=100 * ROW_BYTES, shuffle_seed=(0,), split=Split(0.5, side="train"))
     assert len(rows_of(found)) == sum(sizes)

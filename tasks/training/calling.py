@@ -1,0 +1,103 @@
+"""Calls of the user's own code: what it may change of torch, and how its errors are told."""
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from tidemill.tasks.training.errors import ModelError, TrainingError
+
+FRAMES: Final = 2
+"""Frames of the user's own files that an error is told with: where it was raised, and what called that."""
+_NOT_THEIRS: Final = tuple(
+    f"{folder.resolve()}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
+)
+_OF_THE_MACHINE: Final = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+_WORDS_OF_THE_MACHINE: Final = ("can't allocate memory", "CUDA error", "CUDA out of memory", "not enough memory")
+
+
+@contextmanager
+def usual_types() -> Iterator[None]:
+    """float32 is the default type, whatever the user's modules have set; then as it was before."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+@contextmanager
+def torch_as_usual() -> Iterator[None]:
+    """Gradients on and float32 the default type, whatever the user's modules or the caller have set; then as it was before.
+
+    An imported module may call `torch.set_grad_enabled(False)` or `torch.set_default_dtype(torch.float64)`, and a flow may be
+    called inside of `torch.no_grad()`: the same spec must train the same model.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), usual_types():
+        yield
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """As `torch_as_usual`, and what an import has changed is put back: gradients, default type, threads."""
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    try:
+        with torch_as_usual():
+            yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error tells of the machine, as no memory does, and so nothing about the model or its rows."""
+    return isinstance(error, _OF_THE_MACHINE) or any(words in str(error) for words in _WORDS_OF_THE_MACHINE)
+
+
+@contextmanager
+def told(what: str, *inputs: Tensor | None) -> Iterator[None]:
+    """Raises ModelError in place of an error of the user's code, with its frames and the shapes of the inputs.
+
+    A TrainingError passes as it is, and so does an error of the machine (`of_the_machine`).
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TrainingError) or of_the_machine(error):
+            raise
+        raise model_error(what, error, *inputs) from error
+
+
+def model_error(what: str, error: Exception, *inputs: Tensor | None) -> ModelError:
+    """The error of the user's code in one line: what was raised, where in their files, and the shapes it was called with."""
+    shapes = ", ".join(shape_of(tensor) for tensor in inputs if tensor is not None)
+    where = "; ".join(frames_of(error))
+    called = f", called with {shapes}" if shapes else ""
+    return ModelError(f"{what} raised {type(error).__name__}: {first_line(error)} ({where or 'in torch'}{called})")
+
+
+def frames_of(error: BaseException) -> list[str]:
+    """The last frames that lie in the user's own files, innermost first: `net.py:12 in forward`."""
+    theirs = [
+        f"{frame.filename}:{frame.lineno} in {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen") and not os.path.realpath(frame.filename).startswith(_NOT_THEIRS)
+    ]
+    return theirs[: -FRAMES - 1 : -1]
+
+
+def first_line(error: BaseException) -> str:
+    """torch appends the stack of its C++ code."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def shape_of(tensor: Tensor) -> str:
+    """As in `float32[64, 10]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
