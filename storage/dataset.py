@@ -1,9 +1,12 @@
-"""A dataset: a folder of Parquet files at rest, optionally hive-partitioned, read many times and pinned by etags."""
+"""A dataset: Parquet files at rest, a folder of them (optionally hive-partitioned) or a single one, read many times and pinned by
+etags.
+"""
 
 import functools
 import hashlib
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +18,10 @@ import pyarrow as pa
 from tidemill.storage.errors import (
     DatasetChanged,
     DatasetError,
+    InvalidKey,
     NotFound,
     NotReady,
+    PermissionDenied,
     PreconditionFailed,
     StoreNotFound,
     on_one_line,
@@ -38,6 +43,8 @@ _OPEN_FILES: Final = 64
 request for the footer, and parsing. Opened for the first time, a file also costs a request for its first bytes, and one more if
 the footer is long."""
 _FOOTER_READERS: Final = 8
+_GLOB: Final = re.compile(r"[*?[{]")
+_NAME_THE_FOLDER: Final = "Name the folder: all Parquet files below it are read, at any depth. Or name a single file."
 _NAMED: Final = 3
 """Names that are told of each kind of object that is passed over."""
 _HIDDEN: Final = "hidden Parquet files, whose name or folder begins with . or _"
@@ -69,14 +76,16 @@ class Snapshot:
     """In order of (key, index)."""
     passed_over: tuple[LeftOut, ...] = ()
     """What lies below the URL and is not read, by reason."""
+    folder: str = ""
+    """URL of the folder that the names of the row groups are relative to."""
 
     @property
     def schemas(self) -> list[tuple[str, pa.Schema]]:
-        """Each distinct schema, with the name of the first row group that has it."""
+        """Each distinct schema, with the whole name of the first row group that has it."""
         seen: list[tuple[str, pa.Schema]] = []
         for group in self.row_groups:
             if not any(group.schema is schema or group.schema.equals(schema) for _, schema in seen):
-                seen.append((group.name, group.schema))
+                seen.append((f"{self.folder}/{group.name}", group.schema))
         return seen
 
     @property
@@ -104,10 +113,10 @@ def snapshot(
 ) -> Snapshot:
     """List a dataset and read all its footers. What is passed over is counted, and told by one line of the log.
 
-    Files that count end in one of `SUFFIXES` and are not hidden (`is_hidden`).
+    In a folder those files count that end in one of `SUFFIXES` and are not hidden (`is_hidden`).
 
     Args:
-        url: A folder.
+        url: A folder, or a single file, whose name may be any.
         stores: Opens the store at a URL.
         types: Types of partition columns, as a model knows them. Of others, the values of this dataset decide.
         without: `url` of the store of a holdout. Where it lies inside of the dataset, its objects are no part of that.
@@ -118,14 +127,9 @@ def snapshot(
         UnsupportedTable: a table of Delta Lake, Iceberg or Hudi, or a folder that holds one or is a part of one.
         DatasetChanged: a file changed between listing and reading.
     """
-    store = stores(url)
-    infos, passed_over = _sorted_out(store, without)
+    there = stores(url)
+    store, infos, passed_over = _listed(there, stores, without)
     refuse_parts_of_tables(store.url, stores)
-    if not infos:
-        found = f" Passed over: {'; '.join(map(str, passed_over))}." if passed_over else ""
-        raise DatasetError(
-            f"{store.url} holds no Parquet file (a name that ends in {', '.join(SUFFIXES)}). Check the URL.{found}"
-        )
     _tell(store.url, passed_over)
     opener = _Opener(store, infos, types or {})
     groups: list[RowGroup] = []
@@ -141,10 +145,10 @@ def snapshot(
             groups += row_groups(file, functools.partial(opener.cached, number))
     rows = sum(group.num_rows for group in groups)
     if not rows:
-        raise DatasetError(f"{store.url}: its {len(infos)} Parquet files hold no rows.")
+        raise DatasetError(f"{there.url}: its {len(infos)} Parquet files hold no rows.")
     identity = json.dumps([[i.key, i.size, i.etag] for i in infos]).encode()
-    ref = DatasetRef(url=store.url, fingerprint=hashlib.sha256(identity).hexdigest(), files=len(infos), rows=rows)
-    return Snapshot(ref, groups, passed_over)
+    ref = DatasetRef(url=there.url, fingerprint=hashlib.sha256(identity).hexdigest(), files=len(infos), rows=rows)
+    return Snapshot(ref, groups, passed_over, store.url)
 
 
 class _Opener:
@@ -191,6 +195,43 @@ class _Opener:
             ) from error
         except ValueError as error:
             raise DatasetError(f"{self._store.url}/{info.key}: {error}. Move the file to another folder.") from error
+
+
+def _listed(
+    store: Store, stores: Callable[[str], Store], without: str | None
+) -> tuple[Store, list[ObjectInfo], tuple[LeftOut, ...]]:
+    """The store that has the files, the files in order of their keys, and what is passed over."""
+    url = store.url
+    try:
+        infos, passed_over = _sorted_out(store, without)
+    except StoreNotFound as error:
+        if (found := _single_file(url, stores)) is not None:
+            return *found, ()
+        if _GLOB.search(url):
+            raise DatasetError(f"{url} is a pattern, which is not expanded. {_NAME_THE_FOLDER}") from error
+        raise
+    if infos:
+        return store, infos, passed_over
+    if (found := _single_file(url, stores)) is not None:
+        return *found, ()
+    if _GLOB.search(url):
+        raise DatasetError(f"{url} is a pattern, which is not expanded. {_NAME_THE_FOLDER}")
+    found_there = f" Passed over: {'; '.join(map(str, passed_over))}." if passed_over else ""
+    raise DatasetError(
+        f"{url} holds no Parquet file (a name that ends in {', '.join(SUFFIXES)}). Check the URL.{found_there}"
+    )
+
+
+def _single_file(url: str, stores: Callable[[str], Store]) -> tuple[Store, list[ObjectInfo]] | None:
+    """Its folder's store, and the file itself, if there is one at the URL."""
+    folder, _, name = url.rpartition("/")
+    if not folder.partition("://")[2] and folder != "file://":
+        return None
+    store = stores("file:///" if folder == "file://" else folder)
+    try:
+        return store, [store.stat(name)]
+    except (NotFound, StoreNotFound, InvalidKey, PermissionDenied):
+        return None
 
 
 def _sorted_out(store: Store, without: str | None) -> tuple[list[ObjectInfo], tuple[LeftOut, ...]]:

@@ -7,7 +7,7 @@ nothing else (pinned by etag), and carries out what a committed version owes.
 import heapq
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -20,11 +20,13 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.lakehouse import refuse_parts_of_tables, refuse_tables
 from tidemill.storage.manifest import Rejected, sha256
-from tidemill.storage.partitions import is_hidden
+from tidemill.storage.partitions import is_hidden, partitions
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from tidemill.storage.parquet import RowGroup
 
 logger = logging.getLogger("tidemill.storage")
@@ -58,12 +60,15 @@ class Shard:
     data: bytes
     sha256: str
 
-    def row_groups(self) -> "list[RowGroup]":
-        """Its row groups, which decode from memory.
+    def row_groups(self, types: "Mapping[str, pa.DataType] | None" = None) -> "list[RowGroup]":
+        """Its row groups, which decode from memory. `name=value` folders of its key are columns, as in a dataset.
+
+        Args:
+            types: Types of such columns, as the model knows them. Of others, the value decides.
 
         Raises:
             NotReady: no Parquet magic at both ends.
-            ShardRejected: a footer that does not parse, or no rows.
+            ShardRejected: a footer that does not parse, no rows, or a folder whose value is none of its column's type.
         """
         from tidemill.storage.parquet import ParquetFile, row_groups  # here, because listing an inbox needs no pyarrow
 
@@ -72,7 +77,12 @@ class Shard:
                 raise ShardRejected(f"{self.info.key}: its footer points outside of the file; it is corrupt.")
             return self.data[start : start + length]
 
-        groups = row_groups(ParquetFile(self.info.key, len(self.data), fetch, ShardRejected))
+        key = self.info.key
+        try:
+            values = partitions(key, types or {})
+        except ValueError as error:
+            raise ShardRejected(f"{key}: {error}.") from error
+        groups = row_groups(ParquetFile(key, len(self.data), fetch, ShardRejected, values))
         if not groups:
             raise ShardRejected(f"{self.info.key} holds no rows.")
         return groups

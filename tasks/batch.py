@@ -159,7 +159,7 @@ def _score_holdout(run: BatchRun, learner: Learner) -> Score:
         return score(learner, groups, Split(share, side="holdout") if share else None)
     other = run.holdout()
     for name, schema in other.schemas:
-        learner.features.check(schema, f"{other.ref.url}/{name}")
+        learner.features.check(schema, name)
     return score(learner, other.row_groups)
 
 

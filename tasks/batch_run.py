@@ -103,7 +103,8 @@ class BatchRun:
         """The separate dataset of the settings, as it was when it was first asked for."""
         assert self.settings.holdout_dataset is not None, "the settings ask for a dataset"
         if self._holdout is None:
-            self._holdout = snapshot(self.settings.holdout_dataset, self.stores)
+            types = self.load_or_fit().features.types
+            self._holdout = snapshot(self.settings.holdout_dataset, self.stores, types)
         return self._holdout
 
     def _restored(self) -> Learner | None:
@@ -120,7 +121,7 @@ class BatchRun:
         self.losses, self.holdout_losses = (), ()
         features = Features.resolve(self.spec, self.dataset.schema)
         for name, schema in self.dataset.schemas:
-            features.check(schema, f"{self.dataset.ref.url}/{name}")
+            features.check(schema, name)
         return Learner.create(self.spec, features.fit(self.dataset.row_groups, self.split), self.settings.device)
 
 

@@ -52,11 +52,11 @@ def predict(
     log = open_log(registry, model, writable=False)
     found = resolve(log, version)
     learner = load_learner(log, found)
-    taken, target = snapshot(dataset), open_store(output)
+    taken, target = snapshot(dataset, types=learner.features.types), open_store(output)
     for name, schema in taken.schemas:
-        learner.features.check(schema, f"{taken.ref.url}/{name}", labelled=False)
+        learner.features.check(schema, name, labelled=False)
         if missing := [c for c in columns if c not in schema.names]:
-            raise DatasetError(f"{taken.ref.url}/{name} has no column {missing[0]!r} to copy; it has {schema.names}.")
+            raise DatasetError(f"{name} has no column {missing[0]!r} to copy; it has {schema.names}.")
     files: dict[str, list[_Copied]] = {}
     for one in taken.row_groups:
         files.setdefault(one.file, []).append(_Copied(one, columns))

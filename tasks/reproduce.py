@@ -14,6 +14,7 @@ from tidemill.storage.store import ObjectInfo, Store
 from tidemill.tasks.online.labels import Labels
 from tidemill.tasks.training.environment import differences, environment
 from tidemill.tasks.training.errors import TrainingError
+from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import train_shard
@@ -53,7 +54,7 @@ def replay(log: VersionLog, archives: Sequence[Store]) -> Replay:
             continue
         try:
             for consumed in version.manifest.consumed:
-                train_shard(steps, _groups(consumed, archives, steps.learner.features.targets), consumed.passes)
+                train_shard(steps, _groups(consumed, archives, steps.learner.features), consumed.passes)
                 result.shards += 1
         except (NotFound, ShardRejected, TrainingError) as error:
             result.findings.append(f"version {number} cannot be replayed: {error}")
@@ -85,12 +86,13 @@ def _same(learner: Learner, version: Version) -> bool:
     return (sha256(weights), sha256(state)) == (blobs.weights.sha256, blobs.state.sha256)
 
 
-def _groups(consumed: Consumed, archives: Sequence[Store], targets: tuple[str, ...]) -> Sequence[RowGroup]:
+def _groups(consumed: Consumed, archives: Sequence[Store], features: Features) -> Sequence[RowGroup]:
     """What was trained on, labels joined. Raises NotFound, and ShardRejected: they do not fit together any more."""
-    groups = _found(consumed, archives).row_groups()
+    groups = _found(consumed, archives).row_groups(features.types)
     if (labels := consumed.labels) is None:
         return groups
-    return Labels(_found(labels, archives).row_groups(), labels.column, targets).join(groups).groups
+    found = _found(labels, archives).row_groups(features.types)
+    return Labels(found, labels.column, features.targets).join(groups).groups
 
 
 def _found(consumed: Consumed | LabelShard, archives: Sequence[Store]) -> Shard:

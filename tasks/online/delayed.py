@@ -79,7 +79,7 @@ class DelayedLabels:
         if isinstance(found, Later):
             return found
         try:
-            labels = Labels(found.row_groups(), self._column, features.targets)
+            labels = Labels(found.row_groups(features.types), self._column, features.targets)
         except NotReady as unready:
             return unfinished(self.inbox, found, unready, self._grace_seconds)
         except ShardRejected as bad:

@@ -118,7 +118,7 @@ class Champion:
         if self.settings.holdout_dataset is None:
             return None
         if self._holdout is None:
-            self._holdout = snapshot(self.settings.holdout_dataset, self._stores).row_groups
+            self._holdout = snapshot(self.settings.holdout_dataset, self._stores, learner.features.types).row_groups
         found = score(learner, self._holdout)
         if self._holdout_score is None and self._network is not None:
             self._holdout_score = _scored(self._network, self._holdout, self.settings.holdout_dataset)

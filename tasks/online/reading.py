@@ -100,7 +100,7 @@ def read_shard(
     if isinstance(shard, Later):
         return shard
     try:
-        groups = shard.row_groups()
+        groups = shard.row_groups(features.types)
         found = Readable(shard, groups) if complete is None else complete(shard, groups, features)
         if not isinstance(found, Readable):
             return found

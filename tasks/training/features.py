@@ -481,7 +481,9 @@ def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:
         raise ColumnError(f"column {name!r} occurs {len(places)} times in {where}: write each name once")
     near = difflib.get_close_matches(name, schema.names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, schema.names[:20]))}"
-    raise ColumnError(f"column {name!r} is missing from {where}: {hint}")
+    raise ColumnError(
+        f"column {name!r} is missing from {where}: {hint}; or write it, with nulls where there is no value"
+    )
 
 
 def _resolve(column: Column, schema: pa.Schema) -> Input:

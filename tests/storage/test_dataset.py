@@ -18,7 +18,7 @@ import pytest
 from tests.storage.faults import Call, FaultStore
 from tidemill.storage import parquet
 from tidemill.storage.dataset import Snapshot, snapshot
-from tidemill.storage.errors import DatasetChanged, DatasetError, StoreNotFound, Unavailable
+from tidemill.storage.errors import DatasetChanged, DatasetError, StoreNotFound, Unavailable, UnsupportedTable
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
@@ -224,6 +224,41 @@ def test_a_file_with_bad_data_is_named_when_it_is_read(memory: MemoryStore) -> N
         xs(snapshot(memory.url))
 
 
+@pytest.mark.parametrize("name", ["part 0.parquet", "part-00000", "_a.parquet"])
+def test_a_single_file_is_a_dataset_whatever_its_name(store: Store, name: str) -> None:
+    store.write(f"folder/{name}", rows(1, 2, row_group_size=1))
+    store.write("folder/b.parquet", rows(3))
+    taken = snapshot(f"{store.url}/folder/{name}")
+    assert (xs(taken), taken.ref.url, taken.ref.files) == ([1, 2], f"{store.url}/folder/{name}", 1)
+    assert [key for key, _ in taken.schemas] == [f"{store.url}/folder/{name} row group 0"]
+    assert taken.ref == snapshot(f"{store.url}/folder/{name}").ref
+    store.write(f"folder/{name}", rows(1, 3, row_group_size=1))
+    assert taken.ref.fingerprint != snapshot(f"{store.url}/folder/{name}").ref.fingerprint
+    with pytest.raises(DatasetChanged, match="changed while"):
+        xs(taken)
+
+
+def test_a_single_file_in_a_table_is_a_part_of_it(store: Store) -> None:
+    store.write("t/_delta_log/0.json", b"{}")
+    store.write("t/x=1/a.parquet", rows(1))
+    with pytest.raises(UnsupportedTable, match="/t is a Delta table"):
+        snapshot(f"{store.url}/t/x=1/a.parquet")
+
+
+@pytest.mark.parametrize("pattern", ["*.parquet", "x=*/a.parquet", "part-[01].parquet"])
+def test_a_pattern_is_refused_with_the_remedy(store: Store, pattern: str) -> None:
+    store.write("folder/part-0.parquet", rows(1))
+    with pytest.raises(
+        DatasetError, match=r"is a pattern, which is not expanded\. Name the folder: all Parquet files below"
+    ):
+        snapshot(f"{store.url}/folder/{pattern}")
+
+
+def test_a_name_that_looks_like_a_pattern_is_a_name(store: Store) -> None:
+    store.write("what[0]/a*.parquet", rows(1))
+    assert xs(snapshot(f"{store.url}/what[0]")) == xs(snapshot(f"{store.url}/what[0]/a*.parquet")) == [1]
+
+
 # ---- what changes meanwhile ----------------------------------------------------------------------------------------------
 
 
@@ -337,8 +372,8 @@ def test_different_schemas_are_told_with_the_first_place_of_each(memory: MemoryS
     memory.write("c.parquet", rows(2))
     memory.write("d.parquet", written(pa.table({"x": [2.5]}).replace_schema_metadata({"only": "metadata"})))
     assert [(name, str(schema.field("x").type)) for name, schema in snapshot(memory.url).schemas] == [
-        ("a.parquet row group 0", "int64"),
-        ("b.parquet row group 0", "double"),
+        (f"{memory.url}/a.parquet row group 0", "int64"),
+        (f"{memory.url}/b.parquet row group 0", "double"),
     ]
 
 

@@ -1,6 +1,7 @@
 """Shards on their way into training: in order, bounded, decoded once."""
 
 import threading
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -262,7 +263,7 @@ class Surprising(Inbox):
         found, error = super().read(info), self.error
 
         class Surprise(Shard):
-            def row_groups(self) -> list[RowGroup]:
+            def row_groups(self, types: Mapping[str, pa.DataType] | None = None) -> list[RowGroup]:
                 raise error
 
         return None if found is None else Surprise(found.inbox, found.info, found.data, found.sha256)
