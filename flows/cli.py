@@ -223,7 +223,7 @@ def audit(
     model: Name,
     /,
     *,
-    replay: Annotated[
+    reproduce: Annotated[
         bool, Parameter(negative="", help="Also train again on the archived shards, and compare the bits.")
     ] = False,
     archive: Annotated[list[str] | None, Parameter(help="URLs where consumed shards were archived, or kept.")] = None,
@@ -231,24 +231,24 @@ def audit(
 ) -> None:
     """Check the whole history of MODEL: every link, every blob, every shard consumed or rejected once. Changes nothing.
 
-    With --replay, every version that retention has left a start for is made again, from the shards and in the order that
-    the log names, and must have the same bits. Exit code 1 if anything is found.
+    With --reproduce, each version whose parent's weights still exist is trained again, on the archived shards and in the order
+    that the log names, and must have the same bits. Exit code 1 if anything is found.
 
     For example:
 
         tidemill audit ./registry flights
-        tidemill audit ./registry flights --replay --archive ./data/archive
+        tidemill audit ./registry flights --reproduce --archive ./data/archive
     """
     from tidemill.storage.audit import audit as run
 
-    if replay != bool(archive):
-        raise UsageError("--replay needs --archive URL, and --archive is for --replay: give both or neither")
+    if reproduce != bool(archive):
+        raise UsageError("--reproduce needs --archive URL, and --archive is for --reproduce: give both or neither")
     log = _open(registry, model)
     found, again = run(log), None
     if archive:
         _find_own_modules()
         from tidemill.storage.urls import open_store
-        from tidemill.tasks.reproduce import replay as train_again
+        from tidemill.tasks.reproduce import reproduce as train_again
 
         again = train_again(log, [open_store(url) for url in archive])
     _print(views.audited(found, again), as_json)

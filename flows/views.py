@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tidemill.storage.store import ObjectInfo
     from tidemill.tasks.batch import VersionInfo
     from tidemill.tasks.online.report import OnlineReport
-    from tidemill.tasks.reproduce import Replay
+    from tidemill.tasks.reproduce import Reproduction
 
 View = tuple[Any, str]
 """(facts, words)."""
@@ -177,7 +177,7 @@ def history(versions: "Sequence[Version]", aliases: Mapping[str, int]) -> View:
     return facts, _table(("VERSION", "CREATED (UTC)", "KIND", "MADE FROM", "SCORE", "ALIASES"), rows)
 
 
-def audited(found: "Audit", again: "Replay | None") -> View:
+def audited(found: "Audit", again: "Reproduction | None") -> View:
     """What an audit found."""
     lines = [
         ("versions", f"{found.versions:,}, each made from the one before it"),
@@ -187,10 +187,10 @@ def audited(found: "Audit", again: "Replay | None") -> View:
     findings = found.findings
     facts: dict[str, Any] = found.model_dump()
     if again is not None:
-        made = f"{count(again.replayed, 'version')} made again from {count(again.shards, 'shard')}: the same bits"
-        lines.append(("replay", f"{made}; {again.skipped:,} could not be, their start is retired"))
+        made = f"{count(again.reproduced, 'version')} made again from {count(again.shards, 'shard')}: the same bits"
+        lines.append(("reproduced", f"{made}; {again.skipped:,} could not be, their start is retired"))
         findings = [*findings, *again.findings]
-        facts |= {"replay": again.model_dump()}
+        facts |= {"reproduced": again.model_dump()}
     if findings:
         lines = [("finding", finding) for finding in findings]
     return facts, _facts(f"{found.model}: {count(len(findings), 'finding') if findings else 'sound'}", lines)

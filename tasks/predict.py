@@ -1,18 +1,29 @@
 """Prediction: a version's outputs for every row of a dataset, file by file, with the preprocessing that it was trained with."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, suppress
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tidemill.storage.aliases import resolve
 from tidemill.storage.dataset import snapshot
-from tidemill.storage.errors import DatasetError
-from tidemill.storage.log import open_log
+from tidemill.storage.errors import (
+    DatasetError,
+    NotFound,
+    PermissionDenied,
+    PlacesOverlap,
+    PreconditionFailed,
+    StoreNotFound,
+    on_one_line,
+)
+from tidemill.storage.log import VersionLog
+from tidemill.storage.overlap import inside, keep_out_of_dataset, keep_out_of_inbox, named_datasets, named_inboxes
 from tidemill.storage.parquet import RowGroup
+from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.training.loop import predict as predict_groups
 from tidemill.tasks.versions import load_learner
@@ -31,7 +42,14 @@ class Predicted(BaseModel):
 
 
 def predict(
-    registry: str, model: str, dataset: str, output: str, version: str = "champion", columns: Sequence[str] = ()
+    registry: str,
+    model: str,
+    dataset: str,
+    output: str,
+    version: str = "champion",
+    columns: Sequence[str] = (),
+    *,
+    stores: Callable[[str], Store] = open_store,
 ) -> Predicted:
     """Write one Parquet file of predictions for each file of a dataset, under the same key, rows in the same order.
 
@@ -39,20 +57,29 @@ def predict(
     fixed-size list of class probabilities (multiclass). Memory: row groups and their inputs as in training, without a shuffle
     window, and the file that is being written, twice while it is stored.
 
+    The result is whole while `_SUCCESS` is there, which is removed before the first file is written and comes back after the last
+    one. Files of an earlier result that the dataset no longer has are removed then.
+
     Args:
-        registry, model: Where the version is.
+        registry: URL below which models live.
+        model: Name of the model.
         dataset: URL of the rows; the target column is not needed.
         output: URL of a folder; objects of the same keys are replaced.
         version: An alias, a version's number, or `head`.
         columns: Columns of the dataset to copy beside the prediction.
+        stores: Opens the store at a URL.
 
     Raises:
-        UnknownAlias, UnknownVersion, UnknownModel, DatasetError, ColumnError.
+        UnknownAlias, UnknownVersion, UnknownModel: there is no such version.
+        PlacesOverlap: the predictions would be written into a dataset or an inbox of the model. Nothing was written.
+        DatasetError: the dataset cannot be read, or lacks a column to copy.
+        ColumnError: the dataset lacks a column that the model needs, or has one that it cannot use.
     """
-    log = open_log(registry, model, writable=False)
-    found = resolve(log, version)
-    learner = load_learner(log, found)
-    taken, target = snapshot(dataset, types=learner.features.types), open_store(output)
+    log, target = VersionLog(stores(registry), model), stores(output)
+    chosen = resolve(log, version)
+    _check_places(log, target.url, stores(dataset).url)
+    learner = load_learner(log, chosen)
+    taken = snapshot(dataset, stores, learner.features.types)
     for name, schema in taken.schemas:
         learner.features.check(schema, name, labelled=False)
         if missing := [c for c in columns if c not in schema.names]:
@@ -60,6 +87,14 @@ def predict(
     files: dict[str, list[_Copied]] = {}
     for one in taken.row_groups:
         files.setdefault(one.file, []).append(_Copied(one, columns))
+    into_dataset = inside(target.url, taken.ref.url)
+    if (replaced := next((file for file in files if into_dataset(file)), None)) is not None:
+        raise PlacesOverlap(
+            f"{target.url}/{replaced}, a file of predictions, would be a file of the dataset {taken.ref.url}: choose another "
+            "output."
+        )
+    result = _Result(target, Record(model=model, version=chosen.number, dataset=taken.ref.url, rows=taken.ref.rows))
+    result.begin(files)
     # Of all files at once, so that those to come are read while one is written.
     with closing(predict_groups(learner, [group for groups in files.values() for group in groups])) as predicted:
         for number, (file, groups) in enumerate(files.items(), 1):
@@ -75,9 +110,86 @@ def predict(
                 writer.write_table(table)
             assert writer is not None
             writer.close()
-            target.write(file, sink.getvalue().to_pybytes())
+            result.write(file, sink.getvalue().to_pybytes())
             logger.info("%s/%s (%d of %d files)", target.url, file, number, len(files))
-    return Predicted(model=model, version=found.number, files=len(files), rows=taken.ref.rows, output=target.url)
+    result.end()
+    return Predicted(model=model, version=chosen.number, files=len(files), rows=taken.ref.rows, output=target.url)
+
+
+def _check_places(log: VersionLog, output: str, dataset: str) -> None:
+    written = [("the output of predictions", output)]
+    keep_out_of_dataset(dataset, written)
+    for trained_on, number in named_datasets(log).items():
+        keep_out_of_dataset(trained_on, written, f"the dataset of version {number}")
+    for inbox in sorted(named_inboxes(log)):
+        keep_out_of_inbox(inbox, written, "an inbox of the model,")
+
+
+# ---- when a result is whole ------------------------------------------------------------------------------------------
+SUCCESS: Final = "_SUCCESS"
+"""There while the result is whole, as other writers of Parquet have it; holds a `Record`."""
+UNFINISHED: Final = "_UNFINISHED"
+"""There while a result is being written, or if that was cut short; holds a `Record` of what may be there."""
+
+
+class Record(BaseModel):
+    """What was predicted, and which files hold it."""
+
+    model: str
+    version: int
+    dataset: str
+    rows: int
+    files: dict[str, str] = Field(default_factory=dict)
+    """Key -> etag when it was written. Empty in `UNFINISHED` for a key that was free and is to be written."""
+
+
+class _Result:
+    """The files of one call, and what an earlier call has left."""
+
+    def __init__(self, target: Store, record: Record) -> None:
+        self._target, self._record = target, record
+        self._earlier: dict[str, str] = {}
+
+    def begin(self, keys: Iterable[str]) -> None:
+        """Nothing below the output looks whole from here on, until the end."""
+        present: set[str] = set()
+        with suppress(StoreNotFound):  # a folder begins with its first object
+            present = {info.key for info in self._target.list()}
+        for name in (UNFINISHED, SUCCESS):
+            if name in present:
+                self._earlier |= self._files(name)
+        may_be_there = self._earlier | {key: "" for key in keys if key not in present}
+        self._put(UNFINISHED, self._record.model_copy(update={"files": may_be_there}))
+        if SUCCESS in present:
+            self._target.delete(SUCCESS)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._record.files[key] = self._target.write(key, data).etag
+
+    def end(self) -> None:
+        """Remove what only an earlier result had, then say that this one is whole."""
+        for key, etag in self._earlier.items():
+            if key not in self._record.files:
+                self._delete(key, etag or None)
+        self._put(SUCCESS, self._record)
+        self._delete(UNFINISHED, None)
+
+    def _files(self, name: str) -> dict[str, str]:
+        try:
+            return Record.model_validate_json(self._target.read(name)).files
+        except (NotFound, ValueError):  # another program's, or none by now
+            return {}
+
+    def _put(self, name: str, record: Record) -> None:
+        self._target.write(name, record.model_dump_json(indent=2).encode())
+
+    def _delete(self, key: str, etag: str | None) -> None:
+        try:
+            self._target.delete(key, if_match=etag)
+        except (NotFound, PreconditionFailed):  # gone, or somebody else's by now
+            return
+        except PermissionDenied as error:
+            logger.warning("%s/%s, of an earlier result, stays: %s", self._target.url, on_one_line(key), error)
 
 
 class _Copied:

@@ -1,4 +1,4 @@
-"""Replay: train again on the archived shards, in the order that the log recorded, and compare the bits of every version."""
+"""A history made again: train again on the archived shards, in the recorded order, and compare all bits."""
 
 import logging
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from tidemill.tasks.training.loop import train_shard
 from tidemill.tasks.training.steps import Steps
 from tidemill.tasks.versions import load_learner
 
-logger = logging.getLogger("tidemill.replay")
+logger = logging.getLogger("tidemill.reproduce")
 
 
-class Replay(BaseModel):
-    """What a replay saw. Every version that could be made again has the bits of the first time if `findings` is empty."""
+class Reproduction(BaseModel):
+    """What was made again. All of it has the bits of the first time if `findings` is empty."""
 
-    replayed: int = 0
+    reproduced: int = 0
     """Online versions that were made again from the one before."""
     skipped: int = 0
     """Online versions that could not be: retention had removed the blobs to start from."""
@@ -35,18 +35,21 @@ class Replay(BaseModel):
     findings: list[str] = []
 
 
-def replay(log: VersionLog, archives: Sequence[Store]) -> Replay:
+def reproduce(log: VersionLog, archives: Sequence[Store]) -> Reproduction:
     """Start from the stored weights of version 0 (or the oldest that retention has left) and train through to the head.
 
     A batch version or a rollback is loaded, every online version is trained and its weights and state are compared with
     the sha256 in its manifest. Shards are looked for in `archives`, one after the other. Memory: a learner and a shard.
     """
-    result = Replay()
+    result = Reproduction()
     steps: Steps | None = None
     for number in range(log.head().number + 1):
         version = log.version(number)
         if version.manifest.kind != "online":
             steps = _stored(log, version)
+            if steps is None and (dataset := version.manifest.dataset) is not None:
+                needed = "the table in memory" if dataset.url == "memory:" else dataset.url
+                logger.info("version %d has no weights any more: to make it again, train on %s", number, needed)
             continue
         if steps is None:
             result.skipped += 1
@@ -57,10 +60,10 @@ def replay(log: VersionLog, archives: Sequence[Store]) -> Replay:
                 train_shard(steps, _groups(consumed, archives, steps.learner.features), consumed.passes)
                 result.shards += 1
         except (NotFound, ShardRejected, TrainingError) as error:
-            result.findings.append(f"version {number} cannot be replayed: {error}")
+            result.findings.append(f"version {number} cannot be reproduced: {error}")
             steps = _stored(log, version)
             continue
-        result.replayed += 1
+        result.reproduced += 1
         if not _same(steps.learner, version):
             changed = "; ".join(differences(version.manifest.environment, environment()))
             result.findings.append(
@@ -68,7 +71,7 @@ def replay(log: VersionLog, archives: Sequence[Store]) -> Replay:
                 + (f" (but bits may differ here: {changed})" if changed else "")
             )
             steps = _stored(log, version)
-        logger.info("version %d: %d shards replayed", number, len(version.manifest.consumed))
+        logger.info("version %d: %d shards trained on again", number, len(version.manifest.consumed))
     return result
 
 

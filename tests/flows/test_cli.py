@@ -224,8 +224,8 @@ def test_an_audit_of_a_sound_history(tidemill: Run, model: Place) -> None:
 
 @memory
 def test_an_audit_with_findings_fails(tidemill: Run, model: Place) -> None:
-    """The shards were deleted: a replay has nothing to train on, and says so."""
-    result = tidemill("audit", model.registry, "model", "--replay", "--archive", model.archive)
+    """The shards were deleted: nothing can be trained again, and says so."""
+    result = tidemill("audit", model.registry, "model", "--reproduce", "--archive", model.archive)
     assert result.code == 1
     title, finding = result.out.splitlines()
     assert title == "model: 1 finding"
@@ -236,22 +236,22 @@ def test_an_audit_with_findings_fails(tidemill: Run, model: Place) -> None:
 
 
 @memory
-def test_a_replay_of_archived_shards(tidemill: Run, place: Place) -> None:
+def test_archived_shards_are_trained_on_again(tidemill: Run, place: Place) -> None:
     train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
     place.drop("a.parquet", "b.parquet")
     settings = OnlineSettings(after_commit={"archive_to": place.archive}, limits={"max_shards": 1})
     drain(open_store, place.inbox, place.registry, settings)
-    result = tidemill("audit", place.registry, "model", "--replay", "--archive", place.archive)
-    assert (result.code, result.err.count("1 shards replayed")) == (0, 2)
-    words = "  replay       2 versions made again from 2 shards: the same bits; 0 could not be, their start is retired"
+    result = tidemill("audit", place.registry, "model", "--reproduce", "--archive", place.archive)
+    assert (result.code, result.err.count("1 shards trained on again")) == (0, 2)
+    words = "  reproduced   2 versions made again from 2 shards: the same bits; 0 could not be, their start is retired"
     assert result.out.splitlines()[-1] == words
 
 
 @memory
-def test_a_replay_needs_an_archive(tidemill: Run, model: Place) -> None:
-    for flags in (["--replay"], ["--archive", model.archive]):
+def test_to_reproduce_needs_an_archive(tidemill: Run, model: Place) -> None:
+    for flags in (["--reproduce"], ["--archive", model.archive]):
         result = tidemill("audit", model.registry, "model", *flags)
-        assert (result.code, result.err.splitlines()[-1][:34]) == (2, "tidemill: --replay needs --archive")
+        assert (result.code, result.err.splitlines()[-1][:37]) == (2, "tidemill: --reproduce needs --archive")
 
 
 # ---- changing --------------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_schedules_run_both_pipelines(
     assert place.inbox_keys() == []
     archive = open_store(place.archive)
     assert {info.key: archive.read(info.key) for info in archive.list()} == shards
-    monkeypatch.syspath_prepend(tmp_path)  # the replay of the audit builds the model in this process
+    monkeypatch.syspath_prepend(tmp_path)  # the audit, which trains again, builds the model in this process
     monkeypatch.setenv("TIDEMILL_FACTORIES", "mymodel")
     audit(log, shards.items())
     assert all_aliases(log)["champion"] == log.head().number

@@ -12,7 +12,7 @@ from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import sha256
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.store import Store
-from tidemill.tasks.reproduce import replay
+from tidemill.tasks.reproduce import reproduce
 
 _one_at_a_time = threading.Lock()  # dropout draws from torch's generator, which all threads share
 
@@ -38,7 +38,7 @@ def check_bits(log: VersionLog, archived: Store) -> None:
     sound = audit_history(log)
     assert not sound.findings, sound.findings
     with _one_at_a_time:
-        again = replay(log, [archived])
+        again = reproduce(log, [archived])
     assert not again.findings, again.findings
 
 

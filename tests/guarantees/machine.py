@@ -272,7 +272,7 @@ class World:
             return None
 
     def keep_blob(self, key: str) -> None:
-        """Remember a blob that is about to be removed: the audit at the end replays all of history."""
+        """Remember a blob that is about to be removed: the audit at the end trains all of history again."""
         with suppress(NotFound):
             self.removed_blobs[key] = self.registry.read(key)
 

@@ -1,4 +1,4 @@
-"""The audit and the replay: a sound history passes, and each kind of damage is found and named."""
+"""The audit, and a history made again: a sound history passes, and each kind of damage is found and named."""
 
 import re
 import uuid
@@ -19,7 +19,7 @@ from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
-from tidemill.tasks.reproduce import replay
+from tidemill.tasks.reproduce import reproduce
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.spec import Spec
 
@@ -96,16 +96,16 @@ def test_a_sound_history(history: History) -> None:
     assert audit(log) == Audit(
         model="model", versions=8, consumed=7, rejected=1, rows=rows_in_all, blobs=2 * 8 + 2, findings=[]
     )
-    again = replay(log, [open_store(archive)])
-    assert (again.replayed, again.skipped, again.shards, again.findings) == (5, 0, 7, [])
+    again = reproduce(log, [open_store(archive)])
+    assert (again.reproduced, again.skipped, again.shards, again.findings) == (5, 0, 7, [])
 
 
 def test_what_retention_removed_is_no_finding(history: History) -> None:
     log, archive = history
     collect_garbage(log, keep=2)
-    found, again = audit(log), replay(log, [open_store(archive)])
+    found, again = audit(log), reproduce(log, [open_store(archive)])
     assert (found.removed, found.findings) == (6, [])
-    assert (again.replayed, again.skipped, again.findings) == (1, 4, [])
+    assert (again.reproduced, again.skipped, again.findings) == (1, 4, [])
 
 
 def test_an_unknown_model_is_an_error_and_not_a_sound_history() -> None:
@@ -222,31 +222,31 @@ def test_damage_is_found(history: History, damage: str) -> None:
     assert re.search(message, "\n".join(audit(log).findings))
 
 
-# ---- replay ----------------------------------------------------------------------------------------------------------
+# ---- reproduce -------------------------------------------------------------------------------------------------------
 def test_other_weights_than_the_shards_give(history: History) -> None:
     """Whole by every hash, but not made of what it says: only training again can tell."""
     log, archive = history
     forge(log, 2, lambda m: {"blobs": log.version(3).manifest.blobs})
     assert not audit(log).findings
-    first, *_ = replay(log, [open_store(archive)]).findings
+    first, *_ = reproduce(log, [open_store(archive)]).findings
     assert first.startswith("version 2: the shards that it names give other weights")
 
 
 def test_another_number_of_passes(history: History) -> None:
     log, archive = history
     forge(log, 5, lambda m: {"consumed": tuple(s.model_copy(update={"passes": 1}) for s in m.consumed)})
-    assert [f.split(":")[0] for f in replay(log, [open_store(archive)]).findings] == ["version 5"]
+    assert [f.split(":")[0] for f in reproduce(log, [open_store(archive)]).findings] == ["version 5"]
 
 
-def test_a_shard_that_is_not_archived_is_named_and_the_rest_is_replayed(history: History) -> None:
+def test_a_shard_that_is_not_archived_is_named_and_the_rest_is_reproduced(history: History) -> None:
     log, archive = history
     store = open_store(archive)
     store.write("02.parquet", parquet(rows(1, 1)))
-    found = replay(log, [store])
+    found = reproduce(log, [store])
     [finding] = found.findings
-    assert "cannot be replayed" in finding
+    assert "cannot be reproduced" in finding
     assert f"{archive} holds no shard '02.parquet'" in finding
-    assert found.replayed == 4
+    assert found.reproduced == 4
 
 
 def test_shards_are_looked_for_in_every_archive(history: History) -> None:
@@ -254,4 +254,4 @@ def test_shards_are_looked_for_in_every_archive(history: History) -> None:
     store, other = open_store(archive), open_store(f"memory://{uuid.uuid4().hex}")
     other.write("02.parquet", store.read("02.parquet"))
     store.delete("02.parquet")
-    assert replay(log, [store, other]).findings == []
+    assert reproduce(log, [store, other]).findings == []

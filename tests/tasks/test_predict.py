@@ -1,22 +1,26 @@
 """Prediction with a registered version: the same preprocessing as in training, one file for each file."""
 
 import io
+import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.storage.faults import Call, hooked
 from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage import retention
-from tidemill.storage.errors import DatasetError, UnknownAlias
+from tidemill.storage.errors import DatasetError, PlacesOverlap, Unavailable, UnknownAlias
 from tidemill.storage.parquet import RowGroup
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
-from tidemill.tasks.predict import predict
-from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.online import step as online
+from tidemill.tasks.online.step import OnlineRun
+from tidemill.tasks.predict import SUCCESS, UNFINISHED, Record, predict
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.spec import Spec
 
@@ -36,7 +40,7 @@ def test_predictions_stand_beside_the_rows_in_their_order(make_url: MakeUrl) -> 
     train(make_url("registry"), make_url("dataset"))
     done = predict(make_url("registry"), "model", make_url("dataset"), make_url("out"), columns=["y"])
     assert (done.files, done.rows, done.version) == (2, 180, 0)
-    assert keys(make_url("out")) == ["a.parquet", "sub/b.parquet"]
+    assert keys(make_url("out")) == [SUCCESS, "a.parquet", "sub/b.parquet"]
     table = read_back(make_url("out"), "a.parquet")
     assert table.schema.names == ["y", "prediction"]
     truth, predicted = (torch.tensor(table[c].to_pylist()) for c in ("y", "prediction"))
@@ -73,7 +77,87 @@ def test_an_error_ends_the_threads_and_leaves_the_files_before_it(memory_url: Ma
         predict(memory_url("registry"), "model", memory_url("new"), memory_url("out"))
     assert caught.value.__traceback__ is not None
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tidemill-ahead")]
-    assert keys(memory_url("out")) == ["0.parquet", "1.parquet", "2.parquet"]
+    assert keys(memory_url("out")) == ["0.parquet", "1.parquet", "2.parquet", UNFINISHED]
+
+
+# ---- whole or not ----------------------------------------------------------------------------------------------------
+def test_half_a_result_does_not_look_whole(make_url: MakeUrl) -> None:
+    """Killed at any call of the store of the output, over an earlier result: whole with all files of one version, or marked."""
+    put(make_url("dataset"), {f"{i}.parquet": rows(20, i) for i in range(3)})
+    train(make_url("registry"), make_url("dataset"))
+    train(make_url("registry"), make_url("dataset"), Spec.model_validate(SPEC.model_dump() | {"seed": 8}))
+    where = make_url("registry"), "model", make_url("dataset")
+    kinds = set()
+    for at in itertools.count():
+        predict(*where, make_url(f"out{at}"), version="0")
+        calls = itertools.count()
+
+        def dies(call: Call, calls: Iterator[int] = calls, at: int = at) -> None:
+            if call.url.endswith(f"/out{at}") and next(calls) == at:
+                raise Unavailable("killed")
+
+        try:
+            predict(*where, make_url(f"out{at}"), version="1", stores=hooked(dies))
+        except Unavailable:
+            there = keys(make_url(f"out{at}"))
+            kinds.add(SUCCESS in there)
+            if SUCCESS in there:
+                record = Record.model_validate_json(open_store(make_url(f"out{at}")).read(SUCCESS))
+                store = open_store(make_url(f"out{at}"))
+                assert {key: store.stat(key).etag for key in record.files} == record.files
+            predict(*where, make_url(f"out{at}"), version="1")
+        else:
+            break
+        assert keys(make_url(f"out{at}")) == ["0.parquet", "1.parquet", "2.parquet", SUCCESS]
+    assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_files_of_an_earlier_result_that_the_dataset_no_longer_has_are_removed(killed: bool, make_url: MakeUrl) -> None:
+    put(make_url("dataset"), {f"{i}.parquet": rows(20, i) for i in range(4)})
+    put(make_url("out"), {"other.parquet": rows(5, 0), "3.parquet": rows(5, 1)})
+    train(make_url("registry"), make_url("dataset"))
+    where = make_url("registry"), "model", make_url("dataset"), make_url("out")
+
+    def dies(call: Call) -> None:
+        if call.verb == "write" and call.key == "2.parquet" and call.phase == "after":
+            raise Unavailable("killed")
+
+    if killed:
+        with pytest.raises(Unavailable):
+            predict(*where, stores=hooked(dies))
+    else:
+        predict(*where)
+        put(make_url("out"), {"2.parquet": rows(7, 7)})  # somebody else's now
+    for key in ("1.parquet", "2.parquet", "3.parquet"):
+        open_store(make_url("dataset")).delete(key)
+    predict(*where)
+    left = {"0.parquet", "other.parquet", SUCCESS} | ({"3.parquet"} if killed else {"2.parquet"})
+    assert set(keys(make_url("out"))) == left
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+def test_predictions_are_not_written_into_a_dataset_or_an_inbox(make_url: MakeUrl) -> None:
+    put(make_url("dataset"), {"a.parquet": rows(20, 0), "data/b.parquet": rows(20, 1)})
+    put(make_url("inbox"), {"s.parquet": rows(20, 2)})
+    put(make_url("new"), {"a.parquet": rows(20, 0)})
+    put(make_url("deep"), {"new/a.parquet": rows(20, 0), "new/new/b.parquet": rows(20, 1)})
+    train(make_url("registry"), make_url("dataset"))
+    online.step(OnlineRun(make_url("inbox"), make_url("registry"), "model", OnlineSettings(after_commit="keep")))
+    before = [keys(make_url(name)) for name in ("dataset", "inbox", "new")]
+    for output, words in (
+        (make_url("new"), "is the dataset"),
+        (make_url("new") + "/out", "lies inside the dataset"),
+        (make_url("dataset"), "is the dataset of version 0"),
+        (make_url("dataset") + "/out", "lies inside the dataset of version 0"),
+        (make_url("inbox"), "is an inbox of the model"),
+        (make_url("inbox") + "/out", "lies inside an inbox of the model"),
+    ):
+        with pytest.raises(PlacesOverlap, match=rf"the output of predictions, .* {words}"):
+            predict(make_url("registry"), "model", make_url("new"), output)
+    with pytest.raises(PlacesOverlap, match=r"new/b\.parquet, a file of predictions, would be a file of the dataset"):
+        predict(make_url("registry"), "model", make_url("deep") + "/new", make_url("deep"))
+    assert [keys(make_url(name)) for name in ("dataset", "inbox", "new")] == before
 
 
 def test_the_target_is_not_needed(memory_url: MakeUrl) -> None:
