@@ -13,7 +13,7 @@ from tidemill.tasks import batch
 from tidemill.tasks.online import step as online
 from tidemill.tasks.online.step import OnlineRun, Outcome
 from tidemill.tasks.predict import predict
-from tidemill.tasks.reproduce import replay
+from tidemill.tasks.reproduce import reproduce
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.spec import Spec
@@ -125,7 +125,7 @@ def test_partitions_of_an_inbox_are_columns_as_in_a_dataset(make_url: MakeUrl) -
     partitioned(make_url("inbox"), {"day=7/shop=1": rows(5, 9), "_hour=3/day=1.5/shop=y": rows(5, 10)})
     report = drain(make_url, after_commit={"archive_to": make_url("archive")})
     assert (report.shards, report.rejected) == (2, 0)
-    assert replay(open_log(make_url("registry"), "model"), [open_store(make_url("archive"))]).findings == []
+    assert reproduce(open_log(make_url("registry"), "model"), [open_store(make_url("archive"))]).findings == []
 
     partitioned(make_url("new"), {"day=7/shop=1": rows(5, 9)})
     predict(make_url("registry"), "model", make_url("new"), make_url("out"), "head", ["shop"])
