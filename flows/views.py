@@ -34,8 +34,8 @@ def followed(report: "OnlineReport") -> View:
         lines.append(("score", f"{_numbers(report.score)} on these shards, each before it was trained on"))
     if report.champion:
         lines.append(("champion", f"{_numbers(report.champion)} on the same shards"))
-    if report.window:
-        lines.append(("window", f"{_numbers(report.window)} on the last shards, earlier runs included"))
+    if report.recent:
+        lines.append(("recent", f"{_numbers(report.recent)} on the last shards, earlier runs included"))
     if report.promoted or report.refused:
         refused = f", {count(report.refused, 'version')} refused as worse" if report.refused else ""
         lines.append(("gate", f"champion moved {count(report.promoted, 'time')}{refused}"))
@@ -128,14 +128,14 @@ def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
 
 def _waiting(log: "VersionLog", head: "Version", inbox: "Inbox") -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """What waits in an inbox, and how much is still in it though the model has consumed it."""
-    tombstones = log.tombstones(head)
-    owed = {(debt.inbox, debt.key, debt.etag) for debt in head.manifest.owed}
+    from tidemill.storage.tombstones import Seen
+
+    seen = Seen(log.tombstones(head), head.manifest.owed)
     consumed = 0
 
     def known(info: "ObjectInfo") -> bool:
         nonlocal consumed
-        shard = (inbox.url, info.key, info.etag)
-        was = shard in owed or tombstones.sha256_of(*shard) is not None
+        was = seen.consumed(inbox.url, info)
         consumed += was
         return was
 

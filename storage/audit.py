@@ -76,9 +76,9 @@ def audit(log: VersionLog) -> Audit:
         if number and before is not None:
             result.findings += [f"version {number}: {what}" for what in _broken_links(log, before, version)]
         for shard in consumed_objects(manifest.consumed):
-            shards.consumed(number, (shard.inbox, shard.key, shard.sha256), shard.last_modified.isoformat())
-        for refused in manifest.rejected:
-            shards.rejected(number, (refused.inbox, refused.key, refused.sha256), refused.last_modified.isoformat())
+            shards.consumed(number, shard.identity, shard.last_modified.isoformat())
+        for rejected in manifest.rejected:
+            shards.rejected(number, rejected.identity, rejected.last_modified.isoformat())
         refs = [ref for ref in manifest.blobs.refs if ref != tombstones]
         gone = [ref for ref in refs if not _is_whole(log, ref, number, result)]
         if manifest.blobs.tombstones not in gone:

@@ -43,14 +43,14 @@ def dispose(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store
     def is_paid(debt: Owed) -> bool:
         inbox = inboxes[debt.inbox]
         try:
-            if debt.then == "delete" or _copied(log, inbox, debt, stores):
+            if debt.action == "delete" or _copied(log, inbox, debt, stores):
                 inbox.delete(debt.key, if_match=debt.etag, sha256=debt.sha256)
         except (NotFound, PreconditionFailed):
             return True
         except (PermissionDenied, InvalidKey, StoreNotFound, CorruptObject) as error:
             logger.warning(
                 "%s/%s stays in the inbox, and is remembered as consumed: %s of it failed: %s",
-                *(debt.inbox, on_one_line(debt.key), debt.then, error),
+                *(debt.inbox, on_one_line(debt.key), debt.action, error),
             )
             return False
         return True
@@ -58,7 +58,7 @@ def dispose(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store
     # In turn where the copies go under one key, as of a shard and its labels: the first of them gets the plain name.
     same_place: dict[tuple[str | None, str], list[Owed]] = {}
     for debt in debts:
-        same_place.setdefault((debt.to, debt.key), []).append(debt)
+        same_place.setdefault((debt.destination, debt.key), []).append(debt)
     workers = max((inbox.concurrency for inbox in inboxes.values()), default=1)
     left = concurrently(lambda some: [debt for debt in some if not is_paid(debt)], same_place.values(), workers)
     return tuple(debt for some in left for debt in some)
@@ -66,19 +66,19 @@ def dispose(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store
 
 def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], Store]) -> bool:
     """Copy to the archive or to quarantine; False if the object is no longer there to copy."""
-    assert debt.to is not None
+    assert debt.destination is not None
     try:
         data = inbox.read(debt.key, if_match=debt.etag)
     except (NotFound, PreconditionFailed):
         return False
     if sha256(data) != debt.sha256:  # corrupted on the way, now or when it was consumed: keep the original
         raise CorruptObject("its bytes are not those that were consumed, though its etag is the same")
-    if debt.then == "quarantine":
+    if debt.action == "quarantine":
         reason = debt.model_dump(mode="json", include={"inbox", "key", "sha256", "etag", "reason"})
-        log.store.write(debt.to, data)
-        log.store.write(f"{debt.to}.json", checked(reason))
+        log.store.write(debt.destination, data)
+        log.store.write(f"{debt.destination}.json", checked(reason))
         return True
-    archive = stores(debt.to)
+    archive = stores(debt.destination)
     for key in archive_keys(debt.key, debt.sha256):
         try:
             archive.create(key, data)
@@ -88,7 +88,9 @@ def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], S
         except StoreNotFound as error:  # not to be taken for a lost inbox
             raise StorageError(f"the archive cannot be written: {error}") from error
         return True
-    raise StorageError(f"{debt.to} holds other bytes under both names of {debt.key}; move them away and run again.")
+    raise StorageError(
+        f"{debt.destination} holds other bytes under both names of {debt.key}; move them away and run again."
+    )
 
 
 def archive_keys(key: str, digest: str) -> tuple[str, str]:

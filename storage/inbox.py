@@ -19,7 +19,7 @@ from tidemill.storage.errors import (
     Unavailable,
 )
 from tidemill.storage.lakehouse import refuse_parts_of_tables, refuse_tables
-from tidemill.storage.manifest import Rejected, sha256
+from tidemill.storage.manifest import Rejected, ShardRef, sha256
 from tidemill.storage.partitions import is_hidden, partitions
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
@@ -87,16 +87,20 @@ class Shard:
             raise ShardRejected(f"{self.info.key} holds no rows.")
         return groups
 
-    def rejected(self, reason: str) -> Rejected:
-        return Rejected(
+    @property
+    def ref(self) -> ShardRef:
+        """How manifests name it."""
+        return ShardRef(
             inbox=self.inbox,
             key=self.info.key,
             sha256=self.sha256,
             etag=self.info.etag,
             size=self.info.size,
             last_modified=self.info.last_modified,
-            reason=reason,
         )
+
+    def rejected(self, reason: str) -> Rejected:
+        return Rejected(**dict(self.ref), reason=reason)
 
 
 class Inbox:

@@ -220,7 +220,7 @@ class VersionLog:
         """Store bytes for version `number`, which does not exist yet, under a name that only this call uses."""
         key = f"{self.model}/blobs/{number:08d}-{uuid.uuid4().hex}.{suffix}"
         self.store.write(key, data)
-        return BlobRef(key=key, size=len(data), sha256=sha256(data))
+        return BlobRef(key=key, bytes=len(data), sha256=sha256(data))
 
     def read_blob(self, ref: BlobRef) -> bytes:
         """The bytes of a blob, verified before anyone parses them.
@@ -232,9 +232,9 @@ class VersionLog:
         where = f"{self.store.url}/{ref.key}"
         try:
             size = self.store.stat(ref.key).size
-            if size != ref.size:  # before memory is taken for it
+            if size != ref.bytes:  # before memory is taken for it
                 raise CorruptObject(
-                    f"{where} is not what was committed: {size} bytes instead of {ref.size}. {_RESTORE}"
+                    f"{where} is not what was committed: {size} bytes instead of {ref.bytes}. {_RESTORE}"
                 )
             data = self.store.read(ref.key)
         except NotFound:
@@ -393,6 +393,8 @@ class VersionLog:
         entry = Entry(
             kind="rollback",
             spec=target.manifest.spec,
+            resolved_spec=target.manifest.resolved_spec,
+            columns=target.manifest.columns,
             blobs=Blobs(
                 weights=self.write_blob(number, "safetensors", weights),
                 state=self.write_blob(number, "state.safetensors", state),

@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from tidemill.storage.errors import CorruptObject, UnsupportedFormat
 
-FORMAT = 1
+FORMAT: Final = "2.0"
+"""What this Tidemill writes, `major.minor`. It reads this and every lower one. A field's meaning never changes; a new field is
+optional, and comes with a higher minor."""
 
 
 class Record(BaseModel):
@@ -21,10 +24,12 @@ class Record(BaseModel):
 
 
 class BlobRef(Record):
-    """A blob by name, with what its bytes must be."""
+    """A blob by key, with what its bytes must be."""
 
     key: str
-    size: int
+    """Below the registry."""
+    bytes: int
+    """Its size."""
     sha256: str
 
 
@@ -36,7 +41,8 @@ class TombstonesRef(BlobRef):
 
 
 class Blobs(Record):
-    """The blobs of one version."""
+    """The blobs of one version. Stored as a list of named parts, so that a later minor format can add some:
+    `[{"name": "weights", "key": ..., "bytes": ..., "sha256": ...}, ...]`."""
 
     weights: BlobRef
     state: BlobRef
@@ -48,6 +54,21 @@ class Blobs(Record):
         """All that there are."""
         return tuple(ref for ref in (self.weights, self.state, self.tombstones) if ref is not None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, given: Any) -> Any:
+        if not isinstance(given, list):
+            return given
+        parts = {part["name"]: {name: value for name, value in part.items() if name != "name"} for part in given}
+        if len(parts) != len(given):
+            raise ValueError("two blobs have one name")
+        return parts
+
+    @model_serializer
+    def _as_list(self) -> list[dict[str, Any]]:
+        named = {"weights": self.weights, "state": self.state, "tombstones": self.tombstones}
+        return [{"name": name, **ref.model_dump(exclude_none=True)} for name, ref in named.items() if ref is not None]
+
 
 class Parent(Record):
     """The version before, pinned by the sha256 of its manifest's bytes."""
@@ -56,15 +77,34 @@ class Parent(Record):
     sha256: str
 
 
-class LabelShard(Record):
-    """The shard of labels that a shard of features was joined with, and that was consumed with it."""
+class ObjectRef(Record):
+    """An object of an inbox that was read."""
 
     inbox: str
+    """URL."""
     key: str
     sha256: str
+    """With inbox and key: what makes it this object and no other."""
     etag: str
+    """Under which it was read: pins its removal."""
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """(inbox, key, sha256)."""
+        return self.inbox, self.key, self.sha256
+
+
+class ShardRef(ObjectRef):
+    """A shard as it was listed and read."""
+
     size: int
+    """Bytes."""
     last_modified: datetime
+
+
+class LabelShard(ShardRef):
+    """The shard of labels that a shard of features was joined with, and that was consumed with it."""
+
     column: str
     """The key column by which its rows were joined."""
     unmatched: int
@@ -78,15 +118,9 @@ class Predicted(Record):
     score: dict[str, float]
 
 
-class Consumed(Record):
+class Consumed(ShardRef):
     """A shard that this version was trained on."""
 
-    inbox: str
-    key: str
-    sha256: str
-    etag: str
-    size: int
-    last_modified: datetime
     ordinal: int
     """How many shards the model had consumed before this one; seeds its random numbers."""
     rows: int
@@ -100,42 +134,46 @@ class Consumed(Record):
     """Mean over samples while training on it, last pass."""
     passes: int = 1
     """How many times its rows were trained on."""
-    labels: LabelShard | None = None
+    labels: tuple[LabelShard, ...] = ()
     """Where its targets came from, if they arrived later."""
     predicted: Predicted | None = None
 
 
 def consumed_objects(consumed: Iterable[Consumed]) -> Iterator[Consumed | LabelShard]:
-    """The shards, each followed by that of its labels."""
+    """The shards, each followed by those of its labels."""
     for shard in consumed:
         yield shard
-        if shard.labels is not None:
-            yield shard.labels
+        yield from shard.labels
 
 
-class Rejected(Record):
+class Rejected(ShardRef):
     """A shard that can never be used as it is."""
 
-    inbox: str
-    key: str
-    sha256: str
-    etag: str
-    size: int
-    last_modified: datetime
     reason: str
 
 
-class Owed(Record):
+class Owed(ObjectRef):
     """An object that a committed version is done with, and that the inbox may still hold."""
 
-    inbox: str
-    key: str
-    sha256: str
-    etag: str
-    then: Literal["delete", "archive", "quarantine"]
-    to: str | None = None
+    action: Literal["delete", "archive", "quarantine"]
+    destination: str | None = None
     """Where it is copied first: URL of the archive, or key below the model's `quarantine/`."""
     reason: str | None = None
+    """Why it was rejected; `quarantine` only."""
+
+    @classmethod
+    def of(
+        cls,
+        ref: ObjectRef,
+        action: Literal["delete", "archive", "quarantine"],
+        destination: str | None = None,
+        reason: str | None = None,
+    ) -> Self:
+        """The debt for an object that was consumed or rejected."""
+        inbox, key, sha256 = ref.identity
+        return cls(
+            inbox=inbox, key=key, sha256=sha256, etag=ref.etag, action=action, destination=destination, reason=reason
+        )
 
 
 class Compared(Record):
@@ -158,18 +196,16 @@ class Gate(Record):
     decision: Literal["promoted", "refused"]
     tolerance: float
     """The share by which the metric may be worse."""
-    window: Compared
-    """On the shards of the window, each before it was trained on."""
+    recent: Compared
+    """On the last shards, each before it was trained on."""
     holdout: Compared | None = None
     refusals: int
     """In a row, up to this one."""
-    then: Literal["stop", "rollback", "retrain"] | None = None
-    """What is to be done after so many."""
 
     @property
     def numbers(self) -> str:
         """What the decision rests on, in words."""
-        compared = (("window", self.window), ("holdout", self.holdout))
+        compared = (("last shards", self.recent), ("holdout", self.holdout))
         return "; ".join(
             f"{self.metric} {c.learner:.4g} against {c.champion:.4g} on {c.rows:,} rows of the {name}"
             for name, c in compared
@@ -191,6 +227,11 @@ class Entry(Record):
 
     kind: Literal["batch", "online", "rollback"]
     spec: dict[str, Any]
+    """As it was asked for."""
+    resolved_spec: dict[str, Any] | None = None
+    """The same, with what the spec leaves to the data and to defaults filled in. Absent in versions of format 1."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Arrow type of every column of the dataset of the last batch training, used or not. Absent in versions of format 1."""
     blobs: Blobs
     consumed: tuple[Consumed, ...] = ()
     rejected: tuple[Rejected, ...] = ()
@@ -215,7 +256,8 @@ class Entry(Record):
 class Manifest(Entry):
     """One version, as stored."""
 
-    format: Literal[1] = 1
+    format: str = FORMAT
+    """`major.minor`, of the Tidemill that wrote it."""
     model: str
     version: int
     parent: Parent | None = None
@@ -242,19 +284,52 @@ def decode(data: bytes, where: str) -> Manifest:
     """
     try:
         fields = json.loads(data)
-        stated, found = fields.pop("checksum", None), fields.get("format")
-        if isinstance(found, int) and found > FORMAT:
+        stated, written = fields.pop("checksum", None), fields.get("format")
+        if parsed_format(written) > parsed_format(FORMAT):
             raise UnsupportedFormat(
-                f"{where} has manifest format {found}; this Tidemill reads up to {FORMAT}. Upgrade Tidemill to go on."
+                f"{where} has format {written}; this Tidemill reads up to {FORMAT}. Upgrade Tidemill to go on."
             )
         if stated != _checksum(fields):
             raise CorruptObject(
                 f"{where} was edited or damaged after it was committed (its checksum does not match). Restore the object, "
                 "for example from a bucket version; Tidemill never continues from altered history."
             )
-        return Manifest.model_validate(fields)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptObject(f"{where} is no Tidemill manifest: {error}") from error
+        return Manifest.model_validate(_from_format_1(fields) if written == 1 else fields)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptObject(f"{where} is no Tidemill manifest: {error!r}") from error
+
+
+def parsed_format(stated: Any) -> tuple[int, int]:
+    """(major, minor) of a stored `format`: `"2.0"`, or the number 1 of the time before there were minor ones.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if type(stated) is int and stated > 0:
+        return stated, 0
+    if not isinstance(stated, str) or re.fullmatch(r"([2-9]|[1-9]\d{1,8})\.(0|[1-9]\d{0,8})", stated) is None:
+        raise ValueError(f"{str(stated)[:20]!r} is no format")
+    major, _, minor = stated.partition(".")
+    return int(major), int(minor)
+
+
+def _from_format_1(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest of format 1 as format 2 names them. Nothing is lost but `gate.then`, which nobody read."""
+    parts = {name: dict(ref) for name, ref in fields["blobs"].items()}
+    for ref in parts.values():
+        ref["bytes"] = ref.pop("size")
+    new = {**fields, "format": FORMAT, "blobs": parts}
+    new["consumed"] = [
+        {**shard, "labels": [shard["labels"]]} if "labels" in shard else shard for shard in fields.get("consumed", ())
+    ]
+    renamed = {"then": "action", "to": "destination"}
+    new["owed"] = [{renamed.get(name, name): value for name, value in debt.items()} for debt in fields.get("owed", ())]
+    if "gate" in fields:
+        gate = {name: value for name, value in fields["gate"].items() if name != "then"}
+        new["gate"] = {"recent" if name == "window" else name: value for name, value in gate.items()}
+    metrics = {"window": "recent", "epoch_held_out": "epoch_holdout"}
+    new["metrics"] = {metrics.get(name, name): value for name, value in fields.get("metrics", {}).items()}
+    return new
 
 
 def checked(fields: dict[str, Any]) -> bytes:

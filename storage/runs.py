@@ -92,7 +92,7 @@ class BatchProgress:
         for suffix, data in (("safetensors", weights), ("state.safetensors", state)):
             key = f"{self._prefix}/{epochs:08d}-{uuid.uuid4().hex}.{suffix}"
             self.log.store.write(key, data)
-            refs.append(BlobRef(key=key, size=len(data), sha256=sha256(data)))
+            refs.append(BlobRef(key=key, bytes=len(data), sha256=sha256(data)))
         checkpoint = Checkpoint(
             epochs=epochs,
             losses=losses,

@@ -5,9 +5,11 @@ stands in the manifests: writing 10,000 of them at each commit would cost more t
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from tidemill.storage.errors import CorruptObject
+from tidemill.storage.manifest import ObjectRef
+from tidemill.storage.store import ObjectInfo
 
 WINDOW = 10_000
 """How many of the last consumed shards are remembered at least. One that is still in the inbox is remembered in any case."""
@@ -100,3 +102,34 @@ class Tombstones:
 
     def __iter__(self) -> Iterator[tuple[str, str, str]]:
         return iter(self._lines)
+
+
+class Seen:
+    """Which objects of inboxes were consumed before, told without reading them: the one answer for whoever lists an inbox."""
+
+    def __init__(
+        self, tombstones: Tombstones, owed: Iterable[ObjectRef], spelled: Callable[[str], str] = lambda url: url
+    ) -> None:
+        """Tell by etags.
+
+        Args:
+            tombstones: What a version remembers.
+            owed: What that version is done with, and what may still be there.
+            spelled: The URL by which the lister knows an inbox that `owed` may spell in another way.
+        """
+        self._tombstones = tombstones
+        self._owed = {(spelled(debt.inbox), debt.key, debt.etag) for debt in owed}
+
+    def consumed(self, inbox: str, info: ObjectInfo) -> bool:
+        """True if this object was consumed, or rejected and not yet removed.
+
+        False may be wrong: the same bytes may have come under another etag. Then their sha256 tells (`Tombstones.has`).
+        """
+        shard = (inbox, info.key, info.etag)
+        return shard in self._owed or self._tombstones.sha256_of(*shard) is not None
+
+    def again(self, inbox: str, info: ObjectInfo) -> ObjectRef | None:
+        """The consumed object, if it is there although no removal of it is owed: it was sent again, or kept."""
+        shard = (inbox, info.key, info.etag)
+        digest = None if shard in self._owed else self._tombstones.sha256_of(*shard)
+        return None if digest is None else ObjectRef(inbox=inbox, key=info.key, sha256=digest, etag=info.etag)

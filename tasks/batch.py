@@ -37,6 +37,7 @@ from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import Score, score, train_pass
 from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.versions import resolved_spec
 
 logger = logging.getLogger("tidemill.batch")
 
@@ -181,6 +182,8 @@ def register(run: BatchRun, result: Score) -> Version:
             entry = Entry(
                 kind="batch",
                 spec=run.spec.model_dump(mode="json"),
+                resolved_spec=resolved_spec(learner),
+                columns={field.name: str(field.type) for field in run.dataset.schema},
                 blobs=Blobs(
                     weights=run.log.write_blob(number, "safetensors", weights),
                     state=run.log.write_blob(number, "state.safetensors", state),

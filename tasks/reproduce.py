@@ -92,8 +92,9 @@ def _same(learner: Learner, version: Version) -> bool:
 def _groups(consumed: Consumed, archives: Sequence[Store], features: Features) -> Sequence[RowGroup]:
     """What was trained on, labels joined. Raises NotFound, and ShardRejected: they do not fit together any more."""
     groups = _found(consumed, archives).row_groups(features.types)
-    if (labels := consumed.labels) is None:
+    if not consumed.labels:
         return groups
+    (labels,) = consumed.labels  # Tidemill joins with one shard of labels
     found = _found(labels, archives).row_groups(features.types)
     return Labels(found, labels.column, features.targets).join(groups).groups
 

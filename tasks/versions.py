@@ -1,6 +1,7 @@
 """From a version in the log to a learner in memory."""
 
 import os
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -25,6 +26,14 @@ def load_learner(log: VersionLog, version: Version, device: str = "cpu") -> Lear
     check_allowed(spec, [name for part in os.environ.get(ALLOWED_MODULES, "").split(",") if (name := part.strip())])
     weights, state = log.read_blob(manifest.blobs.weights), log.read_blob(manifest.blobs.state)
     return Learner.load(spec, weights, state, device)
+
+
+def resolved_spec(learner: Learner) -> dict[str, Any]:
+    """The learner's spec with what it leaves to defaults and to the data filled in: the loss, and how each feature is read."""
+    resolved = learner.spec.model_dump(mode="json") | {"loss": learner.spec.loss_name}
+    read_as = [{"family": column.family, "width": column.width} for column in learner.features.columns]
+    resolved["features"] = [asked | read for asked, read in zip(resolved["features"], read_as, strict=True)]
+    return resolved
 
 
 def spec_of(log: VersionLog, version: Version) -> Spec:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Literal
+from typing import Any
 
 from tidemill.storage.disposal import quarantine_key
 from tidemill.storage.manifest import Blobs, Consumed, Entry, Gate, Owed, TombstonesRef
@@ -12,10 +12,11 @@ from tidemill.tasks.online.gate import Champion, decide
 from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.reading import Kept
 from tidemill.tasks.online.selection import Selection
-from tidemill.tasks.online.work import Head, Work, trigger_on
+from tidemill.tasks.online.work import Head, Work, removal, trigger_on
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.environment import code_revision, environment
+from tidemill.tasks.versions import resolved_spec
 
 
 def commit(work: Work, selection: Selection, champion: Champion, places: Places, settings: OnlineSettings) -> Head:
@@ -41,6 +42,8 @@ def commit(work: Work, selection: Selection, champion: Champion, places: Places,
     entry = Entry(
         kind="online",
         spec=parent.spec,
+        resolved_spec=resolved_spec(learner),
+        columns=parent.columns,
         blobs=Blobs(
             weights=refs[0], state=refs[1], tombstones=_tombstones(work, number, owed, selection, places, settings)
         ),
@@ -51,7 +54,7 @@ def commit(work: Work, selection: Selection, champion: Champion, places: Places,
         gate=gate,
         new_columns=parent.new_columns | work.new_columns,
         metrics=work.metrics()
-        | {"window": Summary.of(compared).model_dump(), "cumulative": cumulative.model_dump()}
+        | {"recent": Summary.of(compared).model_dump(), "cumulative": cumulative.model_dump()}
         | ({"holdout": holdout} if holdout else {}),
         counters=asdict(learner.counters),
         code=code_revision(),
@@ -72,21 +75,10 @@ def commit(work: Work, selection: Selection, champion: Champion, places: Places,
 
 def debts(work: Work, number: int, model: str, settings: OnlineSettings) -> list[Owed]:
     """What version `number` owes for this work: shards to delete or to archive, unless they are kept, and to quarantine."""
-    to = settings.archive_to
-    then: Literal["delete", "archive"] = "delete" if to is None else "archive"
     consumed = [] if settings.after_commit == "keep" else work.consumed_objects
-    removed = [Owed(inbox=s.inbox, key=s.key, sha256=s.sha256, etag=s.etag, then=then, to=to) for s in consumed]
-    return removed + [
-        Owed(
-            inbox=s.inbox,
-            key=s.key,
-            sha256=s.sha256,
-            etag=s.etag,
-            then="quarantine",
-            to=quarantine_key(model, number, s.sha256, s.key),
-            reason=s.reason,
-        )
-        for s in work.rejected
+    return [removal(shard, settings) for shard in consumed] + [
+        Owed.of(shard, "quarantine", quarantine_key(model, number, shard.sha256, shard.key), shard.reason)
+        for shard in work.rejected
     ]
 
 
@@ -100,7 +92,7 @@ def _tombstones(
     # What is in the inbox must be remembered: all that is kept, and what an earlier run has kept and is not removed yet.
     if settings.after_commit != "keep" and selection.complete:
         mine = {inbox.url for inbox in places.inboxes}
-        head.tombstones.prune(mine, keep=((debt.inbox, debt.key, debt.sha256) for debt in owed))
+        head.tombstones.prune(mine, keep=(debt.identity for debt in owed))
     return log.write_tombstones(number, head.tombstones)
 
 

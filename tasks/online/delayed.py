@@ -100,14 +100,5 @@ class DelayedLabels:
                 found,
                 f"{info.key} has no label for any row of {shard.info.key}: compare column {self._column!r} of both",
             )
-        record = LabelShard(
-            inbox=found.inbox,
-            key=info.key,
-            sha256=found.sha256,
-            etag=info.etag,
-            size=info.size,
-            last_modified=info.last_modified,
-            column=self._column,
-            unmatched=joined.unmatched,
-        )
+        record = LabelShard(**dict(found.ref), column=self._column, unmatched=joined.unmatched)
         return Readable(shard, joined.groups, record)

@@ -251,17 +251,15 @@ def decide(
     worse = [c for c in (lately, fixed) if c is not None and not _holds(c, settings.tolerance)]
     in_a_row = 0 if before is None or before.moves != alias.moves else before.refusals
     refusals = in_a_row + 1 if worse else 0
-    resort = settings.after_refusals if isinstance(settings.after_refusals, str) else "retrain"
     return Gate(
         champion=alias.version,
         moves=alias.moves,
         metric=metric,
         decision="refused" if worse else "promoted",
         tolerance=settings.tolerance,
-        window=lately,
+        recent=lately,
         holdout=fixed,
         refusals=refusals,
-        then=resort if refusals >= settings.refusals and resort != "continue" else None,
     )
 
 

@@ -27,10 +27,10 @@ class OnlineReport(BaseModel):
     """Prequential: of each shard before training on it, weighted by rows."""
     champion: dict[str, float] = {}
     """Of the champion, on the same shards."""
-    window: dict[str, float] = {}
+    recent: dict[str, float] = {}
     """As `score`, of the last `recent_shards` shards, those of earlier runs included."""
-    window_champion: dict[str, float] = {}
-    """Of the champion, on the shards of the window."""
+    recent_champion: dict[str, float] = {}
+    """Of the champion, on the same shards."""
     promoted: int = 0
     """Versions to which the champion's alias has moved."""
     refused: int = 0
@@ -63,8 +63,8 @@ class OnlineReport(BaseModel):
         self.first_version = version.version if self.first_version is None else self.first_version
         self._scored.add(version.consumed)
         self.score, self.champion = self._scored.score.mean, self._scored.champion.mean
-        window = Summary.model_validate(version.metrics["window"])
-        self.window, self.window_champion = window.score.mean, window.champion.mean
+        recent = Summary.model_validate(version.metrics["recent"])
+        self.recent, self.recent_champion = recent.score.mean, recent.champion.mean
         for shard in version.consumed:
             self.shards, self.rows = self.shards + 1, self.rows + shard.rows
             self.unlabelled += shard.unlabelled

@@ -11,6 +11,7 @@ from tidemill.storage.errors import ShardRejected
 from tidemill.storage.inbox import Inbox
 from tidemill.storage.manifest import Owed
 from tidemill.storage.store import ObjectInfo
+from tidemill.storage.tombstones import Seen
 from tidemill.tasks.online.delayed import DelayedLabels
 from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.reading import (
@@ -79,9 +80,10 @@ def select(head: Head, places: Places, settings: OnlineSettings, without: Collec
     """
     passed_over: dict[Identity, str] = {}
     inbox, delayed = places.inbox, None
+    seen = Seen(head.tombstones, head.owed, places.spelled)
     if settings.labels is not None and places.labels is not None:
         fits = _fits(places.labels, settings, passed_over)
-        known = _known(head, places, places.labels)
+        known = partial(seen.consumed, places.labels.url)
         delayed = DelayedLabels(places.labels, settings.labels.key, settings.grace_seconds, known, fits)
 
     fits = _fits(inbox, settings, passed_over)
@@ -91,7 +93,7 @@ def select(head: Head, places: Places, settings: OnlineSettings, without: Collec
             return False
         return fits(info) and (delayed is None or delayed.have(info))
 
-    listing = inbox.list(LISTED_AHEAD, _known(head, places, inbox), can_be_used)
+    listing = inbox.list(LISTED_AHEAD, partial(seen.consumed, inbox.url), can_be_used)
     consumed = {inbox: listing.known} if delayed is None else {inbox: listing.known, delayed.inbox: delayed.consumed}
     waiting = _Waiting(head, places, settings, delayed, listing.shards)
     why = waiting.why()
@@ -103,39 +105,19 @@ def select(head: Head, places: Places, settings: OnlineSettings, without: Collec
         waiting=listing.waiting,
         oldest=listing.oldest,
         duplicates=tuple(
-            debt for where, there in consumed.items() for debt in _duplicates(head, places, where, there, settings)
+            debt for where, there in consumed.items() for debt in _duplicates(seen, where, there, settings)
         ),
         passed_over=passed_over,
         warnings=() if delayed is None else delayed.warnings,
     )
 
 
-def _duplicates(
-    head: Head, places: Places, inbox: Inbox, consumed: list[ObjectInfo], settings: OnlineSettings
-) -> Iterator[Owed]:
+def _duplicates(seen: Seen, inbox: Inbox, consumed: list[ObjectInfo], settings: OnlineSettings) -> Iterator[Owed]:
     if settings.after_commit == "keep":
         return
-    owed = _owed(head, places)
     for info in consumed:
-        digest = head.tombstones.sha256_of(inbox.url, info.key, info.etag)
-        if digest is not None and (inbox.url, info.key, info.etag) not in owed:  # what is owed is removed anyway
-            yield removal(inbox.url, info.key, digest, info.etag, settings)
-
-
-def _owed(head: Head, places: Places) -> set[Identity]:
-    """What is being removed."""
-    return {(places.spelled(debt.inbox), debt.key, debt.etag) for debt in head.owed}
-
-
-def _known(head: Head, places: Places, inbox: Inbox) -> Callable[[ObjectInfo], bool]:
-    """Whether an object of an inbox was consumed before."""
-    owed = _owed(head, places)
-
-    def known(info: ObjectInfo) -> bool:
-        shard = (inbox.url, info.key, info.etag)
-        return shard in owed or head.tombstones.sha256_of(*shard) is not None
-
-    return known
+        if (before := seen.again(inbox.url, info)) is not None:
+            yield removal(before, settings)
 
 
 def _fits(inbox: Inbox, settings: OnlineSettings, passed_over: dict[Identity, str]) -> Callable[[ObjectInfo], bool]:

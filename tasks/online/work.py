@@ -9,14 +9,14 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import pyarrow as pa
 
 from tidemill.storage.errors import HeadMoved, ShardRejected, StorageError, UnknownVersion, on_one_line
 from tidemill.storage.inbox import Shard
 from tidemill.storage.log import Version, VersionLog
-from tidemill.storage.manifest import Consumed, Gate, LabelShard, Owed, Predicted, Rejected, consumed_objects
+from tidemill.storage.manifest import Consumed, Gate, LabelShard, ObjectRef, Owed, Predicted, Rejected, consumed_objects
 from tidemill.storage.store import ObjectInfo
 from tidemill.storage.tombstones import Tombstones
 from tidemill.tasks.online.gate import Champion
@@ -101,13 +101,13 @@ def read_learner(log: VersionLog, version: Version, device: str) -> Learner:
         raise HeadMoved(f"{log.url}: retention has removed version {version.number}, the head before.") from error
 
 
-def removal(inbox: str, key: str, sha256: str, etag: str, settings: OnlineSettings) -> Owed:
-    """The removal of a shard that was consumed before.
+def removal(consumed: ObjectRef, settings: OnlineSettings) -> Owed:
+    """The removal of a shard, or of its labels, that was consumed now or before.
 
-    It is archived like others, since it may have been kept until now. An archive does not get twice what it holds.
+    One that was consumed before is archived like others, since it may have been kept until now. An archive does not get twice
+    what it holds.
     """
-    then: Literal["delete", "archive"] = "delete" if settings.archive_to is None else "archive"
-    return Owed(inbox=inbox, key=key, sha256=sha256, etag=etag, then=then, to=settings.archive_to)
+    return Owed.of(consumed, "delete" if settings.archive_to is None else "archive", settings.archive_to)
 
 
 @dataclass
@@ -139,23 +139,17 @@ class Work:
 
     def add(self, found: Readable, ordinal: int, scored: Scored, result: PassResult, passes: int) -> None:
         """Count a shard that was trained on."""
-        shard = found.shard
         self.rows += result.rows
         self.consumed.append(
             Consumed(
-                inbox=shard.inbox,
-                key=shard.info.key,
-                sha256=shard.sha256,
-                etag=shard.info.etag,
-                size=shard.info.size,
-                last_modified=shard.info.last_modified,
+                **dict(found.shard.ref),
                 ordinal=ordinal,
                 rows=result.rows,
                 unlabelled=result.unlabelled,
                 score=scored.learner,
                 champion=scored.champion,
                 predicted=scored.predicted,
-                labels=found.labels,
+                labels=() if found.labels is None else (found.labels,),
                 loss=result.loss,
                 passes=passes,
             )
@@ -269,11 +263,10 @@ def _train_in_turn(
 
 def _note_duplicate(work: Work, shard: Shard, settings: OnlineSettings) -> None:
     """A shard that was consumed before is here again, under another etag. It is removed, or kept and known by its etag."""
-    identity = (shard.inbox, shard.info.key, shard.sha256, shard.info.etag)
     if settings.after_commit == "keep":
-        work.head.tombstones.add(*identity)  # so that the next listing passes over it unread
+        work.head.tombstones.add(*shard.ref.identity, shard.info.etag)  # so that the next listing passes over it unread
     else:
-        work.duplicates.append(removal(*identity, settings))
+        work.duplicates.append(removal(shard.ref, settings))
 
 
 def _takes(limits: Limits, shards: int, size: int, rows: int) -> bool:

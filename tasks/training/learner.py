@@ -6,6 +6,7 @@ of the optimizer and of the feature statistics, everything else as JSON in its m
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -36,7 +37,8 @@ from tidemill.tasks.training.replay import Memory
 from tidemill.tasks.training.spec import BUILT_IN_MODELS, Spec
 
 METADATA_KEY: Final = "tidemill"  # a single key: safetensors does not fix the order of several
-STATE_FORMAT: Final = 1
+STATE_FORMAT: Final = "1.0"
+"""`major.minor`. A field's meaning never changes; a new one is optional, under a higher minor. It and all lower ones are read."""
 
 
 @dataclass
@@ -267,12 +269,23 @@ def _about(state: bytes) -> dict[str, Any]:
     _parsed(state, "bytes of the training state")
     header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
     about: dict[str, Any] = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
-    if about.get("format") != STATE_FORMAT:
+    stated = _format(about.get("format"))
+    if stated is None:
+        raise StateMismatch("the training state says no format: are the weights passed in place of the state?")
+    if stated > (_format(STATE_FORMAT) or ()):
         raise StateMismatch(
-            f"the training state has format {about.get('format')}, this Tidemill reads {STATE_FORMAT}: "
-            f"are the weights passed in place of the state, or was it written by a newer Tidemill?"
+            f"the training state has format {about['format']}, this Tidemill reads up to {STATE_FORMAT}: upgrade Tidemill."
         )
     return about
+
+
+def _format(stated: object) -> tuple[int, ...] | None:
+    """(major, minor); None for what is no format. The number 1 was written before there were minor ones."""
+    if type(stated) is int:
+        return (stated, 0)
+    if isinstance(stated, str) and re.fullmatch(r"\d{1,9}\.\d{1,9}", stated):
+        return tuple(map(int, stated.split(".")))
+    return None
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

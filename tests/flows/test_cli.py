@@ -692,12 +692,12 @@ def test_training_in_processes_of_their_own(place: Place, tmp_path: Path) -> Non
     assert "if it is your code, set TIDEMILL_FACTORIES=mymodel" in result.err.splitlines()[-1]
     result = in_process(*follow, cwd=tmp_path, environment=os.environ | {"TIDEMILL_FACTORIES": "mymodel"})
     assert result.code == 0, result.err
-    first, score, champion, window, gate = result.out.splitlines()
+    first, score, champion, recent, gate = result.out.splitlines()
     assert first == "head of model is version 1: 1 new version from 1 shard, 50 rows"
     assert score.startswith("  score        loss 0.")
     assert champion.startswith("  champion     loss 0.")
     assert (
-        window == f"{score.replace('score ', 'window').partition(' on ')[0]} on the last shards, earlier runs included"
+        recent == f"{score.replace('score ', 'recent').partition(' on ')[0]} on the last shards, earlier runs included"
     )
     assert gate == "  gate         champion moved 1 time"
     assert [line.count("version 1: shards 1, rows 50") for line in result.err.splitlines()] == [0, 1]

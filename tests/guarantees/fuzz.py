@@ -670,7 +670,14 @@ def runs_target(folder: Path) -> Check:
     info = inbox.store.write("d/a.parquet", b"bad")
     name = quarantine_key("model", 1, sha256(b"bad"), info.key)
     debt = {"inbox": inbox.url, "key": info.key, "sha256": sha256(b"bad")}
-    dispose(log, [Owed.model_validate({**debt, "etag": info.etag, "then": "quarantine", "to": name, "reason": "bad"})])
+    dispose(
+        log,
+        [
+            Owed.model_validate(
+                {**debt, "etag": info.etag, "action": "quarantine", "destination": name, "reason": "bad"}
+            )
+        ],
+    )
     progress.finish(own)
     runs = f"model/runs/{progress.key}"
     keys = ["model/aliases/champion.json", f"{name}.json", f"{runs}/run.json", f"{runs}/done.json"]
@@ -822,8 +829,8 @@ def keys_target(folder: Path) -> Check:
                 key=key,
                 sha256=sha256(b"bad"),
                 etag=info.etag,
-                then="quarantine",
-                to=name,
+                action="quarantine",
+                destination=name,
                 reason="bad",
             )
             assert dispose(log, [owed]) == ()

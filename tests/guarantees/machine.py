@@ -543,14 +543,14 @@ class World:
         for version in self.versions:
             for debt in version.owed:
                 pair = (debt.key, debt.sha256)
-                if debt.then == "delete" or pair in self.replaced or self.arrivals[pair] > 1:
+                if debt.action == "delete" or pair in self.replaced or self.arrivals[pair] > 1:
                     continue
-                if debt.then == "archive":
+                if debt.action == "archive":
                     keys = disposal.archive_keys(*pair)
                     held = any(_holds(self.archive, key, debt.sha256) for key in keys)
                     assert held, f"{pair} is not in the archive"
-                elif debt.to is not None and debt.to.rpartition("/")[2] not in self.requeued:
-                    assert _holds(self.registry, debt.to, debt.sha256), f"{pair} is not in quarantine"
+                elif debt.destination is not None and debt.destination.rpartition("/")[2] not in self.requeued:
+                    assert _holds(self.registry, debt.destination, debt.sha256), f"{pair} is not in quarantine"
 
 
 def _holds(store: Store, key: str, digest: str) -> bool:

@@ -44,7 +44,7 @@ def grow(log: VersionLog, versions: int) -> Version:
 
 def fabricate(log: VersionLog, versions: int) -> None:
     """A long history, without blobs, as `commit` leaves it."""
-    blob = BlobRef(key="none", size=0, sha256="")
+    blob = BlobRef(key="none", bytes=0, sha256="")
     parent: Parent | None = None
     for number in range(versions):
         data = encode(

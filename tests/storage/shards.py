@@ -37,7 +37,7 @@ def owe(inbox: Inbox, key: str, then: Literal["delete", "archive", "quarantine"]
     digest = sha256(inbox.store.read(key))
     if then == "quarantine":
         to = quarantine_key("taxi", 3, digest, key)
-    return Owed(inbox=inbox.url, key=key, sha256=digest, etag=info.etag, then=then, to=to, reason="no rows")
+    return Owed(inbox=inbox.url, key=key, sha256=digest, etag=info.etag, action=then, destination=to, reason="no rows")
 
 
 def faulty(url: str, hook: Callable[[Call], None]) -> Stores:

@@ -84,10 +84,10 @@ def test_a_rejected_shard_goes_to_quarantine_with_its_reason(inbox: Inbox, log: 
     debt = owe(inbox, "a/b.parquet", "quarantine")
     assert dispose(log, [debt]) == ()
     assert keys(inbox.store) == []
-    assert debt.to is not None
-    assert log.store.read(debt.to) == b"bytes"
+    assert debt.destination is not None
+    assert log.store.read(debt.destination) == b"bytes"
     ((name, reason),) = quarantined(log).items()
-    assert debt.to == f"taxi/quarantine/{name}"
+    assert debt.destination == f"taxi/quarantine/{name}"
     assert reason == {
         "inbox": inbox.url,
         "key": "a/b.parquet",
@@ -139,7 +139,7 @@ def test_data_that_arrives_between_copy_and_delete_stays(
 
     assert dispose(log, [debt], faulty(inbox.url, overwrite)) == ()
     assert inbox.store.read("a.parquet") == b"new"
-    kept = archive.read("a.parquet") if then == "archive" else log.store.read(str(debt.to))
+    kept = archive.read("a.parquet") if then == "archive" else log.store.read(str(debt.destination))
     assert kept == b"old"
 
 
@@ -195,7 +195,7 @@ def test_if_the_copy_is_denied_the_original_stays(
 def test_an_inbox_that_is_gone_is_carried_and_warned_of(
     memory_log: VersionLog, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    debt = Owed(inbox=str(tmp_path / "gone"), key="a", sha256="s", etag="e", then="delete")
+    debt = Owed(inbox=str(tmp_path / "gone"), key="a", sha256="s", etag="e", action="delete")
     assert dispose(memory_log, [debt]) == (debt,)
     assert "there is no such folder" in caplog.text
 
@@ -239,7 +239,7 @@ def test_after_a_failure_at_any_call_settling_again_ends_the_same(
                 assert memory_archive.read("a.parquet") == data
                 assert len(keys(memory_archive)) == 1
             if then == "quarantine":
-                assert memory_log.store.read(str(debt.to)) == data
+                assert memory_log.store.read(str(debt.destination)) == data
                 assert len(quarantined(memory_log)) == 1
             for store in (memory_archive, memory_log.store):
                 for key in keys(store):
@@ -315,7 +315,7 @@ def reject(inbox: Inbox, log: VersionLog, key: str = "d/a.parquet", data: bytes 
     inbox.store.write(key, data)
     debt = owe(inbox, key, "quarantine")
     assert dispose(log, [debt]) == ()
-    return str(debt.to).removeprefix("taxi/quarantine/")
+    return str(debt.destination).removeprefix("taxi/quarantine/")
 
 
 def test_a_rejected_shard_can_be_sent_back(inbox: Inbox, log: VersionLog) -> None:

@@ -50,7 +50,7 @@ from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
 
-DEBT = Owed(inbox="s3://in", key="k.parquet", sha256="s", etag="e", then="delete")
+DEBT = Owed(inbox="s3://in", key="k.parquet", sha256="s", etag="e", action="delete")
 
 
 @pytest.fixture
@@ -454,7 +454,7 @@ def test_a_commit_asks_for_its_parent_twice_and_nothing_more(memory: MemoryStore
 def test_a_newer_tidemills_head_is_refused_as_such(memory: MemoryStore) -> None:
     log = VersionLog(memory, "taxi")
     grow(log, 2)
-    memory.write(manifest_key(1), memory.read(manifest_key(1)).replace(b'"format": 1', b'"format": 2'))
+    memory.write(manifest_key(1), memory.read(manifest_key(1)).replace(b'"format": "2.0"', b'"format": "2.1"'))
     with pytest.raises(UnsupportedFormat, match="Upgrade"):
         log.head()
 
@@ -520,7 +520,7 @@ def shard(name: int) -> Consumed:
     """With labels if the name is odd."""
     about = {"sha256": f"sha-{name}", "etag": f"etag-{name}", "size": 1, "last_modified": datetime.now(UTC)}
     labels = (
-        {"inbox": "labels", "key": f"{name}.parquet", **about, "column": "id", "unmatched": 0} if name % 2 else None
+        ({"inbox": "labels", "key": f"{name}.parquet", **about, "column": "id", "unmatched": 0},) if name % 2 else ()
     )
     rest = {"ordinal": name, "rows": 1, "unlabelled": 0, "score": {}, "labels": labels}
     return Consumed.model_validate({"inbox": "s3://in", "key": f"{name}.parquet", **about, **rest})
@@ -723,7 +723,7 @@ def test_a_commit_that_did_not_arrive_can_be_done_again(store: Store) -> None:
 
 def test_a_manifest_that_could_not_be_read_back_is_never_committed(memory: MemoryStore) -> None:
     log = VersionLog(memory, "taxi")
-    blob = BlobRef(key="k", size=0, sha256="")
+    blob = BlobRef(key="k", bytes=0, sha256="")
     for metrics in ({"loss": float("nan")}, {"loss": object()}):
         with pytest.raises(ValueError):
             log.commit(None, Entry(kind="batch", spec={}, blobs=Blobs(weights=blob, state=blob), metrics=metrics))

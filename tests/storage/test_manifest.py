@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +20,14 @@ from tidemill.storage.manifest import (
     Blobs,
     Consumed,
     DatasetRef,
+    Entry,
+    Gate,
+    LabelShard,
     Manifest,
+    ObjectRef,
     Owed,
     Parent,
+    Record,
     Rejected,
     TombstonesRef,
     decode,
@@ -32,19 +40,28 @@ WHEN = datetime(2026, 2, 3, 4, 5, 6, 789_012, tzinfo=UTC)
 
 
 def blob(name: str) -> BlobRef:
-    return BlobRef(key=f"taxi/blobs/{name}", size=len(name), sha256=sha256(name.encode()))
+    return BlobRef(key=f"taxi/blobs/{name}", bytes=len(name), sha256=sha256(name.encode()))
 
 
 def manifest(**changes: Any) -> Manifest:
     """A full one: every field has a value."""
     shard = {"inbox": "s3://in", "key": "a b?c=1/ü\n.parquet", "sha256": "5" * 64, "etag": '"e"', "last_modified": WHEN}
+    labels = LabelShard(**{**shard, "key": "l.parquet"}, size=1, column="id", unmatched=0)
     fields: dict[str, Any] = {
         "kind": "online",
         "spec": {"model": {"factory": "a:b"}, "passes": 1, "clip": None},
+        "resolved_spec": {"model": {"factory": "a:b"}, "loss": "mse"},
+        "columns": {"a": "double", "b": "dictionary<values=string, indices=int32, ordered=0>"},
         "blobs": Blobs(weights=blob("w"), state=blob("s"), tombstones=TombstonesRef(**dict(blob("t")), version=40)),
-        "consumed": (Consumed(**shard, size=1, ordinal=7, rows=8, unlabelled=1, score={"mae": 0.1}, loss=1 / 3),),
+        "consumed": (
+            Consumed(
+                **shard, size=1, ordinal=7, rows=8, unlabelled=1, score={"mae": 0.1}, loss=1 / 3, labels=(labels,)
+            ),
+        ),
         "rejected": (Rejected(**shard, size=1, reason="no rows"),),
-        "owed": (Owed(inbox="s3://in", key="k", sha256="5", etag="e", then="archive", to="s3://old", reason="r"),),
+        "owed": (
+            Owed(inbox="s3://in", key="k", sha256="5", etag="e", action="archive", destination="s3://old", reason="r"),
+        ),
         "metrics": {"holdout": {"mae": 0.1}, "epoch_loss": [1e-300, 0.2]},
         "counters": {"rows": 2**60},
         "dataset": DatasetRef(url="file:///d", fingerprint="f", files=1, rows=2),
@@ -74,8 +91,11 @@ def test_a_manifest_comes_back_as_it_was_stored() -> None:
 
 def test_it_is_plain_json_that_jq_can_read() -> None:
     stored = json.loads(encode(manifest()))
-    assert stored["format"] == FORMAT == 1
+    assert stored["format"] == FORMAT == "2.0"
     assert stored["version"] == 42
+    assert stored["blobs"][0] == {"name": "weights", "key": "taxi/blobs/w", "bytes": 1, "sha256": sha256(b"w")}
+    assert [part["name"] for part in stored["blobs"]] == ["weights", "state", "tombstones"]
+    assert [labels["key"] for labels in stored["consumed"][0]["labels"]] == ["l.parquet"]
     assert stored["consumed"][0]["key"] == "a b?c=1/ü\n.parquet"
     assert stored["spec"]["clip"] is None  # a setting that is off stays apart from one that is not given
     assert encode(manifest()).endswith(b"}\n")
@@ -142,9 +162,9 @@ def test_records_are_immutable_and_know_their_fields() -> None:
 # ---- what was not written by this Tidemill -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("newer", [2, 10**9])
-def test_a_newer_format_is_named_as_such(newer: int) -> None:
-    with pytest.raises(UnsupportedFormat, match=f"{WHERE} has manifest format {newer}.*Upgrade"):
+@pytest.mark.parametrize("newer", ["2.1", "3.0", "2.10", "10.0", 10**9])
+def test_a_newer_format_is_named_as_such(newer: str | int) -> None:
+    with pytest.raises(UnsupportedFormat, match=f"{WHERE} has format {newer}; .* up to 2.0. Upgrade"):
         decode(json.dumps({"format": newer, "anything": "else"}).encode(), WHERE)
 
 
@@ -162,13 +182,46 @@ def test_an_added_field_is_noticed() -> None:
         decode(json.dumps({**stored, "note": "hand made"}).encode(), WHERE)
 
 
-@pytest.mark.parametrize("edit", [{"version": "x"}, {"kind": "magic"}, {"note": 1}, {"format": 0}, {"format": "1"}])
+@pytest.mark.parametrize(
+    "edit", [{"version": "x"}, {"kind": "magic"}, {"note": 1}, {"format": 0}, {"format": "1"}, {"format": "1.0"}]
+)
 def test_a_right_checksum_does_not_make_wrong_fields_right(edit: dict[str, object]) -> None:
     stored = json.loads(encode(manifest()))
     del stored["checksum"]
     assert decode(signed(stored), WHERE) == manifest()
     with pytest.raises(CorruptObject, match=WHERE):
         decode(signed({**stored, **edit}), WHERE)
+
+
+@pytest.mark.parametrize("blobs", [[], {}, [{"name": "weights"}], "weights", [1]], ids=repr)
+def test_blobs_that_are_no_list_of_parts_are_corrupt(blobs: object) -> None:
+    stored = json.loads(encode(manifest()))
+    del stored["checksum"]
+    for wrong in (blobs, [*stored["blobs"], stored["blobs"][0]]):  # the second: a name twice
+        with pytest.raises(CorruptObject, match=WHERE):
+            decode(signed({**stored, "blobs": wrong}), WHERE)
+
+
+# ---- the format ----------------------------------------------------------------------------------------------------------
+
+
+def models() -> Iterator[type[Record]]:
+    """Manifest, and all that it is made of."""
+    waiting: list[type[Record]] = [Record]
+    while waiting:
+        model = waiting.pop()
+        waiting += model.__subclasses__()
+        if model.__module__ == Record.__module__ and model not in (Record, ObjectRef, Entry, BlobRef):
+            yield model
+
+
+def test_the_format_page_names_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs/format.md").read_text()
+    missing = [
+        f"{m.__name__}.{name}" for m in models() for name in m.model_fields if not re.search(rf"\b{name}\b", page)
+    ]
+    assert Gate in models()
+    assert missing == []
 
 
 def test_whitespace_and_the_order_of_fields_do_not_matter_to_the_checksum() -> None:

@@ -186,7 +186,7 @@ def test_a_retrained_model_carries_what_the_head_owes_and_remembers(dataset: str
     remembered = Tombstones()
     remembered.add("i", "k", "s", "e")
     memory = log.write_tombstones(1, remembered)
-    owed = {"inbox": "memory://gone", "key": "k", "sha256": "s", "etag": "e", "then": "delete"}
+    owed = {"inbox": "memory://gone", "key": "k", "sha256": "s", "etag": "e", "action": "delete"}
     blobs = {**dict(head.manifest.blobs), "tombstones": memory}
     entry = Entry.model_validate({"kind": "online", "spec": head.manifest.spec, "blobs": blobs, "owed": [owed]})
     log.commit(head, entry)

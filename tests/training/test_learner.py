@@ -10,7 +10,7 @@ from safetensors.torch import save as tensor_bytes
 from tests.training.rows import begin, cut, numbers_table, plain_spec
 from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.learner import STATE_FORMAT, Learner
 from tidemill.tasks.training.loop import predict, train_pass
 from tidemill.tasks.training.optimizers import OPTIMIZERS
 from tidemill.tasks.training.steps import Steps
@@ -125,8 +125,20 @@ def test_bytes_that_are_something_else_are_refused():
         Learner.load(spec, weights, b"PAR1")
     with pytest.raises(StateMismatch, match="not a safetensors file"):
         Learner.load(spec, weights[:-1], state)
-    with pytest.raises(StateMismatch, match=r"has format None.*passed in place of the state"):
+    with pytest.raises(StateMismatch, match=r"says no format.*passed in place of the state"):
         Learner.load(spec, weights, weights)
+
+
+def test_a_state_of_a_lower_format_is_read_and_of_a_higher_one_refused():
+    spec = plain_spec()
+    weights, state = begin(spec, GROUPS).dump()
+    own = rb"\"format\": \"1.0\""
+    assert own in state
+    assert STATE_FORMAT == "1.0"
+    assert Learner.load(spec, weights, state.replace(own, rb"\"format\": 1".ljust(len(own)))).dump() == (weights, state)
+    for newer in (b"1.1", b"2.0", b"9.9"):
+        with pytest.raises(StateMismatch, match=rf"has format {newer.decode()}, .* up to 1\.0: upgrade"):
+            Learner.load(spec, weights, state.replace(own, own.replace(b"1.0", newer)))
 
 
 SCALED = plain_spec(standardize_features=True, standardize_target=True, running_statistics=True)

@@ -91,9 +91,9 @@ def test_features_wait_for_their_labels_and_both_are_consumed_together(world: Wo
     assert (report.shards, report.rows, report.unlabelled, report.waiting) == (1, 49, 1, 2)
     assert world.left == (["0.parquet", "2.parquet"], ["9.parquet"])
     consumed = world.log.head().manifest.consumed[0]
-    assert consumed.labels is not None
-    assert (consumed.key, consumed.labels.key, consumed.labels.column) == ("1.parquet", "1.parquet", "id")
-    assert consumed.labels.unmatched == 0
+    (joined,) = consumed.labels
+    assert (consumed.key, joined.key, joined.column) == ("1.parquet", "1.parquet", "id")
+    assert joined.unmatched == 0
 
 
 def test_it_is_the_same_as_if_the_labels_had_come_with_the_features(world: World) -> None:
@@ -145,7 +145,7 @@ def later(world: World, moves: int | None, champion: int = 0, decision: str = "p
     compared = Compared(rows=1, learner=1.0, champion=1.0)
     gate = None if moves is None else Gate.model_validate(
         {"champion": champion, "moves": moves, "metric": "rmse", "decision": decision, "tolerance": 0.1, "refusals": 0}
-        | {"window": compared}
+        | {"recent": compared}
     )  # fmt: skip
     head = world.log.head()
     entry = Entry(kind="online", spec=head.manifest.spec, blobs=head.manifest.blobs, gate=gate)

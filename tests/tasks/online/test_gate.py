@@ -122,12 +122,12 @@ def test_a_version_may_be_worse_by_the_tolerance_only(learner: float, champion: 
 
 def test_the_window_is_weighted_by_rows() -> None:
     gate = decided([shard(1.0, 2.0, rows=30), shard(5.0, 2.0, rows=10)])
-    assert gate.window == Compared(rows=40, learner=2.0, champion=2.0)
+    assert gate.recent == Compared(rows=40, learner=2.0, champion=2.0)
 
 
 def test_shards_that_one_of_the_two_could_not_score_do_not_count() -> None:
     unscored = shard(9.0, 1.0).model_copy(update={"champion": {}})
-    assert decided([unscored, shard(1.0, 1.0)]).window.rows == 10
+    assert decided([unscored, shard(1.0, 1.0)]).recent.rows == 10
     assert decide(GateSettings(), Alias(0, 0), "rmse", [unscored], None, None) is None
 
 
@@ -135,7 +135,7 @@ def test_a_score_that_is_not_finite_is_refused() -> None:
     assert decided([shard(1.0, 1.0)], (scored(float("nan")), scored(1.0))).decision == "refused"
     broken = shard(1.0, 1.0).model_copy(update={"score": {}})  # what is left of a score that is not finite
     gate = decided([shard(1.0, 2.0), broken])
-    assert (gate.decision, gate.window.rows) == ("refused", 20)
+    assert (gate.decision, gate.recent.rows) == ("refused", 20)
 
 
 def test_refusals_are_counted_in_a_row() -> None:
@@ -143,7 +143,6 @@ def test_refusals_are_counted_in_a_row() -> None:
     for value in (2.0, 2.0, 1.0, 2.0, 2.0, 2.0, 2.0):
         gates.append(decided([shard(value, 1.0)], before=gates[-1] if gates else None))
     assert [gate.refusals for gate in gates] == [1, 2, 0, 1, 2, 3, 4]
-    assert [gate.then for gate in gates] == [None, None, None, None, None, "stop", "stop"]
 
 
 def test_refusals_are_counted_anew_once_somebody_has_moved_the_alias() -> None:
@@ -174,7 +173,7 @@ def test_the_champion_scores_the_same_shards_and_moves_to_versions_that_are_not_
         metric="rmse",
         decision="promoted",
         tolerance=0.05,
-        window=manifest.gate.window if manifest.gate else None,
+        recent=manifest.gate.recent if manifest.gate else None,
         refusals=0,
     )
 
@@ -218,7 +217,7 @@ def refused(world: World, best: float) -> Entry:
         metric="rmse",
         decision="refused",
         tolerance=0.05,
-        window=Compared(rows=1, learner=9.0, champion=best),
+        recent=Compared(rows=1, learner=9.0, champion=best),
         holdout=Compared(rows=100, learner=9.0, champion=best),
         refusals=1,
     )
@@ -268,7 +267,6 @@ def test_many_refusals_stop_the_run_until_a_person_decides(world: World) -> None
     gate = {"holdout_dataset": world.url("holdout"), "refusals": 2, "after_refusals": "stop"}
     with pytest.raises(GateClosed, match=r"2 versions in a row, up to 6, were worse than champion 4 .*rmse .* holdout"):
         world.drain(GOOD | POISON, gate=gate)
-    assert world.gate(6).then == "stop"
     assert keys(world.url("inbox")) == ["06.parquet", "07.parquet"], "nothing more was trained on"
     with pytest.raises(GateClosed):
         step(world.run(gate=gate))
@@ -380,13 +378,13 @@ def test_windowed_and_cumulative_scores_are_those_of_the_shards(world: World) ->
     report = world.drain(GOOD, limits={"max_shards": 3})
     consumed = [shard for number in (1, 2) for shard in world.log.version(number).manifest.consumed]
     metrics = world.log.head().manifest.metrics
-    for name, shards in (("window", consumed[-3:]), ("cumulative", consumed)):
+    for name, shards in (("recent", consumed[-3:]), ("cumulative", consumed)):
         assert metrics[name]["shards"] == len(shards)
         for who, scores in (("score", [s.score for s in shards]), ("champion", [s.champion for s in shards])):
             mean = sum(s["mae"] * 60 for s in scores) / (60 * len(scores))
             assert metrics[name][who]["mean"]["mae"] == pytest.approx(mean)
-    assert report.window == metrics["window"]["score"]["mean"]
-    assert report.window_champion == metrics["window"]["champion"]["mean"]
+    assert report.recent == metrics["recent"]["score"]["mean"]
+    assert report.recent_champion == metrics["recent"]["champion"]["mean"]
 
 
 # ---- columns over time -----------------------------------------------------------------------------------------------

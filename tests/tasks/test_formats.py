@@ -1,0 +1,73 @@
+"""Registries of every format that was ever written are read, audited and gone on from.
+
+`tests/storage/formats/1` was written by the last Tidemill before format 2.0, and `2.0` by the first one with it. Both have a
+batch version, an online version that archived its shard, one that rejected, a rollback, and one with delayed labels that the gate
+refused.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.tasks.rows import put, rows
+from tidemill.storage.audit import audit
+from tidemill.storage.disposal import quarantined
+from tidemill.storage.log import VersionLog, open_log
+from tidemill.storage.manifest import FORMAT, Compared, decode
+from tidemill.tasks.online.step import OnlineRun, Outcome, step
+from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.versions import load_learner
+
+FORMATS = Path(__file__).parents[1] / "storage/formats"
+
+
+@pytest.fixture(params=sorted(path.name for path in FORMATS.iterdir()))
+def log(request: pytest.FixtureRequest, tmp_path: Path) -> VersionLog:
+    shutil.copytree(FORMATS / request.param, tmp_path / "registry")
+    return open_log(str(tmp_path / "registry"), "model")
+
+
+def test_a_history_of_any_format_is_sound_and_says_what_it_said(log: VersionLog) -> None:
+    found = audit(log)
+    assert (found.findings, found.versions, found.consumed, found.rejected) == ([], 6, 3, 1)
+    versions = [log.version(number).manifest for number in range(6)]
+    assert [v.kind for v in versions] == ["batch", "online", "online", "online", "rollback", "online"]
+    assert {v.format for v in versions} == {FORMAT}, "told as the newest format tells it"
+    [debt] = versions[1].owed
+    assert (debt.key, debt.action, debt.destination) == ("a.parquet", "archive", "memory://format-1/archive")
+    [debt] = versions[2].owed
+    assert (debt.key, debt.action, debt.reason is not None) == ("b.parquet", "quarantine", True)
+    [features] = versions[5].consumed
+    [labels] = features.labels
+    assert (features.inbox, labels.inbox) == ("memory://format-1/features", "memory://format-1/labels")
+    assert (features.key, labels.key, labels.column) == ("d.parquet", "d.parquet", "id")
+    assert versions[5].gate is not None
+    assert versions[5].gate.decision == "refused"
+    assert isinstance(versions[5].gate.recent, Compared)
+    assert versions[5].metrics["recent"]["shards"] == 1
+    assert versions[0].metrics["best_epoch"] == len(versions[0].metrics["epoch_holdout"])
+    assert list(quarantined(log)) == [versions[2].owed[0].destination.rpartition("/")[2]]
+
+
+def test_a_history_of_any_format_is_gone_on_from(log: VersionLog, tmp_path: Path) -> None:
+    before = log.head()
+    load_learner(log, before)
+    inbox = str(tmp_path / "inbox")
+    put(inbox, {"e.parquet": rows(30, 9)})
+    run = OnlineRun(inbox, log.store.url, "model", OnlineSettings(grace_seconds=0))
+    assert step(run).outcome is Outcome.COMMITTED
+    back = log.rollback(log.version(1))
+    assert back.number == before.number + 2
+    assert audit(log).findings == []
+    stored = json.loads(log.store.read("model/log/00000006.json"))
+    assert stored["format"] == FORMAT
+    assert stored["parent"]["sha256"] == before.sha256
+
+
+def test_every_manifest_of_the_kept_registries_is_of_the_format_that_its_folder_names() -> None:
+    for path in FORMATS.glob("*/model/log/*.json"):
+        stated = json.loads(path.read_bytes())["format"]
+        assert str(stated) == path.parents[2].name
+        decode(path.read_bytes(), str(path))
