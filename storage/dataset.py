@@ -134,6 +134,7 @@ def snapshot(
     opener = _Opener(store, infos, types or {})
     groups: list[RowGroup] = []
     schemas: list[pa.Schema] = []
+    footers: list[str] = []
     open_file = opener.cached if len(infos) <= _OPEN_FILES else opener.open  # all can stay open, or none would last
     with ThreadPoolExecutor(_FOOTER_READERS) as pool:
         for number, file in enumerate(pool.map(open_file, range(len(infos)))):
@@ -142,11 +143,15 @@ def snapshot(
             if schema is None:
                 schemas.append(schema := file.schema)
             file.schema = schema
+            footers.append(file.footer_sha256)
             groups += row_groups(file, functools.partial(opener.cached, number))
     rows = sum(group.num_rows for group in groups)
     if not rows:
         raise DatasetError(f"{there.url}: its {len(infos)} Parquet files hold no rows.")
-    identity = json.dumps([[i.key, i.size, i.etag] for i in infos]).encode()
+    # Not the etags, locally, where `chmod` and hard links change them: a run that is resumed would begin anew.
+    identity = json.dumps(
+        [[i.key, i.size, i.fingerprint_etag, f] for i, f in zip(infos, footers, strict=True)]
+    ).encode()
     ref = DatasetRef(url=there.url, fingerprint=hashlib.sha256(identity).hexdigest(), files=len(infos), rows=rows)
     return Snapshot(ref, groups, passed_over, store.url)
 

@@ -5,6 +5,7 @@ comes through a `fetch` that pins the object's etag, and decoding never calls th
 """
 
 import contextlib
+import hashlib
 import mmap
 import sys
 import threading
@@ -155,6 +156,10 @@ class ParquetFile:
         with self._decoding("its footer"):
             if footer > size - 4:
                 raise ValueError(f"the footer claims {footer} bytes in a file of {size}")
+            if footer > len(tail):
+                tail = fetch(size - footer, footer - len(tail)) + tail
+            self.footer_sha256 = hashlib.sha256(tail[-footer:]).hexdigest()
+            """Of what the file says of its columns: their sizes, places and, mostly, least and greatest values."""
             self._metadata = pq.read_metadata(_stream(self._file(size - len(tail), tail)))
             # Not `metadata.schema`: the two would refer to each other, and footers wait for the garbage collector.
             self._leaves = pq.ParquetSchema(self._metadata)

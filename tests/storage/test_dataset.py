@@ -2,12 +2,14 @@
 
 import gc
 import io
+import os
 import sys
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,6 +90,36 @@ def test_any_change_of_the_files_changes_the_fingerprint(store: Store) -> None:
     store.write("d.parquet", rows())
     look()
     assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    "act",
+    [lambda path: path.chmod(0o600), lambda path: os.link(path, path.parent.parent / "backup")],
+    ids=["chmod", "link"],
+)
+def test_permissions_and_hard_links_leave_the_fingerprint(tmp_path: Path, act: Callable[[Path], None]) -> None:
+    """As of a backup, or a volume that is mounted for a group: a run that is resumed goes on."""
+    store = open_store(str(tmp_path / "dataset"))
+    store.write("a.parquet", rows(1))
+    first = snapshot(store.url)
+    act(tmp_path / "dataset" / "a.parquet")
+
+    assert snapshot(store.url).ref == first.ref
+    with pytest.raises(DatasetChanged):  # not within a run, which reads by the etag
+        first.row_groups[0].read(["x"])
+
+
+def test_other_rows_in_the_same_inode_with_the_same_size_and_time_have_another_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(rows(1))
+    first, before = snapshot(str(tmp_path)).ref.fingerprint, path.stat()
+    with path.open("r+b") as file:
+        file.write(rows(2))
+    os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_ino, after.st_mtime_ns, after.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
+
+    assert snapshot(str(tmp_path)).ref.fingerprint != first
 
 
 def test_names_and_etags_cannot_be_mixed_up_in_the_fingerprint(memory: MemoryStore) -> None:
