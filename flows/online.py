@@ -1,15 +1,15 @@
 """The online flow: one step after the other until there is nothing left, or until told to stop. Composition only."""
 
+from dataclasses import replace
 from typing import cast
 
 from prefect import flow
 from prefect.states import Completed
 
 from tidemill.flows.batch import batch_training
-from tidemill.flows.stopping import stop_on_signals
 from tidemill.tasks import wrappers
+from tidemill.tasks.online.doors import run_by
 from tidemill.tasks.online.report import OnlineReport
-from tidemill.tasks.online.step import Outcome, retrained, retraining
 from tidemill.tasks.settings import OnlineSettings
 
 
@@ -26,20 +26,8 @@ def online_training(inbox: str, registry: str, model: str, settings: OnlineSetti
         model: Name of a model that `batch_training` has registered.
         settings: Drain or follow, limits of one commit, what becomes of consumed shards, when the champion moves.
     """
-    run = wrappers.open_online(inbox, registry, model, settings)
-    with stop_on_signals(settings.stop_after_seconds) as stop:
-        while not stop:
-            match wrappers.step(run).outcome:
-                case Outcome.RETRAIN:
-                    retrained(run, batch_training(*retraining(run)))
-                case Outcome.IDLE:
-                    if settings.mode == "drain":
-                        break
-                    stop.wait(settings.poll_seconds)
-                    # No task: a follower looks all day, and Prefect keeps every task run.
-                    while not stop and not run.poll():
-                        stop.wait(settings.poll_seconds)
-    if run.report.versions == 0:
+    report = run_by(replace(wrappers.online_steps, retrain=batch_training), inbox, registry, model, settings)
+    if report.versions == 0:
         # Prefect shows the state's name, and hands its data to the caller.
-        return cast(OnlineReport, Completed(name="Skipped", message="no shard to train on", data=run.report))
-    return run.report
+        return cast(OnlineReport, Completed(name="Skipped", message="no shard to train on", data=report))
+    return report

@@ -6,6 +6,7 @@ never the safety: every function here reloads what is committed when it is calle
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import task
@@ -17,6 +18,7 @@ from tidemill.storage import retention
 from tidemill.storage.errors import Unavailable
 from tidemill.tasks import batch
 from tidemill.tasks.online import step as online
+from tidemill.tasks.online.doors import OnlineSteps
 from tidemill.tasks.retrying import BACKOFF_SECONDS, RETRIES
 
 logger = logging.getLogger("tidemill")
@@ -58,8 +60,10 @@ batch_steps = batch.BatchSteps(
     finish=_task(batch.finish, "promote"),
 )
 
-open_online = _task(online.open_run, "open-inbox")
-step = _task(online.step, "step")
-
+online_steps = OnlineSteps(
+    open_run=_task(online.open_run, "open-inbox"),
+    step=_task(online.step, "step"),
+    retrain=partial(batch.train_by, batch_steps),
+)
 
 collect_garbage = _task(retention.maintain, "garbage-collection")

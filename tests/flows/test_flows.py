@@ -7,8 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,7 +24,6 @@ from tests.s3_server import wait_until
 from tidemill.flows.batch import batch_training
 from tidemill.flows.maintenance import maintenance
 from tidemill.flows.online import online_training
-from tidemill.flows.stopping import stop_on_signals
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.errors import StoreNotFound, Unavailable, UnknownModel
 from tidemill.storage.log import VersionLog, open_log
@@ -287,60 +284,15 @@ def test_only_a_store_that_was_away_is_tried_again(error: Exception, retried: bo
 
 
 def test_every_task_tries_again_and_stores_nothing() -> None:
-    tasks = (
-        *vars(wrappers.batch_steps).values(),
-        *(wrappers.open_online, wrappers.step, wrappers.collect_garbage),
-    )
+    online = wrappers.online_steps
+    tasks = (*vars(wrappers.batch_steps).values(), online.open_run, online.step, wrappers.collect_garbage)
     for task in tasks:
         assert task.retries == 3
         assert task.retry_delay_seconds == [10, 20, 40]
         assert task.retry_condition_fn is wrappers._store_was_away
         assert task.persist_result is False
     state = Failed(data=Unavailable("away"))
-    assert wrappers._store_was_away(wrappers.step, None, state)  # type: ignore[arg-type]
-
-
-# ---- stopping --------------------------------------------------------------------------------------------------------
-@contextmanager
-def signal_later(number: signal.Signals) -> Iterator[None]:
-    timer = threading.Timer(0.2, os.kill, [os.getpid(), number])
-    timer.start()
-    yield
-    timer.join()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_waiting(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with stop_on_signals() as stop, signal_later(number):
-        assert not stop
-        began = time.monotonic()
-        stop.wait(60)
-        assert time.monotonic() - began < 30
-        assert stop
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_interrupt_does_not_wait() -> None:
-    with stop_on_signals() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_off_the_main_thread_only_the_time_ends_it() -> None:
-    done = []
-
-    def run() -> None:
-        with stop_on_signals(after_seconds=0.1) as stop:
-            stop.wait(60)
-            done.append(bool(stop))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join(30)
-    assert done == [True]
+    assert wrappers._store_was_away(online.step, None, state)  # type: ignore[arg-type]
 
 
 @memory

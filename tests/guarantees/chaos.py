@@ -56,7 +56,6 @@ from tests.guarantees.children import (
     waiting,
 )
 from tests.s3_server import S3, Server, running_server, wait_until
-from tidemill.flows.stopping import stop_on_signals
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.errors import StorageError, Unavailable
@@ -68,6 +67,7 @@ from tidemill.storage.tombstones import WINDOW
 from tidemill.storage.urls import open_store
 from tidemill.tasks.online import step as online
 from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.stopping import stop_on_signals
 
 BUCKET, MODEL = "chaos", "model"
 REGISTRY, INBOX = f"s3://{BUCKET}/registry", f"s3://{BUCKET}/inbox"

@@ -69,6 +69,7 @@ def open_run(inbox: str, registry: str, stores: Callable[[str], Store] = open_st
 
 
 def drain(run: OnlineRun) -> online.OnlineReport:
+    """Step after step of a run that is already open, and may be looked into."""
     while online.step(run).outcome is not Outcome.IDLE:
         pass
     return run.report

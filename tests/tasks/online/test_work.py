@@ -20,7 +20,7 @@ from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
-from tidemill.tasks.online import work
+from tidemill.tasks.online import drain, work
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
@@ -59,11 +59,7 @@ class World:
         self.url = make_url
         put(self.url("dataset"), {"part-0.parquet": rows(200, 0)})
         put(self.url("inbox"), {})
-        taken = batch.take_snapshot(self.url("dataset"))
-        run = batch.open_run(taken, self.url("registry"), "model", spec, BatchSettings(device="cpu"))
-        for epoch in run.epochs_left:
-            batch.train_epoch(run, epoch)
-        batch.finish(run, batch.register(run, batch.evaluate(run)))
+        batch.train(self.url("dataset"), self.url("registry"), "model", spec, BatchSettings(device="cpu"))
 
     @property
     def log(self) -> VersionLog:
@@ -73,14 +69,13 @@ class World:
         put(self.url("inbox"), tables)
 
     def run(self, stores: Callable[[str], Store] = open_store, **settings: object) -> OnlineRun:
-        given = OnlineSettings.model_validate({"grace_seconds": 0, "device": "cpu"} | settings)
-        return OnlineRun(self.url("inbox"), self.url("registry"), "model", given, stores)
+        return OnlineRun(self.url("inbox"), self.url("registry"), "model", self.settings(**settings), stores)
+
+    def settings(self, **settings: object) -> OnlineSettings:
+        return OnlineSettings.model_validate({"grace_seconds": 0, "device": "cpu"} | settings)
 
     def drain(self, stores: Callable[[str], Store] = open_store, **settings: object) -> OnlineReport:
-        run = self.run(stores, **settings)
-        while step(run).outcome is not Outcome.IDLE:
-            pass
-        return run.report
+        return drain(self.url("inbox"), self.url("registry"), "model", self.settings(**settings), stores=stores)
 
     @property
     def bits(self) -> tuple[str, str]:
