@@ -27,7 +27,7 @@ from tidemill.storage.inbox import Inbox, Shard
 from tidemill.storage.manifest import LabelShard
 from tidemill.storage.parquet import RowGroup as FileGroup
 from tidemill.storage.store import ObjectInfo
-from tidemill.tasks.training.errors import ColumnError, described, is_of_the_machine
+from tidemill.tasks.training.errors import ColumnError, described, of_the_machine
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
 
@@ -157,7 +157,7 @@ def may_be_the_shards(error: Exception) -> bool:
 
     Errors of a store, of memory or of an accelerator never are. All others may be: of the model, the loss, a metric, Arrow.
     """
-    return isinstance(error, ShardRejected) or not (isinstance(error, StorageError) or is_of_the_machine(error))
+    return isinstance(error, ShardRejected) or not (isinstance(error, StorageError) or of_the_machine(error))
 
 
 # ---- row groups that are decoded already -----------------------------------------------------------------------------

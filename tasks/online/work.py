@@ -25,7 +25,7 @@ from tidemill.tasks.online.reading import Kept, Later, Readable, Reader, Unusabl
 from tidemill.tasks.online.triggers import Judged, Trigger
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import Limits, OnlineSettings, Triggers
-from tidemill.tasks.training.errors import ColumnError, ModelFails, NonFiniteLoss, described, is_of_the_machine
+from tidemill.tasks.training.errors import ColumnError, ModelFails, NonFiniteLoss, described, of_the_machine
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import PassResult, score, train_shard
 from tidemill.tasks.training.made_up import made_up
@@ -334,7 +334,7 @@ def _try_made_up_rows(head: Head, faults: Sequence[Fault], log: VersionLog, sett
         score(learner, rows)
         train_shard(head.steps, rows, passes=1)
     except Exception as error:
-        if isinstance(error, StorageError) or is_of_the_machine(error):
+        if isinstance(error, StorageError) or of_the_machine(error):
             raise
         raise _model_fails(log, faults, f"on made-up rows: {described(error)}") from error
     head.read_again(log, settings.device)

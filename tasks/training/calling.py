@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from tidemill.tasks.training.errors import ModelError, TrainingError
+from tidemill.tasks.training.errors import of_the_machine as of_the_machine
 
 FRAMES: Final = 2
 """Frames of the user's own files that an error is told with: where it was raised, and what called that."""
 _NOT_THEIRS: Final = tuple(
     f"{folder.resolve()}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
 )
-_OF_THE_MACHINE: Final = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-_WORDS_OF_THE_MACHINE: Final = ("can't allocate memory", "CUDA error", "CUDA out of memory", "not enough memory")
 
 
 @contextmanager
@@ -54,11 +53,6 @@ def importing() -> Iterator[None]:
         torch.set_grad_enabled(gradients)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-
-
-def of_the_machine(error: BaseException) -> bool:
-    """Whether an error tells of the machine, as no memory does, and so nothing about the model or its rows."""
-    return isinstance(error, _OF_THE_MACHINE) or any(words in str(error) for words in _WORDS_OF_THE_MACHINE)
 
 
 @contextmanager

@@ -46,12 +46,13 @@ class ModelFails(TrainingError):
 
 
 # ---- errors that nobody raised on purpose ----------------------------------------------------------------------------
-_MACHINE = re.compile(
-    r"\b(CUDA|CUBLAS|cuBLAS|cuDNN|NCCL|HIP|MPS|XPU)\b.*error|can't allocate memory|start new thread", re.I
+_MACHINE: Final = re.compile(
+    r"\b(CUDA|CUBLAS|cuDNN|NCCL|HIP|MPS|XPU)\b.*\berror|out of memory|not enough memory|can't allocate memory|start new thread",
+    re.IGNORECASE,
 )
 
 
-def is_of_the_machine(error: Exception) -> bool:
+def of_the_machine(error: BaseException) -> bool:
     """Whether an error is of memory, of an accelerator or of the operating system, and so says nothing of the rows.
 
     torch raises RuntimeError for most of these. An OSError without a number is not the operating system's: Arrow raises it
