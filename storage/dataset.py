@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import pyarrow as pa
 
@@ -67,12 +67,28 @@ class LeftOut:
         return f"{self.count} {self.reason} ({', '.join(map(on_one_line, self.names))}{more})"
 
 
+class Group(Protocol):
+    """A row group of a dataset: of a file, or of a table in memory. See `tidemill.storage.parquet.RowGroup`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def file(self) -> str: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def schema(self) -> pa.Schema: ...
+    @property
+    def readers(self) -> int: ...
+    def read(self, columns: Sequence[str]) -> pa.Table: ...
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The files of a dataset as they were at one moment. Reading any other bytes later is an error, never a mixture."""
 
     ref: DatasetRef
-    row_groups: Sequence[RowGroup]
+    row_groups: Sequence[Group]
     """In order of (key, index)."""
     passed_over: tuple[LeftOut, ...] = ()
     """What lies below the URL and is not read, by reason."""

@@ -213,6 +213,10 @@ class Gate(Record):
         )
 
 
+IN_MEMORY: Final = "memory:"
+"""The URL of a dataset that is a table in memory."""
+
+
 class DatasetRef(Record):
     """What a batch run was trained on."""
 

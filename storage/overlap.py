@@ -27,7 +27,7 @@ from tidemill.storage.errors import (
     UnknownVersion,
     UnsupportedFormat,
 )
-from tidemill.storage.manifest import consumed_objects, verified
+from tidemill.storage.manifest import IN_MEMORY, consumed_objects, verified
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.urls import open_store
 
@@ -170,7 +170,7 @@ def named_datasets(log: "VersionLog") -> dict[str, int]:
         except (UnknownVersion, CorruptObject, UnsupportedFormat) as error:
             logger.warning("which dataset version %d was trained on is not known: %s", version, error)
             return []
-        return [] if ref is None else [(version, ref.url)]
+        return [] if ref is None or ref.url == IN_MEMORY else [(version, ref.url)]
 
     workers = log.store.concurrency
     try:

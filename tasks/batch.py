@@ -12,28 +12,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+import pyarrow as pa
 from pydantic import BaseModel
 
 from tidemill.storage.aliases import promote
 from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.errors import HeadMoved, UnknownVersion
 from tidemill.storage.log import Version, VersionLog
-from tidemill.storage.manifest import Blobs, Entry
+from tidemill.storage.manifest import IN_MEMORY, Blobs, Entry
 from tidemill.storage.overlap import (
     check_holdout,
     keep_out_of_dataset,
     keep_out_of_inbox,
     named_inboxes,
 )
-from tidemill.storage.parquet import RowGroup
 from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch_run import BatchRun
 from tidemill.tasks.retrying import retried
 from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.table import table_snapshot
 from tidemill.tasks.training.environment import code_revision, environment
-from tidemill.tasks.training.groups import Split
+from tidemill.tasks.training.groups import RowGroup, Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import Score, score, train_pass
 from tidemill.tasks.training.spec import Spec
@@ -56,12 +57,18 @@ class VersionInfo(BaseModel):
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
-def take_snapshot(dataset: str, holdout: str | None = None, stores: Callable[[str], Store] = open_store) -> Snapshot:
+def take_snapshot(
+    dataset: str | pa.Table, holdout: str | None = None, stores: Callable[[str], Store] = open_store
+) -> Snapshot:
     """The dataset as it is now, without a holdout that lies inside of it; see `tidemill.storage.dataset.snapshot`.
+
+    A table in memory is one too; see `tidemill.tasks.table`.
 
     Raises:
         PlacesOverlap: the dataset is its own holdout, or lies inside of it.
     """
+    if isinstance(dataset, pa.Table):
+        return table_snapshot(dataset)
     without = None
     if holdout is not None:
         without = stores(holdout).url
@@ -104,7 +111,7 @@ def open_run(
 
 
 def _check_places(dataset: Snapshot, log: VersionLog, settings: BatchSettings, stores: Callable[[str], Store]) -> None:
-    datasets = {"the dataset": dataset.ref.url}
+    datasets = {} if dataset.ref.url == IN_MEMORY else {"the dataset": dataset.ref.url}
     if settings.holdout_dataset is not None:
         datasets["holdout_dataset"] = stores(settings.holdout_dataset).url
     for name, url in datasets.items():
@@ -225,7 +232,7 @@ def finish(run: BatchRun, version: Version) -> None:
 class BatchSteps:
     """The steps of a batch run, as `train_by` takes them: plain functions that try again, or Prefect's tasks."""
 
-    take_snapshot: Callable[[str, str | None, Callable[[str], Store]], Snapshot]
+    take_snapshot: Callable[[str | pa.Table, str | None, Callable[[str], Store]], Snapshot]
     open_run: Callable[[Snapshot, str, str, Spec, BatchSettings, Callable[[str], Store]], BatchRun]
     prepare: Callable[[BatchRun], None]
     train_epoch: Callable[[BatchRun, int], float]
@@ -244,7 +251,7 @@ PLAIN: Final = BatchSteps.of(retried)
 
 
 def train(
-    dataset: str,
+    dataset: str | pa.Table,
     registry: str,
     model: str,
     spec: Spec,
@@ -258,7 +265,8 @@ def train(
     step that finds a store away is tried again for about a minute.
 
     Args:
-        dataset: URL of a folder of Parquet files: a local path, `file://` or `s3://bucket/prefix`.
+        dataset: URL of a folder of Parquet files, or of a single one: a local path, `file://` or `s3://bucket/prefix`. Or a
+            table in memory: it is known by its contents, and whoever trains the version again needs the same table.
         registry: URL below which models live.
         model: Name of the model in the registry; made if it is new.
         spec: What to train: columns, model, loss, optimizer, batch size, epochs, seed.
@@ -274,7 +282,7 @@ def train(
 
 def train_by(
     steps: BatchSteps,
-    dataset: str,
+    dataset: str | pa.Table,
     registry: str,
     model: str,
     spec: Spec,

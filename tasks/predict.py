@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
 from tidemill.storage.aliases import resolve
-from tidemill.storage.dataset import snapshot
+from tidemill.storage.dataset import Group, snapshot
 from tidemill.storage.errors import (
     DatasetError,
     NotFound,
@@ -22,7 +22,6 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.log import VersionLog
 from tidemill.storage.overlap import inside, keep_out_of_dataset, keep_out_of_inbox, named_datasets, named_inboxes
-from tidemill.storage.parquet import RowGroup
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.training.loop import predict as predict_groups
@@ -197,7 +196,7 @@ class _Copied:
 
     __slots__ = ("_columns", "_group", "_kept", "name", "num_rows", "readers", "schema")  # there may be 100,000
 
-    def __init__(self, group: RowGroup, columns: Sequence[str]) -> None:
+    def __init__(self, group: Group, columns: Sequence[str]) -> None:
         self.name, self.num_rows, self.schema, self.readers = group.name, group.num_rows, group.schema, group.readers
         self._group, self._columns = group, columns
         self._kept: pa.Table | None = None

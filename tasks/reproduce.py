@@ -9,7 +9,7 @@ from tidemill.storage.disposal import archive_keys
 from tidemill.storage.errors import CorruptObject, NotFound, ShardRejected, StoreNotFound, UnknownVersion
 from tidemill.storage.inbox import Shard
 from tidemill.storage.log import Version, VersionLog
-from tidemill.storage.manifest import Consumed, LabelShard, sha256
+from tidemill.storage.manifest import IN_MEMORY, Consumed, LabelShard, sha256
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.tasks.online.labels import Labels
 from tidemill.tasks.training.environment import differences, environment
@@ -46,6 +46,9 @@ def reproduce(log: VersionLog, archives: Sequence[Store]) -> Reproduction:
     for number in range(log.head().number + 1):
         version = log.version(number)
         if version.manifest.kind != "online":
+            trained_on = version.manifest.dataset
+            if version.manifest.kind == "batch" and trained_on is not None and trained_on.url == IN_MEMORY:
+                logger.info("version %d was trained on a table in memory: to train it again needs that table", number)
             steps = _stored(log, version)
             if steps is None and (dataset := version.manifest.dataset) is not None:
                 needed = "the table in memory" if dataset.url == "memory:" else dataset.url

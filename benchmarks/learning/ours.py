@@ -1,7 +1,6 @@
 """Tidemill's learners, in process: the same features, loop and scores as its batch and online runs, without storage."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -12,6 +11,7 @@ import torch
 from benchmarks.learning.protocol import Settings
 from benchmarks.learning.streams import Stream, Y
 from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import TableGroup
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import predict, train_pass, train_shard
 from tidemill.tasks.training.spec import Column, Model, ReplayMemory, Spec
@@ -28,28 +28,9 @@ BATCH_SIZE: Final = {"mlp": 32, "linear": 1}  # River's and scikit-learn's linea
 CLIP_NORM: Final = {"mlp": 1.0, "linear": None}
 
 
-@dataclass(frozen=True)
-class Group:
-    """A row group in memory."""
-
-    name: str
-    table: pa.Table
-
-    @property
-    def num_rows(self) -> int:
-        return self.table.num_rows
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self.table.schema
-
-    def read(self, columns: Sequence[str]) -> pa.Table:
-        return self.table.select(list(columns))
-
-
-def groups_of(table: pa.Table) -> list[Group]:
+def groups_of(table: pa.Table) -> list[TableGroup]:
     starts = range(0, table.num_rows, GROUP_ROWS)
-    return [Group(f"rows {start}", table.slice(start, GROUP_ROWS)) for start in starts]
+    return [TableGroup(f"rows {start}", table.slice(start, GROUP_ROWS)) for start in starts]
 
 
 @dataclass

@@ -47,6 +47,33 @@ class RowGroup(Protocol):
         ...
 
 
+@dataclass(eq=False)
+class TableGroup:
+    """A row group that is a table in memory."""
+
+    name: str
+    table: pa.Table
+    file: str = ""
+    """What it is a part of, for messages."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self.table.schema
+
+    @property
+    def readers(self) -> int:
+        """One: nothing is waited for."""
+        return 1
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """Exactly these columns."""
+        return self.table.select(list(columns))
+
+
 @runtime_checkable
 class Remote(Protocol):
     """What a row group is besides if it can say how many of its source are worth reading at once; of others, one is."""

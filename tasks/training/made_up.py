@@ -2,8 +2,6 @@
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import pyarrow as pa
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from tidemill.tasks.training.families import Family
 from tidemill.tasks.training.features import Features, Input
-from tidemill.tasks.training.groups import generator
+from tidemill.tasks.training.groups import TableGroup, generator
 
 CATEGORIES: Final = 10
 """How many values a made-up category has."""
@@ -20,26 +18,7 @@ ITEMS: Final = 3
 """How many items a made-up list has."""
 
 
-@dataclass(frozen=True)
-class MadeUp:
-    """A row group of made-up rows (`tidemill.tasks.training.groups.RowGroup`)."""
-
-    name: str
-    table: pa.Table
-
-    @property
-    def num_rows(self) -> int:
-        return self.table.num_rows
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self.table.schema
-
-    def read(self, columns: Sequence[str]) -> pa.Table:
-        return self.table.select(list(columns))
-
-
-def made_up(features: Features, rows: int) -> MadeUp:
+def made_up(features: Features, rows: int) -> TableGroup:
     """`rows` labelled rows, the same each time.
 
     Numbers are normal, with the mean and the deviation of the dataset where these are known, else with 0 and 1. Classes and
@@ -66,7 +45,7 @@ def made_up(features: Features, rows: int) -> MadeUp:
         columns[name] = _number(family, y_N)
     if features.sample_weight is not None and features.sample_weight not in columns:
         columns[features.sample_weight] = pa.array([1.0] * rows, pa.float64())
-    return MadeUp("made-up rows", pa.table(columns))
+    return TableGroup("made-up rows", pa.table(columns))
 
 
 def _input(column: Input, x_NK: Tensor) -> pa.Array[Any]:

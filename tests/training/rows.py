@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.groups import RowGroup
+from tidemill.tasks.training.groups import RowGroup, TableGroup
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.spec import Spec
 
@@ -17,32 +17,22 @@ WHERE: Final = "part-0.parquet row group 0"
 VECTORS: Final = pa.array([[1, 2], None, [3, None], [5, 6]], pa.list_(pa.int32(), 2))
 
 
-@dataclass
-class TableGroup:
-    """A row group that is a table; remembers which columns were read."""
+@dataclass(eq=False)
+class Noted(TableGroup):
+    """Remembers which columns were read."""
 
-    name: str
-    table: pa.Table
     reads: list[list[str]] = field(default_factory=list)
-
-    @property
-    def num_rows(self) -> int:
-        return self.table.num_rows
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self.table.schema
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         self.reads.append(list(columns))
-        return self.table.select(list(columns))
+        return super().read(columns)
 
 
-def cut(table: pa.Table, *sizes: int) -> list[TableGroup]:
+def cut(table: pa.Table, *sizes: int) -> list[Noted]:
     """The table as row groups of these sizes and one of what is left."""
     groups, at = [], 0
     for size in (*sizes, table.num_rows - sum(sizes)):
-        groups.append(TableGroup(f"part-0.parquet row group {len(groups)}", table.slice(at, size)))
+        groups.append(Noted(f"part-0.parquet row group {len(groups)}", table.slice(at, size)))
         at += size
     return groups
 

@@ -291,7 +291,7 @@ class Reads:
             self.alive -= 1
 
 
-@dataclass
+@dataclass(eq=False)
 class FarGroup(TableGroup):
     """A row group that is worth reading beside others."""
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.training.rows import Net, TableGroup, begin, cut, numbers_table, plain_spec, same_bits
+from tests.training.rows import Net, Noted, begin, cut, numbers_table, plain_spec, same_bits
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, OutputShapeError
 from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
@@ -253,7 +253,7 @@ def test_predictions_need_no_target_and_survive_nulls():
     table = numbers_table(100)
     learner = begin(plain_spec(), cut(table))
     unlabelled = table.drop_columns(["y"]).set_column(0, "x0", pa.nulls(100, pa.float32()))
-    group = TableGroup("new.parquet row group 0", unlabelled)
+    group = Noted("new.parquet row group 0", unlabelled)
     (values_N,) = predict(learner, [group])
     assert torch.isfinite(values_N).all()
     assert group.reads == [[f"x{i}" for i in range(10)]]

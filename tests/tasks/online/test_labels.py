@@ -3,7 +3,6 @@
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -18,6 +17,7 @@ from tidemill.tasks.online.labels import Labels
 from tidemill.tasks.training.errors import SpecError
 from tidemill.tasks.training.families import told
 from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.groups import TableGroup
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import score, train_shard
 from tidemill.tasks.training.steps import Steps
@@ -29,6 +29,11 @@ def shard(table: pa.Table, name: str = "x.parquet", row_group_size: int = 7) -> 
     pq.write_table(table, sink, row_group_size=row_group_size)
     data = bytes(sink.getvalue())
     return row_groups(ParquetFile(name, len(data), lambda start, length: data[start : start + length], ShardRejected))
+
+
+def in_memory(table: pa.Table) -> TableGroup:
+    """A table as one row group, its dictionaries as they are."""
+    return TableGroup("g", table, "f")
 
 
 def column(values: Sequence[object], kind: pa.DataType | None = None, name: str = "id") -> pa.Table:
@@ -274,33 +279,13 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         labels_of(pa.array(range(50)), [1.0] * 50)
 
 
-@dataclass(frozen=True)
-class InMemory:
-    """A table as one row group, its dictionaries as they are."""
-
-    table: pa.Table
-    name: str = "g"
-    file: str = "f"
-
-    @property
-    def num_rows(self) -> int:
-        return self.table.num_rows
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self.table.schema
-
-    def read(self, columns: Sequence[str]) -> pa.Table:
-        return self.table.select(list(columns))
-
-
 def test_a_long_key_in_many_rows_is_held_once() -> None:
     """Expanded, these keys would take 20 GB, more than one Arrow string array can hold."""
     long = "k" * 200_000
     text = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), [long])
-    joined = labels_of(pa.array([long]), [1.0]).join([InMemory(pa.table({"id": text}))])
+    joined = labels_of(pa.array([long]), [1.0]).join([in_memory(pa.table({"id": text}))])
     assert joined.groups[0].read(["y"]).column("y").to_pylist() == [1.0] * len(text)
-    assert Labels([InMemory(pa.table({"id": text, "y": [1.0] * len(text)}))], "id", ["y"]).join([]).unmatched == len(
+    assert Labels([in_memory(pa.table({"id": text, "y": [1.0] * len(text)}))], "id", ["y"]).join([]).unmatched == len(
         text
     )
 
@@ -310,17 +295,19 @@ def test_a_dictionary_that_holds_a_value_twice_is_one_key() -> None:
         return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), ["a", "b", "a"])
 
     for indices in ((0, 1), (2, 1), (0, 1, 2)):
-        labels = Labels([InMemory(pa.table({"id": keys(*indices), "y": [1.0, 2.0, 1.0][: len(indices)]}))], "id", ["y"])
-        (group,) = labels.join([InMemory(pa.table({"id": keys(0, 1, 2)}))]).groups
+        labels = Labels(
+            [in_memory(pa.table({"id": keys(*indices), "y": [1.0, 2.0, 1.0][: len(indices)]}))], "id", ["y"]
+        )
+        (group,) = labels.join([in_memory(pa.table({"id": keys(0, 1, 2)}))]).groups
         assert group.read(["y"]).column("y").to_pylist() == [1.0, 2.0, 1.0]
     with pytest.raises(ShardRejected, match="'a' more than once"):
-        Labels([InMemory(pa.table({"id": keys(0, 1, 2), "y": [1.0, 2.0, 3.0]}))], "id", ["y"])
+        Labels([in_memory(pa.table({"id": keys(0, 1, 2), "y": [1.0, 2.0, 3.0]}))], "id", ["y"])
 
 
 def test_a_null_inside_the_dictionary_is_a_null_key() -> None:
     keys = pa.DictionaryArray.from_arrays(pa.array([0, 0, 1], pa.int32()), pa.array([None, "a"]))
-    joined = Labels([InMemory(pa.table({"id": keys, "y": [1.0, 2.0, 3.0]}))], "id", ["y"]).join(
-        [InMemory(pa.table({"id": keys}))]
+    joined = Labels([in_memory(pa.table({"id": keys, "y": [1.0, 2.0, 3.0]}))], "id", ["y"]).join(
+        [in_memory(pa.table({"id": keys}))]
     )
     assert joined.groups[0].read(["y"]).column("y").to_pylist() == [None, None, 3.0]
     assert joined.unmatched == 2
