@@ -47,7 +47,7 @@ from tidemill.tasks.online.step import OnlineRun, Outcome, step
 
 ALL = SHARDS | REJECTED
 ONE_PASS = ONLINE.model_copy(update={"passes": 1})
-MOVING = ONE_PASS.model_copy(update={"champion": "move", "tolerance": 10.0})
+MOVING = ONE_PASS.model_copy(update={"gate": ONE_PASS.gate.model_copy(update={"champion": "move", "tolerance": 10.0})})
 SAMPLE = {"memory": 3, "local": 1, "s3": 1}
 """How many moments of each sweep CI takes, spread over the run. With --full it takes all."""
 
