@@ -170,4 +170,4 @@ def test_a_single_file_is_trained_and_predicted_from(make_url: MakeUrl) -> None:
     assert dataset is not None
     assert (dataset.url, dataset.rows) == (f"{open_store(make_url('files')).url}/one.parquet", 60)
     done = predict(make_url("registry"), "model", f"{make_url('files')}/two.parquet", make_url("out"), "head")
-    assert (done.files, done.rows, keys(make_url("out"))) == (1, 30, ["two.parquet"])
+    assert (done.files, done.rows, keys(make_url("out"))) == (1, 30, ["_SUCCESS", "two.parquet"])

@@ -13,7 +13,7 @@ from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.online import step as online
 from tidemill.tasks.online.step import OnlineRun, Outcome
-from tidemill.tasks.reproduce import replay
+from tidemill.tasks.reproduce import reproduce
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.table import GROUP_ROWS, table_snapshot
 from tidemill.tasks.training.spec import Spec
@@ -66,7 +66,7 @@ def test_shards_are_trained_on_after_a_table_and_a_history_says_that_it_needs_it
     assert run.report.shards == 1
     log = open_log(memory_url("registry"), "model")
     with caplog.at_level("INFO"):
-        assert replay(log, [open_store(memory_url("archive"))]).findings == audit(log).findings == []
+        assert reproduce(log, [open_store(memory_url("archive"))]).findings == audit(log).findings == []
     assert "version 0 was trained on a table in memory: to train it again needs that table" in caplog.messages
 
 

@@ -22,7 +22,7 @@ from tidemill.tasks.online import delayed
 from tidemill.tasks.online.gate import served_at
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
-from tidemill.tasks.reproduce import replay
+from tidemill.tasks.reproduce import reproduce
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.loop import score
 from tidemill.tasks.versions import load_learner
@@ -248,7 +248,7 @@ def test_archived_shards_give_the_same_bits_again(world: World) -> None:
     world.drain(after_commit={"archive_to": world.url("archive")})
     assert len(keys(world.url("archive"))) == 6
     assert audit(world.log).findings == []
-    again = replay(world.log, [open_store(world.url("archive"))])
+    again = reproduce(world.log, [open_store(world.url("archive"))])
     assert (again.replayed, again.findings) == (2, [])
 
 
