@@ -52,6 +52,11 @@ def followed(report: "OnlineReport") -> View:
     if report.oldest_waiting is not None:
         since = f"{_when(report.oldest_waiting)} UTC"
         lines.append(("waiting", f"{count(report.waiting, 'shard')} when last looked, the oldest since {since}"))
+    if report.passed_over:
+        lines.append(
+            ("passed over", f"{count(report.passed_over, 'object')} that stay in the inbox until somebody acts")
+        )
+        lines += [("", on_one_line(f"{url}: {reason}")) for url, reason in report.last_passed_over.items()]
     done = "unchanged, no shard to train on"
     if report.versions:
         shards, rows = count(report.shards, "shard"), count(report.rows, "row")
