@@ -133,9 +133,12 @@ def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
 
 def _waiting(log: "VersionLog", head: "Version", inbox: "Inbox") -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """What waits in an inbox, and how much is still in it though the model has consumed it."""
+    from tidemill.storage.overlap import spelled_as
     from tidemill.storage.tombstones import Seen
 
-    seen = Seen(log.tombstones(head), head.manifest.owed)
+    tombstones, spelled = log.tombstones(head), spelled_as(inbox.url)
+    tombstones.respell(spelled)
+    seen = Seen(tombstones, head.manifest.owed, spelled)
     consumed = 0
 
     def known(info: "ObjectInfo") -> bool:

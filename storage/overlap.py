@@ -7,6 +7,7 @@ process have the one endpoint of the AWS variables.
 """
 
 import enum
+import functools
 import itertools
 import logging
 import os
@@ -86,6 +87,16 @@ def inside(outer: str, inner: str) -> Callable[[str], bool]:
         return answer
 
     return is_inside
+
+
+def spelled_as(*urls: str) -> Callable[[str], str]:
+    """A function from the URL of a place to that of `urls` which is the same place; any other URL stays as it is."""
+
+    @functools.cache
+    def spelled(url: str) -> str:
+        return next((one for one in urls if relation(url, one) is Relation.SAME), url)
+
+    return spelled
 
 
 # ---- what may not overlap --------------------------------------------------------------------------------------------

@@ -52,9 +52,12 @@ class Tombstones:
     def encode(self) -> bytes:
         return b"".join(line for _, line in self._lines.values())
 
-    def respell(self, spellings: Mapping[str, str]) -> None:
-        """Let URLs of one inbox (spelling -> the one that is asked for) stand for each other; stored lines keep theirs."""
-        self._spellings = spellings
+    def respell(self, spelled: Callable[[str], str]) -> None:
+        """Let URLs of one inbox stand for the one that `spelled` returns for each of them; stored lines keep theirs."""
+        inboxes = {inbox for inbox, _, _ in self._lines}
+        self._spellings = {url: asked for url in inboxes if (asked := spelled(url)) != url}
+        if not self._spellings:
+            return
         lines, loose = [json.loads(line) for _, line in self._lines.values()], self.loose
         self._lines, self._etags = {}, {}
         for fields in lines:

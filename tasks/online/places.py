@@ -8,12 +8,11 @@ from tidemill.storage.inbox import Inbox
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed
 from tidemill.storage.overlap import (
-    Relation,
     keep_out_of_dataset,
     keep_out_of_inbox,
     keep_out_of_registry,
     named_datasets,
-    relation,
+    spelled_as,
 )
 from tidemill.storage.probe import check_inbox, check_preconditions
 from tidemill.storage.store import Store
@@ -45,11 +44,12 @@ class Places:
         """
         self._open = stores
         self._opened: dict[str, Store] = {}
-        self._spellings: dict[str, str] = {}
         self.log = VersionLog(self.store(registry), model)
         self.inbox = Inbox(self.store(inbox))
         self.labels = None if settings.labels is None else Inbox(self.store(settings.labels.inbox))
         """Where labels arrive that come later than their features."""
+        self.spelled = spelled_as(*(inbox.url for inbox in self.inboxes))
+        """The URL by which this run knows an inbox, however an earlier run spelled it."""
         self._keep_apart(settings)
         check_preconditions(self.log.store)
         for each in self.inboxes:
@@ -59,13 +59,6 @@ class Places:
     def inboxes(self) -> list[Inbox]:
         """That of the shards, and that of the labels if there is one."""
         return [self.inbox] if self.labels is None else [self.inbox, self.labels]
-
-    def spelled(self, url: str) -> str:
-        """The URL by which this run knows an inbox, however an earlier run spelled it."""
-        if (spelled := self._spellings.get(url)) is None:
-            mine = (inbox.url for inbox in self.inboxes if relation(url, inbox.url) is Relation.SAME)
-            spelled = self._spellings[url] = next(mine, url)
-        return spelled
 
     def store(self, url: str) -> Store:
         """The store at this URL, opened once: what was found out about it is kept."""

@@ -116,9 +116,7 @@ class OnlineRun:
             raise HeadMoved(f"{log.url}: retention has removed version {version.number}, the head before.") from error
         if changed := differences(manifest.environment, environment()):
             self._tell(f"bits may differ from those of the run before: {'; '.join(changed)}")
-        inboxes = {inbox for inbox, _, _ in tombstones}
-        if others := {url: spelled for url in inboxes if (spelled := self.places.spelled(url)) != url}:
-            tombstones.respell(others)
+        tombstones.respell(self.places.spelled)
         log.make_durable(version)  # before its debts are paid
         owed = self.places.dispose(manifest.owed)
         self.champion.refresh(version, learner)

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from tests.flows.conftest import Place
-from tests.flows.data import NOT_PARQUET, OWN_MODEL, SPEC, SPEC_FIELDS
+from tests.flows.data import NOT_PARQUET, OWN_MODEL, SPEC, SPEC_FIELDS, parquet
 from tests.flows.prefect_server import prefect_environment
 from tests.guarantees.children import drain, train
 from tests.s3_server import S3
@@ -220,6 +220,18 @@ def test_an_audit_of_a_sound_history(tidemill: Run, model: Place) -> None:
         "  blobs        6 are what was committed; those of 0 versions are retired",
     ]
     assert tidemill("audit", model.registry, "model", "--json").json["findings"] == []
+
+
+def test_status_knows_a_kept_inbox_however_it_is_spelled(tidemill: Run, tmp_path: Path) -> None:
+    place = Place(*(str(tmp_path / name) for name in ("dataset", "inbox", "registry", "archive")))
+    open_store(place.dataset).write("part.parquet", parquet(200, seed="part"))
+    train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
+    place.drop("a.parquet")
+    drain(open_store, place.inbox, place.registry, OnlineSettings(after_commit="keep"))
+    (tmp_path / "link").symlink_to("inbox")
+    for spelling in (place.inbox, str(tmp_path / "link"), f"file:///{place.inbox}", f"{place.registry}/../inbox"):
+        facts = tidemill("status", place.registry, "model", "--inbox", spelling, "--json").json
+        assert (facts["waiting"], facts["consumed_in_inbox"]) == (0, 1), spelling
 
 
 @memory
