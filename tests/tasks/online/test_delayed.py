@@ -249,7 +249,7 @@ def test_archived_shards_give_the_same_bits_again(world: World) -> None:
     assert len(keys(world.url("archive"))) == 6
     assert audit(world.log).findings == []
     again = reproduce(world.log, [open_store(world.url("archive"))])
-    assert (again.replayed, again.findings) == (2, [])
+    assert (again.reproduced, again.findings) == (2, [])
 
 
 @pytest.mark.parametrize("phase", ["before", "after"])
