@@ -121,14 +121,12 @@ def bare(inbox: str) -> dict[str, float]:
 
 def ours(inbox: str, registry: str, settings: dict[str, Any]) -> dict[str, float]:
     """An online run until the inbox is empty, without Prefect."""
-    from tidemill.tasks.online import step as online
+    from tidemill.tasks.online import drain
     from tidemill.tasks.settings import OnlineSettings
 
     started, cpu = time.perf_counter(), time.process_time()
-    run = online.open_run(inbox, registry, "net", OnlineSettings.model_validate(settings))
-    while online.step(run).outcome is not online.Outcome.IDLE:
-        pass
-    return _spent(started, cpu, run.report.shards, run.report.rows) | {"versions": run.report.versions}
+    report = drain(inbox, registry, "net", OnlineSettings.model_validate(settings))
+    return _spent(started, cpu, report.shards, report.rows) | {"versions": report.versions}
 
 
 def _spent(started: float, cpu: float, shards: int, rows: int) -> dict[str, float]:

@@ -218,8 +218,9 @@ def train_on(reader: Reader, head: Head, champion: Champion, places: Places, set
             continue
         faults.append(fault)
         reader.put_back(taken[:-1])
-        if len(faults) % SUSPECTS == 0 and not work.consumed:  # before the rest of a large inbox is tried in vain
-            _try_made_up_rows(head, faults, places.log, settings)
+        suspects = [fault for fault in faults if not fault.certain]
+        if not fault.certain and len(suspects) % SUSPECTS == 0 and not work.consumed:  # not all of a large inbox in vain
+            _try_made_up_rows(head, suspects, places.log, settings)
     if suspects and not work.consumed:
         if len(suspects) > SUSPECTS:
             raise _model_fails(places.log, suspects, "made-up rows speak for a few shards only")

@@ -17,8 +17,7 @@ from tidemill.storage.manifest import Manifest, Parent, encode, sha256
 from tidemill.storage.retention import collect_garbage
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
-from tidemill.tasks import batch
-from tidemill.tasks.online.step import OnlineRun, Outcome, step
+from tidemill.tasks import batch, online
 from tidemill.tasks.reproduce import reproduce
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.spec import Spec
@@ -53,9 +52,7 @@ def drain(inbox: str, registry: str, archive: str) -> None:
         after_commit={"archive_to": archive},
         gate={"champion": "score"},
     )
-    run = OnlineRun(inbox, registry, "model", settings)
-    while step(run).outcome is not Outcome.IDLE:
-        pass
+    online.drain(inbox, registry, "model", settings)
 
 
 @pytest.fixture
