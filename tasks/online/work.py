@@ -219,7 +219,9 @@ def train_on(reader: Reader, head: Head, champion: Champion, places: Places, set
         faults.append(fault)
         reader.put_back(taken[:-1])
         suspects = [fault for fault in faults if not fault.certain]
-        if not fault.certain and len(suspects) % SUSPECTS == 0 and not work.consumed:  # not all of a large inbox in vain
+        if (
+            not fault.certain and len(suspects) % SUSPECTS == 0 and not work.consumed
+        ):  # not all of a large inbox in vain
             _try_made_up_rows(head, suspects, places.log, settings)
     if suspects and not work.consumed:
         if len(suspects) > SUSPECTS:

@@ -3,11 +3,9 @@
 import datetime
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partialmethod
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -20,8 +18,6 @@ from tidemill.storage.audit import audit
 from tidemill.storage.errors import (
     CorruptObject,
     PermissionDenied,
-    PlacesOverlap,
-    StoreNotFound,
     UnknownModel,
     UnknownVersion,
     UnsupportedFormat,
@@ -506,74 +502,6 @@ def test_training_continues_from_a_rollback_and_remembers_what_was_consumed(regi
 def test_an_unknown_model_is_named_with_the_nearest_one(registry: str, make_url: MakeUrl) -> None:
     with pytest.raises(UnknownModel, match="'model'"):
         OnlineRun(make_url("inbox"), registry, "modle", OnlineSettings())
-
-
-def test_an_inbox_that_does_not_exist_is_not_made(memory_registry: str, tmp_path) -> None:
-    run = open_run(str(tmp_path / "typo"), memory_registry)
-    with pytest.raises(StoreNotFound, match="typo"):
-        online.step(run)
-    assert not (tmp_path / "typo").exists()
-
-
-INSIDE = {
-    "after_commit.archive_to": lambda url: {"after_commit": {"archive_to": url}},
-    "gate.holdout_dataset": lambda url: {"gate": {"holdout_dataset": url}},
-    "gate.after_refusals.retrain_on": lambda url: {"gate": {"after_refusals": {"retrain_on": url}}},
-}
-
-
-@pytest.mark.parametrize("place", INSIDE)
-def test_nothing_else_may_lie_inside_the_inbox(place: str, memory_registry: str, memory_url: MakeUrl) -> None:
-    with pytest.raises(PlacesOverlap, match=rf"{place}, memory://.*/inbox/here, lies inside the inbox"):
-        open_run(memory_url("inbox"), memory_registry, **INSIDE[place](memory_url("inbox") + "/here"))
-
-
-def test_a_registry_inside_the_inbox_is_refused(memory_registry: str, memory_url: MakeUrl) -> None:
-    before = keys(memory_registry)
-    for inbox in (memory_registry, f"{memory_registry}/model/log", memory_registry.rpartition("/")[0]):
-        with pytest.raises(PlacesOverlap, match=r"the registry, memory://.*, (is|holds|lies inside) the inbox"):
-            open_run(inbox, memory_registry)
-    assert keys(memory_registry) == before
-
-
-def test_the_dataset_that_a_version_was_trained_on_is_no_inbox(registry: str, make_url: MakeUrl) -> None:
-    begin(registry, make_url("newer"))
-    for name, version in (("dataset", 0), ("newer", 1)):
-        before = keys(make_url(name))
-        with pytest.raises(PlacesOverlap, match=rf"the dataset of version {version}, .* is the inbox"):
-            open_run(make_url(name), registry)
-        with pytest.raises(PlacesOverlap, match=rf"the dataset of version {version}, .* holds the inbox"):
-            open_run(f"{make_url(name)}/part=0", registry)
-        assert keys(make_url(name)) == before
-
-
-def test_an_archive_inside_a_dataset_is_wanted_but_not_of_delayed_labels(registry: str, make_url: MakeUrl) -> None:
-    archive = {"after_commit": {"archive_to": make_url("dataset") + "/archive"}}
-    open_run(make_url("inbox"), registry, **archive)
-    with pytest.raises(PlacesOverlap, match=r"features and labels lie apart, .* lies inside the dataset of version 0"):
-        open_run(make_url("inbox"), registry, **archive, labels={"inbox": make_url("labels"), "key": "id"})
-
-
-@pytest.mark.parametrize("spelling", ["link/inbox", "/", "file:////", "relative"])
-def test_an_inbox_that_is_kept_is_not_trained_on_again_under_another_spelling(
-    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    begin("registry", "dataset")
-    os.symlink(".", "link")
-    first = f"{tmp_path}/inbox"
-    put(first, {"a.parquet": rows(20, 1)})
-    assert drain(open_run(first, "registry", after_commit="keep")).shards == 1
-    other = {"relative": "./inbox", "link/inbox": f"{tmp_path}/link/inbox"}.get(spelling, f"{spelling}{first[1:]}")
-    put(first, {"b.parquet": rows(20, 2)})
-    assert drain(open_run(other, "registry", after_commit="keep")).shards == 1
-    assert drain(open_run(first, "registry", after_commit="keep")).shards == 0
-    log = open_log("registry", "model")
-    consumed = [shard.key for version in log.history(log.head()) for shard in version.manifest.consumed]
-    assert sorted(consumed) == ["a.parquet", "b.parquet"]
-    assert audit(log).findings == []
-    assert drain(open_run(other, "registry", after_commit="delete")).duplicates == 2  # known, hence removed
-    assert keys(first) == []
 
 
 @pytest.mark.parametrize("blob", ["weights", "state"])
