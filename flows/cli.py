@@ -306,19 +306,25 @@ def requeue(
     names: Annotated[list[str] | None, Parameter(help="Names in quarantine; none: list what is there.")] = None,
     /,
     *,
+    inbox: Annotated[
+        list[str] | None, Parameter(help="URL of the inbox that they came from; TIDEMILL_PLACES may name it too.")
+    ] = None,
     everything: Annotated[bool, Parameter("--all", negative="", help="Send everything back.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List rejected shards; or send them back to their inbox, once the reason for the rejection is gone.
 
+    A registry alone does not decide where files are written: the inbox is named here.
+
     For example:
 
         tidemill requeue ./registry flights
-        tidemill requeue ./registry flights 00000012-6dea53e0e1c6c2dbf2b1d8f3c8fb1d4e
-        tidemill requeue ./registry flights --all
+        tidemill requeue ./registry flights 00000012-6dea53e0e1c6c2dbf2b1d8f3c8fb1d4e --inbox ./inbox
+        tidemill requeue ./registry flights --all --inbox ./inbox
     """
-    from tidemill.storage import disposal
+    from tidemill.storage import disposal, overlap
     from tidemill.storage.errors import on_one_line
+    from tidemill.storage.urls import open_store
 
     if names and everything:
         raise UsageError("give either names or --all, not both")
@@ -332,7 +338,12 @@ def requeue(
         ]
         _print((kept, "\n".join(lines) or "quarantine is empty"), as_json)
         return
-    back = {name: disposal.requeue(log, name) for name in names or disposal.quarantined(log)}
+    places = [*(open_store(url).url for url in inbox or ()), *overlap.allowed_places()]
+
+    def may_touch(url: str) -> bool:
+        return overlap.allowed(open_store(url).url, places)
+
+    back = {name: disposal.requeue(log, name, may_touch) for name in names or disposal.quarantined(log)}
     words = "\n".join(f"{name} is {on_one_line(key)} again" for name, key in back.items()) or "quarantine is empty"
     _print((back, words), as_json)
 

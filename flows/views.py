@@ -1,7 +1,9 @@
 """What the commands print: for each, the facts for `--json` and the same in words for people."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
     """The state of one model, and what waits in the inbox for it."""
     from tidemill.storage.aliases import all_aliases
     from tidemill.storage.audit import lost_versions
+    from tidemill.storage.errors import on_one_line
+    from tidemill.storage.manifest import consumed_objects
 
     head, aliases = log.head(), all_aliases(log)
     manifest = head.manifest
@@ -107,6 +111,7 @@ def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
         "gate": None if manifest.gate is None else manifest.gate.model_dump(mode="json"),
         "new_columns": manifest.new_columns,
         "owed": len(manifest.owed),
+        "owed_in": dict(Counter(debt.inbox for debt in manifest.owed)),
         "quarantined": quarantined,
     }
     lines = [
@@ -123,6 +128,13 @@ def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
         lines.append(("new columns", f"{names}: in shards since the last batch training, not used by the model"))
     if quarantined:
         lines.append(("quarantine", f"{count(quarantined, 'shard')} (see tidemill requeue)"))
+    # What the head itself is done with is usually gone by now: its manifest was written before.
+    own = {shard.inbox for shard in (*consumed_objects(manifest.consumed), *manifest.rejected)}
+    lines += [
+        ("owed", f"{count(objects, 'removal')} in {on_one_line(url)}, by the next run with that inbox")
+        for url, objects in facts["owed_in"].items()
+        if url not in own
+    ]
     facts["lost_versions"] = lost_versions(log)
     lines += [("warning", lost) for lost in facts["lost_versions"]]
     if inbox is not None:
@@ -133,6 +145,7 @@ def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
 
 def _waiting(log: "VersionLog", head: "Version", inbox: "Inbox") -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """What waits in an inbox, and how much is still in it though the model has consumed it."""
+    from tidemill.storage.errors import on_one_line
     from tidemill.storage.overlap import spelled_as
     from tidemill.storage.tombstones import Seen
 
@@ -152,8 +165,16 @@ def _waiting(log: "VersionLog", head: "Version", inbox: "Inbox") -> tuple[dict[s
     lines = [("inbox", f"{count(listing.waiting, 'shard')} waiting{since}")]
     if consumed:
         lines.append(("", f"{count(consumed, 'consumed shard')} still there; unless kept, the next run removes them"))
-    oldest = None if listing.oldest is None else listing.oldest.isoformat()
-    return {"waiting": listing.waiting, "oldest_waiting": oldest, "consumed_in_inbox": consumed}, lines
+    if listing.passed_over:
+        lines.append(("", f"passed over: {count(len(listing.passed_over), 'entry', 'entries')} that can be no shards"))
+        lines += [("", on_one_line(f"{key}: {why}")) for key, why in islice(listing.passed_over.items(), 20)]
+    facts = {
+        "waiting": listing.waiting,
+        "oldest_waiting": None if listing.oldest is None else listing.oldest.isoformat(),
+        "consumed_in_inbox": consumed,
+        "passed_over": listing.passed_over,
+    }
+    return facts, lines
 
 
 def history(versions: "Sequence[Version]", aliases: Mapping[str, int]) -> View:
@@ -205,9 +226,9 @@ def audited(found: "Audit", again: "Reproduction | None") -> View:
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
-def count(number: int, noun: str) -> str:
+def count(number: int, noun: str, several: str | None = None) -> str:
     """`count(1, "shard") == "1 shard"`, `count(2000, "row") == "2,000 rows"`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
 
 
 def _numbers(metrics: Mapping[str, Any]) -> str:

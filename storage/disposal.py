@@ -6,6 +6,7 @@ Nothing here decides what was consumed: that stands in the version log alone. Ev
 import contextlib
 import logging
 import posixpath
+import re
 from collections.abc import Callable, Iterable
 
 from tidemill.storage.errors import (
@@ -22,22 +23,47 @@ from tidemill.storage.errors import (
 from tidemill.storage.inbox import original_key
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed, checked, sha256, verified
+from tidemill.storage.overlap import PLACES
 from tidemill.storage.parallel import concurrently
-from tidemill.storage.store import Store
+from tidemill.storage.store import Store, create_or_same
 from tidemill.storage.urls import open_store
 
 logger = logging.getLogger("tidemill.storage")
 
+_QUARANTINED = re.compile(r"\d{8,}-[0-9a-f]{32}")
+_told: set[str] = set()
+"""Places of debts that were warned of, for the life of this process."""
+
 
 # ---- what a committed version owes -----------------------------------------------------------------------------------
-def dispose(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store] = open_store) -> tuple[Owed, ...]:
+def dispose(
+    log: VersionLog, owed: Iterable[Owed], may_touch: Callable[[str], bool], stores: Callable[[str], Store] = open_store
+) -> tuple[Owed, ...]:
     """Copy each owed object where it must go, then delete it, if it is still the one that was consumed.
 
-    Only for debts of a committed version. Safe to repeat and to run twice at once: gone means done, another etag means new
-    data, which stays. Returns what could not be disposed of now (not allowed, or its inbox as a whole is gone), to be carried
-    by the next version.
+    Only for debts of a committed version. Safe to repeat and to run twice at once: gone means done, other bytes mean new
+    data, which stays.
+
+    Args:
+        log: Of the version that owes.
+        owed: Its debts, or some of them.
+        may_touch: Whether the place at a URL is one of the run's. A manifest alone must not decide where a run deletes.
+        stores: Opens the places.
+
+    Returns:
+        What could not be disposed of now, to be carried on by the next version: of another place, denied, or of an inbox that
+        is gone as a whole.
     """
-    debts = list(owed)
+    debts, elsewhere = list[Owed](), list[Owed]()
+    for debt in owed:
+        (debts if _is_of(log, debt, may_touch) else elsewhere).append(debt)
+    for place in sorted({_place(debt) for debt in elsewhere} - _told):
+        _told.add(place)
+        logger.warning(
+            "the head of %s owes the removal of objects in %s, which is no place of this run: nothing is done there, and the "
+            "debt is carried on. Run with that inbox and archive, or name them in %s",
+            *(log.url, on_one_line(place), PLACES),
+        )
     inboxes = {url: stores(url) for url in {debt.inbox: None for debt in debts}}
 
     def is_paid(debt: Owed) -> bool:
@@ -61,33 +87,47 @@ def dispose(log: VersionLog, owed: Iterable[Owed], stores: Callable[[str], Store
         same_place.setdefault((debt.destination, debt.key), []).append(debt)
     workers = max((inbox.concurrency for inbox in inboxes.values()), default=1)
     left = concurrently(lambda some: [debt for debt in some if not is_paid(debt)], same_place.values(), workers)
-    return tuple(debt for some in left for debt in some)
+    return (*elsewhere, *(debt for some in left for debt in some))
+
+
+def _is_of(log: VersionLog, debt: Owed, may_touch: Callable[[str], bool]) -> bool:
+    """Whether a debt is in the run's places alone."""
+    if debt.action == "quarantine":
+        prefix, _, name = (debt.destination or "").rpartition("/")
+        fits = prefix == f"{log.model}/quarantine" and _QUARANTINED.fullmatch(name) is not None
+    else:
+        fits = debt.action == "delete" or (debt.destination is not None and may_touch(debt.destination))
+    return fits and may_touch(debt.inbox)
+
+
+def _place(debt: Owed) -> str:
+    """What a debt is about, in words."""
+    return debt.inbox if debt.action == "delete" else f"{debt.inbox} ({debt.action} to {debt.destination})"
 
 
 def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], Store]) -> bool:
     """Copy to the archive or to quarantine; False if the object is no longer there to copy."""
     assert debt.destination is not None
     try:
-        data = inbox.read(debt.key, if_match=debt.etag)
+        data, mode = inbox.read(debt.key, if_match=debt.etag), inbox.mode(debt.key)
     except (NotFound, PreconditionFailed):
         return False
     if sha256(data) != debt.sha256:  # corrupted on the way, now or when it was consumed: keep the original
         raise CorruptObject("its bytes are not those that were consumed, though its etag is the same")
     if debt.action == "quarantine":
         reason = debt.model_dump(mode="json", include={"inbox", "key", "sha256", "etag", "reason"})
-        log.store.write(debt.destination, data)
+        log.store.write(debt.destination, data, mode=mode)
         log.store.write(f"{debt.destination}.json", checked(reason))
         return True
     archive = stores(debt.destination)
     for key in archive_keys(debt.key, debt.sha256):
         try:
-            archive.create(key, data)
-        except AlreadyExists:
-            if not _holds(archive, key, debt.sha256):
-                continue
+            if create_or_same(archive, key, data, mode=mode):
+                return True
+        except NotFound:  # other bytes were there, and went before they were compared
+            continue
         except StoreNotFound as error:  # not to be taken for a lost inbox
             raise StorageError(f"the archive cannot be written: {error}") from error
-        return True
     raise StorageError(
         f"{debt.destination} holds other bytes under both names of {debt.key}; move them away and run again."
     )
@@ -97,14 +137,6 @@ def archive_keys(key: str, digest: str) -> tuple[str, str]:
     """Where an archive holds a shard: under its own key, or under the second name if other bytes were there before."""
     stem, suffix = posixpath.splitext(key)
     return key, f"{stem}.{digest[:16]}{suffix}"
-
-
-def _holds(store: Store, key: str, digest: str) -> bool:
-    """True if exactly these bytes are at `key`."""
-    try:
-        return sha256(store.read(key)) == digest
-    except NotFound:
-        return False
 
 
 # ---- quarantine ------------------------------------------------------------------------------------------------------
@@ -139,41 +171,54 @@ def _reason(log: VersionLog, key: str) -> dict[str, str]:
     return reason
 
 
-def requeue(log: VersionLog, name: str, stores: Callable[[str], Store] = open_store) -> str:
+def requeue(
+    log: VersionLog, name: str, may_touch: Callable[[str], bool], stores: Callable[[str], Store] = open_store
+) -> str:
     """Send a quarantined shard back to its inbox, under a new key, and return that key.
 
     A new key, because a run that slept since the rejection may still delete the old one. It follows from the name in
     quarantine, so that doing it twice (after a crash) finds the first copy or its tombstone.
 
+    Args:
+        log: Of the model whose quarantine it is.
+        name: In quarantine.
+        may_touch: Whether the place at a URL is one that the caller allows. A record in quarantine alone must not decide where
+            a file is written.
+        stores: Opens the places.
+
     Raises:
+        PermissionDenied: its inbox is none of the allowed places.
         NotFound: nothing of that name is in quarantine.
         CorruptObject: its bytes are not those that were rejected.
         AlreadyExists: its new key is taken by other bytes. It stays in quarantine.
     """
     key = f"{log.model}/quarantine/{name}"
     try:
+        if not _QUARANTINED.fullmatch(name):
+            raise NotFound(name)
         reason = _reason(log, f"{key}.json")
     except NotFound:
         known = ", ".join(quarantined(log)) or "it is empty"
         raise NotFound(f"{log.url}/quarantine holds no {name!r}; there is: {known}.") from None
+    if not may_touch(reason["inbox"]):
+        raise PermissionDenied(
+            f"{log.url}/quarantine/{name} says that it came from {reason['inbox']}. A registry alone does not decide where files "
+            f"are written: if that is right, give --inbox {reason['inbox']}, or name it in {PLACES}."
+        )
     # Without the mark of an earlier time: a name that grew each time would end as one that no store takes.
     stem, suffix = posixpath.splitext(original_key(reason["key"]))
     back = f"{stem}.requeued-{name}{suffix}"
     try:
-        data = log.store.read(key)
+        data, mode = log.store.read(key), log.store.mode(key)
     except NotFound:  # a requeue that crashed had sent it back already
         _delete(log.store, f"{key}.json")
         return back
     if sha256(data) != reason["sha256"]:
         raise CorruptObject(f"{log.url}/quarantine/{name} is not the object that was rejected: its sha256 differs.")
     inbox = stores(reason["inbox"])
-    try:
-        inbox.create(back, data)
-    except AlreadyExists:
-        with contextlib.suppress(NotFound):  # consumed in this moment
-            if sha256(inbox.read(back)) != reason["sha256"]:
-                raise
-        logger.info("%s/%s had been sent back before", inbox.url, on_one_line(back))
+    with contextlib.suppress(NotFound):  # it had been sent back before, and was consumed in this moment
+        if not create_or_same(inbox, back, data, mode=mode):
+            raise AlreadyExists(f"{inbox.url}/{back} holds other bytes; move them away. The shard stays in quarantine.")
     _delete(log.store, key)
     _delete(log.store, f"{key}.json")
     return back

@@ -8,9 +8,9 @@ import heapq
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from tidemill.storage.errors import (
     NotFound,
@@ -34,6 +34,9 @@ logger = logging.getLogger("tidemill.storage")
 UNFINISHED = (".tmp", ".temp", ".part", ".partial", ".inprogress", ".crdownload", ".crc")
 """Endings by which writers mark a file that is not whole yet, or is not data. Names that start with `.` or `_` are hidden too."""
 
+NAMED: Final = 1000
+"""How many of the entries that it passes over a listing names."""
+
 _REQUEUED = re.compile(r"\.requeued-\d{8}-[0-9a-f]{32}")
 
 
@@ -49,6 +52,9 @@ class Listing:
     """How many unknown shards there are in all."""
     oldest: datetime | None
     """When the oldest of them was written."""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Entries that can be no shards though they are not hidden (links that lead out, pipes, folders that may not be listed, keys
+    on which stores disagree): their keys, and why. At most `NAMED` of them."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,16 @@ class Inbox:
             refuse_parts_of_tables(self.url, open_store)
             self._is_part_of_no_table = True
         seen: list[ObjectInfo] = []
+        passed_over: dict[str, str] = {}
         waiting, oldest = 0, None
+
+        def pass_over(key: str, reason: str) -> None:
+            if is_shard(key.removesuffix("/")) and len(passed_over) < NAMED:
+                passed_over[key] = reason
 
         def unknown() -> Iterable[ObjectInfo]:
             nonlocal waiting, oldest
-            for info in refuse_tables(self.url, self.store.list()):
+            for info in refuse_tables(self.url, self.store.list(passed_over=pass_over, inside=True)):
                 if not is_shard(info.key):
                     continue
                 if known(info):
@@ -150,7 +161,7 @@ class Inbox:
 
         # At least one: for none, `nsmallest` would not even count what is there.
         shards = heapq.nsmallest(max(limit, 1), unknown(), key=lambda info: (info.last_modified, info.key))
-        return Listing(shards[:limit], seen, waiting, oldest)
+        return Listing(shards[:limit], seen, waiting, oldest, passed_over)
 
     def read(self, info: ObjectInfo) -> Shard | None:
         """The whole shard as it was listed, or None if it went or changed since: a later listing decides.

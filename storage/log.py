@@ -19,7 +19,6 @@ from functools import cached_property
 from itertools import pairwise
 
 from tidemill.storage.errors import (
-    AlreadyExists,
     CorruptObject,
     HeadMoved,
     NotFound,
@@ -42,7 +41,7 @@ from tidemill.storage.manifest import (
 )
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.probe import check_preconditions
-from tidemill.storage.store import Store
+from tidemill.storage.store import Store, create_or_same
 from tidemill.storage.tombstones import Tombstones, due
 from tidemill.storage.traces import traces_above
 from tidemill.storage.urls import open_store
@@ -327,16 +326,10 @@ class VersionLog:
         version = Version(decode(data, f"{self.store.url}/{key}"), sha256(data))
         try:
             self._check_ground(parent)
-            try:
-                self.store.create(key, data)
-            except AlreadyExists:
-                # Ours after a lost answer, or another run's: only the stored bytes tell.
-                if self.store.read(key) != data:
-                    raise HeadMoved(
-                        f"{self.url}: another run committed version {number} first; this attempt is discarded, nothing is "
-                        "lost."
-                    ) from None
-                self.make_durable(version)
+            if not create_or_same(self.store, key, data):
+                raise HeadMoved(
+                    f"{self.url}: another run committed version {number} first; this attempt is discarded, nothing is lost."
+                )
             if parent is not None:
                 self.check(parent)
         except CorruptObject:

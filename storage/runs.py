@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from tidemill.storage.errors import AlreadyExists, CorruptObject, NotFound, StoreNotFound, UnknownVersion
+from tidemill.storage.errors import CorruptObject, NotFound, StoreNotFound, UnknownVersion
 from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import BlobRef, Record, checked, sha256, verified
+from tidemill.storage.store import create_or_same
 
 _BROKEN = (NotFound, UnknownVersion, CorruptObject, AttributeError, RecursionError, TypeError, ValueError)
 """What reading a damaged checkpoint raises."""
@@ -49,10 +50,7 @@ class BatchProgress:
     def begin(self) -> None:
         """Note where the log stood, unless an earlier attempt of this run has."""
         after = self.log.head().number if self.log.exists() else -1
-        try:
-            self.log.store.create(f"{self._prefix}/run.json", checked({"after": after}))
-        except AlreadyExists:
-            return
+        create_or_same(self.log.store, f"{self._prefix}/run.json", checked({"after": after}))
 
     def finished(self) -> bool:
         """True if the run has registered its version and moved the alias."""

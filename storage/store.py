@@ -167,8 +167,8 @@ class Store(ABC):
         """
 
 
-def create_or_same(store: Store, key: str, data: bytes) -> bool:
-    """Put an object only if nothing is there. False if the key holds other bytes.
+def create_or_same(store: Store, key: str, data: bytes, *, mode: int | None = None) -> bool:
+    """Put an object only if nothing is there, with `mode` as in `write`. False if the key holds other bytes.
 
     True also if it holds these bytes already: the answer to this very `create` may have been lost, or it was done before.
 
@@ -176,7 +176,7 @@ def create_or_same(store: Store, key: str, data: bytes) -> bool:
         NotFound: an object was there, and was removed before it could be compared.
     """
     try:
-        store.create(key, data)
+        store.create(key, data, mode=mode)
     except AlreadyExists:
         return store.read(key) == data
     return True

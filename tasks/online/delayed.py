@@ -44,6 +44,8 @@ class DelayedLabels:
         listing = inbox.list(LISTED, known, fits)
         self.consumed = listing.known
         """What was consumed before, and is still or again there."""
+        self.passed_over = listing.passed_over
+        """Entries that can be no shards: their keys, and why."""
         self._waiting: dict[str, ObjectInfo] = {}
         for info in listing.shards:
             self._waiting.setdefault(original_key(info.key), info)

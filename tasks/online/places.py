@@ -4,10 +4,13 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from tidemill.storage.disposal import dispose
+from tidemill.storage.errors import InvalidURL
 from tidemill.storage.inbox import Inbox
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed
 from tidemill.storage.overlap import (
+    allowed,
+    allowed_places,
     keep_out_of_dataset,
     keep_out_of_inbox,
     keep_out_of_registry,
@@ -51,6 +54,9 @@ class Places:
         self.spelled = spelled_as(*(inbox.url for inbox in self.inboxes))
         """The URL by which this run knows an inbox, however an earlier run spelled it."""
         self._keep_apart(settings)
+        archive = [] if settings.archive_to is None else [self.store(settings.archive_to).url]
+        self._allowed = (*(each.url for each in self.inboxes), *archive, *allowed_places())
+        self._may = dict.fromkeys(self._allowed, True)
         check_preconditions(self.log.store)
         for each in self.inboxes:
             check_inbox(each.store)
@@ -73,8 +79,20 @@ class Places:
         They may be of other inboxes than this run's: of a run before it.
         """
         for url in {debt.inbox for debt in owed}:
-            check_inbox(self.store(url))
-        return dispose(self.log, owed, self.store)
+            if self.may_touch(url):
+                check_inbox(self.store(url))
+        return dispose(self.log, owed, self.may_touch, self.store)
+
+    def may_touch(self, url: str) -> bool:
+        """Whether a record of the registry may make this run delete and write there: its inboxes, its archive, and what
+        `TIDEMILL_PLACES` names."""
+        if (may := self._may.get(url)) is None:
+            try:
+                may = allowed(self.store(url).url, self._allowed)
+            except InvalidURL:
+                may = False
+            self._may[url] = may
+        return may
 
     def _keep_apart(self, settings: OnlineSettings) -> None:
         """Every object below an inbox is a shard, to be consumed and removed: no other place may be, hold or lie in one.

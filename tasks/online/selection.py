@@ -94,6 +94,9 @@ def select(head: Head, places: Places, settings: OnlineSettings, without: Collec
         return fits(info) and (delayed is None or delayed.have(info))
 
     listing = inbox.list(LISTED_AHEAD, partial(seen.consumed, inbox.url), can_be_used)
+    passed_over |= {(inbox.url, key, ""): reason for key, reason in listing.passed_over.items()}
+    if delayed is not None:
+        passed_over |= {(delayed.inbox.url, key, ""): reason for key, reason in delayed.passed_over.items()}
     consumed = {inbox: listing.known} if delayed is None else {inbox: listing.known, delayed.inbox: delayed.consumed}
     waiting = _Waiting(head, places, settings, delayed, listing.shards)
     why = waiting.why()

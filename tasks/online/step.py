@@ -197,7 +197,8 @@ class OnlineRun:
         self.report.add(head.version.manifest)
         self.report.head = head.version.number
         self.report.waiting = max(0, self.report.waiting - len(work.consumed) - len(work.rejected))
-        head.owed, head.disposed_at = self.places.dispose(head.owed), time.monotonic()
+        carried = len(work.head.owed)  # what was denied is tried again now and then, not at each commit
+        head.owed = (*head.owed[:carried], *self.places.dispose(head.owed[carried:]))
         self.champion.move_alias(head.version, head.learner)
         self.report.owed = len(head.owed)
         logger.info("version %d: %s", head.version.number, work)

@@ -295,7 +295,10 @@ def test_requeue_lists_and_sends_back(tidemill: Run, model: Place) -> None:
     assert tidemill("requeue", model.registry, "model", "--json").json[name]["key"] == "c.parquet"
     assert model.inbox_keys() == []
 
-    assert tidemill("requeue", model.registry, "model", name).out == f"{name} is c.requeued-{name}.parquet again\n"
+    assert (
+        tidemill("requeue", model.registry, "model", name, "--inbox", model.inbox).out
+        == f"{name} is c.requeued-{name}.parquet again\n"
+    )
     assert model.inbox_keys() == [f"c.requeued-{name}.parquet"]
     assert tidemill("requeue", model.registry, "model").out == "quarantine is empty\n"
     assert tidemill("requeue", model.registry, "model", name).code == 1
@@ -304,7 +307,7 @@ def test_requeue_lists_and_sends_back(tidemill: Run, model: Place) -> None:
 @memory
 def test_requeue_everything(tidemill: Run, model: Place) -> None:
     (name,) = quarantined(open_log(model.registry, "model"))
-    result = tidemill("requeue", model.registry, "model", "--all", "--json")
+    result = tidemill("requeue", model.registry, "model", "--all", "--inbox", model.inbox, "--json")
     assert result.json == {name: f"c.requeued-{name}.parquet"}
     assert tidemill("requeue", model.registry, "model", "--all").out == "quarantine is empty\n"
     assert tidemill("requeue", model.registry, "model", name, "--all").code == 2

@@ -33,8 +33,9 @@ from pydantic import ValidationError
 
 from tests.guarantees.audit import audit
 from tests.guarantees.children import train
+from tests.storage.shards import dispose, requeue
 from tidemill.storage.aliases import aliased, promote
-from tidemill.storage.disposal import dispose, quarantine_key, quarantined, requeue
+from tidemill.storage.disposal import quarantine_key, quarantined
 from tidemill.storage.errors import InvalidKey, NotReady, ShardRejected, StorageError
 from tidemill.storage.inbox import Inbox, Shard, is_shard
 from tidemill.storage.local import LocalStore

@@ -436,7 +436,9 @@ class World:
         self.requeued.add(name)
         process = Process(self)
         with process.operation(plan):
-            disposal.requeue(self.protocol.log(process.stores(self.registry.url), "model"), name, process.stores)
+            disposal.requeue(
+                self.protocol.log(process.stores(self.registry.url), "model"), name, lambda url: True, process.stores
+            )
         for pair in set(self._shards()) - there:
             self._arrived(pair, self.inbox.read(pair[0]))
 

@@ -1,15 +1,17 @@
 """What the tests of inboxes are made of: small shards, debts for them, and stores that fail."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.storage.faults import Call, FaultStore
+from tidemill.storage import disposal
 from tidemill.storage.disposal import quarantine_key
 from tidemill.storage.inbox import Inbox
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed, sha256
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
@@ -51,3 +53,16 @@ def fails(verb: str, error: Exception, phase: str = "before") -> Callable[[Call]
             raise error
 
     return hook
+
+
+def anywhere(url: str) -> bool:
+    """For tests that are not about which places a run may touch."""
+    return True
+
+
+def dispose(log: VersionLog, owed: Iterable[Owed], stores: Stores = open_store) -> tuple[Owed, ...]:
+    return disposal.dispose(log, owed, anywhere, stores)
+
+
+def requeue(log: VersionLog, name: str, stores: Stores = open_store) -> str:
+    return disposal.requeue(log, name, anywhere, stores)

@@ -10,8 +10,9 @@ from typing import Literal
 import pytest
 
 from tests.storage.faults import Call, FaultStore, fail_at
-from tests.storage.shards import fails, faulty, keys, owe, parquet
-from tidemill.storage.disposal import dispose, quarantined, requeue
+from tests.storage.shards import dispose, fails, faulty, keys, owe, parquet, requeue
+from tidemill.storage import disposal
+from tidemill.storage.disposal import quarantined
 from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
@@ -24,7 +25,7 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.inbox import Inbox, is_shard, open_inbox
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import Owed, sha256
+from tidemill.storage.manifest import Owed, checked, sha256
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 
@@ -469,3 +470,97 @@ def test_reasons_are_json_that_people_can_read(memory: Inbox, memory_log: Versio
     stored = memory_log.store.read(f"taxi/quarantine/{name}.json")
     assert json.loads(stored)["key"] == "ü\n.parquet"
     assert stored.count(b"\n") > 4
+
+
+# ---- only in places that the run knows -----------------------------------------------------------------------------------
+
+
+ELSEWHERE: dict[str, Callable[[Owed, str], Owed]] = {
+    "delete elsewhere": lambda debt, url: debt.model_copy(update={"inbox": url}),
+    "archive elsewhere": lambda debt, url: debt.model_copy(update={"action": "archive", "destination": url}),
+    "archive from elsewhere": lambda debt, url: debt.model_copy(
+        update={"action": "archive", "destination": debt.inbox, "inbox": url}
+    ),
+    "a URL that names no store": lambda debt, url: debt.model_copy(update={"inbox": "https://example.org/x"}),
+    "no destination": lambda debt, url: debt.model_copy(update={"action": "archive"}),
+    **{
+        f"quarantine as {key}": lambda debt, url, key=key: debt.model_copy(
+            update={"action": "quarantine", "destination": key, "reason": "r"}
+        )
+        for key in (
+            "taxi/log/00000001.json",
+            f"other/quarantine/00000001-{'0' * 32}",
+            f"taxi/quarantine/../log/00000001-{'0' * 32}",
+            "taxi/quarantine/x",
+            "evil.pth",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("forge", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_a_forged_debt_neither_writes_nor_deletes_anywhere_and_is_carried_on(
+    inbox: Inbox, log: VersionLog, archive: Store, forge: Callable[[Owed, str], Owed]
+) -> None:
+    inbox.store.write("a.parquet", b"bytes")
+    archive.write("a.parquet", b"bytes")  # where nothing may be touched
+    stores = (inbox.store, archive, log.store)
+    debt = forge(owe(inbox, "a.parquet", "delete"), archive.url)
+    before = [{info.key: store.read(info.key) for info in store.list()} for store in stores]
+    assert disposal.dispose(log, [debt], lambda url: url == inbox.url) == (debt,)
+    assert [{info.key: store.read(info.key) for info in store.list()} for store in stores] == before
+
+
+def test_debts_of_other_places_are_warned_of_once_and_do_not_hold_up_the_others(
+    memory: Inbox, memory_log: VersionLog, memory_archive: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    for store in (memory.store, memory_archive):
+        store.write("a.parquet", b"bytes")
+    theirs = owe(Inbox(memory_archive), "a.parquet", "delete")
+    for _ in range(3):
+        assert disposal.dispose(memory_log, [theirs, owe(memory, "a.parquet", "delete")], anywhere_but(theirs)) == (
+            theirs,
+        )
+        memory.store.write("a.parquet", b"bytes")
+    assert caplog.text.count("no place of this run") == 1
+    assert keys(memory_archive) == ["a.parquet"]
+
+
+def anywhere_but(debt: Owed) -> Callable[[str], bool]:
+    return lambda url: url != debt.inbox
+
+
+@pytest.mark.parametrize("inbox_url", ["memory://elsewhere/inbox", "file:///nowhere", "https://x", ""])
+def test_a_forged_record_in_quarantine_is_not_sent_anywhere(
+    memory: Inbox, memory_log: VersionLog, inbox_url: str
+) -> None:
+    name = f"00000001-{'a' * 32}"
+    memory_log.store.write(f"taxi/quarantine/{name}", b"evil")
+    reason = {"inbox": inbox_url, "key": "evil.pth", "sha256": sha256(b"evil"), "etag": "e", "reason": "r"}
+    memory_log.store.write(f"taxi/quarantine/{name}.json", checked(reason))
+    with pytest.raises(PermissionDenied, match="--inbox"):
+        disposal.requeue(memory_log, name, lambda url: url == memory.url)
+    assert list(quarantined(memory_log)) == [name]
+
+
+@pytest.mark.parametrize("name", ["../../secret", "..", "", "../champion", "a/../../x", "\0", "x"])
+def test_a_name_in_quarantine_leads_nowhere_else(memory_log: VersionLog, name: str) -> None:
+    memory_log.store.write("secret", b"x")
+    with pytest.raises(NotFound, match="quarantine holds no"):
+        requeue(memory_log, name)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
+def test_copies_are_readable_by_nobody_who_could_not_read_the_shard(tmp_path: Path, mode: int) -> None:
+    inbox, log = open_inbox(str(tmp_path / "in")), VersionLog(open_store(str(tmp_path / "reg")), "taxi")
+    for key in ("a.parquet", "b.parquet"):
+        inbox.store.write(key, b"private")
+        (tmp_path / "in" / key).chmod(mode)
+    archived = owe(inbox, "a.parquet", "archive", str(tmp_path / "arch"))
+    rejected = owe(inbox, "b.parquet", "quarantine")
+    assert dispose(log, [archived, rejected]) == ()
+    copies = [tmp_path / "arch/a.parquet", tmp_path / "reg" / str(rejected.destination)]
+    assert [path.stat().st_mode & 0o077 & ~mode for path in copies] == [0, 0]
+    (name,) = quarantined(log)
+    back = requeue(log, name)
+    assert (tmp_path / "in" / back).stat().st_mode & 0o077 & ~mode == 0

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.storage.faults import FaultStore
-from tests.storage.shards import fails, keys, owe, parquet, unknown
-from tidemill.storage.disposal import dispose
+from tests.storage.shards import dispose, fails, keys, owe, parquet, unknown
 from tidemill.storage.errors import (
     InvalidKey,
     NotReady,

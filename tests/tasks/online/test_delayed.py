@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 
 from tests.storage.faults import Call, Phase, fail_at, hooked
+from tests.storage.shards import requeue
 from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage.audit import audit
-from tidemill.storage.disposal import quarantined, requeue
+from tidemill.storage.disposal import quarantined
 from tidemill.storage.errors import PlacesOverlap, Unavailable
 from tidemill.storage.log import Version, VersionLog, open_log
 from tidemill.storage.manifest import Compared, Entry, Gate

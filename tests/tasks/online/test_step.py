@@ -3,14 +3,17 @@
 import datetime
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partialmethod
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from tests.storage.faults import Call, Deny, FaultStore, hooked
+from tests.storage.faults import Call, Deny, FaultStore, hooked, together
+from tests.storage.shards import requeue
 from tests.tasks.rows import SPEC, keys, parquet, put, rows
 from tidemill.flows import views
 from tidemill.storage import disposal, tombstones
@@ -22,8 +25,9 @@ from tidemill.storage.errors import (
     UnknownVersion,
     UnsupportedFormat,
 )
+from tidemill.storage.inbox import open_inbox
 from tidemill.storage.log import open_log
-from tidemill.storage.manifest import Entry
+from tidemill.storage.manifest import Entry, Owed, encode, sha256
 from tidemill.storage.probe import check_inbox
 from tidemill.storage.retention import collect_garbage
 from tidemill.storage.store import ObjectInfo, Promises, Store
@@ -375,7 +379,7 @@ def test_a_requeued_shard_is_consumed_once_the_reason_is_gone(registry: str, mak
     drain(open_run(make_url("inbox"), registry))
     log = open_log(registry, "model")
     (name,) = disposal.quarantined(log)
-    back = disposal.requeue(log, name)
+    back = requeue(log, name)
     assert back.startswith("sub/late.requeued-")
     assert keys(make_url("inbox")) == [back]
     open_store(make_url("inbox")).write(back, whole)
@@ -669,3 +673,70 @@ def test_a_registry_restored_from_an_older_log_is_noticed(
     facts, words = views.model(log, None, 0)
     assert facts["lost_versions"] == [finding]
     assert finding in words
+
+
+# ---- only in places that the run knows -----------------------------------------------------------------------------------
+def test_a_forged_debt_is_carried_on_named_and_paid_only_where_it_is_allowed(
+    registry: str, make_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim, inbox = open_store(make_url("victim")), make_url("inbox")
+    victim.write("precious.db", b"precious")
+    log = open_log(registry, "model")
+    manifest = log.head().manifest
+    debt = Owed(
+        inbox=victim.url,
+        key="precious.db",
+        sha256=sha256(b"precious"),
+        etag=victim.stat("precious.db").etag,
+        action="delete",
+    )
+    log.store.write("model/log/00000000.json", encode(manifest.model_copy(update={"owed": (debt,)})))
+    put(inbox, days(2))
+    run = open_run(inbox, registry, limits={"max_shards": 1})
+    assert drain(run).shards == 2, "never fatal"
+    assert keys(victim.url) == ["precious.db"]
+    assert log.head().manifest.owed[0] == debt, "carried on"
+    facts, words = views.model(log, None, 0)
+    assert facts["owed_in"][victim.url] == 1
+    assert f"1 removal in {victim.url}" in words
+
+    monkeypatch.setenv("TIDEMILL_PLACES", f"memory://other, {victim.url}")
+    drain(open_run(inbox, registry))
+    assert keys(victim.url) == []
+
+
+def test_denied_deletes_do_not_cost_the_square_of_their_number(memory_registry: str, memory_url: MakeUrl) -> None:
+    calls: list[Call] = []
+    inbox = memory_url("inbox")
+    put(inbox, days(12))
+    hook = together(calls.append, Deny(open_store(inbox).url, "delete"))
+    run = open_run(inbox, memory_registry, hooked(hook), limits={"max_shards": 1})
+    report = drain(run)
+    assert (report.shards, report.owed) == (12, 12)
+    deletes = [call for call in calls if call.verb == "delete" and call.key.endswith(".parquet")]
+    assert len(deletes) == 12, "each is tried once, and all of them again after a while"
+
+
+def test_what_can_be_no_shard_is_passed_over_counted_named_once_and_shown(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin(str(tmp_path / "registry"), str(tmp_path / "dataset"))
+    inbox = tmp_path / "inbox"
+    put(str(inbox), days(2))
+    (tmp_path / "outside.parquet").write_bytes(b"secret")
+    (inbox / "link.parquet").symlink_to(tmp_path / "outside.parquet")
+    (inbox / "loop.parquet").symlink_to("loop.parquet")
+    (inbox / ".hidden").symlink_to("nowhere")
+    os.mkfifo(inbox / "pipe.parquet")
+    run = open_run(str(inbox), str(tmp_path / "registry"), limits={"max_shards": 1})
+    report = drain(run)
+    assert (report.shards, report.rejected, report.passed_over) == (2, 0, 3)
+    assert caplog.text.count("link.parquet is passed over") == 1
+    facts, words = views.model(open_log(str(tmp_path / "registry"), "model"), open_inbox(str(inbox)), 0)
+    assert set(facts["passed_over"]) == {"link.parquet", "loop.parquet", "pipe.parquet"}
+    assert "passed over: 3 entries" in words
+    assert sorted(path.name for path in inbox.iterdir() if path.name.endswith(".parquet")) == [
+        "link.parquet",
+        "loop.parquet",
+        "pipe.parquet",
+    ]
