@@ -38,6 +38,7 @@ from tidemill.tasks.training.groups import RowGroup, Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import Score, score, train_pass
 from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.trial import warn_of_hidden_state
 from tidemill.tasks.versions import resolved_spec
 
 logger = logging.getLogger("tidemill.batch")
@@ -176,20 +177,24 @@ def register(run: BatchRun, result: Score) -> Version:
 
     Called again after an error, it finds out whether its version was committed.
     """
+    if (registered := run.progress.registered()) is not None:
+        return registered[0]
+    learner = run.load_best()
+    weights, state = learner.dump()
+    counters, spec = asdict(learner.counters), resolved_spec(learner)
+    warn_of_hidden_state(learner, weights, state, run.dataset.row_groups)
+    if run.spec.import_paths:
+        run.forget()  # it has taken another step
     while True:
-        if (registered := run.progress.registered()) is not None:
-            return registered[0]
-        learner = run.load_best()
         parent = run.log.head() if run.log.exists() else None
         number = 0 if parent is None else parent.number + 1
         try:
             # Written anew for each number: blobs of a number that another run has taken are garbage, and may be collected.
-            weights, state = learner.dump()
             chosen = {"epoch_holdout": list(run.holdout_losses), "best_epoch": run.best_epoch}
             entry = Entry(
                 kind="batch",
                 spec=run.spec.model_dump(mode="json"),
-                resolved_spec=resolved_spec(learner),
+                resolved_spec=spec,
                 columns={field.name: str(field.type) for field in run.dataset.schema},
                 blobs=Blobs(
                     weights=run.log.write_blob(number, "safetensors", weights),
@@ -203,7 +208,7 @@ def register(run: BatchRun, result: Score) -> Version:
                     "holdout_rows": result.rows,
                     "holdout": result.finite if result.rows else {},
                 },
-                counters=asdict(learner.counters),
+                counters=counters,
                 dataset=run.dataset.ref,
                 run=run.progress.key,
                 code=code_revision(),
@@ -212,6 +217,8 @@ def register(run: BatchRun, result: Score) -> Version:
             return run.log.commit(parent, entry)
         except HeadMoved as moved:
             logger.info("%s Registering on top of it.", moved)
+            if (registered := run.progress.registered()) is not None:  # by an overlapping attempt of this run
+                return registered[0]
 
 
 def finish(run: BatchRun, version: Version) -> None:

@@ -20,6 +20,7 @@ from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
+from tidemill.tasks.trial import try_out
 
 logger = logging.getLogger("tidemill.batch")
 
@@ -122,7 +123,9 @@ class BatchRun:
         features = Features.resolve(self.spec, self.dataset.schema)
         for name, schema in self.dataset.schemas:
             features.check(schema, name)
-        return Learner.create(self.spec, features.fit(self.dataset.row_groups, self.split), self.settings.device)
+        learner = Learner.create(self.spec, features.fit(self.dataset.row_groups, self.split), self.settings.device)
+        try_out(learner, self.dataset.row_groups)
+        return learner
 
 
 def _attempt(log: VersionLog, key: str, *, again: bool) -> BatchProgress:

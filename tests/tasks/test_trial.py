@@ -1,0 +1,91 @@
+"""The user's own model and metrics are tried on a few rows: before the first epoch, and before the first commit."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.tasks.rows import SPEC, put, rows
+from tidemill.storage.log import open_log
+from tidemill.tasks import batch
+from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.training.errors import FactoryError
+from tidemill.tasks.training.spec import Spec
+
+MakeUrl = Callable[[str], str]
+
+
+def own(model: str = "Plain", *metrics: str, **settings: object) -> Spec:
+    named = {"model": {"factory": f"tests.tasks.own_models:{model}"}}
+    return Spec.model_validate(
+        SPEC.model_dump() | named | {"metrics": [f"tests.tasks.own_models:{m}" for m in metrics]} | settings
+    )
+
+
+@pytest.fixture
+def dataset(memory_url: MakeUrl) -> str:
+    put(memory_url("dataset"), {"a.parquet": rows(60, 0), "b.parquet": rows(60, 1)})
+    return memory_url("dataset")
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("Many", r"metrics 'many' gives \[3\], not one number"),
+        ("Mapped", r"metrics 'mapped' gives dict, not one number"),
+        ("Refuses", r"metrics \(.*Refuses\) fail on the first rows of the dataset: RuntimeError: only for images"),
+    ],
+)
+def test_a_metric_that_gives_no_number_is_refused_before_the_first_epoch(
+    metric: str, message: str, dataset: str, memory_url: MakeUrl
+) -> None:
+    run = batch.open_run(
+        batch.take_snapshot(dataset), memory_url("registry"), "model", own("Plain", metric), BatchSettings()
+    )
+    with pytest.raises(FactoryError, match=message):
+        batch.prepare(run)
+    assert not [info.key for info in run.log.store.list() if "/00000" in info.key]
+
+
+def test_a_metric_of_one_number_is_computed(dataset: str, memory_url: MakeUrl) -> None:
+    made = batch.train(dataset, memory_url("registry"), "model", own("Plain", "Single"))
+    assert set(made.metrics["holdout"]) == {"loss", "mae", "rmse", "single"}  # type: ignore[arg-type, call-overload]
+
+
+def test_the_trial_changes_no_bit(dataset: str, memory_url: MakeUrl) -> None:
+    """As in a plain factory of torch's with dropout, which is tried, against the built-in model, which is not."""
+    hidden = {"hidden": [4], "dropout": 0.3}
+    built_in = Spec.model_validate(SPEC.model_dump() | {"model": {"factory": "mlp", "arguments": hidden}})
+    imported = {"factory": "tidemill.tasks.training.models:mlp", "arguments": hidden}
+    tried = Spec.model_validate(SPEC.model_dump() | {"model": imported})
+    for name, spec in (("a", built_in), ("b", tried)):
+        batch.train(dataset, memory_url(name), "model", spec)
+    a, b = (open_log(memory_url(name), "model").head().manifest for name in "ab")
+    assert (a.blobs.weights.sha256, a.counters) == (b.blobs.weights.sha256, b.counters)
+
+
+@pytest.mark.parametrize("model", ["Counter", "Unkept", "Numpy", "Python", "OwnGenerator"])
+def test_state_that_no_checkpoint_finds_is_told_at_the_first_commit(
+    model: str, dataset: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch.train(dataset, memory_url("registry"), "model", own(model))
+    assert caplog.text.count("after a restart this model goes on with other bits") == 1
+    assert "'layer.weight'" in caplog.text
+
+
+@pytest.mark.parametrize("averaged", [{}, {"ema_decay": 0.9}, {"replay": {"rows": 10}}, {"running_statistics": True}])
+def test_sound_models_are_not_warned_of(
+    averaged: dict[str, object], dataset: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    spec = own("Plain", optimizer={"name": "adam"}, **averaged)
+    made = batch.train(dataset, memory_url("registry"), "model", spec)
+    assert caplog.text == ""
+    manifest = open_log(memory_url("registry"), "model").head().manifest
+    assert manifest.counters["shards"] == 0, "what the trial trained on is not part of the version"
+    again = batch.train(dataset, memory_url("other"), "model", spec)
+    other = open_log(memory_url("other"), "model").head().manifest
+    assert made.metrics == again.metrics
+    assert manifest.blobs.state.sha256 == other.blobs.state.sha256
+    assert torch.initial_seed()  # and torch's generator was left alone
