@@ -7,7 +7,6 @@ Names that start with `.tidemill-` are this module's own: unfinished files and d
 """
 
 import errno
-import logging
 import os
 import stat
 import time
@@ -44,8 +43,6 @@ from tidemill.storage.files import (
 )
 from tidemill.storage.store import ObjectInfo, PassedOver, Store
 
-logger = logging.getLogger("tidemill.storage")
-
 
 class LocalStore(Store):
     """A folder; keys are paths below it. `write` and `create` make it, and folders below it, as they need them.
@@ -67,7 +64,6 @@ class LocalStore(Store):
 
     def __init__(self, root: str) -> None:
         self._root = os.path.abspath(root)
-        self._warned = False
         self.url = f"file://{self._root}"
 
     def __repr__(self) -> str:
@@ -92,7 +88,7 @@ class LocalStore(Store):
                 continue
             except OSError as error:
                 if passed_over is None or not folder:
-                    raise self._translated(error, folder, NotFound) from error
+                    raise _translated(error, self._root, folder, NotFound) from error
                 passed_over(folder, f"the folder cannot be listed: {error.strerror}")
                 continue
             with self._errors(folder, obstacle=NotFound), entries:
@@ -110,7 +106,7 @@ class LocalStore(Store):
                         except FileNotFoundError:  # it went since
                             continue
                         except _Odd as odd:
-                            (passed_over or self._warn)(key, str(odd))
+                            (passed_over or self._warn_of)(key, str(odd))
                         else:
                             yield info
 
@@ -231,11 +227,6 @@ class LocalStore(Store):
                 raise InvalidKey(f"{self.url}: the key {key!r} leads out of the folder by a symbolic link")
         return f"{self._root}/{key}"
 
-    def _warn(self, key: str, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning("%s: skipping the file %r, and others like it: %s", self.url, key, reason)
-
     def _stat(self, path: str, key: str) -> os.stat_result:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
@@ -248,31 +239,31 @@ class LocalStore(Store):
 
     @contextmanager
     def _errors(self, key: str, *, obstacle: type[StorageError]) -> Iterator[None]:
-        """Translate OSError. `obstacle` is what a folder in place of a file means to this verb, or the reverse."""
         try:
             yield
         except OSError as error:
-            raise self._translated(error, key, obstacle) from error
+            raise _translated(error, self._root, key, obstacle) from error
 
-    def _translated(self, error: OSError, key: str, obstacle: type[StorageError]) -> StorageError:
-        where = f"{self.url}/{key}"
-        if isinstance(error, FileNotFoundError) and obstacle is NotFound:
-            if os.path.isdir(self._root):
-                return NotFound(f"{where} does not exist")
-            return StoreNotFound(f"{self.url}: there is no such folder. Check the URL")
-        if isinstance(error, IsADirectoryError | NotADirectoryError):
-            return obstacle(f"{where}: an object and a folder would need the same name")
-        if isinstance(error, FileExistsError):
-            return AlreadyExists(f"{where} exists")
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            return PermissionDenied(
-                f"{where}: {error.strerror}: check the owner and mode of {error.filename or self._root}"
-            )
-        if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP):
-            return InvalidKey(f"{where}: {error.strerror}")
-        if error.errno in (*NO_ROOM, errno.EFBIG):
-            return StoreFull(f"{where}: {error.strerror}: nothing was written. Make room and start again")
-        return Unavailable(f"{where}: {error}")
+
+def _translated(error: OSError, root: str, key: str, obstacle: type[StorageError]) -> StorageError:
+    """What to raise. `obstacle` is what a folder in place of a file means to the verb, or the reverse."""
+    url = f"file://{root}"
+    where = f"{url}/{key}"
+    if isinstance(error, FileNotFoundError) and obstacle is NotFound:
+        if os.path.isdir(root):
+            return NotFound(f"{where} does not exist")
+        return StoreNotFound(f"{url}: there is no such folder. Check the URL")
+    if isinstance(error, IsADirectoryError | NotADirectoryError):
+        return obstacle(f"{where}: an object and a folder would need the same name")
+    if isinstance(error, FileExistsError):
+        return AlreadyExists(f"{where} exists")
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return PermissionDenied(f"{where}: {error.strerror}: check the owner and mode of {error.filename or root}")
+    if error.errno in (errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP):
+        return InvalidKey(f"{where}: {error.strerror}")
+    if error.errno in (*NO_ROOM, errno.EFBIG):
+        return StoreFull(f"{where}: {error.strerror}: nothing was written. Make room and start again")
+    return Unavailable(f"{where}: {error}")
 
 
 def _problem(key: str) -> str | None:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC
 from email.utils import parsedate_to_datetime
@@ -65,7 +65,6 @@ class S3Store(Store):
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self._bucket = bucket
         self._root = f"{prefix}/" if prefix else ""
-        self._warned = False
         self._fs = _filesystem(
             os.getpid(), frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
         )
@@ -95,7 +94,7 @@ class S3Store(Store):
                         key, entry["Size"], _unquoted(entry["ETag"]), entry["LastModified"].astimezone(UTC)
                     )
                 elif entry["Size"] or not entry["Key"].endswith("/"):
-                    (passed_over or self._warn)(key, "stores disagree about such keys")
+                    (passed_over or self._warn_of)(key, "stores disagree about such keys")
             if not page["IsTruncated"]:
                 return
             params["ContinuationToken"] = page["NextContinuationToken"]
@@ -192,26 +191,7 @@ class S3Store(Store):
         self._stat_if_match(key, if_match)  # a DELETE of nothing succeeds
         answer = self._call("delete_object", key)
         if if_match is not None and answer.get("DeleteMarker") and "VersionId" in answer:
-            self._take_back_if_other(key, if_match, answer["VersionId"])
-
-    def _take_back_if_other(self, key: str, etag: str, marker: str) -> None:
-        """After a DELETE that nothing was compared for: show a version with another etag again that its marker has hidden."""
-        try:
-            full = self._root + key
-            below = self._call(
-                "list_object_versions", None, Prefix=full, KeyMarker=full, VersionIdMarker=marker, MaxKeys=1
-            )
-            hidden = [v for v in below.get("Versions", ()) if v["Key"] == full and _unquoted(v["ETag"]) != etag]
-            if not hidden:
-                return
-            self._call("delete_object", key, VersionId=marker)
-        except PermissionDenied as error:
-            logger.warning(
-                "%s/%s was deleted without knowing whether it was replaced in that moment: %s. If it was, delete the marker %s",
-                *(self.url, on_one_line(key), error, marker),
-            )
-        else:
-            raise PreconditionFailed(f"{self.url}/{key} was replaced while being deleted; the new object is back")
+            _take_back_if_other(self, key, if_match, answer["VersionId"])
 
     def _put(self, key: str, data: bytes, **conditions: str) -> ObjectInfo:
         answer = self._call("put_object", key, Body=data, **conditions)
@@ -224,11 +204,6 @@ class S3Store(Store):
         if if_match is not None and found.etag != if_match:
             raise PreconditionFailed(f"{self.url}/{key} has etag {found.etag}, not {if_match}")
         return found
-
-    def _warn(self, key: str, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning("%s: skipping the object %r, and others like it: %s", self.url, key, reason)
 
     def _call(self, method: str, key: str | None, **params: Any) -> dict[str, Any]:
         """One request, retried while failures are transient. The `Body` of an answer is bytes."""
@@ -253,40 +228,65 @@ class S3Store(Store):
                 raise told from (None if isinstance(error, ValueError) else error)
             return answer
 
-        told = False
+        return _retried(attempt, lambda: f"{method} of {where} at {_endpoint(self._fs)}", self.retry_seconds)
 
-        def before_sleep(state: RetryCallState) -> None:
-            nonlocal told
-            assert state.outcome is not None
-            late = (state.seconds_since_start or 0) + state.upcoming_sleep > _TOLD_AFTER_SECONDS and not told
-            logger.log(
-                logging.WARNING if late else logging.INFO,
-                "%s of %s at %s: %s. Trying again for up to %.0f s: is the store up, and does AWS_ENDPOINT_URL_S3 name it?",
-                *(method, on_one_line(where), _endpoint(self._fs), state.outcome.exception(), self.retry_seconds),
-            )
-            told = told or late
 
-        retrying = Retrying(
-            retry=retry_if_exception_type(Transient),
-            stop=stop_after_delay(self.retry_seconds),
-            wait=wait_random_exponential(multiplier=0.1, max=5),
-            before_sleep=before_sleep,
-            reraise=True,
+def _take_back_if_other(store: S3Store, key: str, etag: str, marker: str) -> None:
+    """After a DELETE that nothing was compared for: show a version with another etag again that its marker has hidden."""
+    try:
+        full = store._root + key
+        below = store._call(
+            "list_object_versions", None, Prefix=full, KeyMarker=full, VersionIdMarker=marker, MaxKeys=1
         )
-        try:
-            return retrying(attempt)
-        except Transient as failure:
-            seconds = retrying.statistics["delay_since_first_attempt"]
-            raise failure.verdict(
-                f"{method} of {where} at {_endpoint(self._fs)} failed for {seconds:.0f} s: {failure}. "
-                "Check that the store is up and that AWS_ENDPOINT_URL_S3 names it"
-            ) from failure.__cause__
+        hidden = [v for v in below.get("Versions", ()) if v["Key"] == full and _unquoted(v["ETag"]) != etag]
+        if not hidden:
+            return
+        store._call("delete_object", key, VersionId=marker)
+    except PermissionDenied as error:
+        logger.warning(
+            "%s/%s was deleted without knowing whether it was replaced in that moment: %s. If it was, delete the marker %s",
+            *(store.url, on_one_line(key), error, marker),
+        )
+    else:
+        raise PreconditionFailed(f"{store.url}/{key} was replaced while being deleted; the new object is back")
 
 
 _TOLD_AFTER_SECONDS: Final = 2.0
 """A call that has failed for this long says so: nothing listens there, or the server is down."""
 _SLOWEST_UPLOAD: Final = 128 * 1024
 """Bytes a second; slower than that is taken for a stall."""
+
+
+def _retried(attempt: Callable[[], dict[str, Any]], what: Callable[[], str], retry_seconds: float) -> dict[str, Any]:
+    """The answer of the first attempt that does not fail for a while only. Says so, once, if that takes long."""
+    told = False
+
+    def before_sleep(state: RetryCallState) -> None:
+        nonlocal told
+        assert state.outcome is not None
+        late = (state.seconds_since_start or 0) + state.upcoming_sleep > _TOLD_AFTER_SECONDS and not told
+        logger.log(
+            logging.WARNING if late else logging.INFO,
+            "%s: %s. Trying again for up to %.0f s: is the store up, and does AWS_ENDPOINT_URL_S3 name it?",
+            *(on_one_line(what()), state.outcome.exception(), retry_seconds),
+        )
+        told = told or late
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(Transient),
+        stop=stop_after_delay(retry_seconds),
+        wait=wait_random_exponential(multiplier=0.1, max=5),
+        before_sleep=before_sleep,
+        reraise=True,
+    )
+    try:
+        return retrying(attempt)
+    except Transient as failure:
+        seconds = retrying.statistics["delay_since_first_attempt"]
+        raise failure.verdict(
+            f"{what()} failed for {seconds:.0f} s: {failure}. "
+            "Check that the store is up and that AWS_ENDPOINT_URL_S3 names it"
+        ) from failure.__cause__
 
 
 async def _request(fs: Any, method: str, params: dict[str, Any], seconds: float) -> dict[str, Any]:

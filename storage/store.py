@@ -16,12 +16,15 @@ lost answer a verb may have been applied: `create` and `replace` can then lose a
 can find nothing. Callers that must know read back (`tidemill.storage.log` does).
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
 from tidemill.storage.errors import AlreadyExists
+
+logger = logging.getLogger("tidemill.storage")
 
 PassedOver = Callable[[str, str], None]
 """Is told the key and the reason for each entry that a listing passes over; the key of a folder ends in `/`."""
@@ -115,6 +118,14 @@ class Store(ABC):
             PreconditionFailed: `if_match` is given and the object's etag is another.
             CorruptObject: the range lies outside of the object, or the body stayed short after retries.
         """
+
+    _warned = False
+
+    def _warn_of(self, key: str, reason: str) -> None:
+        """What a listing does without `passed_over`."""
+        if not self._warned:
+            self._warned = True
+            logger.warning("%s: skipping %r, and others like it: %s", self.url, key, reason)
 
     def mode(self, key: str) -> int | None:
         """Who may read the object, as permission bits for `write` and `create` of a copy; None where a store has no such bits.

@@ -561,6 +561,23 @@ def test_keys_that_servers_disagree_about_are_skipped_with_one_warning(
     assert "a//b" in warning.getMessage()
 
 
+def test_such_keys_are_told_one_by_one_to_who_asks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.WARNING, "tidemill.storage")
+    told: dict[str, str] = {}
+    with scripted(monkeypatch, page(dict.fromkeys(["prefix/a//b", "prefix/../c", "prefix/good"], 1))) as (store, _):
+        assert [info.key for info in store.list(passed_over=told.__setitem__)] == ["good"]
+    assert set(told) == {"a//b", "../c"}
+    assert not [record for record in caplog.records if record.name == "tidemill.storage"]
+
+
+@pytest.mark.parametrize("prefix", ["a//", "../", "/", "a/../b", "a\\"])
+def test_a_prefix_that_no_key_can_have_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, prefix: str):
+    """MinIO answers 400."""
+    with scripted(monkeypatch, Answer.error(400, "XMinioInvalidObjectName")) as (store, script):
+        assert [*store.list(prefix)] == []
+        assert script.requests == []
+
+
 def head(**headers: str) -> Answer:
     return Answer(headers={"Last-Modified": "Fri, 02 Jan 2026 03:04:05 GMT", **headers})
 
