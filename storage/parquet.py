@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from tidemill.storage.errors import NotReady, StorageError
 from tidemill.storage.pages import decoded_bytes
+from tidemill.storage.partitions import MARK
 from tidemill.storage.ranges import Fetch, RangesFile, coalesced
 
 MAGIC: Final = b"PAR1"
@@ -169,7 +170,7 @@ class ParquetFile:
             self._stored = frozenset(self.schema.names)
             for column, value in self._partitions.items():
                 if column not in self._stored:
-                    self.schema = self.schema.append(pa.field(column, value.type))
+                    self.schema = self.schema.append(pa.field(column, value.type, metadata=MARK))
             self.group_rows = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
             if min(self.group_rows, default=0) < 0:
                 raise ValueError("it claims a negative number of rows")
@@ -196,7 +197,7 @@ class ParquetFile:
                 table = table.append_column(self.schema.field(column), self._delta(parquet, indices, column, size))
             for column in chosen.added:
                 value: Any = self._partitions[column]
-                table = table.append_column(self.schema.field(column), pa.repeat(value, table.num_rows))
+                table = table.append_column(column, pa.repeat(value, table.num_rows))
             return table.select(list(columns))
 
     def neighbours(self) -> Iterator[range]:

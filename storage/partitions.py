@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 NULL: Final = "__HIVE_DEFAULT_PARTITION__"
 """The value by which Hive and Spark write a null."""
+MARK: Final = {b"tidemill": b"partition"}
+"""Metadata of a partition column's field in the schema of its row groups: training knows by it that a null is of a whole file."""
 _INTEGER: Final = re.compile(r"-?[0-9]{1,18}")
 
 
@@ -60,10 +62,14 @@ def partitions(key: str, types: Mapping[str, pa.DataType]) -> dict[str, pa.Scala
     A column without a given type has that of its own value. A whole number stays int64 where float64 is given.
 
     Raises:
-        ValueError: a value is none of its column's type.
+        ValueError: a value is none of its column's type, or two folders give a column different values.
     """
     if "=" not in key:
         return {}
+    parts = [partition_values(f"{folder}/") for folder in key.split("/")[:-1]]
+    for name, text in partition_values(key).items():
+        if any(part.get(name, text) != text for part in parts):
+            raise ValueError(f"its folders give column {name!r} different values")
     import pyarrow as pa
 
     own, found = partition_types([key]), dict[str, Any]()

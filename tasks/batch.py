@@ -34,6 +34,7 @@ from tidemill.tasks.retrying import retried
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.table import table_snapshot
 from tidemill.tasks.training.environment import code_revision, environment
+from tidemill.tasks.training.families import type_name
 from tidemill.tasks.training.groups import RowGroup, Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import Score, score, train_pass
@@ -195,7 +196,7 @@ def register(run: BatchRun, result: Score) -> Version:
                 kind="batch",
                 spec=run.spec.model_dump(mode="json"),
                 resolved_spec=spec,
-                columns={field.name: str(field.type) for field in run.dataset.schema},
+                columns={field.name: type_name(field.type) for field in run.dataset.schema},
                 blobs=Blobs(
                     weights=run.log.write_blob(number, "safetensors", weights),
                     state=run.log.write_blob(number, "state.safetensors", state),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.groups import THREADS, RowGroup, Split, generator, work_alone
+from tidemill.tasks.training.groups import THREADS, RowGroup, Split, generator, is_partition, work_alone
 from tidemill.tasks.training.packing import place
 from tidemill.tasks.training.pool import Empty, WindowPool
 
@@ -190,7 +190,7 @@ class Stream:
         with closing(self._features.tables(groups)) as tables:
             for group in groups:
                 table = next(tables)
-                nulls = [n + table.column(name).null_count for n, name in zip(nulls, columns, strict=True)]
+                nulls = [n + _nulls(group, table, name) for n, name in zip(nulls, columns, strict=True)]
                 labels += self._features.labelled(table)
                 rows += table.num_rows
                 for piece in self._cut(group, wanted(group)):
@@ -208,6 +208,12 @@ class Stream:
         if self._seed is None:
             return range(count)
         return torch.randperm(count, generator=generator(*self._seed, what)).tolist()
+
+
+def _nulls(group: RowGroup, table: pa.Table, column: str) -> int:
+    """How many values of a column are missing. None if its file lies in the partition of the nulls: all of it is one value."""
+    nulls = table.column(column).null_count
+    return 0 if nulls == table.num_rows and is_partition(group, column) else nulls
 
 
 class _Window:

@@ -116,6 +116,8 @@ def _plain(kind: Any) -> Any:
         return _plain(kind.value_type)
     if _is_list(kind) or types.is_fixed_size_list(kind):
         return _list_of(kind, kind.value_field.with_type(_plain(kind.value_type)))
+    if types.is_map(kind):
+        return pa.map_(_plain(kind.key_type), _plain(kind.item_type))
     if types.is_struct(kind):
         return pa.struct([field.with_type(_plain(field.type)) for field in kind])
     return kind

@@ -47,6 +47,11 @@ class RowGroup(Protocol):
         ...
 
 
+def is_partition(group: RowGroup, column: str) -> bool:
+    """Whether a column's value comes from a `name=value` folder (`tidemill.storage.partitions.MARK`)."""
+    return (group.schema.field(column).metadata or {}).get(b"tidemill") == b"partition"
+
+
 @dataclass(eq=False)
 class TableGroup:
     """A row group that is a table in memory."""

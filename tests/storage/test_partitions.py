@@ -55,5 +55,11 @@ def test_a_value_that_is_none_of_its_columns_type_is_named() -> None:
         partitions("a=x/x", {"a": pa.float64()})
 
 
+def test_folders_that_contradict_each_other_are_named() -> None:
+    assert partitions("a=1/b=2/a=1/x", {}) == {"a": pa.scalar(1, pa.int64()), "b": pa.scalar(2, pa.int64())}
+    with pytest.raises(ValueError, match="its folders give column 'a' different values"):
+        partitions("a=1/b=2/a=2/x", {})
+
+
 def test_a_column_without_a_type_has_that_of_its_own_value() -> None:
     assert partitions("a=1/b=x/x", {}) == {"a": pa.scalar(1, pa.int64()), "b": pa.scalar("x", pa.string())}

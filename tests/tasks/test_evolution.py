@@ -77,7 +77,8 @@ def test_a_number_may_change_its_type_between_files_and_shards(
 def test_columns_that_are_not_used_may_come_and_go(memory_url: MakeUrl) -> None:
     more = rows(60, 1).append_column("more", pa.array(["x"] * 60))
     put(memory_url("dataset"), {"a.parquet": rows(60, 0).append_column("less", pa.nulls(60)), "b.parquet": more})
-    train(memory_url, changed())
+    columns = train(memory_url, changed()).head().manifest.columns
+    assert columns == {"a": "double", "b": "double", "y": "double", "less": "null", "more": "string"}
     put(
         memory_url("inbox"),
         {"c.parquet": rows(3, 2), "d.parquet": rows(3, 3).append_column("new", pa.array([1, 2, 3]))},
@@ -144,6 +145,18 @@ def test_a_partition_that_is_none_of_its_columns_type_is_a_reason_to_reject_the_
         rejected.reason == "day=monday/part.parquet: its folder day=monday is no number, as column 'day' is elsewhere."
     )
     assert keys(memory_url("inbox")) == []
+
+
+def test_shards_of_the_partition_of_nulls_are_trained_on(memory_url: MakeUrl) -> None:
+    spec = changed(features=["a", "b", {"name": "city", "kind": "category"}])
+    partitioned(memory_url("dataset"), {"city=a": rows(60, 0), "city=__HIVE_DEFAULT_PARTITION__": rows(60, 1)})
+    train(memory_url, spec)
+    partitioned(memory_url("inbox"), {"city=a": rows(60, 2), "city=__HIVE_DEFAULT_PARTITION__": rows(60, 3)})
+    report = drain(memory_url)
+    assert (report.shards, report.rejected) == (2, 0)
+    put(memory_url("inbox"), {"a.parquet": rows(60, 4).append_column("city", pa.nulls(60, pa.string()))})
+    report = drain(memory_url)
+    assert (report.shards, report.rejected) == (0, 1)  # nulls of a column of the file are still improbable
 
 
 def test_partitions_of_labels_that_come_later_and_of_the_holdout_are_typed_as_well(memory_url: MakeUrl) -> None:
