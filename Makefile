@@ -3,17 +3,21 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test prove chaos bench bench-quick bench-learning lint clean
+.PHONY: demo quick test prove chaos bench bench-quick bench-learning lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/flights/demo.py
 
+# What needs no server, in a minute or so: at each change.
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quick $(ARGS)
+
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
-# The full figures of docs/guarantees.md, of which `test` makes a sample: hours. ARGS chooses a part.
+# The full figures of docs/guarantees.md, of which `test` makes a sample: hours. ARGS chooses a part. The power-loss test needs root.
 prove: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full --timeout 14400 $(or $(ARGS),tests/guarantees)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full --power --timeout 14400 $(or $(ARGS),tests/guarantees)
 
 # Real workers on a real S3 server, both killed at random for half an hour; then the audit. ARGS="--minutes 5 --seed 7"
 chaos: $(VENV)/installed

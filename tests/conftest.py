@@ -4,6 +4,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 from botocore.client import BaseClient
@@ -13,11 +14,48 @@ from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 
 BUCKET = "tidemill-tests"
+MINIO_LIKE: Final = "minio-like"
+"""One more backend of `make_url`, in suites that ask for it: S3 behind a proxy that answers as MinIO does
+(`tests/guarantees/minio_like.py`)."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="The full figures of tests/guarantees (make prove), not a sample."
+    )
+    parser.addoption("--quick", action="store_true", help="Only what needs no server and takes no time (make quick).")
+    parser.addoption(
+        "--power",
+        action="store_true",
+        help="The power-loss test too: it makes and mounts file systems, so only root can.",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what the options do not ask for. The power-loss test is not left out in silence for want of root."""
+    power = [item for item in items if item.path.name == "test_power.py"]
+    if config.getoption("--power") and power and os.geteuid():
+        raise pytest.UsageError("the power-loss test mounts file systems: run it as root, or name other tests by ARGS")
+    left_out = [] if config.getoption("--power") else power
+    if config.getoption("--quick"):
+        left_out += [item for item in items if _takes_long(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+SERVERS: Final = frozenset({"s3_server", "prefect_api"})
+"""Fixtures that start one. Whoever asks for them, or for a fixture that does, is left out of --quick."""
+
+
+def _takes_long(item: pytest.Item) -> bool:
+    """Whether a test needs a server, starts processes, or is marked `slow`."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return (
+        not SERVERS.isdisjoint(getattr(item, "fixturenames", ()))
+        or any(value in ("s3", MINIO_LIKE) for value in parameters if isinstance(value, str))
+        or not {"flows", "guarantees"}.isdisjoint(item.path.parent.parts)
+        or item.get_closest_marker("slow") is not None
     )
 
 
@@ -32,8 +70,11 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+def s3_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """A real S3 server with one bucket, `BUCKET`; the AWS variables point to it, as admin, until the session ends."""
+    assert not request.config.getoption("--quick"), (
+        'name the backend in a parameter "s3", so that --quick leaves this test out'
+    )
     with s3_for_tests(tmp_path_factory.mktemp("s3")) as s3, pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_CA_BUNDLE"]:
             patch.delenv(name)
@@ -45,20 +86,37 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         yield s3
 
 
+@pytest.fixture(scope="session")
+def minio_like(s3_server: S3) -> Iterator[str]:
+    """The endpoint of a proxy before the S3 server that answers as MinIO does."""
+    from tests.guarantees.minio_like import MinioLike
+
+    with MinioLike(s3_server) as proxy:
+        yield proxy.endpoint
+
+
 @pytest.fixture(params=["memory", "local", "s3"])
 def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
     """`make_url(name)` is the URL of an empty root, of one backend after the other; the same name gives the same URL.
 
     All exist already, as far as the backend knows such a thing.
     """
+    return urls_of(request, tmp_path)
+
+
+def urls_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    """What `make_url` is for the backend that the fixture's parameter names."""
     unique = uuid.uuid4().hex
     if request.param == "s3":
         request.getfixturevalue("s3_server")
+    if request.param == MINIO_LIKE:
+        endpoint = request.getfixturevalue("minio_like")
+        request.getfixturevalue("monkeypatch").setenv("AWS_ENDPOINT_URL_S3", endpoint)
 
     def url(name: str) -> str:
         if request.param == "memory":
             return f"memory://{unique}/{name}"
-        if request.param == "s3":
+        if request.param in ("s3", MINIO_LIKE):
             return f"s3://{BUCKET}/{unique}/{name}"
         folder = tmp_path / name
         folder.mkdir(parents=True, exist_ok=True)

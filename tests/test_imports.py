@@ -8,6 +8,7 @@ from typing import Final
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 NOT_PREFECT: Final = ", ".join(
     ".".join(("tidemill", *path.relative_to(ROOT).with_suffix("").parts))

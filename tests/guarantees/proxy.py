@@ -5,6 +5,7 @@ It forwards each request as it was signed, with the same Host header, and runs i
 
 import asyncio
 import enum
+import io
 import socket
 import struct
 import threading
@@ -78,7 +79,9 @@ Plan = Callable[[Asked], Fault | None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
+    """What the server said, or what is said in its place."""
+
     status: int
     headers: CIMultiDict[str]
     body: bytes
@@ -126,7 +129,7 @@ class FaultProxy:
     async def _start(self) -> int:
         self._session = ClientSession(cookie_jar=DummyCookieJar(), auto_decompress=False)
         application = web.Application(client_max_size=2**30)
-        application.router.add_route("*", "/{path:.*}", self._handle)
+        application.router.add_route("*", r"/{path:[\s\S]*}", self._handle)
         # Cancellation: a stalled handler learns that its client has given up.
         self._runner = web.AppRunner(application, handler_cancellation=True, access_log=None, shutdown_timeout=0)
         await self._runner.setup()
@@ -189,14 +192,23 @@ class FaultProxy:
             status=answer.status, headers=answer.headers, body=_broken(answer.body, fault, asked.number) or None
         )
 
-    async def _forward(self, request: web.Request, data: bytes) -> _Answer:
-        headers = request.headers.copy()
+    async def _forward(self, request: web.Request, data: bytes) -> Answer:
+        return await self._send(request.method, request, request.headers.copy(), data)
+
+    def upstream(self, request: web.Request, *, query: bool = True) -> URL:
+        """Where the request goes to."""
+        path = request.raw_path if query else request.raw_path.partition("?")[0]
+        return self._upstream.join(URL(path, encoded=True))
+
+    async def _send(
+        self, method: str, request: web.Request, headers: CIMultiDict[str], data: bytes, *, query: bool = True
+    ) -> Answer:
         headers.pop(hdrs.EXPECT, None)  # answered here; not signed
         async with self._session.request(
-            request.method,
-            self._upstream.join(URL(request.raw_path, encoded=True)),
+            method,
+            self.upstream(request, query=query),
             headers=headers,
-            data=data or None,
+            data=io.BytesIO(data) if data else None,
             allow_redirects=False,
             skip_auto_headers=(hdrs.CONTENT_TYPE, hdrs.USER_AGENT, hdrs.ACCEPT, hdrs.ACCEPT_ENCODING),
         ) as upstream:
@@ -207,9 +219,9 @@ class FaultProxy:
                 kept.popall(name, None)
         kept.popall(hdrs.TRANSFER_ENCODING, None)
         kept.popall(hdrs.CONNECTION, None)
-        if request.method != "HEAD":
+        if method != "HEAD":
             kept.popall(hdrs.CONTENT_LENGTH, None)  # follows from the body
-        return _Answer(upstream.status, kept, body)
+        return Answer(upstream.status, kept, body)
 
 
 def _reset(request: web.Request) -> web.Response:
@@ -221,7 +233,7 @@ def _reset(request: web.Request) -> web.Response:
     return web.Response()
 
 
-async def _truncated(request: web.Request, answer: _Answer) -> web.StreamResponse:
+async def _truncated(request: web.Request, answer: Answer) -> web.StreamResponse:
     """All of the headers and half of the body, then the end of the connection."""
     response = web.StreamResponse(status=answer.status, headers=answer.headers)
     response.content_length = len(answer.body)

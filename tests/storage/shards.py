@@ -13,6 +13,7 @@ from tidemill.storage.disposal import quarantine_key
 from tidemill.storage.inbox import Inbox
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed, sha256
+from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 
@@ -43,8 +44,15 @@ def owe(inbox: Inbox, key: str, then: Literal["delete", "archive", "quarantine"]
 
 
 def faulty(url: str, hook: Callable[[Call], None]) -> Stores:
-    """Opens stores as usual, but the one at `url` with a hook."""
-    return lambda other: FaultStore(open_store(other), hook) if other == url else open_store(other)
+    """Opens stores as a run does, asked what they promise, but the one at `url` with a hook."""
+    return lambda other: FaultStore(asked(other), hook) if other == url else asked(other)
+
+
+def asked(url: str) -> Store:
+    """A store that was asked what it promises."""
+    store = open_store(url)
+    check_preconditions(store)
+    return store
 
 
 def fails(verb: str, error: Exception, phase: str = "before") -> Callable[[Call], None]:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.conftest import MINIO_LIKE, urls_of
 from tests.s3_server import S3
 from tidemill.storage.errors import (
     AlreadyExists,
@@ -22,10 +23,16 @@ from tidemill.storage.errors import (
     PreconditionFailed,
     StoreNotFound,
 )
+from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import Store, create_or_same
 from tidemill.storage.urls import open_store
 
 OTHER_ETAG = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture(params=["memory", "local", "s3", MINIO_LIKE])
+def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    return urls_of(request, tmp_path)
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,7 @@ def test_delete(store: Store, outside: Outside):
 
 
 def test_delete_spares_an_object_that_is_not_the_one_named(store: Store, outside: Outside):
+    check_preconditions(store)
     old = store.write("a", b"old")
     store.write("a", b"new")
 
@@ -184,6 +192,7 @@ def test_delete_spares_an_object_that_is_not_the_one_named(store: Store, outside
 
 @pytest.mark.parametrize("key", ["missing", "missing/folder/key", "there/missing"])
 def test_what_is_not_there_is_not_found(store: Store, key: str):
+    check_preconditions(store)
     store.write("there/object", b"data")
 
     for verb in (
@@ -279,7 +288,10 @@ def test_list_takes_any_prefix_of_a_key(store: Store):
         "//",
     ]
     for prefix in prefixes:
-        assert listed(prefix) == {key for key in keys if key.startswith(prefix)}, prefix
+        try:
+            assert listed(prefix) == {key for key in keys if key.startswith(prefix)}, prefix
+        except InvalidKey:  # so says MinIO
+            assert prefix == ".."
 
 
 def test_an_empty_store_lists_nothing(store: Store):
@@ -445,6 +457,7 @@ def test_compare_and_swap_loses_no_update(store: Store):
 
 
 def test_one_of_many_deleters_wins(store: Store):
+    check_preconditions(store)
     start = Barrier(8)
 
     def delete(etag: str) -> bool:
@@ -458,7 +471,8 @@ def test_one_of_many_deleters_wins(store: Store):
     for _ in range(3):
         info = store.write("a", b"data")
         with ThreadPoolExecutor(8) as pool:
-            assert sum(pool.map(delete, [info.etag] * 8)) == 1
+            winners = sum(pool.map(delete, [info.etag] * 8))
+        assert winners == 1 or (winners > 1 and not store.promises.compares_on_delete)
 
 
 def test_a_read_is_never_torn(store: Store):

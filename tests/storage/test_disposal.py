@@ -9,8 +9,9 @@ from typing import Literal
 
 import pytest
 
+from tests.conftest import MINIO_LIKE, urls_of
 from tests.storage.faults import Call, FaultStore, fail_at
-from tests.storage.shards import dispose, fails, faulty, keys, owe, parquet, requeue
+from tests.storage.shards import asked, dispose, fails, faulty, keys, owe, parquet, requeue
 from tidemill.storage import disposal
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.errors import (
@@ -26,13 +27,22 @@ from tidemill.storage.errors import (
 from tidemill.storage.inbox import Inbox, is_shard, open_inbox
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed, checked, sha256
+from tidemill.storage.probe import check_inbox
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 
 
+@pytest.fixture(params=["memory", "local", "s3", MINIO_LIKE])
+def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    return urls_of(request, tmp_path)
+
+
 @pytest.fixture
 def inbox(make_url: Callable[[str], str]) -> Inbox:
-    return open_inbox(make_url("inbox"))
+    """As a run opens it: what the store promises has been asked."""
+    opened = open_inbox(make_url("inbox"))
+    check_inbox(opened.store)
+    return opened
 
 
 @pytest.fixture
@@ -121,7 +131,7 @@ def test_new_data_under_an_old_key_stays_and_is_not_copied(
     inbox.store.write("a.parquet", b"old")
     debt = owe(inbox, "a.parquet", then, archive.url)
     inbox.store.write("a.parquet", b"new")
-    assert dispose(log, [debt]) == ()
+    assert dispose(log, [debt], asked) == ()
     assert inbox.store.read("a.parquet") == b"new"
     assert keys(archive) == []
     assert quarantined(log) == {}

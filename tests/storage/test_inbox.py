@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MINIO_LIKE, urls_of
 from tests.storage.faults import FaultStore
 from tests.storage.shards import dispose, fails, keys, owe, parquet, unknown
 from tidemill.storage.errors import (
@@ -22,13 +23,22 @@ from tidemill.storage.inbox import Inbox, Shard, is_shard, open_inbox
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import sha256
 from tidemill.storage.memory import MemoryStore
+from tidemill.storage.probe import check_inbox
 from tidemill.storage.store import ObjectInfo, PassedOver, Store
 from tidemill.storage.urls import open_store
 
 
+@pytest.fixture(params=["memory", "local", "s3", MINIO_LIKE])
+def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    return urls_of(request, tmp_path)
+
+
 @pytest.fixture
 def inbox(make_url: Callable[[str], str]) -> Inbox:
-    return open_inbox(make_url("inbox"))
+    """As a run opens it: what the store promises has been asked."""
+    opened = open_inbox(make_url("inbox"))
+    check_inbox(opened.store)
+    return opened
 
 
 @pytest.fixture

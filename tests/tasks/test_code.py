@@ -17,6 +17,7 @@ from tidemill.tasks import batch
 from tidemill.tasks.code import Code, StaleCode, code_of
 from tidemill.tasks.training.spec import Spec
 
+pytestmark = pytest.mark.slow
 MakeUrl = Callable[[str], str]
 ROOT = Path(__file__).parents[2]
 

@@ -68,6 +68,7 @@ def test_text_is_a_category_whatever_its_type(array):
     assert encoded.ids_NC.tolist() == [[RED], [0], [BLUE], [RED]]
 
 
+@pytest.mark.slow
 def test_the_hash_does_not_depend_on_the_process():
     code = (
         "from tidemill.tasks.training.columns import hash_bucket as h; "

@@ -83,6 +83,7 @@ def test_a_spec_cannot_be_changed():
         Spec(features=["a"], target="y").epochs = 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [

@@ -138,6 +138,7 @@ def test_what_does_not_compile_is_said_once_and_trained_eagerly(caplog: pytest.L
         assert same_bits(compiled.model.state_dict()[name], weights), name
 
 
+@pytest.mark.slow
 def test_the_generated_code_makes_the_same_steps() -> None:
     """The real backend, C++ compiler included; this found torch 2.13.0 drop `alpha` (see `_INDUCTOR`)."""
     eager, compiled = trained("off"), trained("on", backend="inductor")
