@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from tests.conftest import MINIO_LIKE
 from tests.guarantees.audit import audit, check_bits
 from tests.guarantees.children import (
     BATCH,
@@ -69,7 +70,7 @@ DELAYED = ONLINE.model_copy(
     }
 )
 PATIENT = BatchSettings(holdout=0.3, patience=1)
-MOMENTS = {"local": 12, "s3": 5}
+MOMENTS = {"local": 12, "s3": 5, MINIO_LIKE: 4}
 """How many moments of a sweep CI takes, spread over the run; more of an online run on local, fewer of what takes long."""
 SAMPLE, FULL = {"local": 4, "s3": 2}, {"local": 1000, "s3": 100}
 """How many runs are killed again and again."""
@@ -84,7 +85,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def make_url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> MakeUrl:
     """URLs of roots that do not exist yet."""
-    if backend == "s3":
+    if backend == MINIO_LIKE:
+        endpoint = request.getfixturevalue("minio_like")
+        request.getfixturevalue("monkeypatch").setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    if backend in ("s3", MINIO_LIKE):
         request.getfixturevalue("s3_server")
         return lambda name: f"s3://tidemill-tests/{tmp_path.name}-{id(request):x}/{name}"
     return lambda name: str(tmp_path / "stores" / name)
@@ -127,6 +131,7 @@ def base(make_url: MakeUrl, tmp_path: Path) -> str:
     return make_url("base")
 
 
+@pytest.mark.parametrize("backend", ["local", "s3", MINIO_LIKE], indirect=True)
 def test_online_run(sweep: Sweep, backend: str, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
     """6 good shards and a bad one, 2 to a commit; the first version is refused, and rolled back."""
     shards = SHARDS | REJECTED

@@ -10,6 +10,7 @@ from threading import BrokenBarrierError
 
 import pytest
 
+from tests.conftest import MINIO_LIKE
 from tests.guarantees.audit import audit
 from tests.guarantees.children import (
     BATCH,
@@ -51,7 +52,7 @@ def base(make_url: MakeUrl) -> str:
     return make_url("base")
 
 
-@pytest.mark.parametrize("make_url", ["s3"], indirect=True)
+@pytest.mark.parametrize("make_url", ["s3", MINIO_LIKE], indirect=True)
 def test_overlapping_trainers(
     base: str, make_url: MakeUrl, tmp_path: Path, full: bool, record_property: Callable[[str, object], None]
 ) -> None:
