@@ -134,7 +134,7 @@ def test_a_module_that_was_edited_after_its_import_is_refused(
     importlib.reload(own.module("parts"))
     importlib.reload(own.module("net"))
     train(own.spec, memory_url)
-    weights = open_log(memory_url("registry"), "model").head().manifest.blobs.weights.size
+    weights = open_log(memory_url("registry"), "model").head().manifest.blobs.weights.bytes
     reference = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, own.spec.model_dump_json(), str(own.folder.parent)],
         cwd=ROOT,
@@ -154,7 +154,7 @@ from tidemill.tasks import batch
 from tidemill.tasks.training.spec import Spec
 put("memory://m/dataset", {"x.parquet": rows(60, 0)})
 batch.train("memory://m/dataset", "memory://m/registry", "model", Spec.model_validate_json(sys.argv[1]))
-print(open_log("memory://m/registry", "model").head().manifest.blobs.weights.size)
+print(open_log("memory://m/registry", "model").head().manifest.blobs.weights.bytes)
 """
 
 
