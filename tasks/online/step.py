@@ -28,8 +28,10 @@ from tidemill.tasks.online.work import Head, Identity, Work, read_learner, train
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import BatchSettings, GateSettings, OnlineSettings
 from tidemill.tasks.training.environment import differences, environment
+from tidemill.tasks.training.made_up import made_up
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
+from tidemill.tasks.trial import warn_of_hidden_state
 from tidemill.tasks.versions import spec_of
 
 logger = logging.getLogger("tidemill.online")
@@ -89,6 +91,7 @@ class OnlineRun:
         self._read_again_at = 0.0
         """When they are tried again."""
         self._told: set[str] = set()
+        self._has_tried_restart = False
 
     def head(self) -> Head:
         """The head, verified, and the learner as it was committed; its debts paid, now that it has been read back.
@@ -202,6 +205,20 @@ class OnlineRun:
         self.champion.move_alias(head.version, head.learner)
         self.report.owed = len(head.owed)
         logger.info("version %d: %s", head.version.number, work)
+        if not self._has_tried_restart:
+            self._has_tried_restart = True
+            self._try_restart(head)
+
+    def _try_restart(self, head: Head) -> None:
+        """Warn if a model of the user's would go on with other bits after a restart: by the first commit of this process.
+
+        The learner is used up by that, and read again.
+        """
+        learner = head.learner
+        if learner.spec.import_paths:
+            rows = made_up(learner.features, learner.spec.batch_size)
+            warn_of_hidden_state(learner, *learner.dump(), [rows])
+            head.read_again(self.places.log, self.settings.device)
 
     def lost(self, moved: HeadMoved) -> Step:
         """Another run was faster."""

@@ -356,8 +356,9 @@ def test_a_run_that_is_killed_in_the_step_on_made_up_rows_has_changed_nothing(
     assert world.bits == before
 
 
-def test_it_costs_nothing_while_no_shard_fails(world: World) -> None:
+def test_it_costs_nothing_while_no_shard_fails(memory_url: Callable[[str], str]) -> None:
     """The head's weights and state are read once, each shard once."""
+    world = World(memory_url, SPEC)
     world.put(shards(1, 2, 3))
     read: list[str] = []
 
@@ -367,6 +368,33 @@ def test_it_costs_nothing_while_no_shard_fails(world: World) -> None:
 
     world.drain(hooked(note), gate={"champion": "ignore"})
     assert sorted(read) == ["parquet"] * 3 + ["safetensors", "state.safetensors"]
+
+
+# ---- what a restart would lose ---------------------------------------------------------------------------------------
+def test_state_that_a_restart_would_lose_is_told_once_at_the_first_commit(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that counts its calls in Python, deployed after version 0 was made."""
+    world.put(shards(1, 2, 3))
+
+    def counting(model: Failing, x_BF: Tensor, output: Tensor) -> Tensor:
+        model.calls = getattr(model, "calls", 0) + model.training
+        return output * (1 + 0.01 * model.calls)
+
+    with failing.failing(counting):
+        world.drain(limits={"max_shards": 1})
+    assert caplog.text.count("after a restart this model goes on with other bits") == 1
+
+
+def test_a_model_whose_state_is_stored_is_not_warned_of_and_keeps_its_bits(
+    world: World, memory_url: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether each process makes one commit or one process makes them all."""
+    world.put(shards(1, 2, 3))
+    for _ in range(3):
+        step(world.run(limits={"max_shards": 1}))
+    assert world.bits == clean_bits(memory_url, 1, 2, 3)
+    assert "after a restart" not in caplog.text
 
 
 # ---- made-up rows ----------------------------------------------------------------------------------------------------
