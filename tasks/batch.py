@@ -142,7 +142,10 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
             return run.losses[epoch]
         key = ("epoch", epoch)
         groups, epochs = run.dataset.row_groups, run.spec.epochs
-        result = train_pass(run.gradient_steps(), groups, key=key, split=run.split, remember=epoch == 0)
+        counted = learner.features.statistics.labelled if learner.features.statistics is not None else None
+        result = train_pass(
+            run.gradient_steps(), groups, key=key, split=run.split, remember=epoch == 0, labelled=counted
+        )
         learner.counters.epochs = epoch + 1
         if run.settings.patience is not None:
             loss = _score_holdout(run, learner).loss

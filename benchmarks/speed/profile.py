@@ -90,7 +90,7 @@ def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     from tidemill.tasks.training.steps import Steps
 
     learner, groups = begun(work, compile="on" if case == "tidemill_compiled" else "off")
-    steps = Steps(learner)
+    steps = Steps(learner, expected=1)
     train_pass(steps, groups[:1], key=("warm-up", 0))
     at = time.perf_counter()
     train_pass(steps, groups[:1], key=("warm-up", 1))

@@ -21,7 +21,7 @@ from tidemill.tasks.training.groups import THREADS, RowGroup, Split, generator, 
 from tidemill.tasks.training.packing import place
 from tidemill.tasks.training.pool import Empty, WindowPool
 
-ORDER: Final = 2
+ORDER: Final = 3
 """Number of the rule that makes a shuffled order of a seed. Another rule needs another number: a batch run of one spec is then
 another run, and a replay says why it finds other bits."""
 PLACE_BYTES: Final = 4  # of a row while its window is filled: where it goes
@@ -44,6 +44,29 @@ class Batch(NamedTuple):
 _batch = partial(tuple.__new__, Batch)  # of a tuple of its fields; Batch(...) is a call of Python more
 
 
+class Blocks(NamedTuple):
+    """Neighbouring batches of a pass that have one size, as blocks that each hold some of them."""
+
+    size: int
+    """Rows of a batch."""
+    held: int
+    """Batches in a block."""
+    blocks: int
+    """How many blocks."""
+
+
+def even(rows: int, at_most: int) -> list[tuple[int, int]]:
+    """(rows of a batch, how many such batches): as few batches of `at_most` rows as hold all, which differ by at most one row.
+
+    So no batch is of one row alone, which a batch norm cannot train on, unless there is no other row.
+    """
+    if not rows:
+        return []
+    batches = -(-rows // at_most)
+    size, larger = divmod(rows, batches)
+    return [(size + 1, larger), (size, batches - larger)] if larger else [(size, batches)]
+
+
 class _Slice(NamedTuple):
     """Neighbouring rows of one row group."""
 
@@ -55,7 +78,7 @@ class _Slice(NamedTuple):
 
 
 class Stream:
-    """One pass over row groups, in batches of `batch_size` rows (only the last may be smaller).
+    """One pass over row groups, in batches of `batch_size` rows (only the last may be smaller), or in the blocks of a plan.
 
     Unshuffled (`shuffle_seed` None), the batches are those of a plain loop over the rows in order. Shuffled, the row
     groups come in a random order, as many of them as fit `window_bytes` once encoded are mixed row by row, and window
@@ -79,9 +102,12 @@ class Stream:
         window_bytes: int,
         shuffle_seed: tuple[str | int, ...] | None = None,
         split: Split | None = None,
+        plan: Sequence[Blocks] | None = None,
     ) -> None:
+        """`plan`: how all rows of the pass, known before, are cut; it takes the place of `batch_size`."""
         self._groups = groups
         self._features = features
+        self._plan = None if plan is None else [(part.size * part.held, part.blocks) for part in plan]
         self._batch_size = batch_size
         self._window_rows = max(1, window_bytes // (features.row_bytes + PLACE_BYTES))
         self._seed = shuffle_seed
@@ -97,7 +123,8 @@ class Stream:
             rows = min(self._window_rows, sum(group.num_rows for group in self._groups))
             pool = WindowPool(rows * self._features.row_bytes, tensors=len(Batch._fields))
             blocks, needed = self._windows(self._seed, pool), pool.needed
-        return _rebatched(blocks if self._is_one_block else ahead(blocks, needed), self._batch_size)
+        sizes = iter([(self._batch_size, None)] if self._plan is None else self._plan)
+        return _rebatched(blocks if self._is_one_block else prefetch(blocks, needed), sizes)
 
     @property
     def _is_one_block(self) -> bool:
@@ -285,7 +312,7 @@ def _nothing(now: bool) -> None:
     """Nobody cares whether the next item is needed now."""
 
 
-def ahead(items: Generator[T], needed: Callable[[bool], None] = _nothing) -> Iterator[T]:
+def prefetch(items: Generator[T], needed: Callable[[bool], None] = _nothing) -> Iterator[T]:
     """The same items, each made in a thread while the one before it is used. In the end `items` is closed.
 
     `needed` is told when the next item is waited for (True), and when it is there (False).
@@ -309,9 +336,14 @@ def ahead(items: Generator[T], needed: Callable[[bool], None] = _nothing) -> Ite
             needed(True)
 
 
-def _rebatched(blocks: Iterator[Batch], size: int) -> Generator[Batch]:
-    """Blocks of any length as batches of `size` rows: views, except where a batch straddles two blocks."""
+def _rebatched(blocks: Iterator[Batch], sizes: Iterator[tuple[int, int | None]]) -> Generator[Batch]:
+    """Blocks of any length as batches of these sizes: views, except where a batch straddles two blocks.
+
+    `sizes`: (rows of a batch, how many of them follow each other; None: all, and what is left is a smaller batch).
+    Raises ColumnError: there are fewer rows.
+    """
     carried: list[Batch] = []
+    size, left = next(sizes, (1, None))
     missing = 0  # rows until the carried ones are a batch
     for block in blocks:
         rows = len(block.y_B)
@@ -322,13 +354,26 @@ def _rebatched(blocks: Iterator[Batch], size: int) -> Generator[Batch]:
             if missing:
                 continue
             yield joined(carried)
-            carried = []
-        stop = rows - (rows - start) % size
-        if start < stop:
-            yield from in_batches(_sliced(block, start, stop), size)
-        if stop < rows:
-            carried, missing = [_copied(block, stop, rows)], size - (rows - stop)
+            carried, left = [], None if left is None else left - 1
+        while True:
+            if left == 0:
+                size, left = next(sizes, (size, None))
+                continue
+            whole = (rows - start) // size
+            some = whole if left is None else min(whole, left)
+            stop = start + some * size
+            if some:
+                yield from in_batches(_sliced(block, start, stop), size)
+            start, left = stop, None if left is None else left - some
+            if left != 0:
+                break
+        if start < rows:
+            carried, missing = [_copied(block, start, rows)], size - (rows - start)
     if carried:
+        if left is not None:
+            raise ColumnError(
+                "fewer rows have all targets than were counted before the pass: were the files rewritten?"
+            )
         yield joined(carried)
 
 

@@ -216,11 +216,31 @@ class Features:
                 table = table.set_column(i, name, as_stored)
         return table
 
-    def labelled(self, table: pa.Table) -> int:
-        """How many rows of a table have all targets."""
-        targets = table.select(list(self.targets))
-        nulls = [column.null_count for column in targets.columns]
-        return table.num_rows - sum(nulls) if nulls.count(0) >= len(nulls) - 1 else targets.drop_null().num_rows
+    def labelled_rows(self, groups: Sequence[RowGroup], split: Split | None = None) -> int:
+        """How many rows of the groups (of `split`) have all targets. Only the targets are read, and those of no row group twice.
+
+        Raises ColumnError: a bad schema.
+        """
+        rows = 0
+
+        def read(group: RowGroup) -> pa.Table:
+            self.check(group.schema, group.name)
+            return group.read(list(self.targets))
+
+        groups = [group for group in groups if group.num_rows]
+        with closing(read_ahead(groups, read)) as tables:
+            for group, table in zip(groups, tables, strict=True):
+                rows += self.labelled(table, None if split is None else split.rows(group).nonzero().squeeze(1))
+        return rows
+
+    def labelled(self, table: pa.Table, rows_N: Tensor | None = None) -> int:
+        """How many rows of a table, or of its `rows_N`, have all targets."""
+        nulls = [column for column in table.select(list(self.targets)).columns if column.null_count]
+        if not nulls:
+            return table.num_rows if rows_N is None else len(rows_N)
+        present = [as_tensor(one_array(column).is_valid(), None)[0].squeeze(1) for column in nulls]
+        labelled_N = torch.stack(present).bool().all(0)
+        return int((labelled_N if rows_N is None else labelled_N.index_select(0, rows_N)).sum())
 
     # ---- learning the statistics -------------------------------------------------------------------------------------
     def fit(self, groups: Iterable[RowGroup], split: Split | None = None) -> Self:
@@ -229,7 +249,7 @@ class Features:
         Raises ColumnError: a bad schema, NaN or infinity, a bad sample weight, a column with no value at all, or a class
         without rows where class weights are balanced.
         """
-        rows, nulls, inputs, targets, class_counts = self._counted(groups, split)
+        rows, labelled, nulls, inputs, targets, class_counts = self._counted(groups, split)
         if not rows:
             raise ColumnError("no row is left to train on: the dataset is too small for this holdout; set holdout to 0")
         for column, moments, null in zip(self.columns, inputs, nulls, strict=True):
@@ -252,7 +272,10 @@ class Features:
                     f"column {name!r} has values so far out that it has no finite standard deviation: mend them, or write nulls"
                 )
         return replace(
-            self, statistics=Statistics.of(rows, nulls, *found, class_counts, running=self.running_statistics)
+            self,
+            statistics=Statistics.of(
+                rows, nulls, *found, class_counts, running=self.running_statistics, labelled=labelled
+            ),
         )
 
     def updated(self, groups: Iterable[RowGroup]) -> Self:
@@ -261,7 +284,7 @@ class Features:
         Raises ColumnError: as `fit` does, or values so far out that the statistics would be of them alone.
         """
         assert self.statistics is not None, "fit() comes before updated()"
-        rows, nulls, inputs, targets, _ = self._counted(groups, None)
+        rows, _, nulls, inputs, targets, _ = self._counted(groups, None)
         found = Moments.of_columns(inputs), Moments.of_columns(targets)
         return replace(self, statistics=self.statistics.with_rows(rows, nulls, *found, self._number_names()))
 
@@ -271,17 +294,18 @@ class Features:
 
     def _counted(
         self, groups: Iterable[RowGroup], split: Split | None
-    ) -> tuple[int, list[int], list[Moments], list[Moments], Tensor | None]:
-        """(rows, nulls and moments of each input column, moments of each target, rows of each class if they are wanted)."""
+    ) -> tuple[int, int, list[int], list[Moments], list[Moments], Tensor | None]:
+        """(rows, those with all targets, nulls and moments of each input column, moments of each target, rows of each class)."""
         inputs = [Moments.zero(column.numbers) for column in self.columns]
         targets = [Moments.zero(1) for _ in self.targets]
         class_counts = torch.zeros(self.classes or 2, dtype=torch.int64) if self.class_weighting == "balanced" else None
         nulls = [0] * len(self.columns)
-        rows, groups = 0, list(groups)
+        rows, labelled, groups = 0, 0, list(groups)
         with closing(self.tables(groups)) as tables:
             for group, table in zip(groups, tables, strict=True):
                 rows_N = None if split is None else split.rows(group).nonzero().squeeze(1)
                 rows += group.num_rows if rows_N is None else len(rows_N)
+                labelled += self.labelled(table, rows_N)
                 for i, column in enumerate(self.columns):
                     array = one_array(table.column(column.name))
                     nulls[i] += _null_count(array, rows_N)
@@ -294,7 +318,7 @@ class Features:
                 self.weights(table, group.name)  # only to refuse bad ones before training begins
                 if class_counts is not None:
                     class_counts += self._class_counts(table, group.name, rows_N)
-        return rows, nulls, inputs, targets, class_counts
+        return rows, labelled, nulls, inputs, targets, class_counts
 
     def improbably_null(self, nulls: Sequence[int], rows: int) -> str | None:
         """Name of a column that is null in all of `rows` rows though the dataset makes that improbable, or None.
@@ -432,6 +456,8 @@ class Features:
         seen = self.statistics
         config |= {"rows": seen.rows, "nulls": list(seen.nulls)}
         tensors = {"mean": seen.mean_F, "std": seen.std_F, "target": torch.stack([seen.target_mean, seen.target_std])}
+        if seen.labelled is not None:  # absent from states that are older than it
+            config["labelled"] = seen.labelled
         if seen.class_counts is not None:
             tensors["class_counts"] = seen.class_counts
         if seen.moments is not None:
@@ -458,6 +484,7 @@ class Features:
                 )
             statistics = Statistics(
                 rows=known.pop("rows"),
+                labelled=known.pop("labelled", None),
                 nulls=tuple(known.pop("nulls")),
                 mean_F=tensors["mean"],
                 std_F=tensors["std"],

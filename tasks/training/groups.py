@@ -97,7 +97,7 @@ def read_ahead(groups: Iterable[RowGroup], read: Callable[[RowGroup], pa.Table])
 
     Raises what `read` raises, when its group has its turn. Which groups are read follows from what was handed out alone, so that
     the requests of a run are always the same; in the end, what is under way is awaited. To be closed even if an error's traceback
-    still refers to it, as `batches.ahead` says.
+    still refers to it, as `batches.prefetch` says.
     """
     waiting = deque(groups)
     if len(waiting) == 1:  # starting a thread takes longer than reading a small shard

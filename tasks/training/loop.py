@@ -5,18 +5,18 @@ Shape legend: N rows of a row group, B rows of a batch, F numbers and C categori
 
 import logging
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice, repeat
+from itertools import chain, repeat
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from tidemill.tasks.training.batches import Batch, Stream, ahead, in_batches, joined
+from tidemill.tasks.training.batches import Batch, Blocks, Stream, joined, prefetch
 from tidemill.tasks.training.calling import told, usual_types
-from tidemill.tasks.training.errors import NonFiniteLoss
+from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss
 from tidemill.tasks.training.features import Encoded
 from tidemill.tasks.training.groups import RowGroup, Split, generator, stable_seed
 from tidemill.tasks.training.learner import Learner, Predictor
@@ -62,8 +62,12 @@ def train_pass(
     split: Split | None = None,
     replay: bool = False,
     remember: bool = False,
+    labelled: int | None = None,
 ) -> PassResult:
     """Trains on every labelled row of the groups (of `split`) once, and adds to the learner's rows and steps.
+
+    The rows are cut into as few batches of at most `batch_size` rows as hold them all, which differ by at most one row.
+    `labelled` says how many rows there are; None: they are counted first, for which the targets are read.
 
     All random numbers derive from the spec's seed and `key` (the epoch or the shard), none from what ran before, so the
     same pass from the same learner always gives the same bits. With `shuffle` off and nothing standardised, the weights
@@ -77,24 +81,32 @@ def train_pass(
     """
     learner, began = steps.learner, steps.learner.counters.steps
     spec, memory = learner.spec, learner.memory if replay or remember else None
+    if labelled is None:
+        labelled = learner.features.labelled_rows(groups, split)
+    plan = steps.plan(labelled)
     stream = Stream(
         groups,
         learner.features,
-        batch_size=spec.batch_size * (1 if memory else steps.per_call),
+        batch_size=spec.batch_size,
         window_bytes=spec.window_bytes,
         shuffle_seed=(spec.seed, *key) if spec.shuffle else None,
         split=split,
+        plan=[Blocks(size, 1, held * blocks) for size, held, blocks in plan] if memory else plan,
     )
-    size = spec.batch_size + (round(memory.ratio * spec.batch_size) if memory is not None and replay else 0)
     total, rows = zero(learner.device), 0
     after: Tensor | None = None
     # Closed whatever happens: the traceback of an error would keep its threads alive.
     with closing(iter(stream)) as batches, _seeded(learner.device, spec.seed, "pass", *key), steps.training():
-        new: Iterator[Batch] = batches
-        if memory is not None:
-            new = _with_memory(new, memory, spec, key, replay=replay, remember=remember)
+        blocks: Iterator[tuple[Batch, int]]
+        if memory is None:
+            held = chain.from_iterable(repeat(part.held, part.blocks) for part in plan)
+            blocks = zip(batches, chain(held, repeat(1)))  # noqa: B905  # the second has no end
+        else:
+            blocks = _gathered(
+                _with_memory(batches, memory, spec, key, replay=replay, remember=remember), steps.per_call
+            )
         block: Batch | None = None
-        for block, count in _blocks(new, size, steps.per_call, single=memory is not None):
+        for block, count in blocks:
             total.add_(steps.take(block, count), alpha=len(block.y_B))
             rows += len(block.y_B)
         if block is not None:  # the last step is followed by no loss that would show what it has done
@@ -105,32 +117,28 @@ def train_pass(
             f"training on {_named(groups)} made the loss {mean}, then {after.item()}, or a weight, a buffer or the optimizer's "
             "state non-finite: lower learning_rate, standardise the columns, or look for extreme values there"
         )
+    if stream.rows != labelled:
+        raise ColumnError(
+            f"{_named(groups)} has {stream.rows} rows with all targets, {labelled} were counted: were the files rewritten?"
+        )
     learner.counters.rows += stream.rows
     if stream.unlabelled:
         logger.debug("left out %d rows of %s without a target", stream.unlabelled, _named(groups))
     return PassResult(stream.rows, learner.counters.steps - began, mean, stream.unlabelled)
 
 
-def _blocks(batches: Iterator[Batch], size: int, per_call: int, *, single: bool) -> Iterator[tuple[Batch, int]]:
-    """(block, how many batches it holds): `per_call` batches of `size` rows, or one of at most as many.
-
-    `single`: the batches come one by one, else as blocks of up to `per_call`.
-    """
-    if per_call == 1:
-        return zip(batches, repeat(1))  # the second has no end
-    return _gathered(batches, size, per_call, single=single)
-
-
-def _gathered(batches: Iterator[Batch], size: int, per_call: int, *, single: bool) -> Iterator[tuple[Batch, int]]:
-    while some := list(islice(batches, per_call if single else 1)):
-        rows = sum(len(batch.y_B) for batch in some)
-        if rows == size * per_call:
+def _gathered(batches: Iterable[Batch], per_call: int) -> Iterator[tuple[Batch, int]]:
+    """(block, how many batches it holds): neighbours of one size as blocks of `per_call`, the others one by one."""
+    some: list[Batch] = []
+    for batch in batches:
+        if some and len(batch.y_B) != len(some[0].y_B):
+            yield from zip(some, repeat(1))  # the second has no end
+            some = []
+        some.append(batch)
+        if len(some) == per_call:
             yield joined(some), per_call
-            continue
-        for block in some:
-            for batch in in_batches(block, size) if len(block.y_B) > size else (block,):
-                yield batch, 1
-            del batch  # a view: where later calls are compiled, it would keep this window's memory
+            some = []
+    yield from zip(some, repeat(1))
 
 
 def _with_memory(
@@ -214,7 +222,7 @@ def predict(learner: Learner | Predictor, groups: Sequence[RowGroup]) -> Generat
     probabilities, float32 [N, O].
 
     Row groups are read as for training, and encoded in slices of at most `window_bytes`, one slice ahead of its use. To be
-    closed as `ahead` is. Raises ColumnError and ModelError.
+    closed as `prefetch` is. Raises ColumnError and ModelError.
     """
     features = learner.features
     piece = max(
@@ -229,7 +237,7 @@ def predict(learner: Learner | Predictor, groups: Sequence[RowGroup]) -> Generat
 
     learner.served.eval()
     done: list[Tensor] = []
-    for rows, last in ahead(encoded()):
+    for rows, last in prefetch(encoded()):
         done.append(_predicted(learner, rows))
         if last:
             yield torch.cat(done)

@@ -114,6 +114,8 @@ class Statistics:
     target_std: Tensor  # float64 [T]
     class_counts: Tensor | None  # int64 [classes]: labelled rows of each; None: class weights are not learned
     moments: tuple[Moments, Moments] | None = None  # of the F numbers and the T targets; None: they stay as they are
+    labelled: int | None = None
+    """Rows of the dataset, of its training side, that have all targets. None: the state is older than this field."""
 
     @classmethod
     def of(
@@ -125,6 +127,7 @@ class Statistics:
         class_counts: Tensor | None,
         *,
         running: bool,
+        labelled: int | None,
     ) -> Self:
         """Of so many rows with these moments; only with `running` more can be added."""
         return cls(
@@ -136,6 +139,7 @@ class Statistics:
             target_std=targets.std_K,
             class_counts=class_counts,
             moments=(inputs, targets) if running else None,
+            labelled=labelled,
         )
 
     def with_rows(
@@ -157,7 +161,9 @@ class Statistics:
             )
         all_nulls = [before + more for before, more in zip(self.nulls, nulls, strict=True)]
         inputs, targets = self.moments[0].joined(inputs), self.moments[1].joined(targets)
-        return self.of(self.rows + rows, all_nulls, inputs, targets, self.class_counts, running=True)
+        return self.of(
+            self.rows + rows, all_nulls, inputs, targets, self.class_counts, running=True, labelled=self.labelled
+        )
 
     def check(self, columns: int, numbers: int, targets: int) -> None:
         """Raises ValueError if no dataset of so many columns, numbers and targets has these statistics."""

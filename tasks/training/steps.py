@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from tidemill.tasks.training.batches import Batch, in_batches
+from tidemill.tasks.training.batches import Batch, Blocks, even, in_batches
 from tidemill.tasks.training.calling import model_error, of_the_machine, told, torch_as_usual
 from tidemill.tasks.training.errors import TrainingError
 from tidemill.tasks.training.learner import Learner
@@ -38,6 +38,8 @@ Forward = Callable[[Callable[..., Tensor], Tensor, Tensor | None], Tensor]
 
 STEPS_PER_CALL: Final = 16
 """Twice as many gain little and double the time of compilation."""
+OPEN_SHARE: Final = 10
+"""Batches that are not full are compiled from a tenth of a pass on: of fewer, the time of compilation is not won back."""
 AUTO_STEPS: Final = 200_000
 """Steps of a run from which `compile: auto` compiles. Compilation takes 16 s (a linear model) to 43 s (an MLP) the first time,
 5 to 8 s from the cache; a compiled step saves 0.15 ms (linear) to 0.5 ms (MLP): this many win it back (docs/performance.md)."""
@@ -91,7 +93,9 @@ class Steps:
     def __init__(
         self, learner: Learner, expected: int = 0, *, per_call: int = STEPS_PER_CALL, backend: str = "inductor"
     ) -> None:
-        """`expected` gradient steps of the whole run decide about `compile: auto`; `backend` is torch.compile's.
+        """`expected`: gradient steps of a run of equal passes, which decide about `compile: auto`; 0: passes of any length.
+
+        `backend` is torch.compile's.
 
         Raises:
             FactoryError: a loss of the user's that cannot be imported.
@@ -112,7 +116,29 @@ class Steps:
         """Whether the output is [B, 1] where the targets are [B]; None: not seen yet."""
         self._masks = {id(tensor) for tensor in _kept(model) if not is_finite(tensor)}
         """Tensors that were not finite when the learner was made or loaded."""
-        self._compiled = _Compiled(learner, self._forward, self._loss, per_call, backend) if compiles else None
+        self._compiled = (
+            _Compiled(learner, self._forward, self._loss, per_call, backend, equal=expected > 0) if compiles else None
+        )
+
+    def plan(self, rows: int) -> list[Blocks]:
+        """How a pass of `rows` rows is cut: into batches that differ by at most one row, several in a block that is compiled.
+
+        Full batches have compiled code of their own, and so has every size of a run of equal passes. In other passes all other
+        sizes share one code whose size is open: it takes 10% longer, but nothing is compiled anew for every shard. Batches that
+        are not full are compiled only where they are a tenth of a pass or more.
+        """
+        batch_size = self.learner.spec.batch_size
+        found: list[Blocks] = []
+        sizes = even(rows, batch_size)
+        total = sum(count for _, count in sizes)
+        for size, count in sizes:
+            compiles = self.per_call > 1 and (size == batch_size or (size > 1 and OPEN_SHARE * count >= total))
+            calls = count // self.per_call if compiles else 0
+            if calls:
+                found.append(Blocks(size, self.per_call, calls))
+            if rest := count - calls * self.per_call:
+                found.append(Blocks(size, 1, rest))
+        return found
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -166,7 +192,8 @@ class Steps:
         except Exception as error:  # not `calling.told`, which would take a percent of a small step
             if isinstance(error, TrainingError) or of_the_machine(error):
                 raise
-            raise model_error("a gradient step of the model", error, batch.x_BF, batch.ids_BC) from error
+            alone = " on a single row" if len(batch.y_B) == 1 else ""
+            raise model_error(f"a gradient step of the model{alone}", error, batch.x_BF, batch.ids_BC) from error
 
     def _eager(self, batch: Batch) -> Tensor:
         """One step. Returns its loss."""
@@ -234,12 +261,24 @@ class _Compiled:
     """Several steps of a learner as one compiled function. What does not compile is said once."""
 
     def __init__(
-        self, learner: Learner, forward: Forward, loss_function: LossFunction, steps: int, backend: str
+        self,
+        learner: Learner,
+        forward: Forward,
+        loss_function: LossFunction,
+        steps: int,
+        backend: str,
+        *,
+        equal: bool,
     ) -> None:
+        """`equal`: all passes have the same length."""
         self._learner, self._forward, self._loss, self._steps = learner, forward, loss_function, steps
         self._backend = backend
-        self._function: Callable[..., Tensor] | None = None
-        """Made when first called: only then the optimizer has its state."""
+        batch_size = learner.spec.batch_size
+        old = 0 if learner.memory is None else round(learner.memory.ratio * batch_size)
+        self._full = (batch_size, batch_size + old)
+        self._equal = equal
+        self._functions: dict[bool, Callable[..., Tensor]] = {}
+        """Of batches of a fixed size (True), and of any size. Made when first called: only then the optimizer has its state."""
         self._works: bool | None = None
         """None: not tried yet."""
 
@@ -248,23 +287,31 @@ class _Compiled:
         if self._works is False:
             return None
         learner = self._learner
-        if self._function is None:
+        shape = self._steps, len(block.y_B) // self._steps
+        parts = [None if tensor is None else tensor.view(*shape, *tensor.shape[1:]) for tensor in block]
+        fixed = self._equal or shape[1] in self._full
+        if fixed not in self._functions:
             options: dict[str, Any] | None = None
             if self._backend == "inductor":
                 options = _INDUCTOR | {"cpp_wrapper": learner.device.type == "cpu"}
-            torch._dynamo.reset()  # what it compiled for learners before this one counts against its limit
+            if not self._functions:
+                torch._dynamo.reset()  # what it compiled for learners before this one counts against its limit
+            # Two functions, since torch keeps the code of one function together, and would open the size of both.
             function = _function(learner, self._forward, self._loss, self._steps)
-            self._function = torch.compile(
-                function, fullgraph=True, dynamic=False, backend=self._backend, options=options
+            dynamic = False if fixed else None
+            self._functions[fixed] = torch.compile(
+                function, fullgraph=True, dynamic=dynamic, backend=self._backend, options=options
             )
-        shape = self._steps, len(block.y_B) // self._steps
-        parts = [None if tensor is None else tensor.view(*shape, *tensor.shape[1:]) for tensor in block]
+        if not fixed:
+            for part in parts:
+                if part is not None:
+                    torch._dynamo.mark_dynamic(part, 1)
         position = None if learner.schedule is None else learner.schedule.state_dict()
         rate_K = _rates(learner, self._steps)
         began = time.perf_counter()
         try:
             with torch.no_grad():
-                loss: Tensor = self._function(*parts, rate_K)
+                loss: Tensor = self._functions[fixed](*parts, rate_K)
         except Exception as error:
             if self._works:
                 raise

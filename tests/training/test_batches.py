@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.training.rows import TableGroup, cut, encoded, numbers_table, plain_spec, same_bits
 from tidemill.tasks.training import groups as groups_module
 from tidemill.tasks.training import packing
-from tidemill.tasks.training.batches import Stream, ahead
+from tidemill.tasks.training.batches import Stream, prefetch
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import Split, read_ahead, stable_seed
@@ -253,7 +253,7 @@ def test_operators_of_the_thread_that_works_ahead_use_no_other_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert list(ahead(torch.get_num_threads() for _ in range(2))) == [1, 1]
+        assert list(prefetch(torch.get_num_threads() for _ in range(2))) == [1, 1]
         assert torch.get_num_threads() == 2
         found: list[int] = []
         new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
@@ -272,7 +272,7 @@ def test_ahead_makes_one_item_at_a_time_and_keeps_their_order():
             made.append(i)
             yield i
 
-    for item in ahead(items()):
+    for item in prefetch(items()):
         assert item == made[item]
         assert len(made) <= item + 2 <= 6 or item == 4
 

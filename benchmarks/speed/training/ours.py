@@ -44,7 +44,7 @@ def trained(work: Work, began: float, **settings: Any) -> dict[str, Any]:
     from tidemill.tasks.training.steps import Steps
 
     learner, groups = begun(work, **settings)
-    steps = Steps(learner)
+    steps = Steps(learner, expected=1)  # passes of a few lengths: each has its own code, as in a batch run
     opened = time.perf_counter() - began
     took = []
     for number in range(2):
