@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from gc import freeze
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,6 +85,13 @@ def train(
             --features distance '{"name": "carrier", "kind": "category"}' \\
             --model.factory mymodels:Net --model.arguments '{"width": 32}'
     """
+    from tidemill.storage.errors import Unavailable
+    from tidemill.storage.overlap import keep_batch_apart
+    from tidemill.storage.urls import open_store
+
+    holdout = None if settings.holdout_dataset is None else open_store(settings.holdout_dataset).url
+    with suppress(Unavailable):  # the run tries again
+        keep_batch_apart(_open(registry, model), open_store(dataset).url, holdout)
     _prepare_flow(dataset, registry, settings.holdout_dataset)
     from tidemill.flows.batch import batch_training
 
@@ -114,6 +122,13 @@ def follow(
     """
     given = settings.settings()
     labels = None if given.labels is None else given.labels.inbox
+    from tidemill.storage.errors import Unavailable
+    from tidemill.storage.urls import open_store
+    from tidemill.tasks.online.places import keep_apart
+
+    inboxes = [open_store(url).url for url in (inbox, labels) if url is not None]
+    with suppress(Unavailable):  # the run tries again
+        keep_apart(_open(registry, model), inboxes, given)
     _prepare_flow(inbox, registry, given.archive_to, labels, given.gate.holdout_dataset, given.gate.retrain_on)
     from tidemill.flows.online import online_training
 

@@ -206,6 +206,22 @@ def named_inboxes(log: "VersionLog") -> set[str]:
     return consumed | {shard.inbox for shard in manifest.rejected} | {debt.inbox for debt in manifest.owed}
 
 
+def keep_batch_apart(log: "VersionLog", dataset: str | None, holdout: str | None) -> None:
+    """What a batch run reads (`url` of the stores; None: nothing) is no place where the model's registry or an inbox of it lies.
+
+    Raises:
+        PlacesOverlap: before anything is written.
+    """
+    read = {"the dataset": dataset, "holdout_dataset": holdout}
+    datasets = {name: url for name, url in read.items() if url is not None}
+    for name, url in datasets.items():
+        keep_out_of_dataset(url, [("the registry", log.url)], name)
+    if dataset is not None and holdout is not None:
+        check_holdout(dataset, holdout)
+    for inbox in sorted(named_inboxes(log)):
+        keep_out_of_inbox(inbox, datasets.items(), "an inbox of the model,")
+
+
 # ---- where a record of a registry may reach --------------------------------------------------------------------------
 def allowed_places() -> tuple[str, ...]:
     """URLs of the stores that `TIDEMILL_PLACES` names, beside those of a run itself.

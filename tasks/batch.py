@@ -20,12 +20,7 @@ from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.errors import HeadMoved, UnknownVersion
 from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import IN_MEMORY, Blobs, Entry
-from tidemill.storage.overlap import (
-    check_holdout,
-    keep_out_of_dataset,
-    keep_out_of_inbox,
-    named_inboxes,
-)
+from tidemill.storage.overlap import check_holdout, keep_batch_apart
 from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
@@ -95,7 +90,8 @@ def open_run(
         UnsupportedStore: the registry's store cannot keep versions safe.
     """
     log = VersionLog(stores(registry), model)
-    _check_places(dataset, log, settings, stores)
+    holdout = None if settings.holdout_dataset is None else stores(settings.holdout_dataset).url
+    keep_batch_apart(log, None if dataset.ref.url == IN_MEMORY else dataset.ref.url, holdout)
     check_preconditions(log.store)
     run = BatchRun(dataset, log, spec, settings, stores)
     if run.registered is not None:
@@ -110,16 +106,6 @@ def open_run(
             else "; it is not finished yet",
         )
     return run
-
-
-def _check_places(dataset: Snapshot, log: VersionLog, settings: BatchSettings, stores: Callable[[str], Store]) -> None:
-    datasets = {} if dataset.ref.url == IN_MEMORY else {"the dataset": dataset.ref.url}
-    if settings.holdout_dataset is not None:
-        datasets["holdout_dataset"] = stores(settings.holdout_dataset).url
-    for name, url in datasets.items():
-        keep_out_of_dataset(url, [("the registry", log.url)], name)
-    for inbox in sorted(named_inboxes(log)):
-        keep_out_of_inbox(inbox, datasets.items(), "an inbox of the model,")
 
 
 def prepare(run: BatchRun) -> None:

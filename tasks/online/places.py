@@ -1,6 +1,6 @@
 """The stores of an online run: opened once, asked what they promise, and none of them inside another one's inbox."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from tidemill.storage.disposal import dispose
@@ -53,7 +53,7 @@ class Places:
         """Where labels arrive that come later than their features."""
         self.spelled = spelled_as(*(inbox.url for inbox in self.inboxes))
         """The URL by which this run knows an inbox, however an earlier run spelled it."""
-        self._keep_apart(settings)
+        keep_apart(self.log, [each.url for each in self.inboxes], settings, self.store)
         archive = [] if settings.archive_to is None else [self.store(settings.archive_to).url]
         self._allowed = (*(each.url for each in self.inboxes), *archive, *allowed_places())
         self._may = dict.fromkeys(self._allowed, True)
@@ -94,28 +94,40 @@ class Places:
             self._may[url] = may
         return may
 
-    def _keep_apart(self, settings: OnlineSettings) -> None:
-        """Every object below an inbox is a shard, to be consumed and removed: no other place may be, hold or lie in one.
 
-        Raises:
-            PlacesOverlap: before anything is written.
-        """
-        given = {
-            _ARCHIVE: settings.archive_to,
-            _HOLDOUT: settings.gate.holdout_dataset,
-            _RETRAIN: settings.gate.retrain_on,
-        }
-        places = {name: self.store(url).url for name, url in given.items() if url is not None}
-        trained_on = {f"the dataset of version {number}": url for url, number in named_datasets(self.log).items()}
-        others = [("the registry", self.log.store.url), *places.items(), *trained_on.items()]
-        for inbox, name in zip(self.inboxes, ("the inbox", "the labels inbox"), strict=False):
-            keep_out_of_inbox(inbox.url, others, name)
-            others.append((name, inbox.url))
-        if (archive := places.get(_ARCHIVE)) is not None:
-            keep_out_of_registry(self.log.url, _ARCHIVE, archive)
-            if self.labels is not None:  # features and labels lie there apart, under one name each
-                datasets = trained_on | {name: url for name, url in places.items() if name == _RETRAIN}
-                for name, url in datasets.items():
-                    keep_out_of_dataset(url, [(f"{_ARCHIVE}, where features and labels lie apart", archive)], name)
-        if (retrain_on := places.get(_RETRAIN)) is not None:
-            keep_out_of_dataset(retrain_on, [("the registry", self.log.url)], _RETRAIN)
+def keep_apart(
+    log: VersionLog, inboxes: Sequence[str], settings: OnlineSettings, stores: Callable[[str], Store] = open_store
+) -> None:
+    """Every object below an inbox is a shard, to be consumed and removed: no other place may be, hold or lie in one.
+
+    Args:
+        log: Of the model; its manifests name the datasets that it was trained on.
+        inboxes: URL of the store of the inbox, and of that of the labels if there is one.
+        settings: They name the other places.
+        stores: Opens the store at a URL.
+
+    Raises:
+        PlacesOverlap: before anything is written.
+    """
+    given = {
+        _ARCHIVE: settings.archive_to,
+        _HOLDOUT: settings.gate.holdout_dataset,
+        _RETRAIN: settings.gate.retrain_on,
+    }
+    places = {name: stores(url).url for name, url in given.items() if url is not None}
+    named = dict(zip(("the inbox", "the labels inbox"), inboxes, strict=False))
+    others = [("the registry", log.store.url), *places.items()]
+    for name, inbox in named.items():
+        keep_out_of_inbox(inbox, others, name)
+        others.append((name, inbox))
+    trained_on = {f"the dataset of version {number}": url for url, number in named_datasets(log).items()}
+    for name, inbox in named.items():
+        keep_out_of_inbox(inbox, trained_on.items(), name)
+    if (archive := places.get(_ARCHIVE)) is not None:
+        keep_out_of_registry(log.url, _ARCHIVE, archive)
+        if settings.labels is not None:  # features and labels lie there apart, under one name each
+            datasets = trained_on | {name: url for name, url in places.items() if name == _RETRAIN}
+            for name, url in datasets.items():
+                keep_out_of_dataset(url, [(f"{_ARCHIVE}, where features and labels lie apart", archive)], name)
+    if (retrain_on := places.get(_RETRAIN)) is not None:
+        keep_out_of_dataset(retrain_on, [("the registry", log.url)], _RETRAIN)

@@ -222,6 +222,28 @@ def test_an_audit_of_a_sound_history(tidemill: Run, model: Place) -> None:
     assert tidemill("audit", model.registry, "model", "--json").json["findings"] == []
 
 
+def test_places_that_overlap_are_refused_before_anything_starts(tidemill: Run, tmp_path: Path) -> None:
+    place = Place(*(str(tmp_path / name) for name in ("dataset", "inbox", "registry", "archive")))
+    open_store(place.dataset).write("part.parquet", parquet(200, seed="part"))
+    train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
+    place.drop("a.parquet")
+    (tmp_path / "link").symlink_to("dataset")
+    spec = tmp_path / "spec.json"
+    spec.write_text(SPEC.model_dump_json())
+    before = sorted(path for path in tmp_path.rglob("*"))
+    train_link = ("train", f"{tmp_path}/link", f"{place.dataset}/registry", "model", "--spec", str(spec))
+    for command, words in (
+        (train_link, "the registry, .* lies inside the dataset"),
+        (("follow", f"{tmp_path}/link", place.registry, "model"), "the dataset of version 0, .* is the inbox"),
+        (("follow", f"{tmp_path}//inbox", f"{place.inbox}/r", "model"), "the registry, .* lies inside the inbox"),
+        (("predict", place.registry, "model", place.dataset, f"{tmp_path}/link"), "the output of .* is the dataset"),
+    ):
+        result = tidemill(*command)
+        assert (result.code, result.out) == (1, "")
+        assert re.fullmatch(f"tidemill: {words} .*", result.err.strip()), result.err
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
 def test_status_knows_a_kept_inbox_however_it_is_spelled(tidemill: Run, tmp_path: Path) -> None:
     place = Place(*(str(tmp_path / name) for name in ("dataset", "inbox", "registry", "archive")))
     open_store(place.dataset).write("part.parquet", parquet(200, seed="part"))
