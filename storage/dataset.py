@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import pyarrow as pa
 
@@ -116,9 +116,15 @@ class Snapshot:
                 place = merged.get_field_index(field.name)  # -1 too if the name occurs twice
                 if field.name not in merged.names:
                     merged = merged.append(field)
-                elif place >= 0 and pa.types.is_null(merged.field(place).type):
+                elif place >= 0 and _has_no_type(merged.field(place).type):
                     merged = merged.set(place, field)
         return merged
+
+
+def _has_no_type(kind: Any) -> bool:
+    """True where a file has no value to take a type from: of nulls, or of empty lists."""
+    nested = pa.types.is_nested(kind)
+    return any(_has_no_type(kind.field(i).type) for i in range(kind.num_fields)) if nested else pa.types.is_null(kind)
 
 
 def snapshot(
@@ -204,7 +210,7 @@ class _Opener:
                 info.key,
                 info.size,
                 fetch,
-                DatasetError,
+                lambda message: DatasetError(f"{self._store.url}/{message}"),
                 partitions=partitions(info.key, self._types),
                 concurrency=self._store.concurrency,
                 readers=self._store.readers,

@@ -125,14 +125,20 @@ class ParquetFile:
         name: str,
         size: int,
         fetch: Fetch,
-        error: type[StorageError],
+        error: Callable[[str], StorageError],
         partitions: Mapping[str, "pa.Scalar[Any]"] | None = None,
         concurrency: int = 1,
         readers: int = 1,
         findings: Findings | None = None,
     ) -> None:
-        """`error` is what bad bytes raise; `partitions` are constant columns that the file's path adds; `concurrency` and
-        `readers` are those of the `Store` that `fetch` calls; `findings` is what is known of a dataset's files, and learns.
+        """Args:
+            name: Key of the file, for messages.
+            size: Bytes.
+            fetch: Reads bytes of the file.
+            error: Makes an error of a message that begins with the name; it is raised for bad bytes.
+            partitions: Constant columns that the file's path adds.
+            concurrency, readers: Of the `Store` that `fetch` calls.
+            findings: What is known of a dataset's files; it learns.
 
         Raises:
             NotReady: the magic bytes are missing at either end: not a Parquet file, or not a whole one yet.
