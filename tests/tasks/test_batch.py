@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from tenacity import wait_none
 
 from tests.storage.faults import Call, hooked
@@ -489,3 +490,31 @@ def test_a_best_epoch_that_is_lost_is_not_replaced_by_another(noise: str, memory
 def test_patience_needs_rows_that_are_held_out() -> None:
     with pytest.raises(ValueError, match="patience needs held-out rows"):
         BatchSettings(holdout=0, patience=3)
+
+
+# ---- the shipped deployments -----------------------------------------------------------------------------------------
+def test_the_places_of_the_shipped_deployments_lie_well(make_url: MakeUrl) -> None:
+    """Their archive lies in the dataset: the next batch run trains on what the online run has consumed."""
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text())
+    asked = {one["name"]: one["parameters"] for one in shipped["deployments"]}
+
+    def here(url: str) -> str:
+        return make_url(url.removeprefix("s3://my-bucket/"))
+
+    put(here(asked["batch"]["dataset"]), {"x.parquet": rows(60, 0)})
+    put(here(asked["online"]["inbox"]), {"s.parquet": rows(40, 1)})
+    where = here(asked["batch"]["dataset"]), here(asked["batch"]["registry"]), "model"
+    batch.train(*where, SPEC)
+    given = asked["online"]["settings"]
+    archive = here(given["after_commit"]["archive_to"])
+    settings = {"after_commit": {"archive_to": archive}, "grace_seconds": 0}
+    run = OnlineRun(here(asked["online"]["inbox"]), where[1], "model", OnlineSettings.model_validate(settings))
+    assert online.step(run).outcome is online.Outcome.COMMITTED
+    assert keys(archive) == ["s.parquet"]
+    assert batch.train(*where, SPEC).version == 2
+    dataset = open_log(where[1], "model").head().manifest.dataset
+    assert dataset is not None
+    assert dataset.rows == 100
+    labelled = settings | {"labels": {"inbox": here("s3://my-bucket/labels"), "key": "id"}}
+    with pytest.raises(PlacesOverlap, match="where features and labels lie apart"):
+        OnlineRun(here(asked["online"]["inbox"]), where[1], "model", OnlineSettings.model_validate(labelled))
