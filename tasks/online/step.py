@@ -77,7 +77,9 @@ class OnlineRun:
         """Open both ends and make sure that the model exists.
 
         Raises:
-            UnknownModel, StoreNotFound, UnsupportedStore: see there; the last one also if the places overlap.
+            UnknownModel: the registry holds no such model.
+            PlacesOverlap: a place is, holds or lies in the inbox, or in another way in which they may not lie.
+            UnsupportedStore, PermissionDenied: the registry cannot be committed to.
         """
         self.settings = settings
         self.places = Places(inbox, registry, model, settings, stores)
