@@ -431,7 +431,7 @@ def test_hostile_keys_touch_nothing_but_themselves(make_url: MakeUrl, raw_put: C
     back = []
     for name in rejected:
         try:
-            back.append(requeue(run.places.log, name))
+            back.append(requeue(run.places.log, name, run.places.may_touch))
         except InvalidKey:
             assert len(rejected[name]) > 200, "only a name too long with its mark"
     assert objects(make_url("in")).keys() == owed | hidden | set(back)
@@ -470,7 +470,7 @@ def test_a_key_cannot_forge_a_line_of_the_log(memory_run: OnlineRun, caplog: pyt
     )
     assert step(run).outcome is Outcome.IDLE
     (name,) = quarantined(run.places.log)
-    requeue(run.places.log, name)
+    requeue(run.places.log, name, run.places.may_touch)
     told = [record.getMessage() for record in caplog.records]
     assert len([message for message in told if "forged" in message]) >= 3
     assert [message for message in told if not readable(message)] == []
