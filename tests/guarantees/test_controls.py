@@ -13,11 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
+from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import pytest
 
-from tests.guarantees.machine import BAD, GOOD, Fault, Meanwhile, Plan, Protocol, World
+from tests.guarantees.machine import BAD, GOOD, Fault, Meanwhile, Plan, Protocol, World, begun
 from tests.storage.faults import Call, FaultStore
 from tidemill.storage.aliases import aliased, all_aliases
 from tidemill.storage.errors import AlreadyExists, CorruptObject, HeadMoved, StorageError
@@ -25,13 +26,18 @@ from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import BlobRef, Entry, Owed, decode, encode
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.tombstones import Tombstones
+from tidemill.storage.urls import open_store
+from tidemill.tasks.online import step as online
+from tidemill.tasks.online import work as work_room
 from tidemill.tasks.online.commit import commit, debts
 from tidemill.tasks.online.gate import Champion
 from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.reading import Reader
 from tidemill.tasks.online.selection import Selection, select
+from tidemill.tasks.online.step import OnlineRun
 from tidemill.tasks.online.work import Head, Identity, Work, train_on
 from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.training.errors import ModelFails
 from tidemill.tasks.training.steps import Steps
 
 Shards = tuple[tuple[str, bytes], ...]
@@ -172,8 +178,51 @@ def altered(protocol: Protocol, stride: int) -> Iterator[World]:
     raise AssertionError("a run went on from altered history")
 
 
+def begun_anew(protocol: Protocol, stride: int) -> Iterator[World]:
+    """The history is removed and begun anew while a trainer has the old head in memory: it removes nothing on top of that."""
+    world = world_of(protocol)
+    with protocol.followed():
+        run = opened(world)
+        while online.step(run).outcome is online.Outcome.COMMITTED:
+            pass
+        for key, data in LATER:
+            world.upload(key, data)
+        for info in [*world.registry.list("model/")]:
+            world.registry.delete(info.key)
+        for key, data in begun().items():
+            world.registry.write(key, data)
+        with suppress(StorageError):
+            online.step(run)
+    for key, _ in LATER:
+        assert world.present(key), f"{key} is lost: the version that consumed it stands on nothing"
+    yield world
+
+
+def deployed_badly(protocol: Protocol, stride: int) -> Iterator[World]:
+    """From now on the model fails on every shard: none of them is at fault, and all of them stay."""
+    world = world_of(protocol)
+    with protocol.followed(), patch.object(work_room, "train_shard", _fails), suppress(ModelFails):
+        online.step(opened(world))
+    for key, data in SHARDS:
+        assert data in BAD or world.present(key), f"{key} was rejected, though the model is at fault"
+    yield world
+
+
+def opened(world: World) -> OnlineRun:
+    """The first trainer, without faults."""
+    stores = lambda url: world.protocol.wrap(open_store(url))  # noqa: E731
+    return online.OnlineRun(world.inbox.url, world.registry.url, "model", world.settings[FIRST], stores)
+
+
+def _fails(*_: object) -> None:
+    raise ValueError("the model of the new deployment fails")
+
+
 Scenario = Callable[[Protocol, int], Iterator[World]]
-SCENARIOS: Sequence[Scenario] = (failed, overtaken, overwritten, collected, sent_again, denied, altered)
+SCENARIOS: Sequence[Scenario] = (
+    *(failed, overtaken, overwritten, collected, sent_again, denied, altered),
+    *(begun_anew, deployed_badly),
+)
 
 
 def defects(protocol: Protocol, stride: int, scenarios: Sequence[Scenario] = SCENARIOS) -> list[str]:
@@ -261,6 +310,14 @@ def lists_from_cursor(
     return selection
 
 
+def rejects_whatever_fails(
+    reader: Reader, head: Head, champion: Champion, places: Places, settings: OnlineSettings
+) -> Work:
+    """Takes a shard for bad because the model fails on it, and asks no further."""
+    with patch.object(work_room, "_try_made_up_rows", lambda *_: None):
+        return train_on(reader, head, champion, places, settings)
+
+
 class DeletesThenCopies(Places):
     """Removes a shard before it is in the archive or in quarantine."""
 
@@ -276,6 +333,13 @@ class NoParentCheck(VersionLog):
 
     def _parent(self, child: Version) -> Version | None:
         return self.version(child.number - 1) if child.number else None
+
+
+class NoGroundCheck(VersionLog):
+    """Does not look whether the version below is still there, neither before nor after the commit."""
+
+    def check(self, version: Version) -> None:
+        pass
 
 
 class NoTombstones(VersionLog):
@@ -422,6 +486,10 @@ CONTROLS = {
     ),
     "listing from a cursor": Control(Protocol(rooms={"select": lists_from_cursor}), "failed", "inbox still holds"),
     "no parent check": Control(with_log(NoParentCheck), "altered", "went on from altered history"),
+    "no look at the parent": Control(with_log(NoGroundCheck), "begun_anew", "stands on nothing"),
+    "whatever fails is rejected": Control(
+        Protocol(rooms={"train_on": rejects_whatever_fails}), "deployed_badly", "though the model is at fault"
+    ),
     "no tombstones": Control(with_log(NoTombstones), "sent_again", "was consumed twice"),
     "blob alone": Control(with_log(BlobAlone), "sent_again", "was consumed twice"),
     "batch forgets": Control(with_log(BatchForgets), "sent_again", "was consumed twice"),
