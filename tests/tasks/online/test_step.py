@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -237,6 +238,60 @@ def test_a_producer_that_overwrites_a_shard_after_it_was_read_loses_nothing(regi
     report = drain(open_run(make_url("inbox"), registry, stores))
     assert (report.shards, report.rows) == (2, 40 + 66)
     assert keys(make_url("inbox")) == []
+
+
+def in_place(path: Path, data: bytes) -> None:
+    """As the inode of a removed file that `cp -p`, tar or rsync has used again."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.write(data)
+    os.utime(path, ns=(before.st_mtime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("how", "after_commit"),
+    [("in place", "delete"), ("in place", "archive"), ("memory map", "delete"), ("memory map", "archive")],
+)
+def test_new_bytes_under_the_inode_size_and_time_of_a_consumed_shard_are_not_lost(
+    tmp_path: Path, how: str, after_commit: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a local disk; before the consumed shard is removed."""
+    registry, inbox, path = str(tmp_path / "registry"), tmp_path / "inbox", tmp_path / "inbox" / "a.parquet"
+    begin(registry, str(tmp_path / "dataset"))
+    old = parquet(rows(40, 1))
+    new = next(data for seed in range(2, 10_000) if len(data := parquet(rows(40, seed))) == len(old))
+    inbox.mkdir()
+    path.write_bytes(old)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        mapped[:] = old  # from now on, until the pages are written back, stores change no time
+        written: list[Call] = []
+
+        def rewrite(call: Call) -> None:
+            committed = call.key == "a.parquet" and open_log(registry, "model").head().number == 1
+            if committed and call.phase == "before" and not written:
+                written.append(call)
+                if how == "in place":
+                    in_place(path, new)
+                else:
+                    mapped[:] = new
+
+        settings = {"after_commit": "delete" if after_commit == "delete" else {"archive_to": str(tmp_path / "archive")}}
+        drain(open_run(str(inbox), registry, hooked(rewrite, concurrency=1), **settings))
+        assert written
+    drain(open_run(str(inbox), registry, **settings))
+
+    log = open_log(registry, "model")
+    consumed = [shard.sha256 for version in log.history(log.head()) for shard in version.manifest.consumed]
+    if (how, after_commit) == (
+        "memory map",
+        "archive",
+    ):  # it cannot be copied as what was consumed: it stays, and is named
+        assert consumed == [sha256(old)]
+        assert path.read_bytes() == new
+        assert "inbox/a.parquet stays in the inbox" in caplog.text
+    else:
+        assert sorted(consumed) == sorted([sha256(old), sha256(new)])
+        assert keys(str(inbox)) == []
 
 
 def test_what_another_run_owes_is_removed_as_its_store_can(registry: str, make_url: MakeUrl) -> None:
