@@ -23,7 +23,11 @@ View = tuple[Any, str]
 # ---- the flows -------------------------------------------------------------------------------------------------------
 def trained(info: "VersionInfo") -> View:
     """The end of a batch run."""
-    made = "trained" if info.trained else "made before, from the same data and spec; nothing to do"
+    made = (
+        "trained"
+        if info.trained
+        else "made before, from the same data, spec and code; nothing to do (--again trains it anew)"
+    )
     return info, f"version {info.version} of {info.model}: {made}\nscore: {_measured(info.metrics)}"
 
 

@@ -11,6 +11,7 @@ from tidemill.storage.manifest import Owed
 from tidemill.storage.overlap import (
     allowed,
     allowed_places,
+    check_holdout,
     keep_out_of_dataset,
     keep_out_of_inbox,
     keep_out_of_registry,
@@ -131,3 +132,5 @@ def keep_apart(
                 keep_out_of_dataset(url, [(f"{_ARCHIVE}, where features and labels lie apart", archive)], name)
     if (retrain_on := places.get(_RETRAIN)) is not None:
         keep_out_of_dataset(retrain_on, [("the registry", log.url)], _RETRAIN)
+        if (holdout := places.get(_HOLDOUT)) is not None:
+            check_holdout(retrain_on, holdout)

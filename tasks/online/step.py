@@ -16,6 +16,7 @@ from tidemill.storage.aliases import Alias, find_alias
 from tidemill.storage.errors import HeadMoved, Unavailable, UnknownVersion, on_one_line
 from tidemill.storage.log import Version, VersionLog
 from tidemill.storage.manifest import Consumed, Gate, Owed
+from tidemill.storage.overlap import Relation, relation
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch import VersionInfo
@@ -320,11 +321,19 @@ def _resolve(log: VersionLog, head: Head, settings: GateSettings) -> Step | None
 
 
 def retraining(run: OnlineRun) -> tuple[str, str, str, Spec, BatchSettings]:
-    """Arguments of the batch training that `Outcome.RETRAIN` asks for: the head's spec, on the dataset of the settings."""
+    """Arguments of the batch training that `Outcome.RETRAIN` asks for: the head's spec, on the dataset of the settings.
+
+    A holdout of the gate that lies inside of that dataset is left out of it, and scored.
+    """
     settings, log = run.settings, run.places.log
-    assert settings.gate.retrain_on is not None, "the settings ask for a dataset"
+    dataset, holdout = settings.gate.retrain_on, settings.gate.holdout_dataset
+    assert dataset is not None, "the settings ask for a dataset"
     batch_settings = BatchSettings(alias=settings.gate.alias, device=settings.device)
-    return settings.gate.retrain_on, log.store.url, log.model, spec_of(log, log.head()), batch_settings
+    if holdout is not None:
+        lies = relation(run.places.store(holdout).url, run.places.store(dataset).url)
+        if lies is Relation.INSIDE:
+            batch_settings = batch_settings.model_copy(update={"holdout_dataset": holdout})
+    return dataset, log.store.url, log.model, spec_of(log, log.head()), batch_settings
 
 
 def retrained(run: OnlineRun, made: VersionInfo) -> None:

@@ -157,6 +157,8 @@ def test_predictions_are_not_written_into_a_dataset_or_an_inbox(make_url: MakeUr
             predict(make_url("registry"), "model", make_url("new"), output)
     with pytest.raises(PlacesOverlap, match=r"new/b\.parquet, a file of predictions, would be a file of the dataset"):
         predict(make_url("registry"), "model", make_url("deep") + "/new", make_url("deep"))
+    with pytest.raises(PlacesOverlap, match=r"new/a\.parquet, a file of predictions, would be a file of the dataset"):
+        predict(make_url("registry"), "model", make_url("new") + "/a.parquet", make_url("new"))
     assert [keys(make_url(name)) for name in ("dataset", "inbox", "new")] == before
 
 

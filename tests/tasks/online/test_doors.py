@@ -11,7 +11,7 @@ import pytest
 from tests.storage.faults import Call, hooked
 from tests.tasks.online.test_step import begin, days
 from tests.tasks.rows import keys, put, rows
-from tidemill.storage.errors import PermissionDenied, Unavailable, UnknownModel
+from tidemill.storage.errors import PermissionDenied, PlacesOverlap, Unavailable, UnknownModel
 from tidemill.storage.log import open_log
 from tidemill.tasks import retrying
 from tidemill.tasks.online import drain, follow
@@ -125,6 +125,22 @@ def test_too_many_refusals_retrain_on_the_dataset_with_the_archive(memory_regist
     kinds = [version.manifest.kind for version in log.history(log.head())][::-1]
     assert kinds.index("batch", 1) == 3, "0 batch, two refused, then a batch training"
     assert {memory_url("dataset"), memory_url("holdout")} <= urls
+
+
+def test_retraining_leaves_out_a_holdout_inside_its_dataset(memory_registry: str, memory_url: MakeUrl) -> None:
+    dataset, holdout = memory_url("dataset"), memory_url("dataset") + "/holdout"
+    put(memory_url("inbox"), {f"{i}.parquet": rows(40, i, slope=-50.0) for i in range(2)})
+    put(holdout, {"part-0.parquet": rows(100, 9)})
+    gate = {"holdout_dataset": holdout, "refusals": 2, "tolerance": 0.0, "after_refusals": {"retrain_on": dataset}}
+    settings = {"limits": {"max_shards": 1}, "after_commit": {"archive_to": f"{dataset}/archive"}, "gate": gate}
+    drain(memory_url("inbox"), memory_registry, "model", OnlineSettings.model_validate(settings))
+    manifest = open_log(memory_registry, "model").head().manifest
+    assert (manifest.kind, manifest.metrics["holdout_rows"]) == ("batch", 100)
+    assert manifest.dataset is not None
+    assert manifest.dataset.rows == 200 + 2 * 40
+    gate["holdout_dataset"] = dataset
+    with pytest.raises(PlacesOverlap, match="nothing would be left to train on"):
+        drain(memory_url("inbox"), memory_registry, "model", OnlineSettings.model_validate(settings))
 
 
 def test_an_unknown_model_is_said_at_once(memory_registry: str, memory_url: MakeUrl) -> None:
