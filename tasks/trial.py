@@ -10,9 +10,8 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
-from tidemill.tasks.training.errors import FactoryError, NonFiniteLoss, TrainingError, described, of_the_machine
+from tidemill.tasks.training.errors import FactoryError, NonFiniteLoss, TrainingError
 from tidemill.tasks.training.groups import RowGroup, TableGroup
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import score, train_shard
@@ -28,9 +27,9 @@ def try_out(learner: Learner, groups: Sequence[RowGroup]) -> None:
     """Let a copy of a new learner be scored and take a step on the first rows of the dataset. The learner is not changed.
 
     Raises:
-        FactoryError: a metric of the user's gives no single number.
+        FactoryError: a metric of the user's fails, or gives no single number.
         StateMismatch: what was stored of the learner cannot be read back.
-        ModelError, OutputShapeError: the model, the loss or a metric fails.
+        ModelError, OutputShapeError: the model or the loss fails.
     """
     if not learner.spec.import_paths:
         return
@@ -38,17 +37,8 @@ def try_out(learner: Learner, groups: Sequence[RowGroup]) -> None:
     rows = _first_rows(learner, groups, max(SCORED_ROWS, learner.spec.batch_size))
     if not rows:
         return
-    try:
-        score(copy, rows)
-    except TrainingError:
-        raise
-    except Exception as error:  # metrics are the user's code too
-        if of_the_machine(error):
-            raise
-        for name, metric in copy.metrics.items():
-            _check_number(name, metric)
-        named = ", ".join(learner.spec.metrics) or "none of the spec's own"
-        raise FactoryError(f"metrics ({named}) fail on the first rows of the dataset: {described(error)}") from error
+    for name, reason in score(copy, rows).left_out.items():
+        raise FactoryError(f"metrics {name!r} fails on the first rows of the dataset: {reason}")
     try:
         _take_step(copy, rows)
     except NonFiniteLoss:
@@ -97,18 +87,6 @@ def _first_rows(learner: Learner, groups: Sequence[RowGroup], count: int) -> lis
 def _take_step(learner: Learner, rows: Sequence[TableGroup]) -> None:
     few = [TableGroup(group.name, group.table.slice(0, learner.spec.batch_size)) for group in rows]
     train_shard(Steps(learner), few, passes=1)
-
-
-def _check_number(name: str, metric: Metric) -> None:
-    """Raises FactoryError: it gives anything but one number."""
-    try:
-        value = metric.compute()
-    except Exception:  # noqa: BLE001  # then another one, or its `update`, is what fails
-        return
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return
-    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-    raise FactoryError(f"metrics {name!r} gives {shape}, not one number: name a metric that gives one, or average it")
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -10,8 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tidemill.tasks.training.errors import ModelError, TrainingError
-from tidemill.tasks.training.errors import of_the_machine as of_the_machine
+from tidemill.tasks.training.errors import ModelError, TrainingError, of_the_machine
 
 FRAMES: Final = 2
 """Frames of the user's own files that an error is told with: where it was raised, and what called that."""

@@ -5,27 +5,54 @@ import os
 import platform
 import subprocess
 from importlib.metadata import version
+from pathlib import Path
+from typing import Final
 
 import pyarrow as pa
 import torch
 
 from tidemill.tasks.training.batches import ORDER
 
-VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_CBWR")  # each picks other kernels, so other roundings
+VARIABLES: Final = (
+    *("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE"),
+    *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
+)
+"""Environment variables that each pick other kernels, and so other roundings."""
 
 
 def environment() -> dict[str, str | int]:
-    """Versions, CPU capability, thread count and rule of shuffling: two runs with equal ones have equal bits."""
+    """Versions, CPU, thread count and rule of shuffling: two runs with equal ones have equal bits.
+
+    Settings of torch and environment variables are named only where they are not the default.
+    """
     found: dict[str, str | int] = {
         "torch": torch.__version__,
         "pyarrow": pa.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cpu": _cpu(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "order": ORDER,
     }
+    if not torch.backends.mkldnn.enabled:
+        found["onednn"] = "off"
+    if (precision := torch.get_float32_matmul_precision()) != "highest":
+        found["float32_matmul_precision"] = precision
     return found | {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+@functools.cache
+def _cpu() -> str:
+    """Vendor, family and model, by which MKL and oneDNN choose their kernels; where Linux does not tell, what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n", 1)[0].splitlines()
+    except OSError:
+        lines = []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if "vendor_id" not in fields:
+        return platform.processor() or platform.machine()
+    return f"{fields['vendor_id']} family {fields.get('cpu family')} model {fields.get('model')}"
 
 
 def differences(before: dict[str, str | int], now: dict[str, str | int]) -> list[str]:

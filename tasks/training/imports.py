@@ -8,6 +8,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from torch import nn
+
 from tidemill.tasks.training.calling import first_line, frames_of, importing
 from tidemill.tasks.training.errors import FactoryError
 from tidemill.tasks.training.spec import Spec
@@ -19,26 +21,42 @@ ALLOWED_MODULES: Final = "TIDEMILL_FACTORIES"
 def check_allowed(spec: Spec, modules: Sequence[str]) -> None:
     """Refuse a model, loss or metric that is neither built in nor defined in one of `modules` or below. Imports nothing else.
 
-    It must be defined there, not only be within reach: `mymodels:os.system` is nothing of mymodels. Metrics of torchmetrics
-    are allowed: nothing but their class is called, without arguments.
+    It must be defined there, not only be within reach: `mymodels:os.system` is nothing of mymodels. Modules of `torch.nn` as
+    the model, functions of `torch.nn.functional` as the loss and classes of torchmetrics as metrics need no leave: they run
+    no code that a spec could choose.
 
-    Raises FactoryError.
+    Raises:
+        FactoryError: all names that are refused, at once.
     """
-    for name in spec.import_paths:
-        if name in spec.metrics and name.startswith("torchmetrics."):
-            continue
-        module = name.partition(":")[0]
-        if not _below(module, modules):
-            raise FactoryError(
-                f"the spec's {name!r} comes from storage, and module {module!r} is not among those that may be imported for "
-                f"it ({', '.join(modules) or 'none'}): if it is your code, set {ALLOWED_MODULES}={','.join([*modules, module])}"
-            )
+    asked = [name for name in spec.import_paths if not _is_torchs(spec, name)]
+    if refused := [name for name in asked if not _below(name.partition(":")[0], modules)]:
+        missing = list(dict.fromkeys(name.partition(":")[0] for name in refused))
+        named = ", ".join(map(repr, refused))
+        raise FactoryError(
+            f"the spec's {named} {'comes' if len(refused) == 1 else 'come'} from storage, and "
+            f"{', '.join(f'module {module!r}' for module in missing)} is not among those that may be imported for it "
+            f"({', '.join(modules) or 'none'}): if it is your code, set {ALLOWED_MODULES}={','.join([*modules, *missing])}"
+        )
+    for name in asked:
         origin = getattr(imported(name, "the spec's"), "__module__", None)
         if not isinstance(origin, str) or not _below(origin, modules):
             raise FactoryError(
                 f"the spec's {name!r} comes from storage, and what it names was imported from {origin or 'elsewhere'!r}: name "
                 f"it where it is defined, and allow that module in {ALLOWED_MODULES} if it is your code"
             )
+
+
+def _is_torchs(spec: Spec, name: str) -> bool:
+    """Whether a name is torch's or torchmetrics' own, in the one place where it does what it is for and nothing else."""
+    module = name.partition(":")[0]
+    if name in spec.metrics and _below(module, ["torchmetrics"]):
+        return True  # called without arguments, and refused if it is no metric
+    if name == spec.model.factory and _below(module, ["torch.nn"]):
+        found = imported(name, "the spec's")
+        return isinstance(found, type) and issubclass(found, nn.Module) and _below(found.__module__, ["torch.nn"])
+    if name == spec.loss_name and module == "torch.nn.functional":
+        return getattr(imported(name, "the spec's"), "__module__", None) in ("torch.nn.functional", "torch._C._nn")
+    return False
 
 
 def _below(module: str, prefixes: Sequence[str]) -> bool:

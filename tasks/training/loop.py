@@ -16,11 +16,12 @@ from torch import Tensor
 
 from tidemill.tasks.training.batches import Batch, Blocks, Stream, joined, prefetch
 from tidemill.tasks.training.calling import told, usual_types
-from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss
+from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, described, of_the_machine
 from tidemill.tasks.training.features import Encoded
 from tidemill.tasks.training.groups import RowGroup, Split, generator, stable_seed
 from tidemill.tasks.training.learner import Learner, Predictor
 from tidemill.tasks.training.losses import is_column, loss_of
+from tidemill.tasks.training.metrics import number_of
 from tidemill.tasks.training.replay import Memory, mixed
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps, forward_of, moved
@@ -47,6 +48,8 @@ class Score:
     rows: int
     loss: float  # the training loss, mean over the rows; NaN if there were no rows
     metrics: dict[str, float] = field(default_factory=dict)  # in units of the target
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Metrics that could not be computed, as R2 of one row, with the reason."""
 
     @property
     def finite(self) -> dict[str, float]:
@@ -179,12 +182,13 @@ def score(learner: Learner | Predictor, groups: Sequence[RowGroup], split: Split
 
     Metrics: mae and rmse for regression, in units of the target; accuracy and auroc (from binned scores; left out when
     only one class occurs) for binary; accuracy for multiclass; and the spec's own. Class and sample weights count in the
-    loss, not in the metrics. A metric that cannot be computed of so few rows, as R2 of one, is left out with a warning. A
+    loss, not in the metrics. A metric that cannot be computed, as R2 of one row, is left out with a warning. A
     non-finite loss is returned, not raised. Raises ColumnError and ModelError.
     """
     spec, device = learner.spec, learner.device
     stream = Stream(groups, learner.features, batch_size=EVALUATION_ROWS, window_bytes=spec.window_bytes, split=split)
     loss_function, metrics = loss_of(spec, learner.features), learner.metrics
+    left_out: dict[str, str] = {}
     for metric in metrics.values():
         metric.reset()
     total = zero(device)
@@ -200,19 +204,33 @@ def score(learner: Learner | Predictor, groups: Sequence[RowGroup], split: Split
                 actual = _unscaled(learner, actual)
             elif spec.task == "binary":
                 actual = actual.long()
-            for metric in metrics.values():
-                metric.update(predicted, actual)
+            for name, metric in metrics.items():
+                if name not in left_out:
+                    with _leaving_out(name, left_out):
+                        metric.update(predicted, actual)
     if not stream.rows:
         return Score(0, float("nan"))
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, metric in metrics.items():
-        try:
-            found[name] = metric.compute().item()
-        except ValueError as error:  # how torchmetrics says so
-            logger.warning("metric %s of %s (%d rows) is left out: %s", name, _named(groups), stream.rows, error)
-    if math.isnan(found.get("auroc", 0.0)):  # the area under the curve needs both classes
-        del found["auroc"]
-    return Score(stream.rows, total.item() / stream.rows, found)
+        if name not in left_out:
+            with _leaving_out(name, left_out):
+                numbers[name] = number_of(metric)
+    for name, reason in left_out.items():
+        logger.warning("metric %s of %s (%d rows) is left out: %s", name, _named(groups), stream.rows, reason)
+    if math.isnan(numbers.get("auroc", 0.0)):  # the area under the curve needs both classes
+        del numbers["auroc"]
+    return Score(stream.rows, total.item() / stream.rows, numbers, left_out)
+
+
+@contextmanager
+def _leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
+    """Notes why a metric fails: the code of a metric may raise anything, and it only tells of the model."""
+    try:
+        yield
+    except Exception as error:
+        if of_the_machine(error):
+            raise
+        left_out[name] = described(error)
 
 
 def predict(learner: Learner | Predictor, groups: Sequence[RowGroup]) -> Generator[Tensor]:

@@ -59,6 +59,17 @@ def metrics_of(spec: Spec) -> dict[str, Metric]:
     return _of_the_task(spec) | dict(_users(name) for name in spec.metrics)
 
 
+def number_of(metric: Metric) -> float:
+    """What a metric gives, as one number. Raises FactoryError: it gives something else."""
+    value = metric.compute()
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value.item())
+    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise FactoryError(f"it gives {shape}, not one number: name a metric that gives one, or average it")
+
+
 def _of_the_task(spec: Spec) -> dict[str, Metric]:
     if spec.task == "regression":
         found: dict[str, Metric] = {"mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False)}

@@ -32,9 +32,9 @@ def dataset(memory_url: MakeUrl) -> str:
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("Many", r"metrics 'many' gives \[3\], not one number"),
-        ("Mapped", r"metrics 'mapped' gives dict, not one number"),
-        ("Refuses", r"metrics \(.*Refuses\) fail on the first rows of the dataset: RuntimeError: only for images"),
+        ("Many", r"metrics 'many' fails on the first rows of the dataset: it gives \[3\], not one number"),
+        ("Mapped", r"metrics 'mapped' fails on the first rows of the dataset: it gives dict, not one number"),
+        ("Refuses", r"metrics 'refuses' fails on the first rows of the dataset: RuntimeError: only for images"),
     ],
 )
 def test_a_metric_that_gives_no_number_is_refused_before_the_first_epoch(

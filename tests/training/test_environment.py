@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from tidemill.tasks.training.environment import differences, environment
@@ -15,9 +16,30 @@ def test_the_environment_is_json_and_equals_itself():
     assert differences(here, environment()) == []
 
 
-def test_variables_that_change_rounding_are_part_of_it(monkeypatch):
-    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
-    assert environment()["MKL_CBWR"] == "COMPATIBLE"
+@pytest.mark.parametrize("name", ["MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"])
+def test_variables_that_change_rounding_are_part_of_it(name, monkeypatch):
+    monkeypatch.delenv(name, raising=False)
+    before = environment()
+    monkeypatch.setenv(name, "ANOTHER")
+    assert differences(before, environment()) == [f"{name} was not set, is now ANOTHER"]
+
+
+def test_settings_that_change_rounding_are_part_of_it():
+    before = environment()
+    torch.backends.mkldnn.enabled = False
+    try:
+        assert differences(before, environment()) == ["onednn was not set, is now off"]
+    finally:
+        torch.backends.mkldnn.enabled = True
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert differences(before, environment()) == ["float32_matmul_precision was not set, is now medium"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_kind_of_cpu_is_part_of_it():
+    assert environment()["cpu"]
 
 
 def test_differences_are_named():

@@ -59,3 +59,43 @@ def test_metrics_of_torchmetrics_need_no_permission_but_only_as_metrics():
     check_allowed(plain_spec(metrics=["torchmetrics.regression:R2Score"]), [])
     with pytest.raises(FactoryError, match=r"module 'torchmetrics.regression' is not among"):
         check_allowed(plain_spec(loss="torchmetrics.regression:R2Score"), [])
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"model": {"factory": "torch.nn:Linear", "arguments": {"in_features": 10, "out_features": 1}}},
+        {"model": {"factory": "torch.nn.modules.linear:Bilinear"}},
+        {"loss": "torch.nn.functional:smooth_l1_loss"},
+    ],
+)
+def test_what_is_torchs_own_needs_no_leave(named):
+    check_allowed(plain_spec(**named), [])
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"model": {"factory": "torch:load"}},
+        {"model": {"factory": "torch.hub:load"}},
+        {"model": {"factory": "torch.nn.functional:mse_loss"}},
+        {"model": {"factory": "torch.nn:functional.importlib.import_module"}},
+        {"loss": "torch.nn:Linear"},
+        {"loss": "torch.nn.functional:importlib.import_module"},
+        {"metrics": ["torch.nn:Linear"]},
+    ],
+)
+def test_what_torch_can_do_beside_needs_leave(named):
+    with pytest.raises(FactoryError, match="comes from storage"):
+        check_allowed(plain_spec(**named), [])
+
+
+def test_all_that_need_leave_are_named_at_once():
+    spec = plain_spec(
+        model={"factory": "one:Net"}, loss="two.losses:odd", metrics=["one:Metric", "torchmetrics:R2Score"]
+    )
+    with pytest.raises(FactoryError) as found:
+        check_allowed(spec, ["mine"])
+    for name in ("'one:Net'", "'two.losses:odd'", "'one:Metric'"):
+        assert name in str(found.value)
+    assert str(found.value).endswith("set TIDEMILL_FACTORIES=mine,one,two.losses")
