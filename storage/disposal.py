@@ -117,7 +117,7 @@ def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], S
     if debt.action == "quarantine":
         reason = debt.model_dump(mode="json", include={"inbox", "key", "sha256", "etag", "reason"})
         log.store.write(debt.destination, data, mode=mode)
-        log.store.write(f"{debt.destination}.json", checked(reason))
+        log.store.write(f"{debt.destination}.json", checked(reason), mode=mode)
         return True
     archive = stores(debt.destination)
     for key in archive_keys(debt.key, debt.sha256):

@@ -76,7 +76,11 @@ class Head:
 
     def consumed(self, shard: Shard) -> bool:
         """Whether a shard was consumed before: the same key and the same bytes, whatever its etag is now."""
-        return self.tombstones.has(shard.inbox, shard.info.key, shard.sha256)
+        return self.has(shard.ref)
+
+    def has(self, ref: ObjectRef) -> bool:
+        """Whether this object was consumed before."""
+        return self.tombstones.has(*ref.identity)
 
 
 def trigger_on(settings: Triggers, spec: Spec, recent: Sequence[Consumed]) -> Trigger:
@@ -254,7 +258,9 @@ def _train_in_turn(
             if read.reason is not None:
                 work.unreadable[places.inbox.url, info.key, info.etag] = read.reason
         elif work.head.consumed(read.shard):
-            _note_duplicate(work, read.shard, settings)
+            _note_duplicate(work, read.shard.ref, settings)
+            if isinstance(read, Readable) and read.labels is not None and work.head.has(read.labels):
+                _note_duplicate(work, read.labels, settings)  # or they would wait for other features for ever
         elif isinstance(read, Unusable):
             if read.unforeseen:
                 return Fault(read.shard, read.reason)
@@ -264,12 +270,12 @@ def _train_in_turn(
     return None
 
 
-def _note_duplicate(work: Work, shard: Shard, settings: OnlineSettings) -> None:
+def _note_duplicate(work: Work, shard: ObjectRef, settings: OnlineSettings) -> None:
     """A shard that was consumed before is here again, under another etag. It is removed, or kept and known by its etag."""
     if settings.after_commit == "keep":
-        work.head.tombstones.add(*shard.ref.identity, shard.info.etag)  # so that the next listing passes over it unread
+        work.head.tombstones.add(*shard.identity, shard.etag)  # so that the next listing passes over it unread
     else:
-        work.duplicates.append(removal(shard.ref, settings))
+        work.duplicates.append(removal(shard, settings))
 
 
 def _takes(limits: Limits, shards: int, size: int, rows: int) -> bool:

@@ -2,8 +2,10 @@
 
 import contextlib
 import datetime
+import shutil
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -17,6 +19,7 @@ from tidemill.storage.errors import PlacesOverlap, Unavailable
 from tidemill.storage.log import Version, VersionLog, open_log
 from tidemill.storage.manifest import Compared, Entry, Gate
 from tidemill.storage.store import Store
+from tidemill.storage.tombstones import Seen
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.online import delayed
@@ -301,3 +304,28 @@ def test_labels_that_are_too_large_stay(world: World) -> None:
     put(world.url("labels"), {"0.parquet": labels(50, 1)})
     assert world.drain(limits={"max_shard_bytes": 100}).versions == 0
     assert world.left == (["0.parquet"], ["0.parquet"])
+
+
+def test_labels_that_come_again_with_their_features_under_other_etags_do_not_wait_for_ever(tmp_path: Path) -> None:
+    """As after `cp -p` of both inboxes to another disk. A local etag is of the file, not of its bytes."""
+
+    class OnDisk(World):
+        def url(self, name: str) -> str:
+            return str(tmp_path / name)
+
+    world = OnDisk()
+    for after_commit in ("keep", "delete"):
+        name = f"{after_commit}.parquet"
+        put(world.url("inbox"), {name: features(50, 1)})
+        put(world.url("labels"), {name: labels(50, 1)})
+        world.drain(after_commit="keep")
+        for place in ("inbox", "labels"):
+            shutil.copytree(tmp_path / place, tmp_path / "copy")
+            shutil.rmtree(tmp_path / place)
+            (tmp_path / "copy").rename(tmp_path / place)
+        run = world.run(after_commit=after_commit)
+        assert step(run).outcome is Outcome.IDLE
+        seen = Seen(run.head().tombstones, run.head().owed)
+        left = [info for info in run.places.labels.store.list() if not seen.consumed(run.places.labels.url, info)]
+        assert left == [], "every shard of labels that is there is known as consumed"
+    assert world.left == ([], []), "and removed where nothing is kept"
