@@ -1,5 +1,5 @@
 """Whatever bytes stand where Tidemill reads: only the stated errors, no crash, no hang, no growing memory, nothing wrongly
-accepted. The inputs and what must hold of each are in `fuzz.py`; here they run, each target in a child process of its own.
+accepted. The inputs and what must hold of each are in `fuzz/`; here they run, each target in a child process of its own.
 """
 
 import json
@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.guarantees.children import start_server
-from tests.guarantees.fuzz import GROWTH, SECONDS, TARGETS, Check, Random, Result, run
+from tests.guarantees.fuzz.mutate import Random
+from tests.guarantees.fuzz.run import GROWTH, SECONDS, Result, run
+from tests.guarantees.fuzz.targets import TARGETS, Check
 
 INPUTS = {
     "shard": (200, 12_000),
@@ -38,7 +40,7 @@ def fuzz(
     child.start()
     child.join()
     seed = int.from_bytes((folder / "seed").read_bytes(), "little")
-    repeat = f"python -m tests.guarantees.fuzz {target} {seed}\n{(folder / 'stacks').read_text()}"
+    repeat = f"python -m tests.guarantees.fuzz.run {target} {seed}\n{(folder / 'stacks').read_text()}"
     stored = folder / "result"
     return (Result(**json.loads(stored.read_text())) if stored.exists() else None), repeat
 
@@ -113,21 +115,21 @@ def leaks(_: Path) -> Check:
 def test_a_crash_names_the_input(tmp_path: Path) -> None:
     result, repeat = fuzz("shard", crashes, 10, tmp_path)
     assert result is None
-    assert "fuzz shard 3\n" in repeat
+    assert "fuzz.run shard 3\n" in repeat
     assert "Segmentation fault" in repeat
 
 
 def test_a_hang_names_the_input(tmp_path: Path) -> None:
     result, repeat = fuzz("shard", hangs, 10, tmp_path, seconds=0.2)
     assert result is None
-    assert "fuzz shard 0\nTimeout" in repeat
+    assert "fuzz.run shard 0\nTimeout" in repeat
 
 
 def test_an_error_that_is_not_stated_names_the_input(tmp_path: Path) -> None:
     result, repeat = fuzz("shard", allocates, 10, tmp_path)
     assert result is not None
     assert (result.failed, "MemoryError" in result.reason) == (0, True)
-    assert "fuzz shard 0\n" in repeat
+    assert "fuzz.run shard 0\n" in repeat
 
 
 def test_growing_memory_is_seen(tmp_path: Path) -> None:

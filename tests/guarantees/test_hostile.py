@@ -25,19 +25,8 @@ from botocore.client import BaseClient
 from tests.conftest import BUCKET
 from tests.guarantees.audit import audit
 from tests.guarantees.children import in_child, start_server, train
-from tests.guarantees.fuzz import (
-    SPEC,
-    footer,
-    get,
-    parquet,
-    put,
-    read_struct,
-    struct_bytes,
-    table,
-    tensor_file,
-    tensors,
-    with_footer,
-)
+from tests.guarantees.fuzz.mutate import footer, get, put, read_struct, struct_bytes, tensor_file, tensors, with_footer
+from tests.guarantees.fuzz.targets import SPEC, parquet, table
 from tests.s3_server import S3
 from tests.storage.faults import Call, FaultStore
 from tidemill.flows import views
