@@ -230,6 +230,15 @@ def test_a_pinned_read_waits_until_the_clock_of_the_file_system_has_ticked(
         assert until_proven(cast(os.stat_result, found)) == pytest.approx(wait, abs=1e-5)
 
 
+def test_after_a_pinned_read_of_a_new_file_any_change_shows(store: LocalStore, tmp_path: Path):
+    store.write("key", b"data")
+    for mode in (0o600, 0o640):
+        (tmp_path / "key").chmod(mode)  # sets the change time
+        store.read("key", if_match=store.stat("key").etag)
+
+        assert until_proven((tmp_path / "key").stat()) == 0
+
+
 def test_a_delete_that_is_told_the_bytes_spares_what_a_memory_map_has_written(store: LocalStore, tmp_path: Path):
     """Such a write need not change any time. Here the time is set back, so that the test needs no luck."""
     info = store.write("key", b"old")
