@@ -5,11 +5,10 @@ Shape legend: N rows of a row group, slice or window, B rows of a batch, F numbe
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import count, repeat, starmap
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.groups import THREADS, RowGroup, Split, generator, is_partition, work_alone
+from tidemill.tasks.training.groups import RowGroup, Split, generator, is_partition, prefetch
 from tidemill.tasks.training.packing import place
 from tidemill.tasks.training.pool import Empty, WindowPool
 
@@ -28,8 +27,6 @@ PLACE_BYTES: Final = 4  # of a row while its window is filled: where it goes
 MOVED_ROWS: Final = 16_384  # at a time
 VIEWS: Final = 128
 """Batches that are cut at a time: so many objects that die as fast as they are made keep the garbage collector away."""
-
-T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -117,14 +114,14 @@ class Stream:
 
     def __iter__(self) -> Generator[Batch]:
         self.rows = self.unlabelled = 0
-        if self._seed is None:
-            blocks, needed = self._in_order(), _nothing
-        else:
-            rows = min(self._window_rows, sum(group.num_rows for group in self._groups))
-            pool = WindowPool(rows * self._features.row_bytes, tensors=len(Batch._fields))
-            blocks, needed = self._windows(self._seed, pool), pool.needed
         sizes = iter([(self._batch_size, None)] if self._plan is None else self._plan)
-        return _rebatched(blocks if self._is_one_block else prefetch(blocks, needed), sizes)
+        if self._seed is None:
+            blocks = self._in_order()
+            return _rebatched(blocks if self._is_one_block else prefetch(blocks), sizes)
+        rows = min(self._window_rows, sum(group.num_rows for group in self._groups))
+        pool = WindowPool(rows * self._features.row_bytes, tensors=len(Batch._fields))
+        blocks = self._windows(self._seed, pool)
+        return _rebatched(blocks if self._is_one_block else prefetch(blocks, pool.needed), sizes)
 
     @property
     def _is_one_block(self) -> bool:
@@ -306,34 +303,6 @@ def _grouped(slices: Iterable[_Slice], window_rows: int) -> Iterator[list[_Slice
         rows += piece.rows
     if window:
         yield window
-
-
-def _nothing(now: bool) -> None:
-    """Nobody cares whether the next item is needed now."""
-
-
-def prefetch(items: Generator[T], needed: Callable[[bool], None] = _nothing) -> Iterator[T]:
-    """The same items, each made in a thread while the one before it is used. In the end `items` is closed.
-
-    `needed` is told when the next item is waited for (True), and when it is there (False).
-
-    `items` is closed even if an error's traceback still refers to it: otherwise the garbage collector would close it, at a time
-    and in a thread of its choice. Joining a thread while another one starts is a deadlock in CPython 3.11.
-    """
-    end = object()
-    with closing(items), ThreadPoolExecutor(1, thread_name_prefix=THREADS, initializer=work_alone) as executor:
-        try:
-            coming = executor.submit(next, items, end)
-            while True:
-                needed(True)
-                item = coming.result()
-                needed(False)
-                if item is end:
-                    return
-                coming = executor.submit(next, items, end)
-                yield item  # type: ignore[misc]  # only `end` is no T
-        finally:
-            needed(True)
 
 
 def _rebatched(blocks: Iterator[Batch], sizes: Iterator[tuple[int, int | None]]) -> Generator[Batch]:

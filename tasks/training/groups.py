@@ -5,17 +5,20 @@ Shape legend: N rows of one row group.
 
 import json
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
-from typing import Final, Literal, Protocol, runtime_checkable
+from typing import Final, Literal, Protocol, TypeVar, runtime_checkable
 
 import pyarrow as pa
 import torch
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # ships no type hints
 from torch import Tensor
+
+T = TypeVar("T")
 
 AHEAD_BYTES: Final = 64 * 2**20
 """Several row groups are read at once for as long as their tables have no more bytes together than this."""
@@ -97,7 +100,7 @@ def read_ahead(groups: Iterable[RowGroup], read: Callable[[RowGroup], pa.Table])
 
     Raises what `read` raises, when its group has its turn. Which groups are read follows from what was handed out alone, so that
     the requests of a run are always the same; in the end, what is under way is awaited. To be closed even if an error's traceback
-    still refers to it, as `batches.prefetch` says.
+    still refers to it, as `groups.prefetch` says.
     """
     waiting = deque(groups)
     if len(waiting) == 1:  # starting a thread takes longer than reading a small shard
@@ -125,6 +128,30 @@ def read_ahead(groups: Iterable[RowGroup], read: Callable[[RowGroup], pa.Table])
                 begin()
             yield table
             del table  # before the next one is awaited
+
+
+def prefetch(items: Generator[T], needed: Callable[[bool], None] = lambda _: None) -> Iterator[T]:
+    """The same items, each made in a thread while the one before it is used. In the end `items` is closed.
+
+    `needed` is told when the next item is waited for (True), and when it is there (False).
+
+    `items` is closed even if an error's traceback still refers to it: otherwise the garbage collector would close it, at a time
+    and in a thread of its choice. Joining a thread while another one starts is a deadlock in CPython 3.11.
+    """
+    end = object()
+    with closing(items), ThreadPoolExecutor(1, thread_name_prefix=THREADS, initializer=work_alone) as executor:
+        try:
+            coming = executor.submit(next, items, end)
+            while True:
+                needed(True)
+                item = coming.result()
+                needed(False)
+                if item is end:
+                    return
+                coming = executor.submit(next, items, end)
+                yield item  # type: ignore[misc]  # only `end` is no T
+        finally:
+            needed(True)
 
 
 def work_alone() -> None:

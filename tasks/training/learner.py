@@ -33,7 +33,7 @@ from tidemill.tasks.training.optimizers import (
     restore_schedule,
     schedule_position,
 )
-from tidemill.tasks.training.replay import Memory
+from tidemill.tasks.training.replay import ReplayBuffer
 from tidemill.tasks.training.spec import BUILT_IN_MODELS, Spec
 
 METADATA_KEY: Final = "tidemill"  # a single key: safetensors does not fix the order of several
@@ -83,7 +83,7 @@ class Learner:
     schedule: lr_scheduler.LRScheduler | None = None
     averaged: swa_utils.AveragedModel | None = None
     """The moving average of the weights, if the spec asks for it."""
-    memory: Memory | None = None
+    memory: ReplayBuffer | None = None
     """Old rows for online training, if the spec asks for them."""
     counters: Counters = field(default_factory=Counters)
     resting: tuple[nn.Module, ...] = ()
@@ -110,7 +110,7 @@ class Learner:
             optimizer,
             schedule=make_schedule(spec, optimizer),
             averaged=make_average(spec, model),
-            memory=None if spec.replay is None else Memory(spec, features),
+            memory=None if spec.replay is None else ReplayBuffer(spec, features),
             resting=resting,
         )
 
@@ -226,7 +226,7 @@ class Learner:
         if learner.schedule is not None:
             restore_schedule(learner.schedule, about["schedule"])
         if learner.memory is not None:
-            learner.memory = Memory.load(spec, features, _under("memory.", tensors))
+            learner.memory = ReplayBuffer.load(spec, features, _under("memory.", tensors))
         learner.counters = Counters(**about["counters"])
         return learner
 

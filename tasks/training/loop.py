@@ -14,15 +14,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tidemill.tasks.training.batches import Batch, Blocks, Stream, joined, prefetch
+from tidemill.tasks.training.batches import Batch, Blocks, Stream, joined
 from tidemill.tasks.training.calling import told, usual_types
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, described, of_the_machine
 from tidemill.tasks.training.features import Encoded
-from tidemill.tasks.training.groups import RowGroup, Split, generator, stable_seed
+from tidemill.tasks.training.groups import RowGroup, Split, generator, prefetch, stable_seed
 from tidemill.tasks.training.learner import Learner, Predictor
 from tidemill.tasks.training.losses import is_column, loss_of
 from tidemill.tasks.training.metrics import number_of
-from tidemill.tasks.training.replay import Memory, mixed
+from tidemill.tasks.training.replay import ReplayBuffer, mixed
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps, forward_of, moved
 
@@ -145,7 +145,13 @@ def _gathered(batches: Iterable[Batch], per_call: int) -> Iterator[tuple[Batch, 
 
 
 def _with_memory(
-    batches: Iterator[Batch], memory: Memory, spec: Spec, key: tuple[str | int, ...], *, replay: bool, remember: bool
+    batches: Iterator[Batch],
+    memory: ReplayBuffer,
+    spec: Spec,
+    key: tuple[str | int, ...],
+    *,
+    replay: bool,
+    remember: bool,
 ) -> Iterator[Batch]:
     """The batches, each with old rows added (`replay`), while the memory learns of the new ones (`remember`)."""
     chance = generator(spec.seed, "remember", *key)
@@ -156,7 +162,7 @@ def _with_memory(
         if remember:
             memory.offer(batch, chance)
         yield batch if old is None else mixed(batch, old, round(memory.ratio * len(batch.y_B)))
-    memory.settle(chance)
+    memory.admit(chance)
 
 
 def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int) -> PassResult:

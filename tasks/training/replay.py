@@ -23,7 +23,7 @@ DRAWN_STEPS: Final = 64  # steps whose old rows are gathered together, for the s
 WORKING_BYTES: Final = 32 * 2**20  # that either may take: of wide rows, such as images, there are fewer
 
 
-class Memory:
+class ReplayBuffer:
     """A reservoir, or with policy `balanced` one of equal size for each class."""
 
     def __init__(self, spec: Spec, features: Features) -> None:
@@ -53,7 +53,7 @@ class Memory:
 
     # ---- remembering -------------------------------------------------------------------------------------------------
     def offer(self, batch: Batch, random: torch.Generator) -> None:
-        """Show new rows to the memory. They are copied; `random` decides, at the latest at `settle`, which it keeps."""
+        """Show new rows to the memory. They are copied; `random` decides, at the latest at `admit`, which it keeps."""
         tensors = {name: tensor for name, tensor in batch._asdict().items() if tensor is not None}
         if not self._staged:
             self._staged = _empty(tensors, self._staged_rows)
@@ -65,9 +65,9 @@ class Memory:
             self._waiting += count
             at += count
             if self._waiting == self._staged_rows:
-                self.settle(random)
+                self.admit(random)
 
-    def settle(self, random: torch.Generator) -> None:
+    def admit(self, random: torch.Generator) -> None:
         """Decide on all rows that were offered. What is kept depends on their order and on `random` alone."""
         if not self._waiting:
             return
@@ -79,10 +79,10 @@ class Memory:
             if len(self.seen_P) > 1:
                 of_part = (staged["y_B"] == part).nonzero().squeeze(1)
                 rows = {name: tensor[of_part] for name, tensor in staged.items()}
-            self._settle_part(part, rows, random)
+            self._admit_part(part, rows, random)
         self._waiting = 0
 
-    def _settle_part(self, part: int, rows: dict[str, Tensor], random: torch.Generator) -> None:
+    def _admit_part(self, part: int, rows: dict[str, Tensor], random: torch.Generator) -> None:
         count, seen = len(rows["y_B"]), int(self.seen_P[part])
         before_S = torch.arange(seen, seen + count, dtype=torch.float64)  # rows seen before each
         # Row t goes to a random one of t + 1 places, and only the first places exist.
@@ -100,7 +100,7 @@ class Memory:
     def rescale(self, old: Features, new: Features) -> None:
         """Brings the kept rows from the scale of `old` features to that of `new` ones; a null stays where it was."""
         before, after = old.statistics, new.statistics
-        assert not self._waiting, "settle() comes before rescale()"
+        assert not self._waiting, "admit() comes before rescale()"
         assert before is not None, "the old features are fitted"
         assert after is not None, "the new features are fitted"
         scales = {}
@@ -119,7 +119,7 @@ class Memory:
     def draws(self, size: int, random: torch.Generator) -> Iterator[Batch]:
         """Endlessly, batches of `size` old rows, each row drawn uniformly from what is kept, with replacement.
 
-        Nothing comes while the memory is empty. Rows settled since may be missing from the next `DRAWN_STEPS` batches.
+        Nothing comes while the memory is empty. Rows admitted since may be missing from the next `DRAWN_STEPS` batches.
         """
         steps = max(1, min(DRAWN_STEPS, WORKING_BYTES // (size * self._row_bytes)))
         while rows := self.rows:
@@ -140,7 +140,7 @@ class Memory:
     # ---- state -------------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
         """Tensors from which `load` restores the memory exactly: the kept rows, and how many each part has seen."""
-        assert not self._waiting, "settle() comes before state()"
+        assert not self._waiting, "admit() comes before state()"
         slots = self._slot(torch.arange(self.rows))
         return {"seen": self.seen_P} | {name: tensor[slots] for name, tensor in self._kept.items()}
 

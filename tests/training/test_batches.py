@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from tests.training.rows import TableGroup, cut, encoded, numbers_table, plain_spec, same_bits
 from tidemill.tasks.training import groups as groups_module
 from tidemill.tasks.training import packing
-from tidemill.tasks.training.batches import Stream, prefetch
+from tidemill.tasks.training.batches import Stream
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.groups import Split, read_ahead, stable_seed
+from tidemill.tasks.training.groups import Split, prefetch, read_ahead, stable_seed
 from tidemill.tasks.training.pool import WindowPool
 
 ROW_BYTES = 8 + 4  # one float32 feature, the target, and the place in the window

@@ -12,15 +12,15 @@ from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import generator
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import train_pass, train_shard
-from tidemill.tasks.training.replay import Memory, mixed
+from tidemill.tasks.training.replay import ReplayBuffer, mixed
 from tidemill.tasks.training.steps import Steps
 
 
-def empty(rows: int = 100, classes: int = 0, **replay) -> Memory:
+def empty(rows: int = 100, classes: int = 0, **replay) -> ReplayBuffer:
     """A memory of rows of one number."""
     kind = {"task": "multiclass", "classes": classes} if classes else {}
     spec = plain_spec(1, replay={"rows": rows, **replay}, **kind)
-    return Memory(spec, Features.resolve(spec, numbers_table(1, 1).schema))
+    return ReplayBuffer(spec, Features.resolve(spec, numbers_table(1, 1).schema))
 
 
 def batch(start: int, stop: int, classes: int = 0) -> Batch:
@@ -29,7 +29,7 @@ def batch(start: int, stop: int, classes: int = 0) -> Batch:
     return Batch(x_N.float().unsqueeze(1), None, x_N % classes if classes else x_N.float())
 
 
-def kept(memory: Memory) -> list[int]:
+def kept(memory: ReplayBuffer) -> list[int]:
     return [int(x) for x in memory.state()["x_BF"].squeeze(1)]
 
 
@@ -37,7 +37,7 @@ def test_it_keeps_everything_in_order_until_it_is_full():
     memory = empty(100)
     memory.offer(batch(0, 60), generator(0))
     memory.offer(batch(60, 100), generator(0))
-    memory.settle(generator(0))
+    memory.admit(generator(0))
     assert kept(memory) == list(range(100))
 
 
@@ -48,7 +48,7 @@ def test_every_row_of_a_long_stream_is_kept_with_the_same_chance():
         memory, chance = empty(20), generator("run", run)
         for start in range(0, 1000, 70):
             memory.offer(batch(start, min(start + 70, 1000)), chance)
-            memory.settle(chance)
+            memory.admit(chance)
         counts += torch.bincount(torch.tensor(kept(memory)) // 100, minlength=10)
     assert counts.sum() == 200 * 20
     assert (counts - 400).abs().max() < 5 * (400 * 0.9) ** 0.5
@@ -58,7 +58,7 @@ def test_rows_settled_together_are_kept_as_if_they_had_come_one_by_one():
     """Algorithm R, row by row, with the same random numbers."""
     memory, chance = empty(7), generator("together")
     memory.offer(batch(0, 3000), chance)
-    memory.settle(chance)
+    memory.admit(chance)
     draws = torch.rand(3000, dtype=torch.float64, generator=generator("together"))
     slots: list[int] = []
     for row, draw in enumerate(draws.tolist()):
@@ -74,7 +74,7 @@ def test_a_balanced_memory_keeps_as_many_of_a_rare_class():
     memory, chance = empty(30, classes=3, policy="balanced"), generator(0)
     y_N = torch.tensor([2 if row % 50 == 0 else row % 2 for row in range(5000)])
     memory.offer(Batch(torch.zeros(5000, 1), None, y_N), chance)
-    memory.settle(chance)
+    memory.admit(chance)
     assert torch.bincount(memory.state()["y_B"]).tolist() == [10, 10, 10]
 
 
@@ -85,7 +85,7 @@ def test_draws_are_uniform_over_what_is_kept_however_full_the_parts_are(classes)
         batch(0, 40, classes) if not classes else Batch(torch.arange(40.0).unsqueeze(1), None, torch.arange(40) // 39)
     )
     memory.offer(rows, chance)
-    memory.settle(chance)
+    memory.admit(chance)
     draws = memory.draws(10, generator(1))
     drawn = torch.cat([next(draws).x_BF for _ in range(2000)]).long().squeeze(1)
     counts = torch.bincount(drawn, minlength=40)
@@ -111,7 +111,7 @@ def test_what_it_works_on_is_bounded_in_bytes_and_changes_nothing(monkeypatch):
         memory, chance = empty(20), generator(0)
         memory.offer(batch(0, 1000), chance)
         assert memory._waiting < working_bytes / 8
-        memory.settle(chance)
+        memory.admit(chance)
         draws = memory.draws(30, generator(1))
         found.append((kept(memory), [next(draws).y_B.tolist() for _ in range(10)]))
     assert found[0] == found[1]
@@ -175,7 +175,7 @@ def test_kept_rows_follow_the_running_statistics():
     learner = begin(spec, cut(raw))
     rows = encoded(learner.features, raw)
     learner.memory.offer(Batch(rows.x_NF, None, rows.y_N), generator(0))
-    learner.memory.settle(generator(0))
+    learner.memory.admit(generator(0))
     learner.update_statistics(cut(far))
     today = encoded(learner.features, raw)
     kept = learner.memory.state()
@@ -200,7 +200,7 @@ def test_the_first_shard_trains_on_rows_of_the_dataset():
     spec = plain_spec(1, learning_rate=0.01, batch_size=4, replay={"rows": 1, "ratio": 1})
     learner = begin(spec, cut(numbers_table(8, 1)))
     learner.memory.offer(Batch(torch.tensor([[5.0]]), None, torch.tensor([50.0])), generator(0))
-    learner.memory.settle(generator(0))
+    learner.memory.admit(generator(0))
     learner.memory.seen_P[0] = 10**9  # so that no new row takes its place
     for _ in range(100):
         train_shard(Steps(learner), cut(numbers_table(8, 1).slice(0, 4)), 1)
@@ -213,8 +213,8 @@ def test_a_memory_that_does_not_fit_the_spec_is_refused():
     other = learner.spec.model_copy(update={"task": "binary"})
     tensors = learner.memory.state()
     with pytest.raises(StateMismatch, match="does not hold the 40 rows"):
-        Memory.load(learner.spec, learner.features, tensors | {"y_B": tensors["y_B"][:3]})
+        ReplayBuffer.load(learner.spec, learner.features, tensors | {"y_B": tensors["y_B"][:3]})
     with pytest.raises(StateMismatch, match="parts"):
-        Memory.load(learner.spec, learner.features, tensors | {"seen": torch.tensor([1, 2])})
+        ReplayBuffer.load(learner.spec, learner.features, tensors | {"seen": torch.tensor([1, 2])})
     with pytest.raises(StateMismatch):
         Learner.load(other, weights, state)
