@@ -16,7 +16,7 @@ def batch_training(
     Killed and run again with the same arguments, it continues after its last checkpoint and ends with the same bits.
 
     Args:
-        dataset: URL of a folder of Parquet files: a local path, `file://` or `s3://bucket/prefix`.
+        dataset: URL of a folder of Parquet files, or of a single one: a local path, `file://` or `s3://bucket/prefix`.
         registry: URL below which models live.
         model: Name of the model in the registry; made if it is new.
         spec: What to train: columns, model, loss, optimizer, batch size, epochs, seed.

@@ -47,7 +47,7 @@ app = App(
 
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document instead of text.")]
 Registry = Annotated[str, Parameter(help="URL below which models live.")]
-Dataset = Annotated[str, Parameter(help="URL of a folder of Parquet files.")]
+Dataset = Annotated[str, Parameter(help="URL of a folder of Parquet files, or of a single one.")]
 Inbox = Annotated[str, Parameter(help="URL where producers drop Parquet shards.")]
 Name = Annotated[str, Parameter(help="Name of the model in the registry.")]
 Which = Annotated[str, Parameter(help="A version's number, an alias such as champion, or head.")]

@@ -131,7 +131,9 @@ class ParquetFile:
         readers: int = 1,
         findings: Findings | None = None,
     ) -> None:
-        """Args:
+        """Fetch and parse the footer.
+
+        Args:
             name: Key of the file, for messages.
             size: Bytes.
             fetch: Reads bytes of the file.
