@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.data import parquet
 from tests.storage.faults import Call, act_once, hooked, together
 from tidemill.storage import retention
 from tidemill.storage.aliases import promote, resolve
@@ -95,13 +95,11 @@ def table(rows: int, seed: int, sign: int = 1) -> bytes:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, 2, generator=generator)
     colours = [["red", "green", None][i] for i in torch.randint(3, (rows,), generator=generator).tolist()]
-    sink = pa.BufferOutputStream()
     a, b = x.T
     tags = [[row, row % 3, None][: row % 4] for row in range(rows)]
     columns = {"a": a, "b": b, "c": colours, "d": tags, "y": sign * (a * 2 - b), "z": sign * (a + b), "w": 1 + a.abs()}
     plain = {name: list(column) if isinstance(column, list) else column.tolist() for name, column in columns.items()}
-    pq.write_table(pa.table(plain), sink, row_group_size=12)
-    return bytes(sink.getvalue())
+    return parquet(pa.table(plain), row_group_size=12)
 
 
 DATASET = {f"part-{i}.parquet": table(40, i) for i in range(2)}

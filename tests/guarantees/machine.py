@@ -23,18 +23,16 @@ from unittest.mock import patch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tests.data import parquet, rows
 from tests.guarantees.audit import audit
-from tests.storage.faults import Call, FaultStore
-from tests.tasks.rows import parquet, rows
+from tests.storage.faults import MEETS_ITSELF, Call, FaultStore
 from tidemill.storage import disposal, retention
 from tidemill.storage.aliases import all_aliases, promote
 from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import (
-    AlreadyExists,
     HeadMoved,
     NotFound,
     PermissionDenied,
-    PreconditionFailed,
     StorageError,
     StoreNotFound,
     Unavailable,
@@ -180,16 +178,13 @@ class Process:
         if inbox and call.verb == "read" and (digest := self._world.present(call.key)) is not None:
             self.read.add((call.key, digest))
         self._fail("after", Unavailable("applied, but the answer was lost"))
-        if call.verb in _AGAIN:
-            self._fail("retried", _AGAIN[call.verb]("this call itself, the first time"))
+        if call.verb in MEETS_ITSELF:
+            self._fail("retried", MEETS_ITSELF[call.verb]("this call itself, the first time"))
 
     def _fail(self, kind: str, error: BaseException) -> None:
         fault = self._plan.fault
         if fault is not None and (fault.at, fault.kind) == (self.calls, kind):
             raise error
-
-
-_AGAIN: dict[str, type[StorageError]] = {"create": AlreadyExists, "replace": PreconditionFailed, "delete": NotFound}
 
 
 # ---- the protocol, whole or broken -----------------------------------------------------------------------------------

@@ -2,6 +2,16 @@
 
 All in one process, by hooks around the stores. What a fault interrupts is called again: the task alone, with what the run has
 in memory, as Prefect does; or a new run, as a schedule does. The calls of all stores of a run are numbered together.
+
+    the run           step ──► store.verb(key)
+                                 │
+    a hook, before    call k ────┤  error: not applied          denied          a producer or another run acts here
+                                 ▼
+    the real store             applied, or not
+                                 │
+    a hook, after     call k ────┤  error: the answer is lost   the verb meets what its own first request did
+                                 ▼
+    again             the task, or a new run ──► to the end ──► audit: same bits, each shard once, none lost
 """
 
 import uuid

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import MINIO_LIKE
+from tests.data import parquet
 from tests.guarantees.audit import audit, check_bits
 from tests.guarantees.children import (
     BATCH,
@@ -228,7 +229,7 @@ def test_batch_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
 # ---- other ways to learn ---------------------------------------------------------------------------------------------
 def test_early_stopping(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
     """At most 12 epochs; the best one is registered. Classes, a balanced memory, mixed precision."""
-    fill(make_url("dataset"), {key: parquet(classified(data)) for key, data in DATASET.items()})
+    fill(make_url("dataset"), {key: parquet(classified(data), 12) for key, data in DATASET.items()})
     spec = CLASSES.model_copy(update={"epochs": 12, "learning_rate": 0.3})
     reference: list[tuple[str, str]] = []
 
@@ -251,13 +252,13 @@ def test_early_stopping(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None
 
 def test_delayed_labels(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
     """Features and their labels in two inboxes, bad labels among them; triggers, a gate that moves the champion."""
-    fill(make_url("dataset"), {key: parquet(classified(data)) for key, data in DATASET.items()})
+    fill(make_url("dataset"), {key: parquet(classified(data), 12) for key, data in DATASET.items()})
     start_server()
     in_child(train, make_url("dataset"), make_url("base"), CLASSES, BATCH, kill=None, tmp_path=tmp_path)
     tables = {key: classified(data) for key, data in SHARDS.items()}
-    features = {key: parquet(table.drop_columns("k")) for key, table in tables.items()}
-    labels = {key: parquet(table.select(["k", "id"])) for key, table in tables.items()} | {"99.parquet": BAD_LABELS}
-    features["99.parquet"] = parquet(tables["00.parquet"].drop_columns("k"))
+    features = {key: parquet(table.drop_columns("k"), 12) for key, table in tables.items()}
+    labels = {key: parquet(table.select(["k", "id"]), 12) for key, table in tables.items()} | {"99.parquet": BAD_LABELS}
+    features["99.parquet"] = parquet(tables["00.parquet"].drop_columns("k"), 12)
     reference: list[tuple[str, str]] = []
 
     def run_and_check(kill: Kill | None, name: str) -> int | None:
@@ -311,12 +312,6 @@ def classified(data: bytes) -> pa.Table:
     rows = pq.read_table(io.BytesIO(data))
     k = pc.cast(pc.greater(rows["a"], 0.5), pa.int64())
     return rows.append_column("k", k).append_column("id", pa.array(range(rows.num_rows)))
-
-
-def parquet(rows: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, row_group_size=12)
-    return bytes(sink.getvalue())
 
 
 BAD_LABELS = parquet(pa.table({"id": [1, 1], "k": [0, 1]}))

@@ -149,16 +149,16 @@ def act_at(which: int | str, phase: Phase, act: Callable[[], object]) -> Hook:
     return hook
 
 
-def act_once(verb: str, key: str, phase: Phase, act: Callable[[], object]) -> Hook:
-    """Do something at the first call of this verb for a key that ends so."""
-    done: list[Call] = []
+class act_once:  # a hook like those of the functions beside it
+    """Do something at the first call of this verb for a key that contains this text; `done` tells whether it came."""
 
-    def hook(call: Call) -> None:
-        if (call.verb, call.phase) == (verb, phase) and call.key.endswith(key) and not done:
-            done.append(call)
-            act()
+    def __init__(self, verb: str, text: str, phase: Phase, act: Callable[[], object]) -> None:
+        self._verb, self._text, self._phase, self._act, self.done = verb, text, phase, act, False
 
-    return hook
+    def __call__(self, call: Call) -> None:
+        if not self.done and (call.verb, call.phase) == (self._verb, self._phase) and self._text in call.key:
+            self.done = True
+            self._act()
 
 
 def fail_at(which: int | str, phase: Phase, error: Exception) -> Hook:
@@ -199,3 +199,36 @@ class Deny:
     def __call__(self, call: Call) -> None:
         if self.denied and (call.url, call.verb, call.phase) == (self.url, self.verb, "before"):
             raise PermissionDenied(f"{call.verb} of {call.key} is not allowed")
+
+
+class Counting:
+    """A hook: counts the calls by verb."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def __call__(self, call: Call) -> None:
+        if call.phase == "before":
+            self.calls[call.verb] += 1
+
+
+class Fails:
+    """A hook: raises at the first `times` calls of a verb for a key that contains a text."""
+
+    def __init__(self, verb: str, text: str, phase: str, error: Exception, times: int = 1) -> None:
+        self.verb, self.text, self.phase, self.error, self.times = verb, text, phase, error, times
+
+    def __call__(self, call: Call) -> None:
+        if self.times and (call.verb, call.phase) == (self.verb, self.phase) and self.text in call.key:
+            self.times -= 1
+            raise self.error
+
+
+def fails(verb: str, error: Exception, phase: Phase = "before") -> Hook:
+    """Raise at every call of this verb."""
+
+    def hook(call: Call) -> None:
+        if (call.verb, call.phase) == (verb, phase):
+            raise error
+
+    return hook

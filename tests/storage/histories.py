@@ -1,12 +1,9 @@
-"""What the tests of the version log are made of: short histories as runs make them, long ones as they leave them, and hooks."""
+"""What the tests of the version log are made of: short histories as runs make them, long ones as they leave them."""
 
 import json
-from collections import Counter
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from tests.storage.faults import Call
 from tidemill.storage.log import HINT_EVERY, Version, VersionLog
 from tidemill.storage.manifest import (
     BlobRef,
@@ -71,38 +68,3 @@ def manifest_key(number: int, model: str = "taxi") -> str:
 
 def keys(store: Store, prefix: str = "") -> set[str]:
     return {info.key for info in store.list(prefix)}
-
-
-class Counting:
-    """A hook for `FaultStore` that counts the calls by verb."""
-
-    def __init__(self) -> None:
-        self.calls: Counter[str] = Counter()
-
-    def __call__(self, call: Call) -> None:
-        if call.phase == "before":
-            self.calls[call.verb] += 1
-
-
-class Fails:
-    """A hook for `FaultStore` that raises at every call of one verb whose key contains a text."""
-
-    def __init__(self, verb: str, text: str, phase: str, error: Exception, times: int = 1) -> None:
-        self.verb, self.text, self.phase, self.error, self.times = verb, text, phase, error, times
-
-    def __call__(self, call: Call) -> None:
-        if self.times and (call.verb, call.phase) == (self.verb, self.phase) and self.text in call.key:
-            self.times -= 1
-            raise self.error
-
-
-class Does:
-    """A hook for `FaultStore` that lets something else happen in the middle, once."""
-
-    def __init__(self, verb: str, text: str, phase: str, action: Callable[[], object]) -> None:
-        self.verb, self.text, self.phase, self.action, self.done = verb, text, phase, action, False
-
-    def __call__(self, call: Call) -> None:
-        if not self.done and (call.verb, call.phase) == (self.verb, self.phase) and self.text in call.key:
-            self.done = True
-            self.action()

@@ -1,12 +1,11 @@
 """What the tests of inboxes are made of: small shards, debts for them, and stores that fail."""
 
-import io
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from tests import data
 from tests.storage.faults import Call, FaultStore
 from tidemill.storage import disposal
 from tidemill.storage.disposal import quarantine_key
@@ -21,9 +20,8 @@ Stores = Callable[[str], Store]
 
 
 def parquet(*numbers: int, **options: Any) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(pa.table({"x": pa.array(numbers, pa.int64())}), sink, **options)
-    return sink.getvalue()
+    """A file with these numbers as column x."""
+    return data.parquet(pa.table({"x": pa.array(numbers, pa.int64())}), **({"row_group_size": None} | options))
 
 
 def unknown(_: ObjectInfo) -> bool:
@@ -53,14 +51,6 @@ def asked(url: str) -> Store:
     store = open_store(url)
     check_preconditions(store)
     return store
-
-
-def fails(verb: str, error: Exception, phase: str = "before") -> Callable[[Call], None]:
-    def hook(call: Call) -> None:
-        if (call.verb, call.phase) == (verb, phase):
-            raise error
-
-    return hook
 
 
 def anywhere(url: str) -> bool:

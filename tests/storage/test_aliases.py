@@ -6,8 +6,8 @@ from threading import Barrier
 
 import pytest
 
-from tests.storage.faults import Call, FaultStore
-from tests.storage.histories import Counting, Does, grow, keys
+from tests.storage.faults import Call, Counting, FaultStore, act_once
+from tests.storage.histories import grow, keys
 from tidemill.storage.aliases import aliased, all_aliases, promote, resolve
 from tidemill.storage.errors import (
     AlreadyExists,
@@ -96,7 +96,7 @@ def test_a_promotion_that_loses_the_swap_is_done_again(store: Store, verb: str) 
     grow(plain, 3)
     if verb == "replace":
         promote(plain, "champion", plain.version(0))
-    move = Does(verb, "champion", "before", lambda: promote(plain, "champion", plain.version(1)))
+    move = act_once(verb, "champion", "before", lambda: promote(plain, "champion", plain.version(1)))
     count = Counting()
 
     def hook(call: Call) -> None:
@@ -130,7 +130,7 @@ def test_an_alias_deleted_while_it_moves_is_made_anew(memory: MemoryStore) -> No
     plain = VersionLog(memory, "taxi")
     grow(plain, 2)
     promote(plain, "champion", plain.version(0))
-    hook = Does("replace", "champion", "before", lambda: memory.delete("taxi/aliases/champion.json"))
+    hook = act_once("replace", "champion", "before", lambda: memory.delete("taxi/aliases/champion.json"))
     promote(VersionLog(FaultStore(memory, hook), "taxi"), "champion", plain.version(1))
     assert aliased(plain, "champion").number == 1
 
@@ -139,7 +139,7 @@ def test_an_alias_is_never_read_torn(memory: MemoryStore) -> None:
     plain = VersionLog(memory, "taxi")
     grow(plain, 2)
     promote(plain, "champion", plain.version(0))
-    hook = Does("stat", "champion", "after", lambda: promote(plain, "champion", plain.version(1)))
+    hook = act_once("stat", "champion", "after", lambda: promote(plain, "champion", plain.version(1)))
     assert aliased(VersionLog(FaultStore(memory, hook), "taxi"), "champion").number == 1
 
 

@@ -10,8 +10,8 @@ from typing import Literal
 import pytest
 
 from tests.conftest import MINIO_LIKE, urls_of
-from tests.storage.faults import Call, FaultStore, fail_at
-from tests.storage.shards import asked, dispose, fails, faulty, keys, owe, parquet, requeue
+from tests.storage.faults import Call, FaultStore, fail_at, fails
+from tests.storage.shards import asked, dispose, faulty, keys, owe, parquet, requeue
 from tidemill.storage import disposal
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.errors import (

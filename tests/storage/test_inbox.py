@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MINIO_LIKE, urls_of
-from tests.storage.faults import FaultStore
-from tests.storage.shards import dispose, fails, keys, owe, parquet, unknown
+from tests.storage.faults import FaultStore, fails
+from tests.storage.shards import dispose, keys, owe, parquet, unknown
 from tidemill.storage.errors import (
     InvalidKey,
     NotReady,

@@ -14,8 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.storage.faults import Call, FaultStore, together
-from tests.storage.histories import Counting, Does, Fails, append, fabricate, grow, keys, manifest_key
+from tests.storage.faults import Call, Counting, Fails, FaultStore, act_once, together
+from tests.storage.histories import append, fabricate, grow, keys, manifest_key
 from tidemill.storage import tombstones as tombstones_module
 from tidemill.storage.aliases import aliased, all_aliases, promote, resolve
 from tidemill.storage.errors import (
@@ -361,7 +361,7 @@ def test_a_model_whose_beginning_is_lost_is_not_taken_for_a_new_one(log: Version
 def test_a_model_that_is_begun_while_others_ask_for_it_is_no_lost_one(store: Store) -> None:
     for phase in ("before", "after"):
         other = VersionLog(store, phase)
-        log = VersionLog(FaultStore(store, Does("list", "/log/", phase, lambda o=other: grow(o, 2))), phase)
+        log = VersionLog(FaultStore(store, act_once("list", "/log/", phase, lambda o=other: grow(o, 2))), phase)
         assert log.exists()
         assert log.head().number == 1
 
@@ -370,7 +370,7 @@ def test_a_head_that_others_move_on_from_meanwhile_is_no_gap(store: Store) -> No
     log = VersionLog(store, "taxi")
     head = grow(log, 3)
     slow = VersionLog(
-        FaultStore(store, Does("list", "taxi/log/", "before", lambda: append(log, append(log, head)))), "taxi"
+        FaultStore(store, act_once("list", "taxi/log/", "before", lambda: append(log, append(log, head)))), "taxi"
     )
     assert slow.head().number == 4
 
@@ -421,7 +421,7 @@ def test_nothing_is_committed_on_top_of_a_version_that_is_gone(
         "before the create": ("create", "log/", "before"),
         "after the create": ("create", "log/", "after"),
     }[moment]
-    run = VersionLog(FaultStore(store, Does(verb, text, phase, act)), "taxi")
+    run = VersionLog(FaultStore(store, act_once(verb, text, phase, act)), "taxi")
     with pytest.raises(CorruptObject, match="removed, restored or begun anew"):
         append(run, head)
     assert manifest_key(3) not in keys(store), "no orphan"
@@ -434,7 +434,7 @@ def test_a_manifest_that_cannot_be_taken_back_is_said_to_be_there(
     log = VersionLog(store, "taxi")
     head = grow(log, 3)
     hooks = together(
-        Does("create", "log/", "after", lambda: restored(log)),
+        act_once("create", "log/", "after", lambda: restored(log)),
         Fails("delete", "log/", "before", PermissionDenied("no")),
     )
     with pytest.raises(CorruptObject, match="begun anew"):
@@ -776,7 +776,7 @@ def test_rolling_back_to_damaged_blobs_changes_nothing(log: VersionLog) -> None:
 def test_a_rollback_that_is_overtaken_is_void(memory: MemoryStore) -> None:
     plain = VersionLog(memory, "taxi")
     head = grow(plain, 2)
-    hook = Does("create", "00000002.json", "before", lambda: append(plain, head))
+    hook = act_once("create", "00000002.json", "before", lambda: append(plain, head))
     with pytest.raises(HeadMoved):
         VersionLog(FaultStore(memory, hook), "taxi").rollback(plain.version(0))
     assert plain.head().manifest.kind == "online"

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.storage.faults import FaultStore
-from tests.storage.histories import Does, append, grow, keys, manifest_key
+from tests.storage.faults import FaultStore, act_once
+from tests.storage.histories import append, grow, keys, manifest_key
 from tidemill.storage.aliases import promote
 from tidemill.storage.errors import (
     CorruptObject,
@@ -153,7 +153,7 @@ def test_a_rollback_in_the_middle_of_a_collection_keeps_its_blobs(
 ) -> None:
     plain = VersionLog(store, "taxi")
     grow(plain, 3)
-    hook = Does(verb, text, phase, lambda: plain.rollback(plain.version(0)))
+    hook = act_once(verb, text, phase, lambda: plain.rollback(plain.version(0)))
     collect_garbage(VersionLog(FaultStore(store, hook), "taxi"), keep=1)
     assert hook.done
     head = plain.head()
@@ -167,7 +167,7 @@ def test_a_rollback_in_the_middle_of_a_collection_keeps_its_blobs(
 def test_a_collection_in_the_middle_of_a_rollback_spoils_nothing(store: Store, verb: str, text: str) -> None:
     plain = VersionLog(store, "taxi")
     head = grow(plain, 3)
-    hook = Does(verb, text, "before", lambda: collect_garbage(plain, keep=1))
+    hook = act_once(verb, text, "before", lambda: collect_garbage(plain, keep=1))
     log = VersionLog(FaultStore(store, hook), "taxi")
     if verb == "read":  # the old blobs went before they were read: refused, and the head is as before
         with pytest.raises(UnknownVersion, match="retention"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.tasks.rows import parquet, put, rows
+from tests.data import parquet, put, rows
 from tidemill.storage import tombstones
 from tidemill.storage.aliases import aliased
 from tidemill.storage.audit import Audit, audit

@@ -12,8 +12,8 @@ import torch
 import yaml
 from tenacity import wait_none
 
+from tests.data import SPEC, keys, put, rows
 from tests.storage.faults import Call, hooked
-from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.audit import audit
 from tidemill.storage.errors import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tasks.rows import SPEC, keys, put, rows
+from tests.data import SPEC, keys, put, rows
 from tidemill.storage.log import open_log
 from tidemill.tasks import batch
 from tidemill.tasks.code import Code, StaleCode, code_of
@@ -148,7 +148,7 @@ def test_a_module_that_was_edited_after_its_import_is_refused(
 ELSEWHERE = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from tests.tasks.rows import put, rows
+from tests.data import put, rows
 from tidemill.storage.log import open_log
 from tidemill.tasks import batch
 from tidemill.tasks.training.spec import Spec
@@ -198,7 +198,7 @@ def test_a_run_goes_on_with_the_code_it_began_with_while_the_file_is_edited(own:
 
 NOTEBOOK = """
 import os, sys, torch
-from tests.tasks.rows import SPEC, put, rows
+from tests.data import SPEC, put, rows
 from tidemill.tasks import batch
 from tidemill.tasks.training.spec import Spec
 

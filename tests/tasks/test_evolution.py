@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.tasks.rows import SPEC, keys, put, rows
+from tests.data import SPEC, keys, put, rows
 from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tasks.rows import put, rows
+from tests.data import put, rows
 from tidemill.storage.audit import audit
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.log import VersionLog, open_log

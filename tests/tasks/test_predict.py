@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from tests.data import SPEC, keys, put, rows
 from tests.storage.faults import Call, hooked
-from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage import retention
 from tidemill.storage.errors import DatasetError, PlacesOverlap, Unavailable, UnknownAlias
 from tidemill.storage.parquet import RowGroup

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pyarrow as pa
 import pytest
 
-from tests.tasks.rows import SPEC, put, rows
+from tests.data import SPEC, put, rows
 from tidemill.storage.audit import audit
 from tidemill.storage.errors import DatasetError
 from tidemill.storage.log import open_log

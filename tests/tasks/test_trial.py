@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.tasks.rows import SPEC, put, rows
+from tests.data import SPEC, put, rows
 from tidemill.storage.log import open_log
 from tidemill.tasks import batch
 from tidemill.tasks.settings import BatchSettings

@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from tests.data import SPEC, keys, put, rows
 from tests.storage.faults import Call, Phase, fail_at, hooked
 from tests.storage.shards import requeue
-from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage.audit import audit
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.errors import PlacesOverlap, Unavailable

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.data import keys, put, rows
 from tests.storage.faults import Call, hooked
 from tests.tasks.online.test_step import begin, days
-from tests.tasks.rows import keys, put, rows
 from tidemill.storage.errors import PermissionDenied, PlacesOverlap, Unavailable, UnknownModel
 from tidemill.storage.log import open_log
 from tidemill.tasks import retrying

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import pyarrow as pa
 import pytest
 
+from tests.data import SPEC, keys, put, rows
 from tests.storage.faults import Call, FaultStore
-from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage.aliases import Alias, all_aliases, find_alias, promote
 from tidemill.storage.errors import Unavailable
 from tidemill.storage.log import VersionLog, open_log

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.tasks.rows import SPEC, rows
+from tests.data import SPEC, rows
 from tidemill.storage.errors import ShardRejected
 from tidemill.storage.parquet import ParquetFile, RowGroup, row_groups
 from tidemill.tasks.online import labels as module

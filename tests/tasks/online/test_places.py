@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data import keys, put, rows
 from tests.tasks.online.test_step import begin, drain, open_run
-from tests.tasks.rows import keys, put, rows
 from tidemill.storage.audit import audit
 from tidemill.storage.errors import PlacesOverlap, StoreNotFound
 from tidemill.storage.log import open_log

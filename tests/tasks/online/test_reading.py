@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from tests.data import SPEC, parquet, rows
 from tests.s3_server import wait_until
 from tests.storage.faults import Call, FaultStore
-from tests.tasks.rows import SPEC, parquet, rows
 from tidemill.storage.errors import (
     CorruptObject,
     InvalidKey,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.data import keys, parquet, put, rows
 from tests.storage.faults import Call, hooked
 from tests.tasks.online.test_step import begin, days, drain, open_run
-from tests.tasks.rows import keys, parquet, put, rows
 from tidemill.storage.errors import PermissionDenied
 from tidemill.storage.urls import open_store
 from tidemill.tasks.online import selection

@@ -13,9 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from tests.data import SPEC, keys, parquet, put, rows
 from tests.storage.faults import Call, Deny, FaultStore, hooked, together
 from tests.storage.shards import requeue
-from tests.tasks.rows import SPEC, keys, parquet, put, rows
 from tidemill.flows import views
 from tidemill.storage import disposal, tombstones
 from tidemill.storage.audit import audit

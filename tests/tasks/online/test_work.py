@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.data import SPEC, keys, put, rows
 from tests.storage.faults import Call, hooked
 from tests.tasks.online import failing
 from tests.tasks.online.failing import Backward, Deed, Failing
-from tests.tasks.rows import SPEC, keys, put, rows
 from tidemill.storage.audit import audit
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.log import VersionLog, open_log

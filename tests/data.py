@@ -1,6 +1,7 @@
-"""Small Parquet files of rows that a model can learn, for the tests of tasks."""
+"""What many tests are made of: rows that a model can learn, as tables and as Parquet files, put into stores and listed."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,9 +21,10 @@ def rows(count: int, seed: int, slope: float = 2.0) -> pa.Table:
     return pa.table({"a": a.tolist(), "b": b.tolist(), "y": (slope * a - b).tolist()})
 
 
-def parquet(table: pa.Table, row_group_size: int = 50) -> bytes:
+def parquet(table: pa.Table, row_group_size: int | None = 50, **options: Any) -> bytes:
+    """The table as a Parquet file; further options are those of `pq.write_table`."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=row_group_size)
+    pq.write_table(table, sink, row_group_size=row_group_size, **options)
     return bytes(sink.getvalue())
 
 
