@@ -151,11 +151,25 @@ def _finish_delete(parked: str) -> bool:
         file = f"{parked}/{name}"
         deleted = _is_meant(file, folder, etag, digest)
         if not deleted:
-            with suppress(FileExistsError):  # a still newer object is there
-                os.link(file, f"{folder}/{name}", follow_symlinks=False)
-        os.unlink(file)
+            _put_back(file, f"{folder}/{name}")
+        with suppress(FileNotFoundError):
+            os.unlink(file)
     os.rmdir(parked)
     return deleted
+
+
+def _put_back(file: str, path: str) -> None:
+    """Give the file its old name too, unless a still newer object has it."""
+    try:
+        os.link(file, path, follow_symlinks=False)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        # Linux may forbid hard links to files of others (fs.protected_hardlinks); some file systems have none
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, *NO_ROOM):
+            raise
+        if not os.path.lexists(path):
+            os.rename(file, path)
 
 
 def _is_meant(parked: str, folder: str, etag: str, digest: str) -> bool:

@@ -353,6 +353,26 @@ except PreconditionFailed as error:
     assert own_files(tmp_path) == []
 
 
+def test_a_file_that_may_not_be_linked_is_moved_back_too(store: LocalStore, tmp_path: Path):
+    """Linux forbids hard links to files of other users (`fs.protected_hardlinks`), as those of a producer may be."""
+    info = store.write("key", b"new")
+    code = """
+def hook(event, _):
+    if event == "os.link":
+        raise PermissionError(1, "Operation not permitted")
+sys.addaudithook(hook)
+try:
+    store.delete("key", if_match=arguments[0], sha256="of other bytes")
+except PreconditionFailed as error:
+    print(error)
+"""
+    result = run(tmp_path, code, info.etag)
+
+    assert "the new object stays" in result.stdout, result.stderr
+    assert store.read("key") == b"new"
+    assert own_files(tmp_path) == []
+
+
 @pytest.mark.parametrize(("pinned", "error"), [(True, PreconditionFailed), (False, CorruptObject)])
 def test_a_file_rewritten_in_place_during_the_read_is_noticed(
     store: LocalStore, tmp_path: Path, pinned: bool, error: type[Exception]
