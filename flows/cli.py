@@ -7,20 +7,17 @@ progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 import atexit
 import importlib.metadata
 import json
-import logging
-import os
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from gc import freeze
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 from pydantic import BaseModel
 
-from tidemill.flows import views
+from tidemill.flows import launch, terminal, views
 from tidemill.flows.flags import FollowFlags, SpecFlags, UsageError, explain, spec_file
 from tidemill.tasks.settings import BatchSettings
 
@@ -31,6 +28,7 @@ app = App(
     name="tidemill",
     version=lambda: importlib.metadata.version("tidemill"),
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     help="""Train a PyTorch model from Parquet on object storage: in batch, then online, exactly once.
 
@@ -85,17 +83,11 @@ def train(
             --features distance '{"name": "carrier", "kind": "category"}' \\
             --model.factory mymodels:Net --model.arguments '{"width": 32}'
     """
-    from tidemill.storage.errors import Unavailable
-    from tidemill.storage.overlap import keep_batch_apart
-    from tidemill.storage.urls import open_store
-
-    holdout = None if settings.holdout_dataset is None else open_store(settings.holdout_dataset).url
-    with suppress(Unavailable):  # the run tries again
-        keep_batch_apart(_open(registry, model), open_store(dataset).url, holdout)
-    _prepare_flow(dataset, registry, settings.holdout_dataset)
+    launch.before_training(dataset, registry, model, settings)
+    launch.prepare()
     from tidemill.flows.batch import batch_training
 
-    _print(views.trained(batch_training(dataset, registry, model, spec.spec(), settings)), as_json)
+    _print(views.trained(launch.run(batch_training, dataset, registry, model, spec.spec(), settings)), as_json)
 
 
 @app.command
@@ -121,18 +113,11 @@ def follow(
             --after-commit.archive-to s3://bucket/data/archive
     """
     given = settings.settings()
-    labels = None if given.labels is None else given.labels.inbox
-    from tidemill.storage.errors import Unavailable
-    from tidemill.storage.urls import open_store
-    from tidemill.tasks.online.places import keep_apart
-
-    inboxes = [open_store(url).url for url in (inbox, labels) if url is not None]
-    with suppress(Unavailable):  # the run tries again
-        keep_apart(_open(registry, model), inboxes, given)
-    _prepare_flow(inbox, registry, given.archive_to, labels, given.gate.holdout_dataset, given.gate.retrain_on)
+    launch.before_following(inbox, registry, model, given)
+    launch.prepare()
     from tidemill.flows.online import online_training
 
-    _print(views.followed(online_training(inbox, registry, model, given)), as_json)
+    _print(views.followed(launch.run(online_training, inbox, registry, model, given)), as_json)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -202,7 +187,7 @@ def show(registry: Registry, model: Name, version: Which = "head", /, *, as_json
     from tidemill.storage import aliases
 
     found = aliases.resolve(_open(registry, model), version)
-    print(found.manifest.model_dump_json(indent=2, exclude_none=True))
+    terminal.out(found.manifest.model_dump_json(indent=2, exclude_none=True))
 
 
 @app.command
@@ -224,7 +209,11 @@ def predict(
         tidemill predict ./registry flights ./data ./predictions
         tidemill predict ./registry flights ./data ./predictions --version 12 --columns date carrier
     """
-    _find_own_modules()
+    from tidemill.storage import aliases
+
+    launch.must_exist(dataset)
+    aliases.resolve(_open(registry, model), version)
+    launch.find_own_modules()
     from tidemill.tasks.predict import predict as run
 
     done = run(registry, model, dataset, output, version, columns or [])
@@ -261,7 +250,7 @@ def audit(
     log = _open(registry, model)
     found, again = run(log), None
     if archive:
-        _find_own_modules()
+        launch.find_own_modules()
         from tidemill.storage.urls import open_store
         from tidemill.tasks.reproduce import reproduce as train_again
 
@@ -399,39 +388,14 @@ def _print(view: views.View, as_json: bool) -> None:
     facts, words = view
     if as_json:
         words = facts.model_dump_json() if isinstance(facts, BaseModel) else json.dumps(facts)
-    print(words)
+    terminal.out(words)
 
 
-def _find_own_modules() -> None:
-    """Let `--model.factory mymodels:Net` find mymodels.py in the current folder; what is installed goes first."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-
-
-def _prepare_flow(*urls: str | None) -> None:
-    """Import Prefect with our log lines going to its UI, and time for a slow machine to start a temporary server."""
-    from tidemill.storage.urls import open_store
-
-    for url in filter(None, urls):  # before Prefect stores a parameter that names no store, and may hold a secret
-        open_store(url)
-    _find_own_modules()
-    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "tidemill")
-    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    from prefect.settings import PREFECT_API_URL
-
-    if not PREFECT_API_URL.value():
-        logging.getLogger("tidemill").info(
-            "PREFECT_API_URL is not set: a temporary Prefect server starts first, which takes up to a minute"
-        )
-
-
-def _for_terminal(record: logging.LogRecord) -> bool:
-    """Of Prefect's own records of a run, only what is meant for the terminal: the others tell of states, which the UI shows,
-    and of errors, which are told here at the end, once."""
-    runs = record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
-    return not runs or not getattr(record, "send_to_api", True)
+_KEPT: Final = {
+    "train": "the epochs that ended are kept, and the same command goes on from the checkpoint after the last of them",
+    "follow": "every version that was committed stays, and the same command goes on from there",
+}
+"""What a signal leaves, by command."""
 
 
 def main(tokens: Iterable[str] | None = None) -> None:
@@ -440,42 +404,27 @@ def main(tokens: Iterable[str] | None = None) -> None:
     # Registered before Prefect registers what it sends at exit, this runs after it
     atexit.register(freeze)
     arguments = list(sys.argv[1:] if tokens is None else tokens)
-    terminal = logging.StreamHandler(sys.stderr)
-    terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    terminal.addFilter(_for_terminal)
-    logging.getLogger().addHandler(terminal)
-    logging.getLogger("tidemill").setLevel(logging.INFO)
+    try:
+        with terminal.attached():
+            _run(arguments)
+    except SystemExit as end:
+        launch.part(end.code if isinstance(end.code, int) else 0)
+        raise
+
+
+def _run(arguments: list[str]) -> None:
     try:
         app.config = spec_file(arguments)
         app(arguments, print_error=False, exit_on_error=False)
     except CycloptsError as error:
-        _fail(explain(app, error), 2)
+        terminal.fail(explain(app, error), 2)
     except UsageError as error:
-        _fail(f"tidemill: {error}", 2)
-    except KeyboardInterrupt:
-        _fail("tidemill: interrupted; what is committed stays, and the same command goes on from there", 130)
-    except Exception as error:
-        if (message := _message(error)) is None:
-            raise
-        _fail(f"tidemill: {message}", 1)
-    finally:
-        logging.getLogger().removeHandler(terminal)
-
-
-def _fail(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
-    raise SystemExit(code) from None
-
-
-def _message(error: Exception) -> str | None:
-    """All that a user needs to know of an error; None for those that are bugs, and keep their traceback."""
-    from tidemill.storage.errors import StorageError
-
-    told = {"TrainingError", "GateClosed"}  # by name: importing them takes seconds
-    if isinstance(error, StorageError) or told.intersection(c.__name__ for c in type(error).__mro__):
-        return str(error)
-    if isinstance(error, RuntimeError) and str(error).startswith("Failed to reach API"):  # Prefect's
-        return (
-            f"{error}, the Prefect server that PREFECT_API_URL or a profile names. Start it, or unset PREFECT_API_URL."
+        terminal.fail(f"tidemill: {error}", 2)
+    except KeyboardInterrupt as signal:
+        terminal.stopped(
+            signal, _KEPT.get(arguments[0], "the same command begins again, and does no harm to what it had done")
         )
-    return None
+    except Exception as error:
+        if (message := terminal.message(error, launch.explained)) is None:
+            raise
+        terminal.fail(f"tidemill: {message}", 1)

@@ -4,7 +4,6 @@ import difflib
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError
@@ -93,17 +92,15 @@ def spec_file(tokens: Sequence[str]) -> list[Callable[..., Any]]:
     path = next((token.removeprefix("--spec=") for token in tokens if token.startswith("--spec=")), path)
     if path is None:
         return []
-    import yaml  # reads JSON too
+    from tidemill.flows.specfile import read
 
     try:
-        fields = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--spec {path} cannot be read: {error}") from error
+        fields = read(path)
+    except ValueError as error:
+        raise UsageError(f"--spec {error}") from error
     if not isinstance(fields, dict):
         raise UsageError(f"--spec {path} must hold one mapping of settings: features: [...], target: ..., and so on")
-    fields = {name: value for name, value in fields.items() if value is not None}
-    if isinstance(on := fields.get("compile"), bool):  # what YAML takes a bare on or off for
-        fields["compile"] = "on" if on else "off"
+    fields = {str(name): value for name, value in fields.items() if value is not None}
     for part in ("model", "optimizer", "schedule"):
         if isinstance(inner := fields.get(part), dict) and "arguments" in inner:
             try:

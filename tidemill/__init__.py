@@ -1,28 +1,68 @@
-"""Train a PyTorch model from Parquet on object storage: in batch, then online, exactly once."""
+"""Train a PyTorch model from Parquet on object storage: in batch, then online, exactly once.
+
+    spec = tidemill.Spec(features=["distance", "carrier"], target="arr_delay", model={"factory": "mlp"})
+    version = tidemill.train("./data", "./registry", "delays", spec)
+    report = tidemill.drain("./inbox", "./registry", "delays")
+
+Nothing is loaded before a name is used: `import tidemill` alone takes no time, and no name here loads Prefect.
+"""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from tidemill.storage.log import open_log as open_log
+    from tidemill.tasks.batch import VersionInfo as VersionInfo
     from tidemill.tasks.batch import train as train
-    from tidemill.tasks.online import drain as drain
-    from tidemill.tasks.online import follow as follow
+    from tidemill.tasks.online.doors import drain as drain
+    from tidemill.tasks.online.doors import follow as follow
+    from tidemill.tasks.online.report import OnlineReport as OnlineReport
+    from tidemill.tasks.settings import Archive as Archive
     from tidemill.tasks.settings import BatchSettings as BatchSettings
+    from tidemill.tasks.settings import GateSettings as GateSettings
+    from tidemill.tasks.settings import LabelSettings as LabelSettings
+    from tidemill.tasks.settings import Limits as Limits
     from tidemill.tasks.settings import OnlineSettings as OnlineSettings
+    from tidemill.tasks.settings import Retrain as Retrain
+    from tidemill.tasks.settings import Triggers as Triggers
     from tidemill.tasks.training.spec import Spec as Spec
 
-__all__ = ["BatchSettings", "OnlineSettings", "Spec", "drain", "follow", "open_log", "train"]
-
-_HOME = {
+_HOME: Final = {
+    "Archive": "tidemill.tasks.settings",
     "BatchSettings": "tidemill.tasks.settings",
+    "GateSettings": "tidemill.tasks.settings",
+    "LabelSettings": "tidemill.tasks.settings",
+    "Limits": "tidemill.tasks.settings",
+    "OnlineReport": "tidemill.tasks.online.report",
     "OnlineSettings": "tidemill.tasks.settings",
+    "Retrain": "tidemill.tasks.settings",
     "Spec": "tidemill.tasks.training.spec",
-    "drain": "tidemill.tasks.online",
-    "follow": "tidemill.tasks.online",
+    "Triggers": "tidemill.tasks.settings",
+    "VersionInfo": "tidemill.tasks.batch",
+    "drain": "tidemill.tasks.online.doors",
+    "follow": "tidemill.tasks.online.doors",
     "open_log": "tidemill.storage.log",
     "train": "tidemill.tasks.batch",
 }
+"""Where each public name lives."""
+
+__all__ = [
+    "Archive",
+    "BatchSettings",
+    "GateSettings",
+    "LabelSettings",
+    "Limits",
+    "OnlineReport",
+    "OnlineSettings",
+    "Retrain",
+    "Spec",
+    "Triggers",
+    "VersionInfo",
+    "drain",
+    "follow",
+    "open_log",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -38,10 +38,6 @@ AS_BAD_AS_CAN_BE: Final = sys.float_info.max
 """Stands for a score of the learner that is not finite: JSON has no infinity."""
 
 
-class GateClosed(Exception):
-    """Versions were refused again and again, and the settings say that a person must decide."""
-
-
 class Champion:
     """The version that an alias names, in memory: it scores what the learner scores, and makes way for better ones."""
 

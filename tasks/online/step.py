@@ -20,8 +20,9 @@ from tidemill.storage.overlap import Relation, relation
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch import VersionInfo
+from tidemill.tasks.errors import GateClosed
 from tidemill.tasks.online.commit import commit
-from tidemill.tasks.online.gate import Champion, GateClosed
+from tidemill.tasks.online.gate import Champion
 from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.selection import Selection, select

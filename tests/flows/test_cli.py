@@ -1,9 +1,12 @@
 """The command line, as a user meets it: in this process where that is enough, in processes of its own where it matters."""
 
+import itertools
 import json
 import logging
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -12,26 +15,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from prefect import Flow
 
 from tests.flows.conftest import Place
 from tests.flows.data import NOT_PARQUET, OWN_MODEL, SPEC, SPEC_FIELDS, parquet
-from tests.flows.prefect_server import prefect_environment
+from tests.flows.prefect_server import prefect_environment, running_prefect_server
 from tests.guarantees.children import drain, train
-from tests.s3_server import S3
-from tidemill.flows import batch as batch_flow
-from tidemill.flows import online as online_flow
+from tests.s3_server import S3, wait_until
+from tidemill.flows import launch, specfile
+from tidemill.flows.batch import batch_training
 from tidemill.flows.cli import app, main
+from tidemill.flows.online import online_training
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch import VersionInfo
-from tidemill.tasks.online.gate import GateClosed
+from tidemill.tasks.errors import GateClosed
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Column, Model, Optimizer, Spec
@@ -344,16 +351,25 @@ def test_gc(tidemill: Run, model: Place) -> None:
 
 # ---- train and follow: from flags to the flows -----------------------------------------------------------------------
 @pytest.fixture
-def batch_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder has a folder d and a folder i."""
+    for name in ("d", "i"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def batch_calls(folders: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What the batch flow is called with; it does nothing."""
     calls: list[tuple[Any, ...]] = []
 
-    def batch_training(*arguments: Any) -> VersionInfo:
+    def run(flow: Flow[..., Any], *arguments: Any) -> VersionInfo:
+        assert flow is batch_training
         calls.append(arguments)
         metrics: dict[str, object] = {"holdout_rows": 40, "holdout": {"loss": 0.25}}
         return VersionInfo(registry=arguments[1], model=arguments[2], version=3, trained=True, metrics=metrics)
 
-    monkeypatch.setattr(batch_flow, "batch_training", batch_training)
+    monkeypatch.setattr(launch, "run", run)
     return calls
 
 
@@ -399,9 +415,7 @@ def test_train_with_a_file(
 
 
 @pytest.mark.parametrize("word", ["on", "off", "auto", "'on'"])
-def test_yaml_takes_a_bare_on_for_a_boolean(
-    tidemill: Run, batch_calls: list[tuple[Any, ...]], tmp_path: Path, word: str
-) -> None:
+def test_a_bare_on_is_a_word(tidemill: Run, batch_calls: list[tuple[Any, ...]], tmp_path: Path, word: str) -> None:
     file = tmp_path / "spec.yaml"
     file.write_text(f"features: [a]\ntarget: y\ncompile: {word}\n")
     assert tidemill("train", "d", "r", "m", "--spec", str(file)).code == 0
@@ -418,10 +432,12 @@ def test_the_spec_of_a_version_can_be_used_again(
     assert batch_calls[0][3] == SPEC
 
 
-def test_follow_with_flags(tidemill: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@memory
+def test_follow_with_flags(tidemill: Run, model: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def online_training(*arguments: Any) -> OnlineReport:
+    def run(flow: Flow[..., Any], *arguments: Any) -> OnlineReport:
+        assert flow is online_training
         calls.append(arguments)
         return OnlineReport(
             model="m",
@@ -436,10 +452,11 @@ def test_follow_with_flags(tidemill: Run, monkeypatch: pytest.MonkeyPatch) -> No
             owed=1,
         )
 
-    monkeypatch.setattr(online_flow, "online_training", online_training)
-    result = tidemill("follow", "i", "r", "m", "--limits.max-shards", "8", "--after-commit.archive-to", "z")
+    monkeypatch.setattr(launch, "run", run)
+    places = (model.inbox, model.registry, "model")
+    result = tidemill("follow", *places, "--limits.max-shards", "8", "--after-commit.archive-to", "z")
     settings = OnlineSettings(mode="follow", limits={"max_shards": 8}, after_commit={"archive_to": "z"})
-    assert calls == [("i", "r", "m", settings)]
+    assert calls == [(*places, settings)]
     assert type(calls[0][3]) is OnlineSettings
     assert result.out.splitlines() == [
         "head of m is version 5: 2 new versions from 3 shards, 1,500 rows",
@@ -448,7 +465,7 @@ def test_follow_with_flags(tidemill: Run, monkeypatch: pytest.MonkeyPatch) -> No
         "               x.parquet: no column y",
         "  not deleted  1 consumed shard; the next run tries again",
     ]
-    result = tidemill("follow", "i", "r", "m", "--mode", "drain", "--json")
+    result = tidemill("follow", *places, "--mode", "drain", "--json")
     assert calls[1][3] == OnlineSettings()
     assert OnlineReport.model_validate(result.json).shards == 3
 
@@ -516,7 +533,7 @@ def test_wrong_usage_shows_the_right_one(tidemill: Run) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("features: [a", "cannot be read: while parsing"),
+        ("features: [a", "cannot be read at line 1, column 13: expected ',' or ']'"),
         ("[1, 2]", "must hold one mapping of settings"),
         (
             "{features: [a], target: y, epoch: 3}",
@@ -529,7 +546,7 @@ def test_wrong_usage_shows_the_right_one(tidemill: Run) -> None:
         ("{features: [{name: a, knd: number}], target: y}", "--features.0.knd: extra inputs are not permitted"),
         ("{features: [a], target: y, epochs: 0}", "--epochs: input should be greater than or equal to 1"),
         (
-            "{features: [a], target: y, model: {factory: mlp, arguments: {day: 2026-01-01}}}",
+            "{features: [a], target: y, model: {factory: mlp, arguments: {day: !!timestamp 2026-01-01}}}",
             "cannot be written as JSON",
         ),
         ("{features: [a]}", "--target is missing"),
@@ -598,22 +615,24 @@ def test_wrong_credentials(s3_server: S3, tmp_path: Path) -> None:
         ("follow", "i", "r", "m", "--gate.after-refusals.retrain-on"),
     ],
 )
+@pytest.mark.usefixtures("folders")
 def test_a_secret_in_a_url_is_refused_before_prefect_sees_it(
     tidemill: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
-    monkeypatch.delattr(batch_flow, "batch_training")
-    monkeypatch.delattr(online_flow, "online_training")
+    monkeypatch.delattr(launch, "run")
     result = tidemill(*arguments, "s3://me:hunter2@bucket/x")
     assert (result.code, result.out) == (1, "")
+    assert "this s3 URL has credentials" in result.err
     assert "hunter2" not in result.err
 
 
-def test_a_person_who_must_decide_is_told_so(tidemill: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def online_training(*arguments: Any) -> OnlineReport:
+@memory
+def test_a_person_who_must_decide_is_told_so(tidemill: Run, model: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: Any) -> OnlineReport:
         raise GateClosed("3 versions in a row were worse")
 
-    monkeypatch.setattr(online_flow, "online_training", online_training)
-    result = tidemill("follow", "i", "r", "m")
+    monkeypatch.setattr(launch, "run", run)
+    result = tidemill("follow", model.inbox, model.registry, "model")
     assert (result.code, result.err.splitlines()[-1]) == (1, "tidemill: 3 versions in a row were worse")
 
 
@@ -624,6 +643,56 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tidemill.storage.log.open_log", broken)
     with pytest.raises(ZeroDivisionError):
         main(["log", "r", "m"])
+
+
+# ---- words and numbers in a spec file --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("1e-4", 1e-4), ("1E5", 1e5), ("-2.5e+3", -2500.0), (".5", 0.5), ("5.", 5.0), (".inf", math.inf)],
+        *[("1", 1), ("+3", 3), ("010", 10), ("0", 0)],
+        *[("no", "no"), ("on", "on"), ("off", "off"), ("Yes", "Yes"), ("y", "y"), ("n", "n")],
+        *[("true", True), ("False", False), ("null", None), ("~", None), ("", None)],
+        *[
+            ("12:30", "12:30"),
+            ("2024-01-01", "2024-01-01"),
+            ("1_000", "1_000"),
+            ("0x1f", "0x1f"),
+            ("1e", "1e"),
+            ("'1'", "1"),
+        ],
+    ],
+)
+def test_plain_scalars_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: object) -> None:
+    """Names of columns among them: Norway's `no` is one, and so is a date."""
+    (tmp_path / "spec").write_text(f"given: {text}\nlist: [{text or '~'}, a]\n")
+    found = specfile.read(str(tmp_path / "spec"))
+    assert found == {"given": value, "list": [value, "a"]}
+    assert type(found["given"]) is type(value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_spec_file_may_have_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "spec").write_bytes('{"a": "é"}'.encode(encoding))
+    assert specfile.read(str(tmp_path / "spec")) == {"a": "é"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: 1\nb: 2\na: 3", "at line 1, column 1: 'a' is given twice"),
+        (b"features:\n\t- a", "at line 2, column 1: found character"),
+        ('{"é": 1}'.encode("latin-1"), "invalid continuation byte"),
+        (b"a: !!python/object/apply:os.system [ls]", "could not determine a constructor for the tag"),
+        (b"a: 1\n---\nb: 2", "but found another document"),
+        (b"[" * 5000, "recursion"),
+    ],
+)
+def test_a_spec_file_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "spec").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"spec cannot be read.*{re.escape(message)}") as error:
+        specfile.read(str(tmp_path / "spec"))
+    assert "\n" not in str(error.value)
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -718,9 +787,7 @@ def test_training_in_processes_of_their_own(place: Place, tmp_path: Path) -> Non
 
     result = ended(bad)
     assert (result.code, result.out) == (1, "")
-    view, message = result.err.splitlines()
-    assert "View at http://127.0.0.1" in view
-    assert message == f"tidemill: file://{tmp_path}/no-such-folder: there is no such folder. Check the URL"
+    assert result.err == f"tidemill: file://{tmp_path}/no-such-folder: there is no such folder. Check the URL\n"
 
     place.drop("a.parquet")
     follow = ("follow", place.inbox, place.registry, "model", "--mode", "drain", "--grace-seconds", "0")
@@ -756,9 +823,144 @@ def test_without_a_prefect_server(place: Place, tmp_path: Path) -> None:
     print(f"{time.monotonic() - began:.0f} s")
 
 
-def test_a_prefect_server_that_does_not_answer(tmp_path: Path) -> None:
+@local
+def test_a_prefect_server_that_does_not_answer(model: Place, tmp_path: Path) -> None:
     environment = os.environ | prefect_environment(tmp_path / "home") | {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
-    result = in_process("follow", "i", "r", "m", cwd=tmp_path, environment=environment)
+    result = in_process("follow", model.inbox, model.registry, "model", cwd=tmp_path, environment=environment)
     assert (result.code, result.out) == (1, "")
     (line,) = result.err.splitlines()
     assert line.startswith("tidemill: Failed to reach API at http://127.0.0.1:9/api/, the Prefect server that ")
+
+
+@local
+@pytest.mark.timeout(400)
+def test_a_prefect_server_that_goes_away(model: Place, tmp_path: Path) -> None:
+    """Killed in the middle of a run: all is trained, the report is printed, and the process ends within 30 s of its work."""
+    with running_prefect_server(tmp_path) as url:
+        environment = os.environ | prefect_environment(tmp_path) | {"PREFECT_API_URL": url}
+        model.drop(*(f"{i:02}.parquet" for i in range(40)))
+        follow = ("follow", model.inbox, model.registry, "model", "--mode", "drain", "--limits.max-shards", "1")
+        process = start(*follow, cwd=tmp_path, environment=environment)
+        log = open_log(model.registry, "model")
+        wait_until(lambda: log.head().number > 4 or process.poll() is not None, seconds=120, what="a few versions")
+        for server in psutil.Process().children(recursive=True):
+            if f"{urlsplit(url).port}" in server.cmdline():
+                server.kill()
+        wait_until(
+            lambda: log.head().number == 42 or process.poll() is not None, seconds=120, what="the other versions"
+        )
+        done = time.monotonic()
+        result = ended(process)
+    assert time.monotonic() - done < 30
+    assert (result.code, model.inbox_keys(), log.head().number) == (0, [], 42), result.err
+    assert result.out.startswith("head of model is version 42: 40 new versions from 40 shards")
+    assert result.err.splitlines()[-1].endswith("was not told how this run ended. What was trained is committed.")
+    assert "Unable to connect" not in result.err
+    assert "Traceback" not in result.err
+
+
+@local
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
+def test_a_signal_in_train_says_what_is_kept(place: Place, tmp_path: Path, number: int, name: str, code: int) -> None:
+    flags = ("--features", "a", "b", "--target", "y", "--epochs", "100000")
+    train = ("train", place.dataset, place.registry, "model", *flags)
+    process = start(*train, cwd=tmp_path)
+    lines = []
+    assert process.stderr is not None
+    for line in process.stderr:
+        lines.append(line)
+        if "epoch 2 of" in line:
+            process.send_signal(number)
+            break
+    result = ended(process)
+    assert (result.code, result.out) == (code, ""), lines
+    kept = "the epochs that ended are kept, and the same command goes on from the checkpoint after the last of them"
+    assert result.err.splitlines()[-1] == f"tidemill: stopped by {name}; {kept}"
+    assert "Traceback" not in result.err
+    again = start(*train, cwd=tmp_path)
+    assert again.stderr is not None
+    first = [line for line in itertools.islice(again.stderr, 4) if "going on from the checkpoint after epoch" in line]
+    assert len(first) == 1
+    again.send_signal(signal.SIGTERM)
+    assert ended(again).code == 143
+
+
+@local
+def test_a_reader_that_has_had_enough(model: Place, tmp_path: Path) -> None:
+    """`tidemill show ... | head -1`: no traceback, the code of a process that SIGPIPE ended; a full disk is told."""
+    for name in ("show", "log", "status"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [TIDEMILL, name, model.registry, "model"]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (141, "")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("tidemill: the result cannot be written: No space left on device.")
+
+
+@local
+def test_a_current_folder_that_is_gone(model: Place, tmp_path: Path) -> None:
+    """What reads a registry works; what trains needs a folder, and says so in one line."""
+    gone = tmp_path / "gone"
+    train = ("train", model.dataset, model.registry, "model", "--features", "a", "--target", "y")
+    for arguments, code in (
+        (("status", model.registry), 0),
+        (("status", "./registry"), 1),
+        (train, 1),
+        (("predict", model.registry, "model", model.dataset, model.archive), 1),
+    ):
+        gone.mkdir()
+        script = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+        done = subprocess.run(
+            ["sh", "-c", script, "sh", gone, TIDEMILL, *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr
+        if code:
+            assert re.fullmatch(r"tidemill: .*current folder.*\n", done.stderr)
+
+
+@local
+def test_a_folder_of_prefect_that_cannot_be_written(place: Place, tmp_path: Path) -> None:
+    """Without a server that runs, a temporary one needs it: told at once, not after a minute and a thousand lines."""
+    (tmp_path / "file").touch()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {"PREFECT_HOME": str(tmp_path / "file" / "home")}
+    flags = ("--features", "a", "--target", "y")
+    result = in_process("train", place.dataset, place.registry, "model", *flags, cwd=tmp_path, environment=environment)
+    assert (result.code, result.out) == (1, "")
+    (line,) = result.err.splitlines()
+    assert line.startswith(f"tidemill: Prefect's folder {tmp_path}/file/home cannot be written (Not a directory)")
+    assert "PREFECT_API_URL" in line
+
+
+@memory
+@pytest.mark.parametrize("flag", ["--holdout-dataset", "dataset"])
+def test_a_wrong_place_is_told_before_prefect_starts(
+    tidemill: Run, place: Place, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.delattr(launch, "prepare")
+    monkeypatch.delattr(launch, "run")
+    given = [place.dataset, place.registry, "model", "--features", "a", "--target", "y"]
+    given = [*given, flag, "/no/such"] if flag.startswith("--") else ["/no/such", *given[1:]]
+    result = tidemill("train", *given)
+    assert (result.code, result.err) == (1, "tidemill: file:///no/such: there is no such folder. Check the URL\n")
+
+
+@memory
+@pytest.mark.parametrize(
+    "flags",
+    [("--gate.holdout-dataset",), ("--gate.after-refusals.retrain-on",), ("--labels.key", "k", "--labels.inbox")],
+)
+def test_a_follower_asks_for_all_places_first(
+    tidemill: Run, model: Place, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    monkeypatch.delattr(launch, "prepare")
+    monkeypatch.delattr(launch, "run")
+    result = tidemill("follow", model.inbox, model.registry, "model", *flags, "/no/such")
+    assert (result.code, result.err) == (1, "tidemill: file:///no/such: there is no such folder. Check the URL\n")
+    result = tidemill("follow", model.inbox, model.registry, "modle")
+    assert (result.code, "Did you mean 'model'?" in result.err) == (1, True)

@@ -30,7 +30,7 @@ from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks import wrappers
 from tidemill.tasks.batch import VersionInfo
-from tidemill.tasks.online.gate import GateClosed
+from tidemill.tasks.errors import GateClosed
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.settings import BatchSettings, GateSettings, OnlineSettings, Retrain
 

@@ -157,6 +157,7 @@ import sys, tidemill
 light = [name for name in ("torch", "prefect", "pyarrow", "pydantic") if name in sys.modules]
 names = {name: getattr(tidemill, name).__module__ for name in tidemill.__all__}
 assert set(tidemill.__all__) <= set(dir(tidemill))
+assert set(tidemill.__all__) == set(tidemill._HOME)
 print(light, "prefect" in sys.modules, sorted(names))
 """
     done = subprocess.run(

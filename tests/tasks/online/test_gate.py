@@ -16,7 +16,8 @@ from tidemill.storage.manifest import Compared, Consumed, Entry, Gate
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
-from tidemill.tasks.online.gate import GateClosed, decide
+from tidemill.tasks.errors import GateClosed
+from tidemill.tasks.online.gate import decide
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.settings import GateSettings, OnlineSettings

@@ -1,0 +1,224 @@
+"""How the command line starts a flow: what can be known to be wrong is told before Prefect starts, and a run whose Prefect
+server has gone ends all the same.
+
+Prefect keeps the records of a run and shows them. What was trained lives in the registry alone.
+"""
+
+import functools
+import logging
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from prefect import Flow
+
+    from tidemill.tasks.settings import BatchSettings, OnlineSettings
+
+logger = logging.getLogger("tidemill")
+
+PARTING_SECONDS: Final = 20.0
+"""How long the records of a run may take to reach a Prefect server that answers, once the run is over."""
+_RETRIES: Final = 2
+"""Prefect repeats a request this often, after some 2 and 4 seconds. It would do so for a minute, three times in a row."""
+
+
+class PrefectError(Exception):
+    """Prefect's server or its folder cannot be used."""
+
+
+# ---- before Prefect --------------------------------------------------------------------------------------------------
+def before_training(dataset: str, registry: str, model: str, settings: "BatchSettings") -> None:
+    """Look at all places of a batch training: a few requests, where a flow takes seconds to start.
+
+    Raises:
+        StorageError: a place is not there, may not be used, or lies in another.
+    """
+    from tidemill.storage.errors import Unavailable
+    from tidemill.storage.log import open_log
+    from tidemill.storage.overlap import keep_batch_apart
+
+    with suppress(Unavailable):  # the run tries again
+        found, holdout = must_exist(dataset, settings.holdout_dataset)
+        assert found is not None
+        keep_batch_apart(open_log(registry, model), found, holdout)
+
+
+def before_following(inbox: str, registry: str, model: str, settings: "OnlineSettings") -> None:
+    """Look at all places of an online training.
+
+    Raises:
+        StorageError: a place is not there, may not be used, or lies in another; there is no such model.
+    """
+    from tidemill.storage.errors import Unavailable
+    from tidemill.storage.log import open_log
+    from tidemill.storage.urls import open_store
+    from tidemill.tasks.online.places import keep_apart
+
+    if settings.archive_to is not None:
+        open_store(
+            settings.archive_to
+        )  # made when it is needed; a wrong URL may hold a secret, which Prefect must not store
+    with suppress(Unavailable):  # the run tries again
+        labels = None if settings.labels is None else settings.labels.inbox
+        inboxes = must_exist(inbox, labels)
+        must_exist(settings.gate.holdout_dataset, settings.gate.retrain_on)
+        log = open_log(registry, model)
+        log.head()
+        keep_apart(log, [url for url in inboxes if url is not None], settings)
+
+
+def must_exist(*urls: str | None) -> list[str | None]:
+    """The URLs of the stores at these URLs, each of which must be there.
+
+    Raises:
+        StorageError: there is no such folder or bucket, or it may not be read.
+    """
+    from tidemill.storage.store import PassedOver
+    from tidemill.storage.urls import open_store
+
+    stores = [None if url is None else open_store(url) for url in urls]
+    for store in stores:
+        if store is not None:
+            next(iter(store.list(passed_over=PassedOver())), None)
+    return [None if store is None else store.url for store in stores]
+
+
+def find_own_modules() -> None:
+    """Let `--model.factory mymodels:Net` find mymodels.py in the current folder; what is installed goes first.
+
+    Raises:
+        FileNotFoundError: the current folder has been removed. Torch's mathematical library would end the process.
+    """
+    folder = os.getcwd()
+    if "" not in sys.path and folder not in sys.path:
+        sys.path.append(folder)
+
+
+def prepare() -> None:
+    """Import Prefect with our log lines going to its UI, and with time for a slow machine to start a temporary server.
+
+    Raises:
+        PrefectError: a temporary server would have no place for its database.
+    """
+    find_own_modules()
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "tidemill")
+    os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", str(_RETRIES))
+    # That the server has gone is told once, at the end
+    os.environ.setdefault("PREFECT_INTERNAL_LOGGING_LEVEL", "CRITICAL")
+    logging.raiseExceptions = False
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a folder that cannot be made: with a server of its own, Prefect needs none
+        from prefect.settings import PREFECT_API_URL, PREFECT_HOME
+
+    if PREFECT_API_URL.value():
+        return
+    if (problem := _unusable(home := PREFECT_HOME.value())) is not None:
+        raise PrefectError(
+            f"Prefect's folder {home} cannot be written ({problem}), and a temporary Prefect server keeps its database there. "
+            "Let PREFECT_HOME name another folder, or PREFECT_API_URL a server that runs."
+        )
+    logger.info("PREFECT_API_URL is not set: a temporary Prefect server starts first, which takes up to a minute")
+
+
+def _unusable(folder: Path) -> str | None:
+    """Why nothing can be written to a folder, which is made if need be; None if it can."""
+    probe = folder / f".tidemill-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def run(flow: "Flow[..., Any]", *arguments: Any) -> Any:
+    """Run a flow. If Prefect fails once the body of the flow has returned, what that returned is the result all the same.
+
+    Raises:
+        Exception: what the body of the flow raises, or what keeps Prefect from starting it.
+    """
+    from prefect.client.schemas.objects import State
+
+    returned: list[Any] = []
+    body = flow.fn
+
+    @functools.wraps(body)
+    def remembered(*args: Any, **named: Any) -> Any:
+        returned.append(body(*args, **named))
+        return returned[0]
+
+    watched: Any = flow.with_options()
+    watched.fn = remembered
+    try:
+        return watched(*arguments)
+    except Exception as error:
+        if not returned or explained(error) is None:
+            raise
+        logger.warning(
+            "the Prefect server does not answer, and was not told how this run ended. What was trained is committed."
+        )
+        return returned[0].data if isinstance(returned[0], State) else returned[0]
+
+
+def explained(error: Exception) -> str | None:
+    """What an error of Prefect means; None if it is another's."""
+    if isinstance(error, PrefectError):
+        return str(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and text.startswith("Failed to reach API"):
+        return (
+            f"{text}, the Prefect server that PREFECT_API_URL or a profile names. Start it, or unset PREFECT_API_URL."
+        )
+    if isinstance(error, RuntimeError) and "ephemeral Prefect API server" in text:
+        return (
+            "the temporary Prefect server did not start. Let PREFECT_HOME name an empty folder with room for its database, or "
+            "start a server of your own (`prefect server start`) and let PREFECT_API_URL name it."
+        )
+    if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "prefect"):
+        return f"Prefect: {type(error).__name__}: {text[:300]}. What was committed stays; the same command goes on from there."
+    return None
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2):
+            return True
+    except urllib.error.HTTPError:  # an answer, if no friendly one
+        return True
+    except OSError:
+        return False
+
+
+def part(code: int) -> None:
+    """Hand the last records to the Prefect server. If that takes too long the process ends here, with this exit code.
+
+    Prefect would try for several seconds for each record, without end as far as a user can see.
+    """
+    if "prefect" not in sys.modules:
+        return
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        return  # a temporary server lives as long as this process, and must be ended by it
+    ends = time.monotonic() + (PARTING_SECONDS if _answers(PREFECT_API_URL.value()) else 0.5)
+    workers: Iterable[Any] = (APILogWorker, EventsWorker)
+    left = [worker.drain_all(timeout=max(0.0, ends - time.monotonic())).not_done for worker in workers]
+    if any(left):
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)

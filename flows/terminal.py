@@ -1,0 +1,107 @@
+"""What a terminal sees of a command: results on stdout, log lines and one line for an error on stderr, and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C, 141 whoever read the output has gone, 143 SIGTERM.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import IO, NoReturn
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+def out(words: str) -> None:
+    """Print a result. A reader that has had enough, such as `head`, ends the command without a word."""
+    try:
+        print(words, flush=True)
+    except BrokenPipeError:
+        _to_nowhere(sys.stdout)
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        _to_nowhere(sys.stdout)
+        fail(f"tidemill: the result cannot be written: {error.strerror}. What the command was to do is done", 1)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """End the command with a message on stderr."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
+
+
+def _to_nowhere(stream: IO[str]) -> None:
+    """Let what is still in a stream's buffer go nowhere, or Python complains when it ends."""
+    with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+@contextlib.contextmanager
+def attached() -> Iterator[None]:
+    """While a command runs: log lines go to stderr, SIGTERM is an exception, and no name of a file is too odd to print."""
+    for stream in (sys.stdout, sys.stderr):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_for_terminal)
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("tidemill").setLevel(logging.INFO)
+    before = signal.getsignal(signal.SIGTERM)
+    # Off the main thread signals cannot be had; a handler that is there already belongs to whoever called us
+    mine = threading.current_thread() is threading.main_thread() and before is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+        logging.getLogger().removeHandler(handler)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _for_terminal(record: logging.LogRecord) -> bool:
+    """Of Prefect's own records, only what is meant for the terminal: the others tell of states, which the UI shows, and of
+    errors and of a server that has gone, which are told once, at the end."""
+    if record.name.startswith(("prefect.events", "EventsWorker", "APILogWorker")):
+        return False
+    runs = record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
+    return not runs or not getattr(record, "send_to_api", True)
+
+
+def stopped(by: KeyboardInterrupt, kept: str) -> NoReturn:
+    """End a command that a signal ended; `kept` says what is not lost, and how to go on."""
+    number, name = (signal.SIGTERM, "SIGTERM") if isinstance(by, Terminated) else (signal.SIGINT, "Ctrl-C")
+    fail(f"tidemill: stopped by {name}; {kept}", 128 + number)
+
+
+def message(error: Exception, translate: Callable[[Exception], str | None] | None = None) -> str | None:
+    """All that a user needs to know of an error; None for those that are bugs, and keep their traceback."""
+    from tidemill.storage.errors import StorageError
+    from tidemill.tasks.errors import GateClosed
+    from tidemill.tasks.training.errors import TrainingError
+
+    if isinstance(error, StorageError | TrainingError | GateClosed):
+        return str(error)
+    if isinstance(error, FileNotFoundError) and not _folder_is_there():
+        return "the current folder has been removed: go to another one, and run the command again"
+    return None if translate is None else translate(error)
+
+
+def _folder_is_there() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
