@@ -405,14 +405,16 @@ def main(tokens: Iterable[str] | None = None) -> None:
     atexit.register(freeze)
     arguments = list(sys.argv[1:] if tokens is None else tokens)
     try:
-        with terminal.attached():
-            _run(arguments)
+        with terminal.attached() as signals:
+            _run(arguments, signals)
     except SystemExit as end:
         launch.part(end.code if isinstance(end.code, int) else 0)
         raise
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], signals: list[KeyboardInterrupt]) -> None:
+    """Run a command. What a signal interrupts may end in any error: it is the signal all the same."""
+    kept = _KEPT.get(arguments[0] if arguments else "", "the same command may be run again, and finds what was done")
     try:
         app.config = spec_file(arguments)
         app(arguments, print_error=False, exit_on_error=False)
@@ -421,10 +423,10 @@ def _run(arguments: list[str]) -> None:
     except UsageError as error:
         terminal.fail(f"tidemill: {error}", 2)
     except KeyboardInterrupt as signal:
-        terminal.stopped(
-            signal, _KEPT.get(arguments[0], "the same command begins again, and does no harm to what it had done")
-        )
+        terminal.stopped(signal, kept)
     except Exception as error:
+        if signals:
+            terminal.stopped(signals[0], kept)
         if (message := terminal.message(error, launch.explained)) is None:
             raise
         terminal.fail(f"tidemill: {message}", 1)

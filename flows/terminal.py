@@ -44,8 +44,11 @@ def _to_nowhere(stream: IO[str]) -> None:
 
 
 @contextlib.contextmanager
-def attached() -> Iterator[None]:
-    """While a command runs: log lines go to stderr, SIGTERM is an exception, and no name of a file is too odd to print."""
+def attached() -> Iterator[list[KeyboardInterrupt]]:
+    """While a command runs: log lines go to stderr, signals are exceptions, and no name of a file is too odd to print.
+
+    Yields the signals that came: code that one interrupts may end in an error of its own.
+    """
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="backslashreplace")
@@ -54,21 +57,25 @@ def attached() -> Iterator[None]:
     handler.addFilter(_for_terminal)
     logging.getLogger().addHandler(handler)
     logging.getLogger("tidemill").setLevel(logging.INFO)
-    before = signal.getsignal(signal.SIGTERM)
-    # Off the main thread signals cannot be had; a handler that is there already belongs to whoever called us
-    mine = threading.current_thread() is threading.main_thread() and before is signal.SIG_DFL
-    if mine:
-        signal.signal(signal.SIGTERM, _terminate)
+    came: list[KeyboardInterrupt] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(Terminated() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise came[-1]
+
+    # Off the main thread signals cannot be had. A handler that is there already belongs to whoever called us; a process that
+    # a shell started in the background ignores SIGINT, and goes on doing so
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if here}
+    ours = [number for number, is_now in before.items() if is_now in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in ours:
+        signal.signal(number, interrupt)
     try:
-        yield
+        yield came
     finally:
-        if mine:
-            signal.signal(signal.SIGTERM, before)
+        for number in ours:
+            signal.signal(number, before[number])
         logging.getLogger().removeHandler(handler)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
 
 
 def _for_terminal(record: logging.LogRecord) -> bool:
@@ -76,8 +83,9 @@ def _for_terminal(record: logging.LogRecord) -> bool:
     errors and of a server that has gone, which are told once, at the end."""
     if record.name.startswith(("prefect.events", "EventsWorker", "APILogWorker")):
         return False
-    runs = record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
-    return not runs or not getattr(record, "send_to_api", True)
+    if not record.name.startswith(("prefect.flow_runs", "prefect.task_runs")):
+        return True
+    return not getattr(record, "send_to_api", True) and not record.getMessage().startswith("Crash detected!")
 
 
 def stopped(by: KeyboardInterrupt, kept: str) -> NoReturn:
