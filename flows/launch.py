@@ -70,8 +70,8 @@ def before_following(inbox: str, registry: str, model: str, settings: "OnlineSet
         inboxes = must_exist(inbox, labels)
         must_exist(settings.gate.holdout_dataset, settings.gate.retrain_on)
         log = open_log(registry, model)
-        log.head()
         keep_apart(log, [url for url in inboxes if url is not None], settings)
+        log.head()
 
 
 def must_exist(*urls: str | None) -> list[str | None]:
@@ -80,13 +80,12 @@ def must_exist(*urls: str | None) -> list[str | None]:
     Raises:
         StorageError: there is no such folder or bucket, or it may not be read.
     """
-    from tidemill.storage.store import PassedOver
     from tidemill.storage.urls import open_store
 
     stores = [None if url is None else open_store(url) for url in urls]
     for store in stores:
         if store is not None:
-            next(iter(store.list(passed_over=PassedOver())), None)
+            next(iter(store.list(passed_over=lambda *_: None)), None)
     return [None if store is None else store.url for store in stores]
 
 
