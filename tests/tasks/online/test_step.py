@@ -294,8 +294,11 @@ def test_new_bytes_under_the_inode_size_and_time_of_a_consumed_shard_are_not_los
         assert keys(str(inbox)) == []
 
 
-def test_what_another_run_owes_is_removed_as_its_store_can(registry: str, make_url: MakeUrl) -> None:
-    """Also in an inbox that is not this run's: whether its deletes compare etags has to be asked there too."""
+def test_what_another_run_owes_is_removed_as_its_store_can(
+    registry: str, make_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in an inbox that is not this run's, if it is allowed: whether its deletes compare etags has to be asked there too."""
+    monkeypatch.setenv("TIDEMILL_PLACES", make_url("inbox"))
     put(make_url("inbox"), days(1))
 
     def crash(call: Call) -> None:
