@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidemill.storage.audit import Audit
+    from tidemill.storage.chain import Version
     from tidemill.storage.inbox import Inbox
-    from tidemill.storage.log import Version, VersionLog
+    from tidemill.storage.log import VersionLog
     from tidemill.storage.manifest import Manifest
     from tidemill.storage.store import ObjectInfo
     from tidemill.tasks.batch import VersionInfo

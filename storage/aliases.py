@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 
+from tidemill.storage.chain import NAME, Version
 from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
@@ -12,7 +13,7 @@ from tidemill.storage.errors import (
     UnknownAlias,
     UnknownVersion,
 )
-from tidemill.storage.log import NAME, Version, VersionLog
+from tidemill.storage.log import VersionLog
 
 
 @dataclass(frozen=True)

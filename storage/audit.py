@@ -11,8 +11,9 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from tidemill.storage.aliases import all_aliases
+from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject, StorageError, UnknownVersion, UnsupportedFormat
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import BlobRef, consumed_objects
 from tidemill.storage.tombstones import WINDOW
 from tidemill.storage.traces import traces_above

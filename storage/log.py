@@ -1,30 +1,25 @@
-"""The version log of one model: how a version comes to exist, is found again, and is never lost or written twice.
+"""The version log of one model: how a version comes to exist, and is never lost or written twice.
 
-A version exists from the moment that `log/<version>.json` is created, put-if-absent; nothing else is a commit. Manifests are
-never deleted and have no gaps, which is why the head can be found by looking for the first number that is absent. Blobs are
-written before, under names that only one attempt uses. See `docs/format.md` for every object and `docs/guarantees.md` for
-what follows from it.
+A version exists from the moment that `log/<version>.json` is created, put-if-absent; nothing else is a commit. How versions are
+found again and checked is in `chain.py`. Blobs are written before, under names that only one attempt uses. See
+`docs/format.md` for every object and `docs/guarantees.md` for what follows from it.
 """
 
 import contextlib
-import difflib
 import json
 import logging
-import re
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from itertools import pairwise
+from typing import Final
 
+from tidemill.storage.chain import Chain, Version, models_in
 from tidemill.storage.errors import (
     CorruptObject,
     HeadMoved,
     NotFound,
     StorageError,
     StoreNotFound,
-    UnknownModel,
     UnknownVersion,
 )
 from tidemill.storage.manifest import (
@@ -41,178 +36,20 @@ from tidemill.storage.manifest import (
 )
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.probe import check_preconditions
-from tidemill.storage.store import Store, create_or_same
+from tidemill.storage.store import create_or_same
 from tidemill.storage.tombstones import Tombstones, due
-from tidemill.storage.traces import traces_above
 from tidemill.storage.urls import open_store
 
 logger = logging.getLogger("tidemill.storage")
 
-HINT_EVERY = 16
+HINT_EVERY: Final = 16
 """A run that opens the log starts to look for the head at most this many versions below it."""
 
-_ALTERED = "The history was altered; restore it, for example from bucket versions."
-_GAP = (
-    "Versions are never deleted: restore their manifests from a backup or from bucket versions, and let no lifecycle rule reach "
-    "them; what cannot be restored ends this model (train another one under another name, or remove all of this one first)."
-)
-_RESTORE = "Nothing was loaded. Restore the object, or `tidemill rollback` to another version."
-_MANIFEST = re.compile(r"(\d{8,})\.json")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""What models and aliases may be called."""
+_RESTORE: Final = "Nothing was loaded. Restore the object, or `tidemill rollback` to another version."
 
 
-@dataclass(frozen=True)
-class Version:
-    """A committed version: its manifest, and the sha256 of the manifest's bytes that its child will name."""
-
-    manifest: Manifest
-    sha256: str
-
-    @property
-    def number(self) -> int:
-        return self.manifest.version
-
-
-class VersionLog:
-    """The history of one model below a registry."""
-
-    def __init__(self, store: Store, model: str) -> None:
-        """`store` is the registry's root.
-
-        Raises:
-            UnknownModel: the name cannot be a model's name.
-        """
-        if not NAME.fullmatch(model):
-            raise UnknownModel(
-                f"{model!r} cannot name a model: use letters, digits, '.', '_' and '-', starting with a letter or digit."
-            )
-        self.store, self.model = store, model
-
-    @cached_property
-    def url(self) -> str:
-        return f"{self.store.url}/{self.model}"
-
-    # ---- finding versions --------------------------------------------------------------------------------------------
-    def head(self) -> Version:
-        """The newest version, its link to its parent checked. Costs O(1) requests, however long the history.
-
-        Raises:
-            UnknownModel: there is no version 0: a wrong URL or name, never a fresh start.
-            CorruptObject: the manifest was altered, or does not follow from its parent; or numbers are missing below or
-                above it.
-        """
-        number = self._newest(self._hint())
-        if number < 0 and not self.exists():
-            raise self.unknown()
-        while (above := self._first_above(number)) is not None:
-            if not self._has(number + 1):
-                raise CorruptObject(
-                    f"{self.url}/log: version {number + 1} is gone, though version {above} is there. {_GAP}"
-                )
-            number = self._newest(number + 1)  # committed since
-        if not self._has(0):
-            raise CorruptObject(f"{self.url}/log: version 0 is gone, though version {number} is there. {_GAP}")
-        version = self.version(number)
-        self._parent(version)
-        return version
-
-    def exists(self) -> bool:
-        """True if the model has a version 0. A registry that does not exist yet holds no model.
-
-        Raises:
-            CorruptObject: version 0 is gone, but there are others, or what only a version leaves behind.
-        """
-        try:
-            if self._has(0):
-                return True
-            trace = self._lost_beginning()
-            if trace is None or self._has(0):  # the second: begun since
-                return trace is not None
-        except StoreNotFound:
-            return False
-        raise CorruptObject(f"{self.url}/log: version 0 is gone, though {trace}. {_GAP}")
-
-    def _lost_beginning(self) -> str | None:
-        """What shows that a model without version 0 had one; None: it never began."""
-        if (above := self._first_above(-1)) is not None:
-            return f"version {above} is there"
-        return next(traces_above(self.store, self.model, -1), None)
-
-    def check(self, version: Version) -> None:
-        """Make sure that a version which was read before is still there, unaltered. Costs one small request.
-
-        For whoever kept it in memory and acts on it: nothing may be committed or removed on the strength of a history that
-        was removed, restored from a backup or begun anew meanwhile.
-
-        Raises:
-            CorruptObject: it is gone, or another one has its number.
-        """
-        key = self._manifest_key(version.number)
-        try:
-            state = "is another one now" if sha256(self.store.read(key)) != version.sha256 else ""
-        except (NotFound, StoreNotFound):
-            state = "is gone"
-        if state:
-            raise CorruptObject(
-                f"{self.store.url}/{key} {state}: the registry was removed, restored or begun anew while a run went on from "
-                "this version. The run stops here: nothing of its last work counts, and its shards stay in the inbox. If what "
-                "is there now is right, start it again; else restore the registry first."
-            )
-
-    def make_durable(self, version: Version) -> None:
-        """Before acting on a version that another run may have written: it may have died before that was durable."""
-        self.store.make_durable(self._manifest_key(version.number))
-
-    def version(self, number: int) -> Version:
-        """One version by number.
-
-        Raises:
-            UnknownVersion, CorruptObject, UnsupportedFormat.
-        """
-        key = self._manifest_key(number)
-        try:
-            data = self.store.read(key)
-        except NotFound:
-            raise UnknownVersion(f"{self.url} has no version {number}. `tidemill log` lists what there is.") from None
-        manifest = decode(data, f"{self.store.url}/{key}")
-        if manifest.version != number or manifest.model != self.model:
-            raise CorruptObject(
-                f"{self.store.url}/{key} holds version {manifest.version} of {manifest.model!r}: it was copied by hand."
-            )
-        if (manifest.parent.version if manifest.parent else -1) != number - 1:
-            raise CorruptObject(f"{self.store.url}/{key} does not name version {number - 1} as its parent.")
-        return Version(manifest, sha256(data))
-
-    def history(self, head: Version, limit: int | None = None) -> Iterator[Version]:
-        """Versions from `head` back to version 0, or `limit` of them, every link checked."""
-        version: Version | None = head
-        while version is not None and limit != 0:
-            yield version
-            limit = None if limit is None else limit - 1
-            version = self._parent(version) if limit != 0 else None
-
-    def _parent(self, child: Version) -> Version | None:
-        """The version that `child` was made from; None before version 0."""
-        if (parent := child.manifest.parent) is None:
-            return None
-        found = self._older(parent.version)
-        self._check_link(found, child)
-        return found
-
-    def _older(self, number: int) -> Version:
-        """A version that must be there, because a later one is."""
-        try:
-            return self.version(number)
-        except UnknownVersion as error:
-            raise CorruptObject(f"{self.url}/log: version {number} is gone. {_ALTERED}") from error
-
-    def _check_link(self, parent: Version, child: Version) -> None:
-        if child.manifest.parent != Parent(version=parent.number, sha256=parent.sha256):
-            raise CorruptObject(
-                f"{self.url}/log: version {child.number} was made from another version {parent.number} than the one "
-                f"stored. {_ALTERED}"
-            )
+class VersionLog(Chain):
+    """The history of one model below a registry: blobs, tombstones, and the versions that name them."""
 
     # ---- blobs -------------------------------------------------------------------------------------------------------
     def write_blob(self, number: int, suffix: str, data: bytes) -> BlobRef:
@@ -260,9 +97,9 @@ class VersionLog:
         found = Tombstones() if ref is None else Tombstones.decode(self.read_blob(ref), f"{self.store.url}/{ref.key}")
         if stored < version.number:
             numbers = range(stored + 1, version.number)
-            since = [*concurrently(self._older, numbers, self.store.concurrency), version]
+            since = [*concurrently(self.older, numbers, self.store.concurrency), version]
             for parent, child in pairwise(since):
-                self._check_link(parent, child)
+                self.check_link(parent, child)
             for each in since:
                 for shard in consumed_objects(each.manifest.consumed):
                     found.add(shard.inbox, shard.key, shard.sha256, shard.etag)
@@ -321,7 +158,7 @@ class VersionLog:
             nonce=nonce,
             created=datetime.now(UTC),
         )
-        data, key = encode(manifest), self._manifest_key(number)
+        data, key = encode(manifest), self.manifest_key(number)
         # Read back before it counts: a manifest that cannot be read would end the model.
         version = Version(decode(data, f"{self.store.url}/{key}"), sha256(data))
         try:
@@ -356,11 +193,11 @@ class VersionLog:
         """
         own = f"{self.model}/blobs/{version.number:08d}-"
         try:
-            key = self._manifest_key(version.number)
+            key = self.manifest_key(version.number)
             with contextlib.suppress(NotFound, StoreNotFound):
                 info = self.store.stat(key)
                 if sha256(self.store.read(key, if_match=info.etag)) == version.sha256:
-                    if self._has(version.number + 1):
+                    if self.has(version.number + 1):
                         return
                     self.store.delete(key, if_match=info.etag)
             for ref in version.manifest.blobs.refs:
@@ -403,58 +240,6 @@ class VersionLog:
         )
         return self.commit(head, entry)
 
-    # ---- keys --------------------------------------------------------------------------------------------------------
-    def _manifest_key(self, number: int) -> str:
-        return f"{self.model}/log/{number:08d}.json"
-
-    def _has(self, number: int) -> bool:
-        try:
-            self.store.stat(self._manifest_key(number))
-        except NotFound:
-            return False
-        return True
-
-    def _first_above(self, number: int) -> int | None:
-        """A version above this number that has a manifest, whatever lies between."""
-        prefix = f"{self.model}/log/"
-        for info in self.store.list(prefix, after=self._manifest_key(number) if number >= 0 else ""):
-            if (found := _MANIFEST.fullmatch(info.key.removeprefix(prefix))) is not None:
-                return int(found[1])
-        return None
-
-    def _hint(self) -> int:
-        """A version that probably exists; only ever a place to start looking."""
-        try:
-            number = json.loads(self.store.read(f"{self.model}/head.json"))["version"]
-        except (NotFound, CorruptObject, ValueError, KeyError, TypeError, RecursionError):
-            return 0
-        # A number of hundreds of digits would be a key that no store takes.
-        return number if type(number) is int and 0 < number < 10**15 and self._has(number) else 0
-
-    def _newest(self, known: int) -> int:
-        """The last number without a gap from `known` on, by doubling steps and then bisection; -1 for none at all."""
-        if known == 0 and not self._has(0):
-            return -1
-        step = 1
-        while self._has(known + step):
-            known += step
-            step *= 2
-        absent = known + step
-        while absent - known > 1:
-            middle = (known + absent) // 2
-            known, absent = (middle, absent) if self._has(middle) else (known, middle)
-        return known
-
-    def unknown(self) -> UnknownModel:
-        """What to raise if the model does not exist: says which ones do."""
-        known = _models(self.store)
-        nearest = difflib.get_close_matches(self.model, known, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        return UnknownModel(
-            f"{self.store.url} holds no model {self.model!r}.{hint} It holds: {', '.join(known) or 'none'}. "
-            "A model begins with `tidemill train`; check the registry's URL and the name."
-        )
-
 
 def _stored_tombstones(version: Version) -> tuple[TombstonesRef | None, int]:
     """(the blob of tombstones that a version names, the last version whose shards it has)."""
@@ -479,11 +264,4 @@ def open_log(registry: str, model: str, *, writable: bool = True) -> VersionLog:
 
 def list_models(registry: str) -> list[str]:
     """Names of all models in a registry. Lists all of its keys."""
-    return _models(open_store(registry))
-
-
-def _models(store: Store) -> list[str]:
-    """Those with any manifest: one whose beginning was lost is still one."""
-    return sorted(
-        {info.key.split("/")[0] for info in store.list() if re.fullmatch(r"[^/]+/log/\d{8,}\.json", info.key)}
-    )
+    return models_in(open_store(registry))

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject, NotFound, StoreNotFound, UnknownVersion
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import BlobRef, Record, checked, sha256, verified
 from tidemill.storage.store import create_or_same
 

@@ -16,9 +16,10 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from tidemill.storage.aliases import promote
+from tidemill.storage.chain import Version
 from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.errors import HeadMoved, UnknownVersion
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import IN_MEMORY, Blobs, Entry
 from tidemill.storage.overlap import check_holdout, keep_batch_apart
 from tidemill.storage.probe import check_preconditions

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
+from tidemill.storage.chain import Version
 from tidemill.storage.disposal import archive_keys
 from tidemill.storage.errors import CorruptObject, NotFound, ShardRejected, StoreNotFound, UnknownVersion
 from tidemill.storage.inbox import Shard
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import IN_MEMORY, Consumed, LabelShard, sha256
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.tasks.online.labels import Labels

@@ -5,8 +5,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.tasks.training.imports import ALLOWED_MODULES, check_allowed
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.spec import Spec

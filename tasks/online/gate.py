@@ -14,9 +14,10 @@ from itertools import islice
 from typing import Final
 
 from tidemill.storage.aliases import Alias, find_alias, promote
+from tidemill.storage.chain import Version
 from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import CorruptObject, UnknownVersion
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Compared, Consumed, Gate, Predicted
 from tidemill.storage.store import Store
 from tidemill.tasks.online.reading import may_be_the_shards

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from tidemill.storage.aliases import Alias, find_alias
+from tidemill.storage.chain import Version
 from tidemill.storage.errors import HeadMoved, Unavailable, UnknownVersion, on_one_line
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Consumed, Gate, Owed
 from tidemill.storage.overlap import Relation, relation
 from tidemill.storage.store import Store

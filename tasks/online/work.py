@@ -13,9 +13,10 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from tidemill.storage.chain import Version
 from tidemill.storage.errors import HeadMoved, ShardRejected, StorageError, UnknownVersion, on_one_line
 from tidemill.storage.inbox import Shard
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Consumed, Gate, LabelShard, ObjectRef, Owed, Predicted, Rejected, consumed_objects
 from tidemill.storage.store import ObjectInfo
 from tidemill.storage.tombstones import Tombstones

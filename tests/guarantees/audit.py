@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tidemill.storage.audit import audit as audit_history
+from tidemill.storage.chain import Version
 from tidemill.storage.disposal import archive_keys
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import sha256
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.store import Store

@@ -21,8 +21,9 @@ import pytest
 from tests.guarantees.machine import BAD, GOOD, Fault, Meanwhile, Plan, Protocol, World, begun
 from tests.storage.faults import Call, FaultStore
 from tidemill.storage.aliases import aliased, all_aliases
+from tidemill.storage.chain import Version
 from tidemill.storage.errors import AlreadyExists, CorruptObject, HeadMoved, StorageError
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import BlobRef, Entry, Owed, decode, encode
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.tombstones import Tombstones

@@ -61,9 +61,10 @@ from tests.guarantees.children import (
 from tests.s3_server import wait_until
 from tests.storage.faults import Call, hooked
 from tidemill.storage.aliases import all_aliases
+from tidemill.storage.chain import Version
 from tidemill.storage.disposal import archive_keys
 from tidemill.storage.errors import NotFound
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import sha256
 from tidemill.storage.urls import open_store
 from tidemill.tasks.online import step as online

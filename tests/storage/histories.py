@@ -4,7 +4,8 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from tidemill.storage.log import HINT_EVERY, Version, VersionLog
+from tidemill.storage.chain import Version
+from tidemill.storage.log import HINT_EVERY, VersionLog
 from tidemill.storage.manifest import (
     BlobRef,
     Blobs,

@@ -18,6 +18,7 @@ from tests.storage.faults import Call, Counting, Fails, FaultStore, act_once, to
 from tests.storage.histories import append, fabricate, grow, keys, manifest_key
 from tidemill.storage import tombstones as tombstones_module
 from tidemill.storage.aliases import aliased, all_aliases, promote, resolve
+from tidemill.storage.chain import Version
 from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
@@ -30,7 +31,7 @@ from tidemill.storage.errors import (
     UnsupportedFormat,
     UnsupportedStore,
 )
-from tidemill.storage.log import HINT_EVERY, Version, VersionLog, list_models, open_log
+from tidemill.storage.log import HINT_EVERY, VersionLog, list_models, open_log
 from tidemill.storage.manifest import (
     BlobRef,
     Blobs,

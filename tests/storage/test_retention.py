@@ -8,6 +8,7 @@ import pytest
 from tests.storage.faults import FaultStore, act_once
 from tests.storage.histories import append, grow, keys, manifest_key
 from tidemill.storage.aliases import promote
+from tidemill.storage.chain import Version
 from tidemill.storage.errors import (
     CorruptObject,
     HeadMoved,
@@ -15,7 +16,7 @@ from tidemill.storage.errors import (
     UnknownModel,
     UnknownVersion,
 )
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import (
     Blobs,
     Entry,

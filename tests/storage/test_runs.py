@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.storage.faults import Call, FaultStore, fail_at
+from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject, Unavailable
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Blobs, Entry, verified
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.runs import BatchProgress

@@ -18,11 +18,12 @@ from tests.guarantees.children import train
 from tests.guarantees.fuzz.mutate import Random, mutated, mutated_json, mutated_parquet, mutated_tensors, mutated_tree
 from tests.storage.shards import dispose, requeue
 from tidemill.storage.aliases import aliased, promote
+from tidemill.storage.chain import Version
 from tidemill.storage.disposal import quarantine_key, quarantined
 from tidemill.storage.errors import InvalidKey, NotReady, ShardRejected, StorageError
 from tidemill.storage.inbox import Inbox, Shard, is_shard
 from tidemill.storage.local import LocalStore
-from tidemill.storage.log import Version, VersionLog
+from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Blobs, Entry, Owed, decode, encode, sha256
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.parquet import RowGroup

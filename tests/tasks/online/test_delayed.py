@@ -14,9 +14,10 @@ from tests.data import SPEC, keys, put, rows
 from tests.storage.faults import Call, Phase, fail_at, hooked
 from tests.storage.shards import requeue
 from tidemill.storage.audit import audit
+from tidemill.storage.chain import Version
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.errors import PlacesOverlap, Unavailable
-from tidemill.storage.log import Version, VersionLog, open_log
+from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.manifest import Compared, Entry, Gate
 from tidemill.storage.store import Store
 from tidemill.storage.tombstones import Seen
