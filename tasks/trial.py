@@ -41,6 +41,7 @@ def try_out(learner: Learner, groups: Sequence[RowGroup]) -> None:
         raise FactoryError(f"metrics {name!r} fails on the first rows of the dataset: {reason}")
     try:
         _take_step(copy, rows)
+        Learner.load(copy.spec, *copy.dump(), copy.device.type)  # with the state that the step has made
     except NonFiniteLoss:
         return  # training says how to go on
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 from torchmetrics import Metric
 
-from tidemill.tasks.training.errors import SpecError, StateMismatch, TrainingError
+from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch, TrainingError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.metrics import metrics_of
@@ -145,7 +145,10 @@ class Learner:
         return Predictor(self.spec, self.features, served)
 
     def dump(self) -> tuple[bytes, bytes]:
-        """(weights, state) as safetensors. Equal learners give equal bytes. The weights are those of `served`."""
+        """(weights, state) as safetensors. Equal learners give equal bytes. The weights are those of `served`.
+
+        Raises FactoryError: the optimizer's state is of a kind that cannot be stored.
+        """
         tensors, config = self.features.state()
         tensors = {f"features.{name}": tensor for name, tensor in tensors.items()}
         plain: dict[
@@ -154,6 +157,11 @@ class Learner:
         for index, values in self.optimizer.state_dict()["state"].items():
             for name, value in values.items():
                 if isinstance(value, Tensor):
+                    if value.layout != torch.strided:
+                        raise FactoryError(
+                            f"{name} of optimizer {self.spec.optimizer.name} is sparse, as the gradients are, and cannot be "
+                            "stored: use adagrad, sgd without momentum, or sparse=False"
+                        )
                     tensors[f"optimizer.{index}.{name}"] = value
                 else:
                     plain.setdefault(str(index), {})[name] = value

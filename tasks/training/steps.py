@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from tidemill.tasks.training.batches import Batch, Blocks, even, in_batches
 from tidemill.tasks.training.calling import model_error, told, torch_as_usual
-from tidemill.tasks.training.errors import TrainingError, of_the_machine
+from tidemill.tasks.training.errors import ModelError, TrainingError, of_the_machine
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.losses import LossFunction, is_column, loss_of
 from tidemill.tasks.training.optimizers import (
@@ -207,6 +207,10 @@ class Steps:
             parameter.grad = None
         backward(loss)
         if learner.spec.clip_norm is not None:
+            if self._update is None and any(p.grad is not None and p.grad.is_sparse for p in self._parameters):
+                raise ModelError(
+                    "clip_norm: torch has no norm of sparse gradients: leave clip_norm out, or use sparse=False"
+                )
             clip_grad_norm_(self._parameters, learner.spec.clip_norm)
         if self._update is not None:
             self._update.step()

@@ -80,6 +80,27 @@ def test_sparse_gradients_are_those_of_torch(optimizer: str) -> None:
     assert resumed.dump() == learner.dump()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": {"name": "sgd", "arguments": {"momentum": 0.9}}}, "momentum_buffer of optimizer sgd is sparse"),
+        ({"optimizer": {"name": "sgd"}, "clip_norm": 1.0}, "clip_norm: torch has no norm of sparse gradients"),
+        ({"optimizer": {"name": "adam"}}, "Adam does not support sparse gradients"),
+    ],
+)
+def test_what_sparse_gradients_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:
+    features = ["x0", "x1", {"name": "c", "kind": "category", "buckets": 20}]
+    learner = begin(spec("Sparse", features=features, **settings), GROUPS)
+
+    def trained_and_stored() -> None:
+        train_pass(Steps(learner), GROUPS, key=("epoch", 0))
+        learner.dump()
+
+    with pytest.raises((FactoryError, ModelError), match=message):
+        trained_and_stored()
+
+
 def test_a_part_in_evaluation_mode_stays_so_and_a_whole_model_does_not() -> None:
     part = begin(spec("FrozenPart"), GROUPS)
     score(part, GROUPS)
