@@ -46,16 +46,16 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def too_long(root: Path = ROOT) -> Iterator[tuple[str, int]]:
-    """(`file.py` or `file.py:Class`, its lines) of each that is longer than the rule."""
+def too_long(root: Path = ROOT, share: float = 1.0) -> Iterator[tuple[str, int]]:
+    """(`file.py` or `file.py:Class`, its lines) of each that is longer than the rule, or than a share of it."""
     for path in files(root).values():
         text, name = path.read_text(), path.relative_to(root).as_posix()
-        if (lines := len(text.splitlines())) > FILE_LINES:
+        if (lines := len(text.splitlines())) > share * FILE_LINES:
             yield name, lines
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef) and node.end_lineno is not None:
                 lines = node.end_lineno - node.lineno + 1
-                if lines > CLASS_LINES:
+                if lines > share * CLASS_LINES:
                     yield f"{name}:{node.name}", lines
 
 
@@ -76,7 +76,8 @@ def test_what_is_longer_than_the_rule_has_its_reason() -> None:
 
 
 def test_no_reason_is_left_over() -> None:
-    assert reasons().keys() <= {name for name, _ in too_long()}
+    """What is only just within the rule may keep its reason."""
+    assert reasons().keys() <= {name for name, _ in too_long(share=0.9)}
 
 
 # ---- that these tests can fail ---------------------------------------------------------------------------------------
