@@ -30,7 +30,7 @@ from tidemill.storage.lakehouse import refuse_parts_of_tables, refuse_tables
 from tidemill.storage.manifest import DatasetRef
 from tidemill.storage.overlap import inside
 from tidemill.storage.parquet import Findings, ParquetFile, RowGroup, row_groups
-from tidemill.storage.partitions import is_hidden, partition_types, partitions
+from tidemill.storage.partitions import is_hidden, partition_types
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 
@@ -211,7 +211,7 @@ class _Opener:
                 info.size,
                 fetch,
                 lambda message: DatasetError(f"{self._store.url}/{message}"),
-                partitions=partitions(info.key, self._types),
+                self._types,
                 concurrency=self._store.concurrency,
                 readers=self._store.readers,
                 findings=self._findings,
@@ -220,8 +220,6 @@ class _Opener:
             raise DatasetError(
                 f"{self._store.url}/{info.key} is no Parquet file: {error} Remove or repair it."
             ) from error
-        except ValueError as error:
-            raise DatasetError(f"{self._store.url}/{info.key}: {error}. Move the file to another folder.") from error
 
 
 def _listed(

@@ -20,7 +20,7 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.lakehouse import refuse_parts_of_tables, refuse_tables
 from tidemill.storage.manifest import Rejected, ShardRef, sha256
-from tidemill.storage.partitions import is_hidden, partitions
+from tidemill.storage.partitions import is_hidden
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 
@@ -83,12 +83,7 @@ class Shard:
                 raise ShardRejected(f"{self.info.key}: its footer points outside of the file; it is corrupt.")
             return self.data[start : start + length]
 
-        key = self.info.key
-        try:
-            values = partitions(key, types or {})
-        except ValueError as error:
-            raise ShardRejected(f"{key}: {error}.") from error
-        groups = row_groups(ParquetFile(key, len(self.data), fetch, ShardRejected, values))
+        groups = row_groups(ParquetFile(self.info.key, len(self.data), fetch, ShardRejected, types))
         if not groups:
             raise ShardRejected(f"{self.info.key} holds no rows.")
         return groups

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from tidemill.storage.errors import NotReady, StorageError
 from tidemill.storage.pages import decoded_bytes
-from tidemill.storage.partitions import MARK
+from tidemill.storage.partitions import MARK, partitions
 from tidemill.storage.ranges import Fetch, RangesFile, coalesced
 
 MAGIC: Final = b"PAR1"
@@ -126,7 +126,7 @@ class ParquetFile:
         size: int,
         fetch: Fetch,
         error: Callable[[str], StorageError],
-        partitions: Mapping[str, "pa.Scalar[Any]"] | None = None,
+        types: Mapping[str, pa.DataType] | None = None,
         concurrency: int = 1,
         readers: int = 1,
         findings: Findings | None = None,
@@ -138,7 +138,7 @@ class ParquetFile:
             size: Bytes.
             fetch: Reads bytes of the file.
             error: Makes an error of a message that begins with the name; it is raised for bad bytes.
-            partitions: Constant columns that the file's path adds.
+            types: Types of the partition columns that the folders of the name add, where they are known (`partitions`).
             concurrency, readers: Of the `Store` that `fetch` calls.
             findings: What is known of a dataset's files; it learns.
 
@@ -146,7 +146,7 @@ class ParquetFile:
             NotReady: the magic bytes are missing at either end: not a Parquet file, or not a whole one yet.
             `error`: the file is encrypted, or its footer does not parse.
         """
-        self.name, self._error, self._partitions = name, error, partitions or {}
+        self.name, self._error = name, error
         self._concurrency, self.readers = concurrency, readers
         self._selections: dict[tuple[str, ...], _Selection] = {}
         if size < 12:
@@ -176,12 +176,15 @@ class ParquetFile:
             self._strings = _string_leaves(self._leaves)
             self.schema: pa.Schema = self._parquet(self._file(), self._strings).schema_arrow
             self._stored = frozenset(self.schema.names)
-            for column, value in self._partitions.items():
-                if column not in self._stored:
-                    self.schema = self.schema.append(pa.field(column, value.type, metadata=MARK))
             self.group_rows = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
             if min(self.group_rows, default=0) < 0:
                 raise ValueError("it claims a negative number of rows")
+        try:
+            self._partitions = partitions(name, types or {}, self._stored)
+        except ValueError as bad:
+            raise error(f"{name}: {bad}; move it to another folder") from bad
+        for column, value in self._partitions.items():
+            self.schema = self.schema.append(pa.field(column, value.type, metadata=MARK))
         self._findings.footers[name] = footer
 
     def read(self, index: int, columns: Sequence[str], count: int = 1) -> pa.Table:
@@ -197,7 +200,12 @@ class ParquetFile:
             else:
                 file.load(checked.ranges, self._concurrency)
             parquet = self._parquet(file, [c for c in chosen.strings if c not in checked.delta])
-            table = parquet.read_row_groups(list(indices), columns=[c for c in chosen.stored if c not in checked.delta])
+            columns_read = [c for c in chosen.stored if c not in checked.delta]
+            if len(indices) > 1 and any(c not in self._stored for c in chosen.strings):
+                # Arrow joins no lists of text that have a dictionary for each row group.
+                table = pa.concat_tables([parquet.read_row_groups([i], columns=columns_read) for i in indices])
+            else:
+                table = parquet.read_row_groups(list(indices), columns=columns_read)
             rows = sum(self.group_rows[i] for i in indices)
             if table.num_rows != rows:
                 raise ValueError(f"{table.num_rows} rows where the footer says {rows}")
@@ -225,7 +233,7 @@ class ParquetFile:
             wanted, schema = self._stored.intersection(columns), self._leaves
             chosen = self._selections[columns] = _Selection(
                 stored=sorted(wanted),
-                added=[c for c in dict.fromkeys(columns) if c not in self._stored and c in self._partitions],
+                added=[c for c in dict.fromkeys(columns) if c in self._partitions],
                 leaves=[i for i in range(len(schema)) if _is_below(schema.column(i).path, wanted)],
                 strings=[c for c in self._strings if _is_below(c, wanted)],
             )

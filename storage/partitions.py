@@ -6,7 +6,7 @@ One rule for datasets and inboxes, that of Hive and Spark. Nothing here needs py
 from __future__ import annotations  # pa.Scalar[Any] takes its type parameter in the stubs only
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
@@ -56,8 +56,8 @@ def partition_types(keys: Iterable[str]) -> dict[str, pa.DataType]:
     return {name: pa.int64() if integer else pa.string() for name, integer in integers.items()}
 
 
-def partitions(key: str, types: Mapping[str, pa.DataType]) -> dict[str, pa.Scalar[Any]]:
-    """The partition columns of one file, as values of the given types.
+def partitions(key: str, types: Mapping[str, pa.DataType], stored: Collection[str] = ()) -> dict[str, pa.Scalar[Any]]:
+    """The partition columns of one file, as values of the given types, but for those that the file itself has (`stored`).
 
     A column without a given type has that of its own value. A whole number stays int64 where float64 is given.
 
@@ -67,13 +67,14 @@ def partitions(key: str, types: Mapping[str, pa.DataType]) -> dict[str, pa.Scala
     if "=" not in key:
         return {}
     parts = [partition_values(f"{folder}/") for folder in key.split("/")[:-1]]
-    for name, text in partition_values(key).items():
+    values = {name: text for name, text in partition_values(key).items() if name not in stored}
+    for name, text in values.items():
         if any(part.get(name, text) != text for part in parts):
             raise ValueError(f"its folders give column {name!r} different values")
     import pyarrow as pa
 
     own, found = partition_types([key]), dict[str, Any]()
-    for name, text in partition_values(key).items():
+    for name, text in values.items():
         kind = types.get(name, own[name])
         if kind == pa.float64() and own[name] == pa.int64() and text is not None:
             kind = pa.int64()

@@ -198,7 +198,7 @@ def test_a_partition_has_the_type_that_it_is_told_to_have(memory: MemoryStore) -
     memory.write("n=1/_t=2.5/a.parquet", rows(1))
     table = snapshot(memory.url, types={"n": pa.string(), "_t": pa.float64()}).row_groups[0].read(["n", "_t"])
     assert (table.schema.types, table.to_pylist()) == ([pa.string(), pa.float64()], [{"n": "1", "_t": 2.5}])
-    with pytest.raises(DatasetError, match=r"n=1/_t=2\.5/a\.parquet: its folder n=1 is no time.*Move the file"):
+    with pytest.raises(DatasetError, match=r"n=1/_t=2\.5/a\.parquet: its folder n=1 is no time.*; move it to"):
         snapshot(memory.url, types={"n": pa.timestamp("us")})
 
 

@@ -57,9 +57,11 @@ class Source:
         return self.given[-1]
 
 
-def opened(data: bytes | Source, error: type[StorageError] = ShardRejected, **options: Any) -> ParquetFile:
+def opened(
+    data: bytes | Source, error: type[StorageError] = ShardRejected, name: str = "f.parquet", **options: Any
+) -> ParquetFile:
     source = data if isinstance(data, Source) else Source(data)
-    return ParquetFile("f.parquet", len(source.data), source, error, **options)
+    return ParquetFile(name, len(source.data), source, error, **options)
 
 
 def read_all(data: bytes) -> list[pa.Table]:
@@ -209,8 +211,7 @@ def test_any_name_is_a_name(name: str) -> None:
 
 def test_partition_columns_are_added_unless_the_file_has_them() -> None:
     data = written(pa.table({"x": [1, 2], "day": [8, 9]}))
-    partitions = {"day": pa.scalar(3), "year": pa.scalar(2026), "city": pa.scalar(None, pa.string())}
-    file = opened(data, partitions=partitions)
+    file = opened(data, name="day=x/year=2026/city=__HIVE_DEFAULT_PARTITION__/f.parquet", types={"day": pa.float64()})
     assert file.schema.names == ["x", "day", "year", "city"]
     assert file.read(0, ["city", "day", "year"]).to_pydict() == {
         "city": [None] * 2,
@@ -227,7 +228,7 @@ def test_what_is_read_again_is_the_same(encoding: str) -> None:
     table = pa.table({"x": range(10), "s": ["a", "b"] * 5})
     data = written(table, row_group_size=4, use_dictionary=False, column_encoding={"s": encoding})
     source = Source(data)
-    file = opened(source, partitions={"day": pa.scalar(3)})
+    file = opened(source, name="day=3/f.parquet")
     for columns in (["s", "x", "day"], ["x"], ["s"]):
         for index in range(3):
             reads = [file.read(index, columns) for _ in range(3)]
@@ -570,7 +571,7 @@ def test_sixty_million_rows_of_one_value_are_refused_by_the_real_limit() -> None
 def test_a_partition_column_counts_as_well(small_limit: int) -> None:
     data = written(pa.table({"x": pa.nulls(3_000_000)}), row_group_size=2**30)
     with pytest.raises(ShardRejected, match="would decode"):
-        opened(data, partitions={"year": pa.scalar(2026)}).read(0, ["year"])
+        opened(data, name="year=2026/f.parquet").read(0, ["year"])
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.large_binary()])
@@ -772,6 +773,13 @@ def test_many_small_row_groups_are_read_as_few(encoding: dict[str, Any]) -> None
     for _ in range(2):  # the second time, what was found out is known
         tables = [group.read(["s", "x"]) for group in groups]
         assert pa.concat_tables(tables).to_pydict() == table.select(["s", "x"]).to_pydict()
+
+
+def test_lists_of_text_with_a_dictionary_for_each_row_group_are_read_together() -> None:
+    table = pa.table({"x": [[f"v{i % 9}", f"v{i % 7}"] if i % 5 else None for i in range(500)]})
+    (group,) = row_groups(opened(written(table, row_group_size=3)))
+    assert group.num_rows == 500
+    assert group.read(["x"]).column("x").combine_chunks().to_pylist() == table.column("x").to_pylist()
 
 
 def test_row_groups_that_are_few_or_large_keep_to_themselves() -> None:
