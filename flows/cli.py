@@ -11,14 +11,14 @@ import sys
 from collections.abc import Iterable
 from gc import freeze
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, Parameter
 from cyclopts.validators import Number
 from pydantic import BaseModel
 
 from tidemill.flows import launch, terminal, views
-from tidemill.flows.flags import FollowFlags, SpecFlags, UsageError, explain, spec_file
+from tidemill.flows.flags import FollowFlags, SpecFlags, UsageError, called
 from tidemill.tasks.settings import BatchSettings
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ def follow(
 ) -> None:
     """Train MODEL on the shards that arrive in INBOX; commit new versions; remove what they contain.
 
-    SIGTERM, Ctrl-C or the time given ends it once the step in hand is committed. SIGKILL at any moment loses no shard and trains
-    none twice: start it again.
+    SIGTERM, Ctrl-C or --stop-after-seconds ends the run after the commit in hand. After SIGKILL, at any moment, start it again:
+    no shard is lost, and none is trained on twice.
 
     For example:
 
@@ -130,7 +130,7 @@ def status(
     inbox: Annotated[str | None, Parameter(help="URL of an inbox to look into as well.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The state of one model, or the list of all models. With --inbox also what waits there.
+    """Print the state of one model, or the list of all models. With --inbox, print what waits there too.
 
     For example:
 
@@ -163,7 +163,7 @@ def history(
     ] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """The history of MODEL, newest first: what each version was made from.
+    """Print the history of MODEL, newest first: what each version was made from.
 
     For example:
 
@@ -177,7 +177,7 @@ def history(
 
 @app.command
 def show(registry: Registry, model: Name, version: Which = "head", /, *, as_json: AsJson = True) -> None:
-    """The whole manifest of one version, always as JSON: lineage, exact shards, blobs with their sha256, metrics.
+    """Print the whole manifest of one version, always as JSON: its parent, its shards, its blobs with their sha256, its scores.
 
     For example:
 
@@ -195,7 +195,7 @@ def predict(
     registry: Registry,
     model: Name,
     dataset: Dataset,
-    output: Annotated[str, Parameter(help="URL of a folder; files of the same names are replaced.")],
+    output: Annotated[str, Parameter(help="URL of a folder for the predictions. An earlier result there is replaced.")],
     /,
     *,
     version: Which = "champion",
@@ -265,7 +265,7 @@ def audit(
 def promote(
     registry: Registry, model: Name, version: Which, /, *, alias: Alias = "champion", as_json: AsJson = False
 ) -> None:
-    """Let an alias name a version: serving follows it.
+    """Point an alias at a version. What you serve follows the alias.
 
     For example:
 
@@ -316,7 +316,7 @@ def requeue(
     everything: Annotated[bool, Parameter("--all", negative="", help="Send everything back.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List rejected shards; or send them back to their inbox, once the reason for the rejection is gone.
+    """List rejected shards, or send them back to their inbox once the reason for the rejection is gone.
 
     A registry alone does not decide where files are written: the inbox is named here.
 
@@ -391,13 +391,6 @@ def _print(view: views.View, as_json: bool) -> None:
     terminal.out(words)
 
 
-_KEPT: Final = {
-    "train": "the epochs that ended are kept, and the same command goes on from the checkpoint after the last of them",
-    "follow": "every version that was committed stays, and the same command goes on from there",
-}
-"""What a signal leaves, by command."""
-
-
 def main(tokens: Iterable[str] | None = None) -> None:
     """Entry point of `tidemill` and of `python -m tidemill`."""
     # Else the interpreter, when it ends, searches all that torch and Prefect have made for cycles: more than a second.
@@ -405,28 +398,8 @@ def main(tokens: Iterable[str] | None = None) -> None:
     atexit.register(freeze)
     arguments = list(sys.argv[1:] if tokens is None else tokens)
     try:
-        with terminal.attached() as signals:
-            _run(arguments, signals)
+        with terminal.attached(arguments[0] if arguments else "", launch.explained):
+            called(app, arguments)
     except SystemExit as end:
         launch.part(end.code if isinstance(end.code, int) else 0)
         raise
-
-
-def _run(arguments: list[str], signals: list[KeyboardInterrupt]) -> None:
-    """Run a command. What a signal interrupts may end in any error: it is the signal all the same."""
-    kept = _KEPT.get(arguments[0] if arguments else "", "the same command may be run again, and finds what was done")
-    try:
-        app.config = spec_file(arguments)
-        app(arguments, print_error=False, exit_on_error=False)
-    except CycloptsError as error:
-        terminal.fail(explain(app, error), 2)
-    except UsageError as error:
-        terminal.fail(f"tidemill: {error}", 2)
-    except KeyboardInterrupt as signal:
-        terminal.stopped(signal, kept)
-    except Exception as error:
-        if signals:
-            terminal.stopped(signals[0], kept)
-        if (message := terminal.message(error, launch.explained)) is None:
-            raise
-        terminal.fail(f"tidemill: {message}", 1)

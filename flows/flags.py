@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError
+from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
 from cyclopts.config import Dict as ConfigDict
 from cyclopts.help import format_usage
 from pydantic import BeforeValidator, Field, ValidationError
 
+from tidemill.flows import terminal
 from tidemill.tasks.settings import TAGS, OnlineSettings
 from tidemill.tasks.training.spec import Model, Optimizer, Schedule, Spec
 
@@ -111,6 +112,17 @@ def spec_file(tokens: Sequence[str]) -> list[Callable[..., Any]]:
     return [ConfigDict({"train": fields}, source=path)]
 
 
+def called(app: App, arguments: list[str]) -> None:
+    """Run the command that a command line asks for. What is wrong with it is told, with how it should look: exit code 2."""
+    try:
+        app.config = spec_file(arguments)
+        app(arguments, print_error=False, exit_on_error=False)
+    except CycloptsError as error:
+        terminal.fail(explain(app, error), 2)
+    except UsageError as error:
+        terminal.fail(f"tidemill: {error}", 2)
+
+
 def explain(app: App, error: CycloptsError) -> str:
     """What is wrong with a command line, by the names of its flags, and how it should look."""
     chain = list(error.command_chain or ())
@@ -121,6 +133,10 @@ def explain(app: App, error: CycloptsError) -> str:
         problems = [_missing(error.argument.name)]
     elif isinstance(error, UnknownOptionError) and error.token.source not in ("", "cli"):
         problems = [_unknown(error.token.source, error.token.keyword or error.token.value)]
+    elif isinstance(error, UnusedCliTokensError):
+        more = " ".join(error.unused_tokens or ())
+        hint = "A shell makes many arguments of a pattern such as *.parquet: give the folder"
+        problems = [f"{more} is more than it takes. ({hint})"]
     else:
         problems = [str(error)]
     usage = (app[chain[0]].usage if chain else None) or format_usage(app, chain).plain.strip()

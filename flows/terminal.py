@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import IO, NoReturn
+from typing import IO, Final, NoReturn
 
 
 class Terminated(KeyboardInterrupt):
@@ -43,11 +43,20 @@ def _to_nowhere(stream: IO[str]) -> None:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
-@contextlib.contextmanager
-def attached() -> Iterator[list[KeyboardInterrupt]]:
-    """While a command runs: log lines go to stderr, signals are exceptions, and no name of a file is too odd to print.
+_KEPT: Final = {
+    "train": "the epochs that ended are kept, and the same command goes on from the checkpoint after the last of them",
+    "follow": "every version that was committed stays, and the same command goes on from there",
+}
+"""What a signal leaves, by command."""
 
-    Yields the signals that came: code that one interrupts may end in an error of its own.
+
+@contextlib.contextmanager
+def attached(command: str, translate: Callable[[Exception], str | None]) -> Iterator[None]:
+    """While a command runs: log lines go to stderr, a signal or an error ends it in one line, and any name can be printed.
+
+    Args:
+        command: Its name, for the word of what a signal leaves.
+        translate: What errors of Prefect mean; None of those that are bugs, which keep their traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
@@ -70,8 +79,17 @@ def attached() -> Iterator[list[KeyboardInterrupt]]:
     ours = [number for number, is_now in before.items() if is_now in (signal.SIG_DFL, signal.default_int_handler)]
     for number in ours:
         signal.signal(number, interrupt)
+    kept = _KEPT.get(command, "the same command may be run again, and finds what was done")
     try:
-        yield came
+        yield
+    except KeyboardInterrupt as signalled:
+        _stopped(signalled, kept)
+    except Exception as error:
+        if came:  # what a signal interrupts may end in any error
+            _stopped(came[0], kept)
+        if (words := _message(error) or translate(error)) is None:
+            raise
+        fail(f"tidemill: {words}", 1)
     finally:
         for number in ours:
             signal.signal(number, before[number])
@@ -88,14 +106,14 @@ def _for_terminal(record: logging.LogRecord) -> bool:
     return not getattr(record, "send_to_api", True) and not record.getMessage().startswith("Crash detected!")
 
 
-def stopped(by: KeyboardInterrupt, kept: str) -> NoReturn:
+def _stopped(by: KeyboardInterrupt, kept: str) -> NoReturn:
     """End a command that a signal ended; `kept` says what is not lost, and how to go on."""
     number, name = (signal.SIGTERM, "SIGTERM") if isinstance(by, Terminated) else (signal.SIGINT, "Ctrl-C")
     fail(f"tidemill: stopped by {name}; {kept}", 128 + number)
 
 
-def message(error: Exception, translate: Callable[[Exception], str | None] | None = None) -> str | None:
-    """All that a user needs to know of an error; None for those that are bugs, and keep their traceback."""
+def _message(error: Exception) -> str | None:
+    """All that a user needs to know of an error of ours; None for other errors."""
     from tidemill.storage.errors import StorageError
     from tidemill.tasks.errors import GateClosed
     from tidemill.tasks.training.errors import TrainingError
@@ -104,7 +122,7 @@ def message(error: Exception, translate: Callable[[Exception], str | None] | Non
         return str(error)
     if isinstance(error, FileNotFoundError) and not _folder_is_there():
         return "the current folder has been removed: go to another one, and run the command again"
-    return None if translate is None else translate(error)
+    return None
 
 
 def _folder_is_there() -> bool:

@@ -33,7 +33,7 @@ class BatchSettings(_Settings):
     patience: int | None = Field(
         default=None,
         ge=1,
-        description="Score the held-out rows after each epoch, stop when they have not become better for so many, and register "
+        description="Score the held-out rows after each epoch. Stop after this many epochs without a better score, and register "
         "the best epoch.",
     )
     device: Device = Field(default="auto", description=_DEVICE)
@@ -109,8 +109,8 @@ class Retrain(_Settings):
     """A model that was refused too often is trained anew."""
 
     retrain_on: str = Field(
-        description="URL of a dataset. After too many refused versions the model is trained anew on it, in batch. An archive "
-        "below it belongs to it."
+        description="URL of a dataset. After too many refused versions the model is trained anew on it, in batch. Shards "
+        "archived below it are part of it."
     )
 
 
@@ -139,7 +139,7 @@ class GateSettings(_Settings):
         default=None, description="URL of a dataset on which each new version is compared with the champion too."
     )
     refusals: int = Field(
-        default=10, ge=1, description="After this many refused versions in a row, do what after_refusals says."
+        default=10, ge=1, description="After this many refused versions in a row, do what --gate.after-refusals says."
     )
     after_refusals: AfterRefusals = Field(
         default="continue",
@@ -211,13 +211,14 @@ class OnlineSettings(_Settings):
     new_columns: Literal["fail", "add", "ignore"] = Field(
         default="add",
         description="Columns that the dataset of the batch training did not have. fail: the shard is rejected. add: they are "
-        "recorded, for the next batch training to use. ignore: nothing is said of them.",
+        "recorded, and the next batch training may use them. ignore: they are not recorded.",
     )
     device: Device = Field(default="auto", description=_DEVICE)
     limits: Limits = Field(default_factory=Limits, description="How much one commit takes.")
     after_commit: AfterCommit = Field(
         default="delete",
-        description="What becomes of a shard once a committed version contains it: delete it, or keep it in the inbox.",
+        description="What becomes of a shard once a committed version contains it. delete: it is removed. keep: it stays in the "
+        "inbox.",
     )
     labels: LabelSettings | None = Field(
         default=None, description="Where labels arrive that come later than their features."

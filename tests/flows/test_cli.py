@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from cyclopts import CycloptsError
 from prefect import Flow
 
 from tests.flows.conftest import Place
@@ -32,6 +34,7 @@ from tests.s3_server import S3, wait_until
 from tidemill.flows import launch, specfile
 from tidemill.flows.batch import batch_training
 from tidemill.flows.cli import app, main
+from tidemill.flows.flags import UsageError, spec_file
 from tidemill.flows.online import online_training
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.disposal import quarantined
@@ -111,6 +114,33 @@ def test_each_command_has_an_example(tidemill: Run, command: str) -> None:
     assert (result.code, result.err) == (0, "")
     assert f"\n tidemill {command} ./" in result.out
     assert "[required]" in result.out
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def examples() -> list[list[str]]:
+    """Every command line in `--help`, the README and the docs, as a shell would split it."""
+    texts = [str(app.help), *(str(app[name].help) for name in COMMANDS)]
+    texts += [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    shown = [line.removeprefix("$ ") for line in lines if re.match(r"(\$ )?tidemill +[a-z]+ ", line)]
+    return [shlex.split(re.split(r" [|>&#] ", line)[0], comments=True)[1:] for line in shown]
+
+
+def test_every_command_line_in_help_and_docs_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is parsed, with all its flags and their values. None is run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("spec.yaml", "spec.json"):
+        (tmp_path / name).write_text("{features: [a], target: y}")
+    found = examples()
+    assert {line[0] for line in found} == set(COMMANDS)
+    for line in found:
+        app.config = spec_file(line)
+        try:
+            app.parse_args(line, print_error=False, exit_on_error=False)
+        except (CycloptsError, UsageError) as error:
+            pytest.fail(f"tidemill {shlex.join(line)}: {error}")
 
 
 def test_the_settings_are_explained(tidemill: Run) -> None:
@@ -479,6 +509,7 @@ FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
     [
         (("nonsense",), 'Unknown command "nonsense". Available commands: train, follow'),
         (("status",), "tidemill status: REGISTRY is missing"),
+        (("train", "a.parquet", "b.parquet", *FLAGS[2:]), "tidemill train: m is more than it takes. (A shell"),
         (("status", "r", "m", "--jsno"), "tidemill status: Unknown option: --jsno. Did you mean --json?"),
         (("status", "r", "--inbox", "i"), "--inbox needs the name of a model"),
         (("log", "r", "m", "-n", "x"), 'Invalid value for -n: unable to convert "x" into int'),
