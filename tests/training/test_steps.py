@@ -8,7 +8,7 @@ import torch
 
 from tests.training.rows import begin, cut, numbers_table, plain_spec, same_bits
 from tidemill.tasks.training.learner import Learner
-from tidemill.tasks.training.loop import train_pass
+from tidemill.tasks.training.loop import train_pass, train_shard
 from tidemill.tasks.training.optimizers import OPTIMIZERS
 from tidemill.tasks.training.pool import WindowPool
 from tidemill.tasks.training.steps import AUTO_STEPS, STEPS_PER_CALL, Steps, wanted
@@ -162,3 +162,35 @@ def test_auto_compiles_long_runs_only() -> None:
     learner = begin(plain_spec(compile="auto", batch_size=BATCH), cut(numbers_table(ROWS)))
     assert Steps(learner, AUTO_STEPS - 1).per_call == 1
     assert Steps(learner, AUTO_STEPS).per_call == STEPS_PER_CALL
+
+
+def test_shards_of_many_sizes_share_one_compiled_code() -> None:
+    """Full batches have another, since an open size costs time; nothing is compiled anew for every shard."""
+    learner = begin(plain_spec(compile="on", batch_size=BATCH), cut(numbers_table(ROWS)))
+    steps = Steps(learner, per_call=COUNT, backend="aot_eager")
+    train_shard(steps, cut(numbers_table(COUNT * BATCH)), 1)  # eager: it makes the optimizer's state
+    torch._dynamo.utils.counters.clear()
+    for rows in (3 * BATCH, 100, 93, 90, 6 * BATCH, 170, 84):
+        before = learner.counters.compiled_steps
+        train_shard(steps, cut(numbers_table(rows)), 1)
+        assert learner.counters.compiled_steps > before
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_the_code_of_an_open_size_gives_the_same_bits_whichever_size_came_first() -> None:
+    """A run that was killed meets its first shard at another place in the stream."""
+    groups = cut(numbers_table(ROWS))
+    straight = begin(plain_spec(compile="on", batch_size=BATCH), groups)
+    steps = Steps(straight, per_call=COUNT, backend="inductor")
+    for rows in (50, 84):  # two batches of 25, which are eager; three of 28
+        train_shard(steps, cut(numbers_table(rows)), 1)
+    stored = straight.dump()
+    later = (87, 72)  # three batches of 29, and of 24
+    for rows in later:
+        train_shard(steps, cut(numbers_table(rows)), 1)
+    resumed = Learner.load(straight.spec, *stored)
+    steps = Steps(resumed, per_call=COUNT, backend="inductor")
+    for rows in later:
+        train_shard(steps, cut(numbers_table(rows)), 1)
+    assert resumed.counters.compiled_steps > 0
+    assert resumed.dump() == straight.dump()
