@@ -29,7 +29,7 @@ def open_store(url: str) -> Store:
     scheme = scheme.lower() if separator else scheme
     if not url.strip() or "\0" in url:
         raise InvalidURL(f"{_shown(url)} names no store; {_KINDS}")
-    if separator and url != url.strip():
+    if separator and scheme != "file" and url != url.strip():  # a folder may well be called so
         raise InvalidURL(f"{_shown(url)} has white space at an end; remove it ({_KINDS})")
     if not separator:
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
