@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tidemill.storage import tombstones
+from tidemill.tasks.online import delayed, reading, selection
+from tidemill.tasks.settings import GateSettings, Limits, OnlineSettings
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -45,3 +49,36 @@ def test_links_between_the_documents_lead_somewhere(page: str) -> None:
         if "://" not in target and not (path.exists() and (not anchor or anchor in anchors(path))):
             broken.append(f"{target}#{anchor}")
     assert not broken
+
+
+MIB = 2**20
+NUMBERS = [
+    ("docs/guarantees.md", f"hands out up to {selection.LISTED_AHEAD:,} shards"),
+    ("docs/guarantees.md", f"up to {reading.AHEAD_BYTES // MIB} MiB with"),
+    ("docs/guarantees.md", f"(the last {tombstones.WINDOW:,} shards)"),
+    ("docs/learning.md", f"a backlog of {selection.LISTED_AHEAD:,} shards"),
+    ("docs/learning.md", f"The {delayed.LISTED:,} oldest shards of labels"),
+    ("docs/format.md", f"every {tombstones.WHOLE_VERSIONS + 1} versions or {tombstones.WHOLE_SHARDS:,} shards"),
+    ("docs/format.md", f"`backlog` ({selection.LISTED_AHEAD:,} shards wait)"),
+    ("docs/format.md", f"At least the last {tombstones.WINDOW:,} consumed shards"),
+    ("docs/deployment.md", f"each of the last {tombstones.WINDOW:,} shards once"),
+]
+"""(page, what it says): each number of the code that stands in prose."""
+
+
+@pytest.mark.parametrize(("page", "words"), NUMBERS)
+def test_numbers_in_prose_are_those_of_the_code(page: str, words: str) -> None:
+    assert words in " ".join((ROOT / page).read_text().split())
+
+
+def test_no_default_of_a_setting_is_repeated_in_prose() -> None:
+    """`--help` has them all; here they would only grow old."""
+    text = "\n".join((ROOT / page).read_text() for page in PAGES if page != "docs/log.md")
+    limits, gate = Limits(), GateSettings()
+    told = [f"{limits.max_shards} shards", f"{limits.max_bytes // MIB} MiB", f"{limits.max_shard_bytes // MIB} MiB"]
+    told += [
+        f"in a row ({gate.refusals})",
+        f"(a share; {gate.tolerance:.0%})",
+        f"`grace_seconds` ({OnlineSettings().grace_seconds:.0f})",
+    ]
+    assert not [words for words in told if words in text]
