@@ -25,6 +25,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from benchmarks.before_after import interval, is_slower
 from benchmarks.speed import child, claims, data, machine, report, rounds, siblings, summary
 from benchmarks.speed.processes import ROOT
 from benchmarks.speed.suites import SUITES, Setup
@@ -87,7 +88,10 @@ def script(name: str) -> list[dict[str, Any]]:
 
 
 def before_after() -> None:
-    """Every row of the comparison with an older commit, in its smallest size."""
+    """Every row of the comparison with an older commit, in its smallest size; its interval by the tables of the sign test."""
+    assert [interval(range(1, 1 + count)) for count in (5, 6, 15, 25)] == [None, (1, 6), (4, 12), (8, 18)]
+    assert is_slower([0.9] * 6)
+    assert not is_slower([0.9] * 5 + [0.98])
     command = [sys.executable, str(ROOT / "benchmarks" / "before_after.py"), "HEAD", "--pairs", "2", "--small"]
     subprocess.run(command, cwd=ROOT, check=True)
 
