@@ -104,11 +104,11 @@ def mutated_tree(rng: Random, tree: Any) -> Any:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         found = list(places(tree))
         if not found or rng.random() < 0.01:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))
         holder, key = rng.choice(found)
         match rng.randrange(6):
             case 0 | 1:
-                holder[key] = rng.choice(VALUES)
+                holder[key] = copy.deepcopy(rng.choice(VALUES))
             case 2:
                 holder[key] = nudged(rng, holder[key])
             case 3:
