@@ -208,6 +208,7 @@ def test_nobody_listens(s3_server: S3, monkeypatch: pytest.MonkeyPatch):
     assert "Check that the store is up" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_restarted_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with running_server(tmp_path) as server:
         for name, value in server.s3.environment().items():

@@ -148,6 +148,7 @@ def test_an_unknown_model_is_said_at_once(memory_registry: str, memory_url: Make
         drain(memory_url("inbox"), memory_registry, "modle")
 
 
+@pytest.mark.slow
 def test_importing_the_doors_folder_is_light_and_the_doors_need_no_prefect() -> None:
     code = (
         "import sys, tidemill.tasks.online; assert not {'torch', 'pyarrow', 'prefect'} & set(sys.modules); "
