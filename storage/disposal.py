@@ -51,12 +51,15 @@ def dispose(
         stores: Opens the places.
 
     Returns:
-        What could not be disposed of now, to be carried on by the next version: of another place, denied, or of an inbox that
-        is gone as a whole.
+        What could not be disposed of now, to be carried on by the next version: what is still there in another place, what
+        was denied, and what is of an inbox that is gone as a whole.
     """
     debts, elsewhere = list[Owed](), list[Owed]()
     for debt in owed:
-        (debts if _is_of(log, debt, may_touch) else elsewhere).append(debt)
+        if _is_of(log, debt, may_touch):
+            debts.append(debt)
+        elif not _is_gone(debt, stores):  # the run that made it may have paid it since; nothing records that
+            elsewhere.append(debt)
     for place in sorted({_place(debt) for debt in elsewhere} - _told):
         _told.add(place)
         logger.warning(
@@ -98,6 +101,16 @@ def _is_of(log: VersionLog, debt: Owed, may_touch: Callable[[str], bool]) -> boo
     else:
         fits = debt.action == "delete" or (debt.destination is not None and may_touch(debt.destination))
     return fits and may_touch(debt.inbox)
+
+
+def _is_gone(debt: Owed, stores: Callable[[str], Store]) -> bool:
+    """Whether the object of a debt is not in its inbox any more. This only looks: nothing is changed there."""
+    try:
+        return stores(debt.inbox).stat(debt.key).etag != debt.etag
+    except NotFound:
+        return True
+    except StorageError:  # what cannot be looked at may still be there
+        return False
 
 
 def _place(debt: Owed) -> str:

@@ -105,7 +105,8 @@ def predict(
                 if outputs.ndim == 2:
                     values = pa.FixedSizeListArray.from_arrays(values, outputs.shape[1])
                 table = group.taken().append_column("prediction", values)
-                writer = writer or pq.ParquetWriter(sink, table.schema)
+                # Hardly two predictions are alike: a dictionary of them takes longer to make than all the rest of the file.
+                writer = writer or pq.ParquetWriter(sink, table.schema, use_dictionary=list(columns))
                 writer.write_table(table)
             assert writer is not None
             writer.close()

@@ -516,6 +516,8 @@ def test_a_forged_debt_neither_writes_nor_deletes_anywhere_and_is_carried_on(
     archive.write("a.parquet", b"bytes")  # where nothing may be touched
     stores = (inbox.store, archive, log.store)
     debt = forge(owe(inbox, "a.parquet", "delete"), archive.url)
+    holder = archive if debt.inbox == archive.url else inbox.store
+    debt = debt.model_copy(update={"etag": holder.stat("a.parquet").etag})  # or it would be taken for paid
     before = [{info.key: store.read(info.key) for info in store.list()} for store in stores]
     assert disposal.dispose(log, [debt], lambda url: url == inbox.url) == (debt,)
     assert [{info.key: store.read(info.key) for info in store.list()} for store in stores] == before
@@ -534,6 +536,18 @@ def test_debts_of_other_places_are_warned_of_once_and_do_not_hold_up_the_others(
         memory.store.write("a.parquet", b"bytes")
     assert caplog.text.count("no place of this run") == 1
     assert keys(memory_archive) == ["a.parquet"]
+
+
+def test_a_debt_of_another_place_is_carried_on_only_while_its_object_is_there(
+    inbox: Inbox, log: VersionLog, archive: Store
+) -> None:
+    for key in ("paid.parquet", "replaced.parquet", "there.parquet"):
+        inbox.store.write(key, b"bytes")
+    debts = [owe(inbox, key, "delete") for key in ("paid.parquet", "replaced.parquet", "there.parquet")]
+    inbox.store.delete("paid.parquet")
+    inbox.store.write("replaced.parquet", b"new bytes")
+    assert disposal.dispose(log, debts, lambda url: url == archive.url) == (debts[2],)
+    assert keys(inbox.store) == ["replaced.parquet", "there.parquet"]
 
 
 def anywhere_but(debt: Owed) -> Callable[[str], bool]:
