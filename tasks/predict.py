@@ -106,7 +106,7 @@ def predict(
                     values = pa.FixedSizeListArray.from_arrays(values, outputs.shape[1])
                 table = group.taken().append_column("prediction", values)
                 # Hardly two predictions are alike: a dictionary of them takes longer to make than all the rest of the file.
-                writer = writer or pq.ParquetWriter(sink, table.schema, use_dictionary=list(columns))
+                writer = writer or pq.ParquetWriter(sink, table.schema, use_dictionary=list(columns))  # type: ignore[arg-type]  # names too
                 writer.write_table(table)
             assert writer is not None
             writer.close()
