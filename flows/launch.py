@@ -25,6 +25,8 @@ logger = logging.getLogger("tidemill")
 
 PARTING_SECONDS: Final = 20.0
 """How long the records of a run may take to reach a Prefect server that answers, once the run is over."""
+_DATABASE_BYTES: Final = 8 * 2**20
+"""What the database of a new Prefect server takes, and some more."""
 _RETRIES: Final = 2
 """Prefect repeats a request this often, after some 2 and 4 seconds. It would do so for a minute, three times in a row."""
 
@@ -132,12 +134,14 @@ def prepare() -> None:
 
 
 def _unusable(folder: Path) -> str | None:
-    """Why nothing can be written to a folder, which is made if need be; None if it can."""
+    """Why no database can be written to a folder, which is made if need be; None if one can."""
     probe = folder / f".tidemill-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(bytes(4096))
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(_DATABASE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         return error.strerror or str(error)
     return None

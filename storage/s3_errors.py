@@ -121,6 +121,7 @@ def translated(error: BaseException, method: str, where: str, key: str | None) -
 
 def _refused(status: int, code: str, message: str, method: str, where: str) -> StorageError:
     """Who may not do what, as far as the answer tells."""
+    code = code or str(status)
     said = f"{code}: {message}" if message and code != str(status) else code
     if code in _DENIED:
         return PermissionDenied(f"{where}: {code}: {_DENIED[code]}")
