@@ -77,7 +77,7 @@ def before_following(inbox: str, registry: str, model: str, settings: "OnlineSet
 
 
 def must_exist(*urls: str | None) -> list[str | None]:
-    """The URLs of the stores at these URLs, each of which must be there.
+    """The URLs of the stores at these URLs. Each store must be there.
 
     Raises:
         StorageError: there is no such folder or bucket, or it may not be read.

@@ -105,15 +105,15 @@ class VersionLog(Chain):
                     found.add(shard.inbox, shard.key, shard.sha256, shard.etag)
         return found
 
-    def tombstones_due(self, parent: Version, loose: int = 0) -> bool:
-        """Whether a version after `parent` stores all tombstones, of which so many are in no blob, or names an older blob."""
+    def tombstones_due(self, parent: Version, unstored: int = 0) -> bool:
+        """True if the version after `parent` must store a new tombstone blob; `unstored`: tombstones added since the last."""
         _, stored = _stored_tombstones(parent)
-        return due(parent.number + 1 - stored, loose)
+        return due(parent.number + 1 - stored, unstored)
 
     def write_tombstones(self, number: int, tombstones: Tombstones) -> TombstonesRef:
         """Store all tombstones for version `number`, as `write_blob` does."""
         ref = self.write_blob(number, "tombstones.jsonl", tombstones.encode())
-        tombstones.loose = 0
+        tombstones.unstored = 0
         return TombstonesRef(**dict(ref), version=number)
 
     def carried_tombstones(self, parent: Version | None) -> TombstonesRef | None:

@@ -11,7 +11,7 @@ _DATA, _DATA_V2 = 5, 8  # data_page_header, data_page_header_v2: their first fie
 
 
 def decoded_bytes(data: bytes | memoryview, values: int) -> int:
-    """Uncompressed bytes of all pages of a column chunk that holds so many values.
+    """Uncompressed bytes of all pages of a column chunk that holds `values` values.
 
     Raises:
         ValueError: a header does not parse.

@@ -26,7 +26,7 @@ class RangesFile(io.RawIOBase):
         self._chunks: list[memoryview] = []
 
     def load(self, ranges: Sequence[tuple[int, int]], concurrency: int) -> None:
-        """Fetch [start, stop) ranges, each by one request, with so many requests under way. They are in order and apart."""
+        """Fetch [start, stop) ranges, each by one request, up to `concurrency` at once. The ranges are in order and apart."""
         chunks = concurrently(lambda wanted: self._fetch(wanted[0], wanted[1] - wanted[0]), ranges, concurrency)
         for (start, _), chunk in zip(ranges, chunks, strict=True):
             self.hold(start, chunk)

@@ -24,7 +24,7 @@ _BROKEN = (NotFound, UnknownVersion, CorruptObject, AttributeError, RecursionErr
 
 
 class Checkpoint(Record):
-    """The learner after so many epochs."""
+    """The learner after `epochs` epochs."""
 
     epochs: int
     losses: tuple[float, ...]
@@ -114,7 +114,7 @@ class BatchProgress:
         return None
 
     def after(self, epochs: int) -> tuple[Checkpoint, bytes, bytes]:
-        """The checkpoint after so many epochs.
+        """The checkpoint after `epochs` epochs.
 
         Raises:
             CorruptObject: it is damaged or gone.

@@ -14,13 +14,13 @@ from tidemill.storage.store import ObjectInfo
 WINDOW = 10_000
 """How many of the last consumed shards are remembered at least. One that is still in the inbox is remembered in any case."""
 WHOLE_VERSIONS = 32
-"""For so many versions the blob is not written again: a run that opens the log reads their manifests."""
+"""How many versions may follow a blob before the next one: a run that opens the log reads their manifests."""
 WHOLE_SHARDS = 2500
-"""After so many shards the blob is written again."""
+"""How many shards may be consumed before the next blob."""
 
 
 def due(versions: int, shards: int) -> bool:
-    """Whether the blob is written again, so many versions and shards after it was."""
+    """Whether to write a new blob, `versions` versions and `shards` shards after the last."""
     return versions > WHOLE_VERSIONS or shards >= WHOLE_SHARDS
 
 
@@ -28,7 +28,7 @@ class Tombstones:
     """The identities of consumed shards, in the order of their consumption."""
 
     def __init__(self) -> None:
-        self.loose = 0
+        self.unstored = 0
         """How many were added since these were stored as a whole."""
         self._lines: dict[tuple[str, str, str], tuple[str, bytes]] = {}
         self._etags: dict[tuple[str, str, str], str] = {}
@@ -46,7 +46,7 @@ class Tombstones:
                 self.add(*fields)
         except (ValueError, TypeError, RecursionError) as error:
             raise CorruptObject(f"{where} does not hold tombstones: {error}") from error
-        self.loose = 0
+        self.unstored = 0
         return self
 
     def encode(self) -> bytes:
@@ -58,17 +58,17 @@ class Tombstones:
         self._spellings = {url: asked for url in inboxes if (asked := spelled(url)) != url}
         if not self._spellings:
             return
-        lines, loose = [json.loads(line) for _, line in self._lines.values()], self.loose
+        lines, unstored = [json.loads(line) for _, line in self._lines.values()], self.unstored
         self._lines, self._etags = {}, {}
         for fields in lines:
             self.add(*fields)
-        self.loose = loose
+        self.unstored = unstored
 
     def add(self, inbox: str, key: str, sha256: str, etag: str) -> None:
         line = json.dumps([inbox, key, sha256, etag]).encode() + b"\n"
         inbox = self._spellings.get(inbox, inbox)
         self._forget((inbox, key, sha256))  # so that one consumed again counts as recent
-        self.loose += 1
+        self.unstored += 1
         self._lines[inbox, key, sha256] = etag, line
         self._etags[inbox, key, etag] = sha256
 

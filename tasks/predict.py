@@ -193,7 +193,7 @@ class _Result:
 
 
 class _Copied:
-    """A row group of which some columns are kept when it is read: one read for the inputs and for what is copied."""
+    """A row group that keeps some columns when it is read: one read for the inputs and for what is copied."""
 
     __slots__ = ("_columns", "_group", "_kept", "name", "num_rows", "readers", "schema")  # there may be 100,000
 

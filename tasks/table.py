@@ -22,7 +22,7 @@ def table_snapshot(table: pa.Table) -> Snapshot:
     cut in chunks, the same values of the same types have the same one.
 
     Raises:
-        DatasetError: it has no rows, or a column of a type of which Arrow makes no copy.
+        DatasetError: it has no rows, or a column whose type Arrow cannot copy.
     """
     if not table.num_rows:
         raise DatasetError("the table holds no rows: give one with rows to train on.")
@@ -39,7 +39,8 @@ def table_snapshot(table: pa.Table) -> Snapshot:
 
 
 def _own(rows: pa.Table) -> pa.Table:
-    """A copy in which buffers hold these values alone, and begin with them. Views of text, of which there is none, as text."""
+    """A copy in which buffers hold these values alone, and begin with them. Views of text become text: Arrow cannot take rows of
+    views."""
     for i, field in enumerate(rows.schema):
         if pa.types.is_string_view(field.type) or pa.types.is_binary_view(field.type):
             plain = pa.string() if pa.types.is_string_view(field.type) else pa.binary()
@@ -53,7 +54,7 @@ def _own(rows: pa.Table) -> pa.Table:
 
 
 class _Sha256(io.RawIOBase):
-    """A file of which only the sha256 is kept."""
+    """A file that keeps only the sha256 of what is written."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()

@@ -87,7 +87,7 @@ def _tombstones(
 ) -> TombstonesRef | None:
     """Where version `number` finds its tombstones; they are stored, and old ones forgotten, when that is due."""
     head, log = work.head, places.log
-    if not log.tombstones_due(head.version, head.tombstones.loose):
+    if not log.tombstones_due(head.version, head.tombstones.unstored):
         return log.named_tombstones(head.version)
     # What is in the inbox must be remembered: all that is kept, and what an earlier run has kept and is not removed yet.
     if settings.after_commit != "keep" and selection.complete:

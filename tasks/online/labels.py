@@ -54,7 +54,7 @@ class Labels:
     """One label shard in memory: its key column and its targets."""
 
     def __init__(self, groups: Sequence[RowGroup], key: str, targets: Sequence[str]) -> None:
-        """Read the label shard, of which other columns are ignored. Its row groups share one schema, as those of a file do.
+        """Read the label shard. Other columns are ignored. Its row groups share one schema, as those of a file do.
 
         A key may occur more than once if its labels are the same each time.
 

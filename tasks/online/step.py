@@ -90,7 +90,7 @@ class OnlineRun:
         self.champion = Champion(self.places.log, settings.gate, settings.device, self.places.store)
         self._head: Head | None = None
         self._selection: Selection | None = None
-        """The last listing, of which shards may be left."""
+        """The last listing. Shards of it may be left."""
         self._unreadable: dict[Identity, str] = {}
         """Shards that could not be read lately -> why."""
         self._read_again_at = 0.0

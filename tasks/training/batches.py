@@ -26,7 +26,7 @@ another run, and a replay says why it finds other bits."""
 PLACE_BYTES: Final = 4  # of a row while its window is filled: where it goes
 MOVED_ROWS: Final = 16_384  # at a time
 VIEWS: Final = 128
-"""Batches that are cut at a time: so many objects that die as fast as they are made keep the garbage collector away."""
+"""Batches that are cut at a time. Few enough die as fast as they are made, so that the garbage collector does not run."""
 
 
 class Batch(NamedTuple):

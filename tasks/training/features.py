@@ -38,7 +38,7 @@ class Input:
     family: Family
     width: int | None = None  # numbers in a vector; None: a plain column
     buckets: int = 0  # more than 0: a category, or a sequence of them
-    length: int = 0  # more than 0: a sequence, padded or cut to so many items
+    length: int = 0  # more than 0: a sequence, padded or cut to this many items
 
     @property
     def numbers(self) -> int:

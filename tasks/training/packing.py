@@ -146,7 +146,7 @@ def blocks(
 
 
 def place(rows_N: Tensor, places_N: Tensor, out: Tensor) -> None:
-    """out[places_N[i]] = rows_N[i]. Rows of which the place is negative go nowhere. Both tensors are contiguous, of one dtype.
+    """out[places_N[i]] = rows_N[i]. Rows whose place is negative are left out. Both tensors are contiguous, of one dtype.
 
     numpy's `put` of whole rows as opaque items: faster than any gather, which waits for memory, as stores do not.
     """

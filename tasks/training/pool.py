@@ -33,7 +33,8 @@ class WindowPool:
 
     def __init__(self, size: int, tensors: int) -> None:
         self._size = size + tensors * ALIGNED
-        # The one queue of which `put` may be called where a garbage collector may call it. None: somebody has begun to wait.
+        # SimpleQueue, because its `put` is reentrant: a finalizer may call it during any allocation. None in it means that
+        # somebody has begun to wait.
         self._free = SimpleQueue[np.ndarray | None]()
         self._needed = False
         for _ in range(WINDOWS):  # pages that are never written take no memory

@@ -176,5 +176,5 @@ def _batch(tensors: dict[str, Tensor]) -> Batch:
 
 
 def _empty(tensors: dict[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """Room for so many rows like these; untouched, it takes no memory."""
+    """Uninitialised room for `rows` rows like these. It takes no memory until it is written to."""
     return {name: tensor.new_empty((rows, *tensor.shape[1:])) for name, tensor in tensors.items()}

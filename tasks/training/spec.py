@@ -55,7 +55,7 @@ class Column(_Settings):
         default=32,
         ge=1,
         le=65_536,
-        description="Sequences only: the last so many items of a list are used; shorter lists are padded at the end.",
+        description="Sequences only: how many of the last items of a list are used. Shorter lists are padded at the end.",
     )
 
 
@@ -181,8 +181,8 @@ class Spec(_Settings):
     )
     compile: Literal["off", "auto", "on"] = Field(
         default="off",
-        description="Compile whole gradient steps with torch.compile: on; off; auto: if the batch training has so many steps "
-        "that it wins back the time of compilation. Bits differ from those of uncompiled steps.",
+        description="Compile whole gradient steps with torch.compile: on; off; auto: if the batch training has enough "
+        "steps to win back the time of compilation. Bits differ from those of uncompiled steps.",
     )
     replay: ReplayMemory | None = Field(
         default=None, description="Memory of old rows for online training; left out: only new rows are trained on."

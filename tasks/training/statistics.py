@@ -22,8 +22,8 @@ do not depend on the number of threads. Larger buffers also fragment the heap: b
 memory of aligned blocks well."""
 
 WIDENING: Final = 1e3
-"""Rows that would make a column's running standard deviation so many times as large are refused: once in the statistics, they
-would be believed for ever."""
+"""Rows that would multiply a column's running standard deviation by more than this are refused. Once in the statistics,
+they would stay there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +129,7 @@ class Statistics:
         running: bool,
         labelled: int | None,
     ) -> Self:
-        """Of so many rows with these moments; only with `running` more can be added."""
+        """Statistics of `rows` rows with these moments. More rows can be added only with `running`."""
         return cls(
             rows=rows,
             nulls=tuple(nulls),
@@ -166,7 +166,7 @@ class Statistics:
         )
 
     def check(self, columns: int, numbers: int, targets: int) -> None:
-        """Raises ValueError if no dataset of so many columns, numbers and targets has these statistics."""
+        """Raises ValueError if no dataset with these numbers of columns and targets can have these statistics."""
         lowest, smallest = torch.finfo(torch.float64).min, torch.finfo(torch.float64).tiny
         inputs = self.mean_F.shape == self.std_F.shape == (numbers,)
         outputs = self.target_mean.shape == self.target_std.shape == (targets,)

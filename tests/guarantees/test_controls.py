@@ -353,7 +353,7 @@ class NoTombstones(VersionLog):
 class BlobAlone(VersionLog):
     """Takes the blob for all tombstones, and has none yet: what stands in manifests is not remembered."""
 
-    def tombstones_due(self, parent: Version, loose: int = 0) -> bool:
+    def tombstones_due(self, parent: Version, unstored: int = 0) -> bool:
         return False
 
     def tombstones(self, version: Version | None) -> Tombstones:

@@ -508,7 +508,7 @@ def consume(log: VersionLog, parent: Version, *names: int) -> Version:
     shards = [shard(name) for name in names]
     for each in consumed_objects(shards):
         remembered.add(each.inbox, each.key, each.sha256, each.etag)
-    due = log.tombstones_due(parent, remembered.loose)
+    due = log.tombstones_due(parent, remembered.unstored)
     blobs = Blobs(
         weights=log.write_blob(number, "safetensors", b"w"),
         state=log.write_blob(number, "state.safetensors", b"s"),

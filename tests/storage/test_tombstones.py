@@ -58,10 +58,10 @@ def test_any_key_keeps_to_its_line(key: str) -> None:
 
 def test_those_that_no_blob_has_are_counted() -> None:
     tombstones = consumed(1, 2)
-    assert tombstones.loose == 2
+    assert tombstones.unstored == 2
     back = Tombstones.decode(tombstones.encode(), "blob")
     back.add("in", "3.parquet", "sha-3", "etag-3")
-    assert back.loose == 1
+    assert back.unstored == 1
 
 
 def test_only_the_window_is_remembered() -> None:
