@@ -9,8 +9,6 @@ import logging
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -196,6 +194,9 @@ def explained(error: Exception) -> str | None:
 
 
 def _answers(url: str) -> bool:
+    import urllib.error  # here, because they take a twentieth of the start of a light command
+    import urllib.request
+
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=2):
             return True

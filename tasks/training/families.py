@@ -2,11 +2,20 @@
 
 from __future__ import annotations  # pa.Field[Any] takes its type parameter in the stubs only
 
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import pyarrow as pa
 
 Family = Literal["number", "time", "duration", "text", "list of integers", "list of text"]
+
+_NUMBERS: Final = frozenset(
+    kind.id
+    for kind in (
+        *(pa.bool_(), pa.float16(), pa.float32(), pa.float64(), pa.int8(), pa.int16(), pa.int32(), pa.int64()),
+        *(pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()),
+    )
+)
+"""What most columns are, told at once: a small shard has as many columns as a large one."""
 
 
 def family_of(kind: Any) -> tuple[Family, int | None] | None:
@@ -21,6 +30,8 @@ def family_of(kind: Any) -> tuple[Family, int | None] | None:
     A vector is a fixed-size list of numbers. Fixed-size lists inside each other, such as [channels][height][width], are
     one vector of all their numbers in row-major order.
     """
+    if kind.id in _NUMBERS:
+        return "number", None
     types = pa.types
     if isinstance(kind, pa.BaseExtensionType):
         return family_of(kind.storage_type)
@@ -36,7 +47,7 @@ def family_of(kind: Any) -> tuple[Family, int | None] | None:
         if types.is_integer(item_kind):
             return "list of integers", None
         return ("list of text", None) if family_of(item_kind) == ("text", None) else None
-    if types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
+    if types.is_decimal(kind):
         return "number", None
     if types.is_date(kind) or types.is_timestamp(kind):
         return "time", None
@@ -63,6 +74,8 @@ def type_of(family: Family, width: int | None) -> pa.DataType:
 
 def is_untyped(kind: Any) -> bool:
     """True for the type of a column that is null in every row, as pyarrow infers it, or whose lists are all empty."""
+    if kind.id in _NUMBERS:
+        return False
     types = pa.types
     if types.is_dictionary(kind) or _is_list(kind) or types.is_fixed_size_list(kind):
         return is_untyped(kind.value_type)
@@ -72,6 +85,8 @@ def is_untyped(kind: Any) -> bool:
 def stored(column: pa.ChunkedArray[Any], otherwise: pa.DataType) -> pa.ChunkedArray[Any]:
     """A column as Tidemill computes with it: of the type that an extension type is stored as; if untyped, of `otherwise`."""
     kind: Any = column.type
+    if kind.id in _NUMBERS:
+        return column
     if is_untyped(kind):
         if pa.types.is_nested(kind) and pa.types.is_nested(otherwise):  # of empty lists, or of vectors of nulls
             return column.cast(otherwise)

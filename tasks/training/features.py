@@ -11,6 +11,7 @@ import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, Self, cast
 
 import pyarrow as pa
@@ -159,7 +160,7 @@ class Features:
                 names.append(self.sample_weight)
         return names
 
-    @property
+    @cached_property
     def types(self) -> dict[str, pa.DataType]:
         """An Arrow type for each column of `names`: what a column without a type of its own stands for."""
         read_as = [(column.name, column.family, column.width) for column in self.columns]
