@@ -188,7 +188,8 @@ def _weed(binary: str, folder: Path) -> Server:
         f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
         "-s3", f"-s3.port={s3}", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-iam=false",
         "-s3.autoCreateBucket=false",
-        "-master.telemetry=false", "-master.volumeSizeLimitMB=256", "-volume.max=30",
+        "-master.telemetry=false", "-master.volumeSizeLimitMB=256",
+        "-volume.max=100",  # each bucket takes 7 of them
         "-master.electionTimeout=1s",  # of one master by itself, for which a restart waits: 3 s instead of 17
     ]  # fmt: skip
     return Server(command, {}, S3(f"http://127.0.0.1:{s3}", ADMIN, READ_ONLY), folder / "weed.log")

@@ -665,10 +665,13 @@ def mutate_and_read(data: st.DataObject) -> None:
 
 
 def run_apart(code: str) -> None:
-    """In a process of its own: what is looked for may end the process."""
+    """In a process of its own: what is looked for may end the process.
+
+    It ends without the interpreter's own end, in which Arrow's threads, on a busy machine, may still be at work and abort.
+    """
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-W", "error", "-c", code],
+        [sys.executable, "-X", "faulthandler", "-W", "error", "-c", f"{code}; import os; os._exit(0)"],
         cwd=root,
         capture_output=True,
         text=True,
