@@ -1,0 +1,114 @@
+"""The commands that look at what is there, and change nothing."""
+
+from typing import Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from tidemill.flows import launch, terminal, views
+from tidemill.flows.commands.shared import AsJson, Name, Registry, Which, opened, tell
+from tidemill.flows.flags import UsageError
+
+
+def status(
+    registry: Registry,
+    model: Name | None = None,
+    /,
+    *,
+    inbox: Annotated[str | None, Parameter(help="URL of an inbox to look into as well.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the state of one model, or the list of all models. With --inbox, print what waits there too.
+
+    For example:
+
+        tidemill status ./registry
+        tidemill status ./registry flights --inbox ./inbox
+        tidemill status s3://bucket/registry flights --inbox s3://bucket/inbox --json
+    """
+    from tidemill.storage.disposal import quarantined
+    from tidemill.storage.inbox import open_inbox
+    from tidemill.storage.log import list_models
+
+    if model is not None:
+        log = opened(registry, model)
+        looked_into = None if inbox is None else open_inbox(inbox)
+        tell(views.model(log, looked_into, len(quarantined(log))), as_json)
+    elif inbox is None:
+        tell(views.models(opened(registry, name) for name in list_models(registry)), as_json)
+    else:
+        raise UsageError("--inbox needs the name of a model: what waits depends on what it has consumed")
+
+
+def history(
+    registry: Registry,
+    model: Name,
+    /,
+    *,
+    last: Annotated[
+        int, Parameter(["--last", "-n"], validator=Number(gte=1), help="How many versions, from the newest back.")
+    ] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Print the history of MODEL, newest first: what each version was made from.
+
+    For example:
+
+        tidemill log ./registry flights -n 5
+    """
+    from tidemill.storage import aliases
+
+    log = opened(registry, model)
+    tell(views.history(list(log.history(log.head(), last)), aliases.all_aliases(log)), as_json)
+
+
+def show(registry: Registry, model: Name, version: Which = "head", /, *, as_json: AsJson = True) -> None:
+    """Print the whole manifest of one version, always as JSON: its parent, its shards, its blobs with their sha256, its scores.
+
+    For example:
+
+        tidemill show ./registry flights
+        tidemill show ./registry flights champion | jq .spec > spec.json
+    """
+    from tidemill.storage import aliases
+
+    found = aliases.resolve(opened(registry, model), version)
+    terminal.out(found.manifest.model_dump_json(indent=2, exclude_none=True))
+
+
+def audit(
+    registry: Registry,
+    model: Name,
+    /,
+    *,
+    reproduce: Annotated[
+        bool, Parameter(negative="", help="Also train again on the archived shards, and compare the bits.")
+    ] = False,
+    archive: Annotated[list[str] | None, Parameter(help="URLs where consumed shards were archived, or kept.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the whole history of MODEL: every link, every blob, every shard consumed or rejected once. Changes nothing.
+
+    With --reproduce, each version whose parent's weights still exist is trained again, on the archived shards and in the order
+    that the log names, and must have the same bits. Exit code 1 if anything is found.
+
+    For example:
+
+        tidemill audit ./registry flights
+        tidemill audit ./registry flights --reproduce --archive ./data/archive
+    """
+    from tidemill.storage.audit import audit as run
+
+    if reproduce != bool(archive):
+        raise UsageError("--reproduce needs --archive URL, and --archive is for --reproduce: give both or neither")
+    log = opened(registry, model)
+    found, again = run(log), None
+    if archive:
+        launch.find_own_modules()
+        from tidemill.storage.urls import open_store
+        from tidemill.tasks.reproduce import reproduce as train_again
+
+        again = train_again(log, [open_store(url) for url in archive])
+    tell(views.audited(found, again), as_json)
+    if found.findings or (again is not None and again.findings):
+        raise SystemExit(1)

@@ -1,0 +1,105 @@
+"""The commands that train and predict."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tidemill.flows import launch, views
+from tidemill.flows.commands.shared import AsJson, Dataset, Inbox, Name, Registry, Which, opened, tell
+from tidemill.flows.flags import FollowFlags, SpecFlags
+from tidemill.tasks.settings import BatchSettings
+
+_FOLLOWING = FollowFlags()
+
+
+def train(
+    dataset: Dataset,
+    registry: Registry,
+    model: Name,
+    /,
+    *,
+    spec: Annotated[SpecFlags, Parameter(name="*")],
+    settings: Annotated[BatchSettings, Parameter(name="*")] = BatchSettings(),
+    file: Annotated[
+        Path | None, Parameter("--spec", help="JSON or YAML file of the spec's settings; flags override it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train MODEL from a Parquet DATASET, register it as the new head, and move the alias to it.
+
+    Killed and started again with the same arguments, it continues after its last checkpoint and ends with the same bits.
+    A feature is a column's name, or JSON for more. Models of your own are found in the current folder.
+
+    For example:
+
+        tidemill train ./data ./registry flights --spec spec.yaml --epochs 20
+        tidemill train ./data ./registry flights --features a b --target y
+        tidemill train ./data ./registry flights --target delay \\
+            --features distance '{"name": "carrier", "kind": "category"}' \\
+            --model.factory mymodels:Net --model.arguments '{"width": 32}'
+    """
+    launch.before_training(dataset, registry, model, settings)
+    launch.prepare()
+    from tidemill.flows.batch import batch_training
+
+    tell(views.trained(launch.run(batch_training, dataset, registry, model, spec.spec(), settings)), as_json)
+
+
+def follow(
+    inbox: Inbox,
+    registry: Registry,
+    model: Name,
+    /,
+    *,
+    settings: Annotated[FollowFlags, Parameter(name="*")] = _FOLLOWING,
+    as_json: AsJson = False,
+) -> None:
+    """Train MODEL on the shards that arrive in INBOX; commit new versions; remove what they contain.
+
+    SIGTERM, Ctrl-C or --stop-after-seconds ends the run after the commit in hand. After SIGKILL, at any moment, start it again:
+    no shard is lost, and none is trained on twice.
+
+    For example:
+
+        tidemill follow ./inbox ./registry flights
+        tidemill follow ./inbox ./registry flights --mode drain --limits.max-shards 8
+        tidemill follow s3://bucket/inbox s3://bucket/registry flights \\
+            --after-commit.archive-to s3://bucket/data/archive
+    """
+    given = settings.settings()
+    launch.before_following(inbox, registry, model, given)
+    launch.prepare()
+    from tidemill.flows.online import online_training
+
+    tell(views.followed(launch.run(online_training, inbox, registry, model, given)), as_json)
+
+
+def predict(
+    registry: Registry,
+    model: Name,
+    dataset: Dataset,
+    output: Annotated[str, Parameter(help="URL of a folder for the predictions. An earlier result there is replaced.")],
+    /,
+    *,
+    version: Which = "champion",
+    columns: Annotated[list[str] | None, Parameter(help="Columns to copy beside the prediction.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the predictions of a version for every row of DATASET below OUTPUT, one file for each of its files.
+
+    For example:
+
+        tidemill predict ./registry flights ./data ./predictions
+        tidemill predict ./registry flights ./data ./predictions --version 12 --columns date carrier
+    """
+    from tidemill.storage import aliases
+
+    launch.must_exist(dataset)
+    aliases.resolve(opened(registry, model), version)
+    launch.find_own_modules()
+    from tidemill.tasks.predict import predict as run
+
+    done = run(registry, model, dataset, output, version, columns or [])
+    rows, files = views.count(done.rows, "prediction"), views.count(done.files, "file")
+    tell((done, f"{rows} of version {done.version} in {files} below {done.output}"), as_json)

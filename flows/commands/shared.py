@@ -1,0 +1,35 @@
+"""What commands share: their arguments, the log that they read, and how they print."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from pydantic import BaseModel
+
+from tidemill.flows import terminal, views
+
+if TYPE_CHECKING:
+    from tidemill.storage.log import VersionLog
+
+AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document instead of text.")]
+Registry = Annotated[str, Parameter(help="URL below which models live.")]
+Dataset = Annotated[str, Parameter(help="URL of a folder of Parquet files, or of a single one.")]
+Inbox = Annotated[str, Parameter(help="URL where producers drop Parquet shards.")]
+Name = Annotated[str, Parameter(help="Name of the model in the registry.")]
+Which = Annotated[str, Parameter(help="A version's number, an alias such as champion, or head.")]
+Alias = Annotated[str, Parameter(help="The alias to move.")]
+
+
+def opened(registry: str, model: str, *, writable: bool = False) -> "VersionLog":
+    """The version log of a model; with `writable`, one that may be written."""
+    from tidemill.storage.log import open_log
+
+    return open_log(registry, model, writable=writable)
+
+
+def tell(view: views.View, as_json: bool) -> None:
+    """Print what a command found, in words or as one JSON document."""
+    facts, words = view
+    if as_json:
+        words = facts.model_dump_json() if isinstance(facts, BaseModel) else json.dumps(facts)
+    terminal.out(words)
