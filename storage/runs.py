@@ -10,6 +10,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import Field
 
@@ -33,6 +34,8 @@ class Checkpoint(Record):
     """Loss on the holdout after each epoch so far, where a run chooses its best epoch by it."""
     environment: dict[str, str | int] = Field(default_factory=dict)
     """What the bits depend on besides the inputs, where the last epoch was trained."""
+    resolved: dict[str, Any] = Field(default_factory=dict)
+    """What the spec came to on this dataset. Empty in checkpoints that are older than this field: what was asked."""
     weights: BlobRef
     state: BlobRef
 
@@ -82,6 +85,7 @@ class BatchProgress:
         holdout_losses: tuple[float, ...] = (),
         best: int | None = None,
         environment: Mapping[str, str | int] | None = None,
+        resolved: Mapping[str, Any] | None = None,
     ) -> None:
         """Store a checkpoint after as many epochs as there are losses.
 
@@ -97,6 +101,7 @@ class BatchProgress:
             losses=losses,
             holdout_losses=holdout_losses,
             environment=dict(environment or {}),
+            resolved=dict(resolved or {}),
             weights=refs[0],
             state=refs[1],
         )

@@ -139,7 +139,7 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
             run.holdout_losses = (*run.holdout_losses, loss if math.isfinite(loss) else sys.float_info.max)
             logger.info("epoch %d of %d: loss %.6g on the holdout", epoch + 1, epochs, loss)
         run.losses = (*run.losses, result.loss)
-        run.progress.save(run.losses, *learner.dump(), run.holdout_losses, run.best_epoch, environment())
+        run.save(learner)
     except BaseException:
         run.forget()
         raise
@@ -184,7 +184,7 @@ def register(run: BatchRun, result: Score) -> Version:
             chosen = {"epoch_holdout": list(run.holdout_losses), "best_epoch": run.best_epoch}
             entry = Entry(
                 kind="batch",
-                spec=run.spec.model_dump(mode="json"),
+                spec=run.asked.model_dump(mode="json"),
                 resolved_spec=spec,
                 columns={field.name: type_name(field.type) for field in run.dataset.schema},
                 blobs=Blobs(

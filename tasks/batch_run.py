@@ -18,6 +18,7 @@ from tidemill.tasks.training.environment import differences, environment
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.resolving import Learned, Resolved, resolve
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 from tidemill.tasks.trial import try_out
@@ -37,7 +38,9 @@ class BatchRun:
         stores: Callable[[str], Store] = open_store,
     ) -> None:
         """Find what an earlier attempt has stored, or note that this run begins. Nothing is loaded or trained yet."""
-        self.dataset, self.log, self.spec, self.settings, self.stores = dataset, log, spec, settings, stores
+        self.dataset, self.log, self.settings, self.stores = dataset, log, settings, stores
+        self.asked = spec
+        """What makes the run this one, whatever it resolves to."""
         self.code = code_of(spec)
         self.progress = _attempt(log, run_key(dataset, spec, settings, self.code), again=settings.again)
         self.losses: tuple[float, ...] = ()
@@ -45,12 +48,19 @@ class BatchRun:
         self.holdout_losses: tuple[float, ...] = ()
         """Loss on the holdout after each finished epoch, where `patience` asks for it."""
         self.split = Split(settings.holdout_share, side="train") if settings.holdout_share else None
+        self._resolved: Resolved | None = None
         self._learner: Learner | None = None
         self._steps: Steps | None = None
         self._holdout: Snapshot | None = None
         self.progress.begin()
         self.registered = self.progress.registered()
         """(version, True if nothing is left to do) if an earlier attempt had committed it."""
+
+    @property
+    def spec(self) -> Spec:
+        """What is trained: the spec that was asked for, with nothing left open. The learner has been loaded or made."""
+        assert self._resolved is not None, "load_or_fit() comes before spec"
+        return self._resolved.spec
 
     def load_or_fit(self) -> Learner:
         """The learner after the last finished epoch: kept, loaded, or new, after a pass over the dataset for statistics.
@@ -100,6 +110,18 @@ class BatchRun:
             logger.info("the best of %d epochs was %d", len(self.losses), self.best_epoch)
         return learner
 
+    def save(self, learner: Learner) -> None:
+        """Store a checkpoint after the epochs so far."""
+        assert self._resolved is not None, "there is a learner"
+        self.progress.save(
+            self.losses,
+            *learner.dump(),
+            self.holdout_losses,
+            self.best_epoch,
+            environment(),
+            self._resolved.model_dump(mode="json"),
+        )
+
     def holdout(self) -> Snapshot:
         """The separate dataset of the settings, as it was when it was first asked for."""
         assert self.settings.holdout_dataset is not None, "the settings ask for a dataset"
@@ -112,6 +134,7 @@ class BatchRun:
         if (stored := self.progress.latest()) is None:
             return None
         checkpoint, weights, state = stored
+        self._resolved = Resolved.model_validate(checkpoint.resolved or {"spec": self.asked})
         logger.info("going on from the checkpoint after epoch %d of %d", checkpoint.epochs, self.spec.epochs)
         if checkpoint.environment and (changed := differences(checkpoint.environment, environment())):
             logger.warning("bits may differ from those of an uninterrupted run: %s", "; ".join(changed))
@@ -120,10 +143,15 @@ class BatchRun:
 
     def _fresh(self) -> Learner:
         self.losses, self.holdout_losses = (), ()
-        features = Features.resolve(self.spec, self.dataset.schema)
-        for name, schema in self.dataset.schemas:
-            features.check(schema, name)
-        learner = Learner.create(self.spec, features.fit(self.dataset.row_groups, self.split), self.settings.device)
+        schema = self.dataset.schema
+        features = Features.resolve(resolve(self.asked, schema, None).spec, schema)
+        for name, found in self.dataset.schemas:
+            features.check(found, name)
+        features = features.fit(self.dataset.row_groups, self.split)
+        assert features.statistics is not None, "just learned"
+        learned = Learned(features.statistics.rows, features.statistics.labelled or 0)
+        self._resolved = resolve(self.asked, schema, learned)
+        learner = Learner.create(self.spec, features, self.settings.device)
         try_out(learner, self.dataset.row_groups)
         return learner
 

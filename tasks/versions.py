@@ -1,7 +1,7 @@
 """From a version in the log to a learner in memory."""
 
 import os
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -11,6 +11,9 @@ from tidemill.storage.log import VersionLog
 from tidemill.tasks.training.imports import ALLOWED_MODULES, check_allowed
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.spec import Spec
+
+READ_AS: Final = ("family", "width")
+"""What `resolved_spec` says of each feature beside its settings."""
 
 
 def load_learner(log: VersionLog, version: Version, device: str = "cpu") -> Learner:
@@ -38,8 +41,35 @@ def resolved_spec(learner: Learner) -> dict[str, Any]:
 
 
 def spec_of(log: VersionLog, version: Version) -> Spec:
-    """The spec in a version's manifest. Raises CorruptObject."""
+    """The spec that a version is trained by: the resolved one.
+
+    Raises:
+        CorruptObject: it is no spec.
+    """
+    resolved = version.manifest.resolved_spec
+    if resolved is None:  # of format 1
+        return asked_of(log, version)
+    features = resolved.get("features")
+    if isinstance(features, list):
+        features = [_asked(column) if isinstance(column, dict) else column for column in features]
+    return _valid(resolved | {"features": features}, log, version)
+
+
+def asked_of(log: VersionLog, version: Version) -> Spec:
+    """The spec of a version as it was asked for. A batch training by it decides anew what it leaves open.
+
+    Raises:
+        CorruptObject: it is no spec.
+    """
+    return _valid(version.manifest.spec, log, version)
+
+
+def _asked(column: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in column.items() if name not in READ_AS}
+
+
+def _valid(fields: dict[str, Any], log: VersionLog, version: Version) -> Spec:
     try:
-        return Spec.model_validate(version.manifest.spec)
+        return Spec.model_validate(fields)
     except ValidationError as error:
         raise CorruptObject(f"{log.url}: the spec of version {version.number} is not valid: {error}") from error

@@ -35,7 +35,7 @@ from tidemill.tasks.training.made_up import made_up
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 from tidemill.tasks.trial import warn_of_hidden_state
-from tidemill.tasks.versions import spec_of
+from tidemill.tasks.versions import asked_of
 
 logger = logging.getLogger("tidemill.online")
 
@@ -323,7 +323,7 @@ def _resolve(log: VersionLog, head: Head, settings: GateSettings) -> Step | None
 
 
 def retraining(run: OnlineRun) -> tuple[str, str, str, Spec, BatchSettings]:
-    """Arguments of the batch training that `Outcome.RETRAIN` asks for: the head's spec, on the dataset of the settings.
+    """Arguments of the batch training that `Outcome.RETRAIN` asks for: what was asked of the head, on the settings' dataset.
 
     A holdout of the gate that lies inside of that dataset is left out of it, and scored.
     """
@@ -335,7 +335,7 @@ def retraining(run: OnlineRun) -> tuple[str, str, str, Spec, BatchSettings]:
         lies = relation(run.places.store(holdout).url, run.places.store(dataset).url)
         if lies is Relation.INSIDE:
             batch_settings = batch_settings.model_copy(update={"holdout_dataset": holdout})
-    return dataset, log.store.url, log.model, spec_of(log, log.head()), batch_settings
+    return dataset, log.store.url, log.model, asked_of(log, log.head()), batch_settings
 
 
 def retrained(run: OnlineRun, made: VersionInfo) -> None:
