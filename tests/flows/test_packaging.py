@@ -1,12 +1,17 @@
 """The package as others have it: a wheel, installed beside a project that has `flows/`, `tasks/` and `storage.py` of its own."""
 
+import email
+import importlib.metadata
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -16,7 +21,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 
 from tests.flows.conftest import Place
-from tests.flows.data import SPEC_FIELDS
+from tests.flows.data import SPEC_FIELDS, parquet
 from tests.test_imports import UNWANTED, brought_along
 from tidemill.storage.log import open_log
 
@@ -35,7 +40,7 @@ def copy_sources(target: Path, *, links: bool = True) -> Path:
     no_caches = shutil.ignore_patterns("__pycache__")
     for name in ("tidemill", *ROOMS):
         shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=no_caches)
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "MANIFEST.in"):
         shutil.copy(ROOT / name, target)
     for room in ROOMS:
         link = target / "tidemill" / room
@@ -81,6 +86,20 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return os.environ | {"PYTHONPATH": str(site)}
 
 
+@pytest.fixture(scope="session")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a new environment that the wheel was installed into. Its dependencies are those of the tests."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder, symlinks=True, with_pip=False)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder / "bin/python"]
+    subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", wheel], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # only now: pip would take the checkout for installed
+    return folder / "bin"
+
+
 def files(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         return sorted(archive.namelist())
@@ -96,6 +115,58 @@ def test_the_wheel_holds_tidemill_alone_and_all_of_it(wheel: Path) -> None:
     assert len(found) == len(set(found))
     dist_info = "-".join(wheel.stem.split("-")[:2]) + ".dist-info"
     assert {name.partition("/")[0] for name in found} == {"tidemill", dist_info}
+    assert f"{dist_info}/licenses/LICENSE" in found
+
+
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        stated = email.message_from_bytes(archive.read(name))
+        (licence,) = (name for name in archive.namelist() if name.endswith("/LICENSE"))
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+    assert (stated["License-Expression"], stated["Requires-Python"]) == ("Apache-2.0", ">=3.11")
+    minors = {found[1] for line in stated.get_all("Classifier") if (found := re.search(r":: 3\.(\d+)$", line))}
+    matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["checks"]["strategy"]["matrix"]
+    assert minors == {version.removeprefix("3.") for version in matrix["python"]}
+    assert "Typing :: Typed" in stated.get_all("Classifier")
+
+
+def test_the_source_distribution_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    """What `python -m build` does: first the one, then the other out of it."""
+    sources = copy_sources(tmp_path / "sources")
+    shutil.copytree(
+        ROOT / "tests/flows", sources / "tests/flows"
+    )  # a checkout has them; nobody who installs needs them
+    build = f"import setuptools.build_meta as backend; backend.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=sources, capture_output=True, check=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as unpacked:
+        unpacked.extractall(tmp_path / "unpacked", filter="data")
+    (folder,) = (tmp_path / "unpacked").iterdir()
+    held = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "tidemill/py.typed"} <= held
+    assert not [name for name in held if name.startswith("tests/")]
+    (tmp_path / "again").mkdir()
+    assert files(built(folder, tmp_path / "again")) == files(wheel)
+
+
+def test_a_fresh_environment_runs_tidemill_from_any_folder(fresh: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/part.parquet").write_bytes(parquet(100, seed="packaging"))
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [fresh / "tidemill", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("--version") == f"{importlib.metadata.version('tidemill')}\n"
+    where = "import tidemill.storage.log as log; print(log.__file__)"
+    found = subprocess.run([fresh / "python", "-c", where], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()).is_relative_to(fresh.parent)
+    run("train", "./data", "./registry", "m", "--features", "a", "b", "--target", "y", "--epochs", "1")
+    assert "100 predictions" in run("predict", "./registry", "m", "./data", "./predictions")
 
 
 def test_every_folder_of_modules_is_a_package_that_is_installed() -> None:
