@@ -3,7 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo quick test prove chaos bench bench-quick bench-learning lint clean
+.PHONY: demo quick test test-browser test-notebook test-newest prove chaos bench bench-quick bench-learning lint reference dist \
+  system clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/flights/demo.py
@@ -14,6 +15,19 @@ quick: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+
+# What a person sees in a browser, in real Chromium (`make system` installs it): tests marked `browser`, which `test` leaves out.
+test-browser: $(VENV)/installed
+	$(BIN)/python -m pytest -m browser $(ARGS)
+
+# examples/notebook.ipynb, executed cell by cell: tests marked `notebook`, which `test` leaves out.
+test-notebook: $(VENV)/installed
+	$(BIN)/python -m pytest -m notebook $(ARGS)
+
+# The suite with the newest versions that pyproject.toml allows, in an environment without constraints.txt. Not in .ci/run: what is
+# newest changes from day to day, with no change of ours. ARGS chooses a part.
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 # The full figures of docs/guarantees.md, of which `test` makes a sample: hours. ARGS chooses a part. The power-loss test needs root.
 prove: $(VENV)/installed
@@ -43,6 +57,19 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+# docs/reference.md from the docstrings, flags and settings.
+reference: $(VENV)/installed
+	$(BIN)/python docs/reference.py
+
+# Source distribution and wheel, into dist/.
+dist: $(VENV)/installed
+	$(BIN)/python -m build
+
+# What test-browser and lint need of the system, installed only if it is missing (Debian, as root or by sudo).
+system:
+	.ci/system
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -58,5 +85,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	.venv-bench/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
+# prefect here too: of its range in pyproject.toml, the newest.
+.venv-newest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-bench demo-data bench-data
+	rm -rf $(VENV) .venv-bench .venv-newest demo-data bench-data dist
