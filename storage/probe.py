@@ -86,7 +86,7 @@ def _remove_old(store: Store) -> None:
     for left in store.list(_PREFIX):
         if datetime.now(UTC) - left.last_modified > _OLD:
             with suppress(NotFound, PermissionDenied):
-                store.delete(left.key)
+                store.delete(left.key, if_match=left.etag)
 
 
 def _ask(store: Store, key: str) -> Promises:
@@ -96,8 +96,9 @@ def _ask(store: Store, key: str) -> Promises:
         _check_create(store, key)
         return Promises(compares_on_delete=_compares_on_delete(store, key))
     finally:
-        with suppress(NotFound, PermissionDenied):  # a registry may well forbid deletes
-            store.delete(key)
+        # A registry may well forbid deletes, and the policy of an inbox's bucket those that compare nothing
+        with suppress(NotFound, PermissionDenied):
+            store.delete(key, if_match=store.stat(key).etag)
 
 
 def _check_create(store: Store, key: str) -> None:

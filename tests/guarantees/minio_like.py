@@ -106,3 +106,8 @@ def _error(request: web.Request, status: int, code: str, message: str) -> Answer
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
     headers = CIMultiDict({hdrs.CONTENT_TYPE: "application/xml"})
     return Answer(status, headers, b"" if request.method == hdrs.METH_HEAD else body)
+
+
+def denied(request: web.Request) -> Answer:
+    """Who asks may not do this."""
+    return _error(request, 403, "AccessDenied", "Access Denied")

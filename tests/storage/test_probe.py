@@ -123,7 +123,14 @@ def test_it_asks_once_per_url(name: str):
     calls: list[Call] = []
     for _ in range(2):
         check_preconditions(FaultStore(MemoryStore(name), calls.append))
-    assert [call.verb for call in calls if call.phase == "before"] == ["list", "create", "create", "delete", "delete"]
+    assert [call.verb for call in calls if call.phase == "before"] == [
+        "list",
+        "create",
+        "create",
+        "delete",
+        "stat",
+        "delete",
+    ]
 
 
 def test_a_lost_answer_is_no_refusal(name: str):
