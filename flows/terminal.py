@@ -1,4 +1,4 @@
-"""What a terminal sees of a command: results on stdout, log lines and one line for an error on stderr, and an exit code.
+"""What a terminal sees of a command: results on stdout; log lines, progress and one line for an error on stderr; an exit code.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C, 141 whoever read the output has gone, 143 SIGTERM.
 """
@@ -13,13 +13,20 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO, Final, NoReturn
 
+from tidemill.flows.display import StderrHandler, shown
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
 
 
+_display: Final = contextlib.ExitStack()
+"""Shows what is under way, until a result or an error is printed."""
+
+
 def out(words: str) -> None:
     """Print a result. A reader that has had enough, such as `head`, ends the command without a word."""
+    _display.close()
     try:
         print(words, flush=True)
     except BrokenPipeError:
@@ -30,8 +37,14 @@ def out(words: str) -> None:
         fail(f"tidemill: the result cannot be written: {error.strerror}. What the command was to do is done", 1)
 
 
+def clear() -> None:
+    """Make room for what is printed again: an empty screen, or where there is none an empty line."""
+    out("\x1b[H\x1b[2J" if sys.stdout.isatty() and os.environ.get("TERM") != "dumb" else "")
+
+
 def fail(message: str, code: int) -> NoReturn:
     """End the command with a message on stderr."""
+    _display.close()
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)
     raise SystemExit(code) from None
@@ -52,7 +65,8 @@ _KEPT: Final = {
 
 @contextlib.contextmanager
 def attached(command: str, translate: Callable[[Exception], str | None]) -> Iterator[None]:
-    """While a command runs: log lines go to stderr, a signal or an error ends it in one line, and any name can be printed.
+    """While a command runs: log lines and what is under way go to stderr, a signal or an error ends it in one line, and any name
+    can be printed.
 
     Args:
         command: Its name, for the word of what a signal leaves.
@@ -61,7 +75,7 @@ def attached(command: str, translate: Callable[[Exception], str | None]) -> Iter
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="backslashreplace")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(_for_terminal)
     logging.getLogger().addHandler(handler)
@@ -81,6 +95,7 @@ def attached(command: str, translate: Callable[[Exception], str | None]) -> Iter
         signal.signal(number, interrupt)
     kept = _KEPT.get(command, "the same command may be run again, and finds what was done")
     try:
+        _display.enter_context(shown())
         yield
     except KeyboardInterrupt as signalled:
         _stopped(signalled, kept)
@@ -91,6 +106,7 @@ def attached(command: str, translate: Callable[[Exception], str | None]) -> Iter
             raise
         fail(f"tidemill: {words}", 1)
     finally:
+        _display.close()
         for number in ours:
             signal.signal(number, before[number])
         logging.getLogger().removeHandler(handler)

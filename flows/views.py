@@ -1,6 +1,5 @@
 """What the commands print: for each, the facts for `--json` and the same in words for people."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
@@ -9,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tidemill.storage.audit import Audit
     from tidemill.storage.chain import Version
-    from tidemill.storage.inbox import Inbox
-    from tidemill.storage.log import VersionLog
     from tidemill.storage.manifest import Manifest
-    from tidemill.storage.store import ObjectInfo
+    from tidemill.storage.status import Status
     from tidemill.tasks.batch import VersionInfo
     from tidemill.tasks.online.report import OnlineReport
     from tidemill.tasks.reproduce import Reproduction
@@ -72,114 +69,73 @@ def followed(report: "OnlineReport") -> View:
 
 
 # ---- the registry ----------------------------------------------------------------------------------------------------
-def models(logs: "Iterable[VersionLog]") -> View:
-    """All models of a registry."""
-    from tidemill.storage.aliases import all_aliases
-
-    found: list[dict[str, Any]] = []
-    rows = []
-    for log in logs:
-        head, aliases = log.head(), all_aliases(log)
-        created, kind = head.manifest.created, head.manifest.kind
-        found.append(
-            {
-                "model": log.model,
-                "head": head.number,
-                "kind": kind,
-                "created": created.isoformat(),
-                "aliases": aliases,
-            }
-        )
-        rows.append((log.model, str(head.number), kind, _when(created), _aliases(aliases)))
-    words = _table(("MODEL", "HEAD", "KIND", "CREATED (UTC)", "ALIASES"), rows) if rows else "no models"
-    return {"models": found}, words
-
-
-def model(log: "VersionLog", inbox: "Inbox | None", quarantined: int) -> View:
-    """The state of one model, and what waits in the inbox for it."""
-    from tidemill.storage.aliases import all_aliases
-    from tidemill.storage.audit import lost_versions
-    from tidemill.storage.errors import on_one_line
-    from tidemill.storage.manifest import consumed_objects
-
-    head, aliases = log.head(), all_aliases(log)
-    manifest = head.manifest
-    facts: dict[str, Any] = {
-        "model": log.model,
-        "url": log.url,
-        "head": head.number,
-        "kind": manifest.kind,
-        "created": manifest.created.isoformat(),
-        "aliases": aliases,
-        "counters": manifest.counters,
-        "metrics": manifest.metrics,
-        "gate": None if manifest.gate is None else manifest.gate.model_dump(mode="json"),
-        "new_columns": manifest.new_columns,
-        "owed": len(manifest.owed),
-        "owed_in": dict(Counter(debt.inbox for debt in manifest.owed)),
-        "quarantined": quarantined,
-    }
-    lines = [
-        ("head", f"version {head.number}, {manifest.kind}, {_when(manifest.created)} UTC ({_ago(manifest.created)})"),
-        ("score", _measured(manifest.metrics)),
-        ("aliases", _aliases(aliases) or "none"),
-        ("trained on", _counted(manifest.counters)),
+def models(found: "Sequence[Status]") -> View:
+    """All models of a registry, and what is wrong with each."""
+    facts = {"models": [status.model_dump(mode="json") for status in found]}
+    rows = [
+        (each.model, str(each.head), each.kind, _when(each.created), _aliases(each.aliases) or "-", _state(each))
+        for each in found
     ]
-    if (gate := manifest.gate) is not None:
+    table = _table(("MODEL", "HEAD", "KIND", "CREATED (UTC)", "ALIASES", "STATE"), rows) if rows else "no models"
+    problems = [f"{each.model}: {problem}" for each in found for problem in each.problems]
+    return facts, "\n".join([table, *problems])
+
+
+def _state(found: "Status") -> str:
+    return count(len(found.problems), "problem") if found.problems else "well"
+
+
+def status(found: "Status") -> View:
+    """The state of one model, and what waits in the inbox for it; first, whether anything is wrong."""
+    from tidemill.storage.errors import on_one_line
+
+    since = f"{_when(found.created)} UTC ({_ago(found.created)})"
+    lines = [("problem", str(problem)) for problem in found.problems]
+    lines += [
+        ("head", f"version {found.head}, {found.kind}, {since}"),
+        ("score", _measured(found.metrics)),
+        ("aliases", _aliases(found.aliases) or "none"),
+        ("trained on", _counted(found.counters)),
+    ]
+    if (gate := found.gate) is not None:
         row = f" ({gate.refusals} in a row)" if gate.refusals > 1 else ""
         lines.append(("gate", f"{gate.decision}{row}: {gate.numbers} (champion {gate.champion})"))
-    if manifest.new_columns:
-        names = ", ".join(f"{name} ({kind})" for name, kind in manifest.new_columns.items())
+    if found.new_columns:
+        names = ", ".join(f"{name} ({kind})" for name, kind in found.new_columns.items())
         lines.append(("new columns", f"{names}: in shards since the last batch training, not used by the model"))
-    if quarantined:
-        lines.append(("quarantine", f"{count(quarantined, 'shard')} (see tidemill requeue)"))
+    if found.quarantined:
+        lines.append(("quarantine", f"{count(found.quarantined, 'shard')} (see tidemill requeue), the newest:"))
+        lines += [
+            ("", on_one_line(f"version {shard.version}, {shard.key}: {shard.reason}")) for shard in found.rejected
+        ]
     # What the head itself is done with is usually gone by now: its manifest was written before.
-    own = {shard.inbox for shard in (*consumed_objects(manifest.consumed), *manifest.rejected)}
     lines += [
         ("owed", f"{count(objects, 'removal')} in {on_one_line(url)}, by the next run with that inbox")
-        for url, objects in facts["owed_in"].items()
-        if url not in own
+        for url, objects in found.owed_elsewhere.items()
     ]
-    facts["lost_versions"] = lost_versions(log)
-    lines += [("warning", lost) for lost in facts["lost_versions"]]
-    if inbox is not None:
-        waiting, inbox_lines = _waiting(log, head, inbox)
-        facts, lines = facts | waiting, lines + inbox_lines
-    return facts, _facts(f"{log.model} in {log.store.url}", lines)
+    lines += [*_waiting(found), *(("note", note) for note in found.notes)]
+    title = f"{found.model} in {found.url.removesuffix(f'/{found.model}')}: {_state(found)}"
+    return found, _facts(title, lines)
 
 
-def _waiting(log: "VersionLog", head: "Version", inbox: "Inbox") -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _waiting(found: "Status") -> list[tuple[str, str]]:
     """What waits in an inbox, and how much is still in it though the model has consumed it."""
     from tidemill.storage.errors import on_one_line
-    from tidemill.storage.overlap import spelled_as
-    from tidemill.storage.tombstones import Seen
 
-    tombstones, spelled = log.tombstones(head), spelled_as(inbox.url)
-    tombstones.respell(spelled)
-    seen = Seen(tombstones, head.manifest.owed, spelled)
-    consumed = 0
-
-    def known(info: "ObjectInfo") -> bool:
-        nonlocal consumed
-        was = seen.consumed(inbox.url, info)
-        consumed += was
-        return was
-
-    listing = inbox.list(1, known)
-    since = "" if listing.oldest is None else f", the oldest since {_when(listing.oldest)} UTC"
-    lines = [("inbox", f"{count(listing.waiting, 'shard')} waiting{since}")]
-    if consumed:
-        lines.append(("", f"{count(consumed, 'consumed shard')} still there; unless kept, the next run removes them"))
-    if listing.passed_over:
-        lines.append(("", f"passed over: {count(len(listing.passed_over), 'entry', 'entries')} that can be no shards"))
-        lines += [("", on_one_line(f"{key}: {why}")) for key, why in islice(listing.passed_over.items(), 20)]
-    facts = {
-        "waiting": listing.waiting,
-        "oldest_waiting": None if listing.oldest is None else listing.oldest.isoformat(),
-        "consumed_in_inbox": consumed,
-        "passed_over": listing.passed_over,
-    }
-    return facts, lines
+    if found.inbox is None:
+        return []
+    since = ""
+    if found.oldest_waiting is not None:
+        oldest = f"{_when(found.oldest_waiting)} UTC ({_ago(found.oldest_waiting)})"
+        since = f", {_size(found.waiting_bytes or 0)}, the oldest since {oldest}"
+    lines = [("inbox", f"{count(found.waiting or 0, 'shard')} waiting{since}")]
+    if found.consumed_in_inbox:
+        shards = count(found.consumed_in_inbox, "consumed shard")
+        lines.append(("", f"{shards} still there; unless kept, the next run removes them"))
+    if passed_over := found.passed_over:
+        lines.append(("", f"passed over: {count(len(passed_over), 'entry', 'entries')} that can be no shards"))
+        lines += [("", on_one_line(f"{key}: {why}")) for key, why in islice(passed_over.items(), 20)]
+    return lines
 
 
 def history(versions: "Sequence[Version]", aliases: Mapping[str, int]) -> View:
@@ -283,6 +239,16 @@ def _ago(moment: datetime) -> str:
         if seconds >= size:
             return f"{count(seconds // size, unit)} ago"
     return f"{count(seconds, 'second')} ago"
+
+
+def _size(number: int) -> str:
+    """`1.5 KB`, `2.0 GB`."""
+    size, unit = number / 1000, "KB"
+    for larger in ("MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:,.1f} {unit}"
 
 
 def _facts(title: str, lines: Iterable[tuple[str, str]]) -> str:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
+from tidemill.progress import each
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject, StorageError, UnknownVersion, UnsupportedFormat
@@ -66,7 +67,7 @@ def audit(log: VersionLog) -> Audit:
     shards = _Shards(result.findings)
     before: Version | None = None
     tombstones: BlobRef | None = None  # compared last: neighbours name one blob
-    for number in numbers:
+    for number in each("audit", numbers, unit="versions"):
         try:
             version = log.version(number)
         except (CorruptObject, UnsupportedFormat) as error:

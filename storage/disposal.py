@@ -166,11 +166,11 @@ def quarantined(log: VersionLog) -> dict[str, dict[str, str]]:
     kept = {}
     for name in names:
         with contextlib.suppress(NotFound):  # sent back since it was listed
-            kept[name.removesuffix(".json")] = _reason(log, prefix + name)
+            kept[name.removesuffix(".json")] = reason_of(log, prefix + name)
     return kept
 
 
-def _reason(log: VersionLog, key: str) -> dict[str, str]:
+def reason_of(log: VersionLog, key: str) -> dict[str, str]:
     """What stands beside a quarantined shard."""
     data = log.store.read(key)
     try:
@@ -209,7 +209,7 @@ def requeue(
     try:
         if not _QUARANTINED.fullmatch(name):
             raise NotFound(name)
-        reason = _reason(log, f"{key}.json")
+        reason = reason_of(log, f"{key}.json")
     except NotFound:
         known = ", ".join(quarantined(log)) or "it is empty"
         raise NotFound(f"{log.url}/quarantine holds no {name!r}; there is: {known}.") from None

@@ -15,6 +15,7 @@ from typing import Any, Final
 import pyarrow as pa
 from pydantic import BaseModel
 
+from tidemill.progress import under_way
 from tidemill.storage.aliases import promote
 from tidemill.storage.chain import Version
 from tidemill.storage.dataset import Snapshot, snapshot
@@ -130,9 +131,17 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
         key = ("epoch", epoch)
         groups, epochs = run.dataset.row_groups, run.spec.epochs
         counted = learner.features.statistics.labelled if learner.features.statistics is not None else None
-        result = train_pass(
-            run.gradient_steps(), groups, key=key, split=run.split, remember=epoch == 0, labelled=counted
-        )
+        rows = counted or run.dataset.ref.rows
+        with under_way(f"epoch {epoch + 1} of {epochs}", total=rows, ahead=(epochs - epoch - 1) * rows) as activity:
+            result = train_pass(
+                run.gradient_steps(),
+                groups,
+                key=key,
+                split=run.split,
+                remember=epoch == 0,
+                labelled=counted,
+                activity=activity,
+            )
         learner.counters.epochs = epoch + 1
         if run.settings.patience is not None:
             loss = _score_holdout(run, learner).loss

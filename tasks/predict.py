@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
+from tidemill.progress import under_way
 from tidemill.storage.aliases import resolve
 from tidemill.storage.dataset import Group, snapshot
 from tidemill.storage.errors import (
@@ -95,7 +96,10 @@ def predict(
     result = _Result(target, Record(model=model, version=chosen.number, dataset=taken.ref.url, rows=taken.ref.rows))
     result.begin(files)
     # Of all files at once, so that those to come are read while one is written.
-    with closing(predict_groups(learner, [group for groups in files.values() for group in groups])) as predicted:
+    with (
+        closing(predict_groups(learner, [group for groups in files.values() for group in groups])) as predicted,
+        under_way(f"predictions of version {chosen.number}", total=taken.ref.rows) as activity,
+    ):
         for number, (file, groups) in enumerate(files.items(), 1):
             sink = pa.BufferOutputStream()
             writer: pq.ParquetWriter | None = None
@@ -108,6 +112,7 @@ def predict(
                 # Hardly two predictions are alike: a dictionary of them takes longer to make than all the rest of the file.
                 writer = writer or pq.ParquetWriter(sink, table.schema, use_dictionary=list(columns))  # type: ignore[arg-type]  # names too
                 writer.write_table(table)
+                activity.advance(table.num_rows)
             assert writer is not None
             writer.close()
             result.write(file, sink.getvalue().to_pybytes())

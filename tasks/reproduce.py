@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
+from tidemill.progress import each
 from tidemill.storage.chain import Version
 from tidemill.storage.disposal import archive_keys
 from tidemill.storage.errors import CorruptObject, NotFound, ShardRejected, StoreNotFound, UnknownVersion
@@ -44,7 +45,7 @@ def reproduce(log: VersionLog, archives: Sequence[Store]) -> Reproduction:
     """
     result = Reproduction()
     steps: Steps | None = None
-    for number in range(log.head().number + 1):
+    for number in each("training again", range(log.head().number + 1), unit="versions"):
         version = log.version(number)
         if version.manifest.kind != "online":
             trained_on = version.manifest.dataset

@@ -13,6 +13,9 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
+BEHIND_SECONDS: Final = 900.0
+"""Longer than this no shard should wait, by default."""
+
 Device = Literal["auto", "cpu", "cuda", "mps"]
 _DEVICE = "Where tensors are computed; auto takes an accelerator if there is one. Bits differ between devices."
 
@@ -214,6 +217,16 @@ class OnlineSettings(_Settings):
         "recorded, and the next batch training may use them. ignore: they are not recorded.",
     )
     device: Device = Field(default="auto", description=_DEVICE)
+    behind_seconds: float = Field(
+        default=BEHIND_SECONDS,
+        gt=0,
+        description="A run whose oldest shard waits for longer than this is behind: that is told, and changes nothing.",
+    )
+    metrics_file: str | None = Field(
+        default=None,
+        description="A file for Prometheus's textfile collector (name it *.prom), written while the run goes on and at its end. "
+        "Counters go on from what it holds.",
+    )
     limits: Limits = Field(default_factory=Limits, description="How much one commit takes.")
     after_commit: AfterCommit = Field(
         default="delete",

@@ -15,9 +15,13 @@ CLASS_LINES: Final = 200
 def files(root: Path = ROOT) -> dict[str, Path]:
     """The product's modules by name; a package has the name of its folder."""
     found = {}
-    for folder in ("flows", "tasks", "storage"):
+    for folder in ("flows", "tasks", "storage", "tidemill"):
         for path in sorted((root / folder).rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
+            if (
+                parts[0] == "tidemill"
+            ):  # the top of the package; of the folders that it holds, the links are not followed
+                parts = parts[1:]
             found[".".join(("tidemill", *(part for part in parts if part != "__init__")))] = path
     return found
 

@@ -1,6 +1,8 @@
 """The commands that look at what is there, and change nothing."""
 
-from typing import Annotated
+import time
+from collections.abc import Callable
+from typing import Annotated, Final
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -8,6 +10,12 @@ from cyclopts.validators import Number
 from tidemill.flows import launch, terminal, views
 from tidemill.flows.commands.shared import AsJson, Name, Registry, Which, opened, tell
 from tidemill.flows.flags import UsageError
+from tidemill.tasks.settings import BEHIND_SECONDS
+
+PROBLEMS: Final = 3
+"""Exit code of `status` if it found one."""
+WATCH_SECONDS: Final = 5.0
+"""How often `status --watch` looks."""
 
 
 def status(
@@ -16,28 +24,63 @@ def status(
     /,
     *,
     inbox: Annotated[str | None, Parameter(help="URL of an inbox to look into as well.")] = None,
+    behind_seconds: Annotated[
+        float, Parameter(validator=Number(gt=0), help="A shard that waits for longer than this is a problem.")
+    ] = BEHIND_SECONDS,
+    watch: Annotated[bool, Parameter(negative="", help="Look again every 5 seconds, until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the state of one model, or the list of all models. With --inbox, print what waits there too.
+    """Print the state of one model, or of all models, and what is wrong: one line a problem, with the remedy.
+
+    With --inbox, what waits there is looked at too. Exit codes: 0 nothing is wrong, 3 something is, 1 it could not be found
+    out. What each problem means, and what to do, is in docs/operations.md.
 
     For example:
 
         tidemill status ./registry
-        tidemill status ./registry flights --inbox ./inbox
+        tidemill status ./registry flights --inbox ./inbox --watch
         tidemill status s3://bucket/registry flights --inbox s3://bucket/inbox --json
     """
-    from tidemill.storage.disposal import quarantined
     from tidemill.storage.inbox import open_inbox
     from tidemill.storage.log import list_models
+    from tidemill.storage.status import look
 
-    if model is not None:
-        log = opened(registry, model)
-        looked_into = None if inbox is None else open_inbox(inbox)
-        tell(views.model(log, looked_into, len(quarantined(log))), as_json)
-    elif inbox is None:
-        tell(views.models(opened(registry, name) for name in list_models(registry)), as_json)
-    else:
+    if model is None and inbox is not None:
         raise UsageError("--inbox needs the name of a model: what waits depends on what it has consumed")
+
+    def once() -> bool:
+        """Whether anything is wrong."""
+        names = list_models(registry) if model is None else [model]
+        looked_into = None if inbox is None else open_inbox(inbox)
+        found = [
+            look(opened(registry, name), looked_into, behind_seconds=behind_seconds, ask_store=True) for name in names
+        ]
+        tell(views.models(found) if model is None else views.status(found[0]), as_json)
+        return any(each.problems for each in found)
+
+    wrong = once()
+    if watch:
+        wrong = _again_and_again(once, wrong)
+    if wrong:
+        raise SystemExit(PROBLEMS)
+
+
+def _again_and_again(once: Callable[[], bool], wrong: bool) -> bool:
+    """Look every few seconds until Ctrl-C; what the last look has found. A store that is away is told, and looked at again."""
+    from tidemill.storage.errors import StorageError
+
+    try:
+        while True:
+            time.sleep(WATCH_SECONDS)
+            terminal.clear()
+            try:
+                wrong = once()
+            except StorageError as error:
+                terminal.out(f"tidemill: {error}")
+    except terminal.Terminated:
+        raise
+    except KeyboardInterrupt:
+        return wrong
 
 
 def history(

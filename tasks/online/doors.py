@@ -1,16 +1,20 @@
 """The plain doors to online training: step after step, until nothing is left (`drain`) or until told to stop (`follow`)."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from tidemill.progress import happened, under_way
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.batch import VersionInfo
 from tidemill.tasks.online import step as protocol
+from tidemill.tasks.online.events import Stepped
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, Step, retrained, retraining
+from tidemill.tasks.online.watching import watched
 from tidemill.tasks.retrying import retried
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.stopping import stop_on_signals
@@ -82,17 +86,25 @@ def run_by(
 ) -> OnlineReport:
     """One body for `drain`, `follow` and the flow: whoever runs the steps, their order is this."""
     run = steps.open_run(inbox, registry, model, settings, stores)
-    with stop_on_signals(settings.stop_after_seconds) as stop:
+    with (
+        stop_on_signals(settings.stop_after_seconds) as stop,
+        watched(run.places.log, settings),
+        under_way(f"{settings.mode} {model}", unit="shards"),
+    ):
         while not stop:
-            match steps.step(run).outcome:
+            began = time.monotonic()
+            done = steps.step(run)
+            if done.outcome is Outcome.COMMITTED:
+                happened(Stepped(time.monotonic() - began))
+            match done.outcome:
                 case Outcome.RETRAIN:
                     retrained(run, steps.retrain(*retraining(run)))
                 case Outcome.IDLE:
                     if settings.mode == "drain":
                         break
                     stop.wait(settings.poll_seconds)
-                    while (
-                        not stop and not run.poll()
-                    ):  # no step: a follower looks all day, and Prefect keeps every task run
+                    # No step: a follower looks all day, and Prefect keeps every task run
+                    while not stop and not run.poll():
+                        run.report.tell_alive()
                         stop.wait(settings.poll_seconds)
     return run.report

@@ -1,16 +1,26 @@
-"""What an online run tells of itself when it ends."""
+"""What an online run tells of itself: while it runs, to whoever listens (`tidemill.progress`), and when it ends."""
 
+import logging
+import time
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final
 
 from pydantic import BaseModel, PrivateAttr
 
+from tidemill import progress
+from tidemill.storage.aliases import Alias
+from tidemill.storage.errors import on_one_line
 from tidemill.storage.manifest import Manifest
+from tidemill.tasks.online.events import Committed, Looked
 from tidemill.tasks.scores import Summary
+
+logger = logging.getLogger("tidemill.online")
 
 NAMED: Final = 20
 """How many shards a report names with the reason."""
+ALIVE_SECONDS: Final = 300.0
+"""After this time without a commit, a run that follows logs that it is alive, and what waits."""
 
 
 class OnlineReport(BaseModel):
@@ -51,15 +61,50 @@ class OnlineReport(BaseModel):
     last_passed_over: dict[str, str] = {}
     """URL -> reason of the last few."""
     _scored: Summary = PrivateAttr(default_factory=Summary)
+    _logged_at: float = PrivateAttr(default_factory=time.monotonic)
+
+    def look(self, waiting: int, oldest: datetime | None) -> None:
+        """Note what a look into the inbox found; what is passed over is counted anew."""
+        self.waiting, self.oldest_waiting = waiting, oldest
+        self.passed_over, self.last_passed_over = 0, {}
 
     def pass_over(self, shards: Mapping[str, str]) -> None:
         """Count shards, URL -> reason, that are passed over since the last look."""
         self.passed_over += len(shards)
         self.last_passed_over = _last({**self.last_passed_over, **shards})
 
+    def tell_looked(self) -> None:
+        """Tell whoever listens what the last look into the inbox found."""
+        under_way = progress.current()
+        under_way.expect(under_way.done + self.waiting)
+        progress.happened(Looked(self.model, self.head, self.waiting, self.oldest_waiting, self.passed_over, self.owed))
+
+    def tell_committed(self, version: Manifest, owed: int, champion: Alias | None) -> None:
+        """Tell of a version that was committed, once what it is done with is disposed of; name each shard that it rejected."""
+        self.owed = owed
+        for shard in version.rejected[:NAMED]:
+            reason = shard.reason.removeprefix(f"{shard.key}: ")
+            logger.warning("%s", on_one_line(f"{shard.inbox}/{shard.key} is rejected, to quarantine: {reason}"))
+        if (more := len(version.rejected) - NAMED) > 0:
+            logger.warning("%d more shards are rejected by version %d (see tidemill requeue)", more, version.version)
+        progress.happened(Committed(version, None if champion is None else champion.version, owed))
+
+    def tell_alive(self) -> None:
+        """Now and then, log that the run is alive, and what waits."""
+        if time.monotonic() - self._logged_at < ALIVE_SECONDS:
+            return
+        self._logged_at = time.monotonic()
+        waits = "nothing waits"
+        if self.oldest_waiting is not None:
+            waits = f"{self.waiting:,} waiting, the oldest since {self.oldest_waiting.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        passed_over = f", {self.passed_over:,} passed over" if self.passed_over else ""
+        owed = f", {self.owed:,} consumed but not removed" if self.owed else ""
+        logger.info("alive: head of %s is version %d; %s%s%s", self.model, self.head, waits, passed_over, owed)
+
     def add(self, version: Manifest) -> None:
         """Count one committed version."""
         self.versions += 1
+        self._logged_at = time.monotonic()
         self.first_version = version.version if self.first_version is None else self.first_version
         self._scored.add(version.consumed)
         self.score, self.champion = self._scored.score.mean, self._scored.champion.mean

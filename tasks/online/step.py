@@ -162,9 +162,9 @@ class OnlineRun:
         if time.monotonic() >= self._read_again_at:
             self._unreadable, self._read_again_at = {}, time.monotonic() + DISPOSE_AGAIN_SECONDS
         selection = self._selection = select(head, self.places, self.settings, without | self._unreadable.keys())
-        self.report.waiting, self.report.oldest_waiting = selection.waiting, selection.oldest
-        self.report.passed_over, self.report.last_passed_over = 0, {}
+        self.report.look(selection.waiting, selection.oldest)
         self._pass_over(selection.passed_over | self._unreadable)
+        self.report.tell_looked()
         for warning in selection.warnings:
             self._tell(warning)
         self._remove(head, selection.duplicates)
@@ -208,7 +208,7 @@ class OnlineRun:
         carried = len(work.head.owed)  # what was denied is tried again now and then, not at each commit
         head.owed = (*head.owed[:carried], *self.places.dispose(head.owed[carried:]))
         self.champion.move_alias(head.version, head.learner)
-        self.report.owed = len(head.owed)
+        self.report.tell_committed(head.version.manifest, len(head.owed), self.champion.alias)
         logger.info("version %d: %s", head.version.number, work)
         if not self._has_tried_restart:
             self._has_tried_restart = True

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from tidemill import progress
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import HeadMoved, ShardRejected, StorageError, UnknownVersion, on_one_line
 from tidemill.storage.inbox import Shard
@@ -159,6 +160,7 @@ class Work:
                 passes=passes,
             )
         )
+        progress.current().advance(1, rows=result.rows, newest=found.shard.info.last_modified)
 
     def __str__(self) -> str:
         parts = [f"shards {len(self.consumed)}", f"rows {self.rows:,}"]

@@ -19,6 +19,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
+from tidemill.progress import NOBODY, Activity, under_way
 from tidemill.tasks.training.columns import Ids, as_tensor, bucket_ids, one_array, sequence_ids
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.families import Family, family_of, is_untyped, stored, told, type_name, type_of
@@ -250,7 +251,9 @@ class Features:
         Raises ColumnError: a bad schema, NaN or infinity, a bad sample weight, a column with no value at all, or a class
         without rows where class weights are balanced.
         """
-        rows, labelled, nulls, inputs, targets, class_counts = self._counted(groups, split)
+        groups = list(groups)
+        with under_way("statistics of the columns", total=sum(group.num_rows for group in groups)) as activity:
+            rows, labelled, nulls, inputs, targets, class_counts = self._counted(groups, split, activity)
         if not rows:
             raise ColumnError("no row is left to train on: the dataset is too small for this holdout; set holdout to 0")
         for column, moments, null in zip(self.columns, inputs, nulls, strict=True):
@@ -294,7 +297,7 @@ class Features:
         return [*(column.name for column in self.columns for _ in range(column.numbers)), *self.targets]
 
     def _counted(
-        self, groups: Iterable[RowGroup], split: Split | None
+        self, groups: Iterable[RowGroup], split: Split | None, activity: Activity = NOBODY
     ) -> tuple[int, int, list[int], list[Moments], list[Moments], Tensor | None]:
         """(rows, those with all targets, nulls and moments of each input column, moments of each target, rows of each class)."""
         inputs = [Moments.zero(column.numbers) for column in self.columns]
@@ -319,6 +322,7 @@ class Features:
                 self.weights(table, group.name)  # only to refuse bad ones before training begins
                 if class_counts is not None:
                     class_counts += self._class_counts(table, group.name, rows_N)
+                activity.advance(group.num_rows)
         return rows, labelled, nulls, inputs, targets, class_counts
 
     def improbably_null(self, nulls: Sequence[int], rows: int) -> str | None:

@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from tidemill.progress import NOBODY, Activity
 from tidemill.tasks.training.batches import Batch, Blocks, Stream, joined
 from tidemill.tasks.training.calling import told, usual_types
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, described, of_the_machine
@@ -66,6 +67,7 @@ def train_pass(
     replay: bool = False,
     remember: bool = False,
     labelled: int | None = None,
+    activity: Activity = NOBODY,
 ) -> PassResult:
     """Trains on every labelled row of the groups (of `split`) once, and adds to the learner's rows and steps.
 
@@ -77,7 +79,7 @@ def train_pass(
     equal those of a plain PyTorch loop over the rows.
 
     If the learner has a replay buffer, `replay` adds old rows from it to each step, and `remember` shows it the rows of the
-    pass.
+    pass. `activity` is told how far the pass is.
 
     Raises:
         ColumnError, ModelError, NonFiniteLoss: the learner is then half trained and must be loaded again.
@@ -98,6 +100,10 @@ def train_pass(
     )
     total, rows = zero(learner.device), 0
     after: Tensor | None = None
+
+    def mean_so_far() -> float:
+        return total.item() / rows
+
     # Closed whatever happens: the traceback of an error would keep its threads alive.
     with closing(iter(stream)) as batches, _seeded(learner.device, spec.seed, "pass", *key), steps.training():
         blocks: Iterator[tuple[Batch, int]]
@@ -112,6 +118,7 @@ def train_pass(
         for block, count in blocks:
             total.add_(steps.take(block, count), alpha=len(block.y_B))
             rows += len(block.y_B)
+            activity.advance(len(block.y_B), loss=mean_so_far)
         if block is not None:  # the last step is followed by no loss that would show what it has done
             after = steps.loss_after(block, count)
     mean = total.item() / rows if rows else float("nan")

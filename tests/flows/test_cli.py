@@ -34,6 +34,7 @@ from tests.s3_server import S3, wait_until
 from tidemill.flows import launch, specfile
 from tidemill.flows.batch import batch_training
 from tidemill.flows.cli import app, main
+from tidemill.flows.commands import reading
 from tidemill.flows.flags import UsageError, spec_file
 from tidemill.flows.online import online_training
 from tidemill.storage.aliases import all_aliases
@@ -162,10 +163,13 @@ def test_version(tidemill: Run) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 @memory
 def test_status_of_a_registry(tidemill: Run, model: Place) -> None:
-    header, line = tidemill("status", model.registry).out.splitlines()
-    assert header.split() == ["MODEL", "HEAD", "KIND", "CREATED", "(UTC)", "ALIASES"]
+    result = tidemill("status", model.registry)
+    assert result.code == 3
+    header, line, problem = result.out.splitlines()
+    assert header.split() == ["MODEL", "HEAD", "KIND", "CREATED", "(UTC)", "ALIASES", "STATE"]
     assert line.startswith("model     2  online  20")
-    assert line.endswith("champion = 0")
+    assert line.endswith("champion = 0  1 problem")
+    assert problem.startswith("model: 1 shard rejected within a day, the last by version 2: c.parquet: ")
     (found,) = tidemill("status", model.registry, "--json").json["models"]
     assert (found["model"], found["head"], found["aliases"]) == ("model", 2, {"champion": 0})
 
@@ -178,17 +182,53 @@ def test_status_of_an_empty_registry(tidemill: Run, place: Place) -> None:
 
 @memory
 def test_status_of_a_model(tidemill: Run, model: Place) -> None:
-    lines = tidemill("status", model.registry, "model").out.splitlines()
-    assert lines[0] == f"model in {model.registry}"
-    assert lines[1].startswith("  head         version 2, online, 20")
-    assert lines[1].endswith(" ago)")
-    assert lines[3:] == [
+    result = tidemill("status", model.registry, "model")
+    lines = result.out.splitlines()
+    assert (result.code, lines[0]) == (3, f"model in {model.registry}: 1 problem")
+    assert lines[1].startswith("  problem      1 shard rejected within a day, the last by version 2: c.parquet: ")
+    assert f"`tidemill requeue {model.registry} model --all --inbox INBOX`" in lines[1]
+    assert lines[2].startswith("  head         version 2, online, 20")
+    assert lines[2].endswith(" ago)")
+    assert lines[4:7] == [
         "  aliases      champion = 0",
         f"  trained on   2 epochs, 2 shards, {2 * 357 + 100:,} rows, 28 steps",
-        "  quarantine   1 shard (see tidemill requeue)",
+        "  quarantine   1 shard (see tidemill requeue), the newest:",
     ]
+    assert lines[7].strip().startswith("version 2, c.parquet: ")
     facts = tidemill("status", model.registry, "model", "--json").json
     assert (facts["head"], facts["quarantined"], facts["aliases"]) == (2, 1, {"champion": 0})
+    assert [problem["name"] for problem in facts["problems"]] == ["rejected"]
+
+
+@memory
+def test_status_is_well_if_nothing_is_wrong(tidemill: Run, place: Place) -> None:
+    train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
+    result = tidemill("status", place.registry, "model", "--inbox", place.inbox)
+    assert (result.code, result.out.splitlines()[0]) == (0, f"model in {place.registry}: well")
+    assert tidemill("status", place.registry).out.endswith("  well\n")
+
+
+@memory
+def test_status_looks_again_until_ctrl_c(tidemill: Run, model: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is away is told, and looked at again; the exit code is of the last look."""
+    looks: list[float] = []
+    key = f"model/log/{2:08d}.json"
+    head = open_store(model.registry).read(key)
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 1:
+            open_store(model.registry).write(key, b"{}")
+        if len(looks) == 2:
+            open_store(model.registry).write(key, head)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reading.time, "sleep", sleep)
+    result = tidemill("status", model.registry, "model", "--watch")
+    assert (result.code, looks) == (3, [reading.WATCH_SECONDS] * 3)
+    seen = [line for line in result.out.splitlines() if line.startswith(("model in", "tidemill:"))]
+    assert [line[:9] for line in seen] == ["model in ", "tidemill:", "model in "]
 
 
 @memory
@@ -197,7 +237,9 @@ def test_status_of_an_inbox(tidemill: Run, model: Place) -> None:
     assert tidemill(*arguments).out.splitlines()[-1] == "  inbox        0 shards waiting"
     model.drop("b.parquet", "new.parquet")  # one of them again
     *_, waiting, there = tidemill(*arguments).out.splitlines()
-    assert waiting.startswith("  inbox        1 shard waiting, the oldest since 20")
+    assert re.match(
+        r"  inbox        1 shard waiting, \d\.\d KB, the oldest since 20.* UTC \(\d+ seconds? ago\)", waiting
+    )
     assert there.strip() == "1 consumed shard still there; unless kept, the next run removes them"
     facts = tidemill(*arguments, "--json").json
     assert (facts["waiting"], facts["consumed_in_inbox"]) == (1, 1)

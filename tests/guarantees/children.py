@@ -26,6 +26,7 @@ import torch
 
 from tests.data import parquet
 from tests.storage.faults import Call, act_once, hooked, together
+from tidemill.progress import Activity, listening
 from tidemill.storage import retention
 from tidemill.storage.aliases import promote, resolve
 from tidemill.storage.errors import NotFound, PreconditionFailed, UnknownVersion
@@ -35,6 +36,7 @@ from tidemill.storage.manifest import sha256
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
+from tidemill.tasks.online import doors
 from tidemill.tasks.online import step as online
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Spec
@@ -159,6 +161,35 @@ def drain(stores: Stores, inbox: str, registry: str, settings: OnlineSettings, c
             dataset, _, _, spec, batch_settings = call(lambda: online.retraining(run))
             train(stores, dataset, registry, spec, batch_settings, call)
             run.forget()
+
+
+class Watcher:
+    """A listener (`tidemill.progress`) that asks for all there is to know."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def on_activity(self, activity: Activity) -> None:
+        self.seen += 1
+        if activity.loss is not None:
+            activity.loss()
+
+    def on_event(self, event: object) -> None:
+        self.seen += 1
+
+
+def watched_drain(stores: Stores, inbox: str, registry: str, settings: OnlineSettings, metrics_file: str) -> None:
+    """`tidemill.drain` with everybody who may watch: a listener, metrics in a file."""
+    watcher = Watcher()
+    with listening(watcher):
+        doors.drain(
+            inbox,
+            registry,
+            "model",
+            settings.model_copy(update={"metrics_file": metrics_file}),
+            stores=stores,
+        )
+    assert watcher.seen
 
 
 def train(

@@ -38,6 +38,7 @@ from tests.guarantees.children import (
     table,
     train,
     waiting,
+    watched_drain,
 )
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.log import VersionLog
@@ -155,6 +156,34 @@ def test_online_run(sweep: Sweep, backend: str, base: str, make_url: MakeUrl, tm
         return moments
 
     sweep(run_and_check, times=2 if backend == "local" else 1)
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_online_run_that_is_watched(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
+    """With a listener and metrics, the bits are those of a run that nobody watches."""
+
+    def begin(name: str) -> tuple[str, str]:
+        fill(make_url(f"{name}/inbox"), SHARDS | REJECTED)
+        copy(base, make_url(f"{name}/registry"))
+        return make_url(f"{name}/inbox"), make_url(f"{name}/registry")
+
+    alone = begin("alone")
+    in_child(drain, *alone, GATED, kill=None, tmp_path=tmp_path)
+    reference = bits(VersionLog(open_store(alone[1]), "model"))
+
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
+        inbox, registry = begin(name)
+        file = str(tmp_path / f"{name}.prom")
+        moments = in_child(watched_drain, inbox, registry, GATED, file, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(watched_drain, inbox, registry, GATED, file, kill=None, tmp_path=tmp_path)
+        log = VersionLog(open_store(registry), "model")
+        audit(log, (SHARDS | REJECTED).items())
+        assert bits(log) == reference
+        assert 'tidemill_head_version{model="model"} 5.0' in Path(file).read_text()
+        return moments
+
+    sweep(run_and_check, times=0.5)
 
 
 def test_killed_again_and_again(

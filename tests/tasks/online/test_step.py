@@ -31,6 +31,7 @@ from tidemill.storage.log import open_log
 from tidemill.storage.manifest import Entry, Owed, encode, sha256
 from tidemill.storage.probe import check_inbox
 from tidemill.storage.retention import collect_garbage
+from tidemill.storage.status import look
 from tidemill.storage.store import ObjectInfo, Promises, Store
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
@@ -728,8 +729,8 @@ def test_a_registry_restored_from_an_older_log_is_noticed(
         log.store.delete(f"model/log/{number:08d}.json")
     [finding] = [found for found in audit(log).findings if "there were more" in found]
     assert re.search(rf"ends with version {head - lost}, but .*Their shards have left the inbox", finding)
-    facts, words = views.model(log, None, 0)
-    assert facts["lost_versions"] == [finding]
+    facts, words = views.status(look(log, behind_seconds=900))
+    assert facts.lost_versions == [finding]
     assert finding in words
 
 
@@ -754,8 +755,8 @@ def test_a_forged_debt_is_carried_on_named_and_paid_only_where_it_is_allowed(
     assert drain(run).shards == 2, "never fatal"
     assert keys(victim.url) == ["precious.db"]
     assert log.head().manifest.owed[0] == debt, "carried on"
-    facts, words = views.model(log, None, 0)
-    assert facts["owed_in"][victim.url] == 1
+    facts, words = views.status(look(log, behind_seconds=900))
+    assert facts.owed_in[victim.url] == 1
     assert f"1 removal in {victim.url}" in words
 
     monkeypatch.setenv("TIDEMILL_PLACES", f"memory://other, {victim.url}")
@@ -790,8 +791,9 @@ def test_what_can_be_no_shard_is_passed_over_counted_named_once_and_shown(
     report = drain(run)
     assert (report.shards, report.rejected, report.passed_over) == (2, 0, 3)
     assert caplog.text.count("link.parquet is passed over") == 1
-    facts, words = views.model(open_log(str(tmp_path / "registry"), "model"), open_inbox(str(inbox)), 0)
-    assert set(facts["passed_over"]) == {"link.parquet", "loop.parquet", "pipe.parquet"}
+    found = look(open_log(str(tmp_path / "registry"), "model"), open_inbox(str(inbox)), behind_seconds=900)
+    facts, words = views.status(found)
+    assert set(facts.passed_over) == {"link.parquet", "loop.parquet", "pipe.parquet"}
     assert "passed over: 3 entries" in words
     assert sorted(path.name for path in inbox.iterdir() if path.name.endswith(".parquet")) == [
         "link.parquet",

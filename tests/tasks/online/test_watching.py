@@ -1,0 +1,215 @@
+"""Who watches a run: metrics in a file, pages on a port. They are right, and whatever becomes of them, the run goes on."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, TypeVar, get_args
+
+import pytest
+import yaml
+from prometheus_client import REGISTRY
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.data import put, rows
+from tests.tasks.online.test_step import begin, days
+from tidemill.progress import Activity, listening
+from tidemill.storage.log import open_log
+from tidemill.storage.status import ProblemName
+from tidemill.tasks.online import drain, follow, metrics
+from tidemill.tasks.online.events import Committed, Looked, Stepped
+from tidemill.tasks.online.metrics import METRICS, Numbers
+from tidemill.tasks.settings import Limits, OnlineSettings
+
+MakeUrl = Callable[[str], str]
+T = TypeVar("T")
+ROOT: Final = Path(__file__).parents[3]
+PATIENT: Final = OnlineSettings(poll_seconds=0.01, grace_seconds=0, limits=Limits(max_shards=1))
+
+
+@pytest.fixture
+def registry(memory_url: MakeUrl) -> str:
+    begin(memory_url("registry"), memory_url("dataset"))
+    return memory_url("registry")
+
+
+def values(text: str) -> dict[str, float]:
+    """`name` or `name{label=value}` -> value, of Tidemill's metrics."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = {name: value for name, value in sample.labels.items() if name != "model"}
+            if sample.name.startswith("tidemill_"):
+                assert sample.labels["model"] == "model"
+                found[sample.name + "".join(f"{{{name}={value}}}" for name, value in sorted(labels.items()))] = (
+                    sample.value
+                )
+    return found
+
+
+# ---- who listens changes nothing -------------------------------------------------------------------------------------
+class Listener:
+    """Remembers what it hears, or fails at once."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.activities: dict[str, Activity] = {}
+        self.events: list[object] = []
+        self._fails = fails
+
+    def on_activity(self, activity: Activity) -> None:
+        if self._fails:
+            raise RuntimeError("no")
+        self.activities[activity.what] = activity
+        if activity.loss is not None:
+            activity.loss()
+
+    def on_event(self, event: object) -> None:
+        if self._fails:
+            raise RuntimeError("no")
+        self.events.append(event)
+
+
+def trained(memory_url: MakeUrl, name: str) -> list[tuple[str, str]]:
+    """The sha256 of weights and state of each version of a small history."""
+    begin(memory_url(f"{name}/registry"), memory_url(f"{name}/dataset"))
+    put(memory_url(f"{name}/inbox"), days(3) | {"bad.parquet": b"bad"})
+    drain(memory_url(f"{name}/inbox"), memory_url(f"{name}/registry"), "model", PATIENT)
+    log = open_log(memory_url(f"{name}/registry"), "model")
+    blobs = [version.manifest.blobs for version in log.history(log.head())]
+    return [(each.weights.sha256, each.state.sha256) for each in blobs]
+
+
+def test_who_listens_hears_of_all_passes_and_changes_no_bit(memory_url: MakeUrl) -> None:
+    alone, listener = trained(memory_url, "alone"), Listener()
+    with listening(listener), listening(Listener(fails=True)):
+        assert trained(memory_url, "heard") == alone
+    passes = {what: (activity.done, activity.total, activity.ended) for what, activity in listener.activities.items()}
+    assert passes["statistics of the columns"] == (200, 200, True)
+    held_out = 200 - passes["epoch 1 of 3"][0]
+    assert 0 < held_out < 50
+    assert passes["epoch 3 of 3"] == (200 - held_out, 200 - held_out, True)
+    assert passes["drain model"] == (3, 3, True)
+    assert listener.activities["drain model"].rows == 40 + 41 + 42
+    kinds = [type(event) for event in listener.events]
+    assert (kinds.count(Committed), kinds.count(Stepped)) == (4, 4)
+    assert kinds[0] is Looked
+    rejected = [
+        shard.key for event in listener.events if isinstance(event, Committed) for shard in event.manifest.rejected
+    ]
+    assert rejected == ["bad.parquet"]
+
+
+def test_each_rejected_shard_is_told_at_once_with_its_reason(
+    registry: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(memory_url("inbox"), {f"{i:02}.parquet": b"bad" for i in range(22)} | {"good\n.parquet": rows(10, 1)})
+    drain(memory_url("inbox"), registry, "model", OnlineSettings(grace_seconds=0))
+    told = [r.getMessage() for r in caplog.records if "is rejected, to quarantine: " in r.getMessage()]
+    assert len(told) == 20
+    assert told[0].startswith(f"{memory_url('inbox')}/00.parquet is rejected, to quarantine: ")
+    assert "2 more shards are rejected by version 1 (see tidemill requeue)" in caplog.text
+
+
+def test_a_run_that_waits_tells_now_and_then_that_it_is_alive(
+    registry: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tidemill.tasks.online.report.ALIVE_SECONDS", 0.05)
+    caplog.set_level("INFO")
+    put(memory_url("inbox"), {"large.parquet": rows(100, 1)})
+    small = PATIENT.model_copy(update={"limits": Limits(max_shard_bytes=10), "stop_after_seconds": 0.5})
+    follow(memory_url("inbox"), registry, "model", small)
+    alive = [r.getMessage() for r in caplog.records if r.getMessage().startswith("alive: ")]
+    assert 1 < len(alive) < 12
+    assert re.fullmatch(
+        r"alive: head of model is version 0; 1 waiting, the oldest since 20.* UTC, 1 passed over", alive[0]
+    )
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+def test_the_metrics_of_a_drain(registry: str, memory_url: MakeUrl, tmp_path: Path) -> None:
+    file = tmp_path / "textfile" / "tidemill.prom"
+    settings = PATIENT.model_copy(update={"metrics_file": str(file)})
+    put(memory_url("inbox"), days(2) | {"bad.parquet": b"bad"})
+    drain(memory_url("inbox"), registry, "model", settings)
+    found = values(file.read_text())
+    assert found["tidemill_head_version"] == 3
+    assert found["tidemill_inbox_waiting_shards"] == found["tidemill_inbox_oldest_timestamp_seconds"] == 0
+    assert found["tidemill_versions_total{kind=online}"] == 3
+    assert found["tidemill_rows_total"] == 81
+    assert found["tidemill_rejected_shards_total"] == 1
+    assert found["tidemill_commit_lag_seconds_count"] == found["tidemill_commit_lag_seconds_bucket{le=+Inf}"] == 2
+    assert found["tidemill_step_seconds_count"] == 3
+    assert found["tidemill_score{metric=mae}{who=learner}"] > 0
+    assert found["tidemill_last_look_timestamp_seconds"] >= found["tidemill_last_commit_timestamp_seconds"] > 1e9
+    bare = {name.partition("{")[0] for name in found}
+    shown = {name for name in METRICS if bare & {name, f"{name}_total", f"{name}_count"}}
+    assert METRICS.keys() - shown == set()
+    # Of no other collector: node exporter refuses a file with the metrics of its own process
+    assert {line.split("_")[0] for line in file.read_text().splitlines() if line[0] != "#"} == {"tidemill"}
+    assert os.listdir(file.parent) == ["tidemill.prom"]
+
+
+def test_counters_of_scheduled_drains_go_on_where_the_last_process_ended(tmp_path: Path) -> None:
+    file = tmp_path / "tidemill.prom"
+    before = Numbers("model")
+    before.on_event(Stepped(2.0))
+    with metrics.written_to(file, before):
+        pass
+    for number in (2, 3):
+        after = Numbers("model")
+        with metrics.written_to(file, after):
+            after.on_event(Stepped(1.0))
+        assert values(file.read_text())["tidemill_step_seconds_count"] == number
+    assert values(file.read_text())["tidemill_step_seconds_sum"] == 4.0
+
+
+def test_a_file_that_cannot_be_read_or_written_costs_a_line(
+    registry: str, memory_url: MakeUrl, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("tidemill_rows_total{ what is this")
+    (tmp_path / "folder.prom").mkdir()
+    for path, words in (
+        (tmp_path / "file" / "tidemill.prom", "metrics cannot be written to"),
+        (tmp_path / "file", "cannot be read, and are counted anew"),
+        (tmp_path / "folder.prom", "metrics cannot be written to"),
+    ):
+        caplog.clear()
+        put(memory_url("inbox"), {f"{path.name}.parquet": rows(20, 1)})
+        report = drain(memory_url("inbox"), registry, "model", PATIENT.model_copy(update={"metrics_file": str(path)}))
+        assert report.shards == 1
+        assert caplog.text.count(words) == 1
+
+
+# ---- names and documents ---------------------------------------------------------------------------------------------
+OPERATIONS: Final = (ROOT / "docs/operations.md").read_text()
+RULES: Final = ROOT / "examples/prometheus/tidemill.rules.yml"
+
+
+def test_every_metric_problem_and_event_has_its_entry() -> None:
+    shown = {name if told.kind != "counter" else f"{name}_total" for name, told in METRICS.items()}
+    assert set(re.findall(r"^\| `(tidemill_\w+)` \|", OPERATIONS, re.MULTILINE)) == shown
+    problems = OPERATIONS.partition("## Problems")[2].partition("\n## ")[0]
+    assert re.findall(r"^### (\w+)$", problems, re.MULTILINE) == list(get_args(ProblemName))
+    for problem in get_args(ProblemName):
+        assert "Do: " in problems.partition(f"### {problem}\n")[2].partition("\n### ")[0], problem
+    events = {f"tidemill.{name}" for name in (
+        "version.committed", "champion.moved", "version.refused", "shard.rejected", "inbox.behind",
+    )}  # fmt: skip
+    assert set(re.findall(r"^\| `(tidemill\.[\w.]+)` \|", OPERATIONS, re.MULTILINE)) == events
+
+
+def test_every_alert_is_of_metrics_that_exist_and_has_its_entry() -> None:
+    (group,) = yaml.safe_load(RULES.read_text())["groups"]
+    shown = {f"{name}_total" if told.kind == "counter" else name for name, told in METRICS.items()}
+    alarms = re.findall(r"^### (\w+)$", OPERATIONS.partition("## Alarms")[2], re.MULTILINE)
+    assert [rule["alert"] for rule in group["rules"]] == alarms
+    for rule in group["rules"]:
+        assert set(re.findall(r"tidemill_\w+", rule["expr"])) <= shown
+        assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
+
+
+def test_the_metrics_are_in_the_default_registry_once() -> None:
+    metrics.numbers_of("model")
+    metrics.numbers_of("other")
+    names = [family.name for family in REGISTRY.collect() if family.name.startswith("tidemill_")]
+    assert sorted(names) == sorted(METRICS)
