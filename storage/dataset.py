@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import logging
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from tidemill.storage.overlap import inside
 from tidemill.storage.parquet import Findings, ParquetFile, RowGroup, row_groups
 from tidemill.storage.partitions import is_hidden, partition_types
 from tidemill.storage.store import ObjectInfo, Store
-from tidemill.storage.urls import open_store
+from tidemill.storage.urls import looks_like_a_pattern, open_store
 
 logger = logging.getLogger("tidemill.storage")
 
@@ -43,7 +42,6 @@ _OPEN_FILES: Final = 64
 request for the footer, and parsing. Opened for the first time, a file also costs a request for its first bytes, and one more if
 the footer is long."""
 _FOOTER_READERS: Final = 8
-_GLOB: Final = re.compile(r"[*?[{]")
 _NAME_THE_FOLDER: Final = "Name the folder: all Parquet files below it are read, at any depth. Or name a single file."
 _NAMED: Final = 3
 """Names that are told of each kind of object that is passed over."""
@@ -232,14 +230,14 @@ def _listed(
     except StoreNotFound as error:
         if (found := _single_file(url, stores)) is not None:
             return *found, ()
-        if _GLOB.search(url):
+        if looks_like_a_pattern(url):
             raise DatasetError(f"{url} is a pattern, which is not expanded. {_NAME_THE_FOLDER}") from error
         raise
     if infos:
         return store, infos, passed_over
     if (found := _single_file(url, stores)) is not None:
         return *found, ()
-    if _GLOB.search(url):
+    if looks_like_a_pattern(url):
         raise DatasetError(f"{url} is a pattern, which is not expanded. {_NAME_THE_FOLDER}")
     found_there = f" Passed over: {'; '.join(map(str, passed_over))}." if passed_over else ""
     raise DatasetError(

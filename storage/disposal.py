@@ -8,6 +8,7 @@ import logging
 import posixpath
 import re
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from tidemill.storage.errors import (
     AlreadyExists,
@@ -30,7 +31,10 @@ from tidemill.storage.urls import open_store
 
 logger = logging.getLogger("tidemill.storage")
 
-_QUARANTINED = re.compile(r"\d{8,}-[0-9a-f]{32}")
+NAME_BYTES: Final = 255
+"""The longest name of a file in the usual file systems, and in some stores of objects."""
+
+_QUARANTINED: Final = re.compile(r"\d{8,}-[0-9a-f]{32}")
 _told: set[str] = set()
 """Places of debts that were warned of, for the life of this process."""
 
@@ -54,12 +58,10 @@ def dispose(
         What could not be disposed of now, to be carried on by the next version: what is still there in another place, what
         was denied, and what is of an inbox that is gone as a whole.
     """
-    debts, elsewhere = list[Owed](), list[Owed]()
+    debts, others = list[Owed](), list[Owed]()
     for debt in owed:
-        if _is_of(log, debt, may_touch):
-            debts.append(debt)
-        elif not _is_gone(debt, stores):  # the run that made it may have paid it since; nothing records that
-            elsewhere.append(debt)
+        (debts if _is_of(log, debt, may_touch) else others).append(debt)
+    elsewhere = _left_elsewhere(others, stores)
     for place in sorted({_place(debt) for debt in elsewhere} - _told):
         _told.add(place)
         logger.warning(
@@ -103,14 +105,32 @@ def _is_of(log: VersionLog, debt: Owed, may_touch: Callable[[str], bool]) -> boo
     return fits and may_touch(debt.inbox)
 
 
-def _is_gone(debt: Owed, stores: Callable[[str], Store]) -> bool:
-    """Whether the object of a debt is not in its inbox any more. This only looks: nothing is changed there."""
-    try:
-        return stores(debt.inbox).stat(debt.key).etag != debt.etag
-    except NotFound:
-        return True
-    except StorageError:  # what cannot be looked at may still be there
-        return False
+def _left_elsewhere(others: Iterable[Owed], stores: Callable[[str], Store]) -> list[Owed]:
+    """Those debts of other places whose objects are still there. Their run may have paid since: nothing records that.
+
+    This only looks: nothing is changed there. What cannot be looked at may still be there.
+    """
+    opened: dict[str, Store | None] = {}
+    waiting = list(others)
+    for url in {debt.inbox: None for debt in waiting}:
+        try:
+            opened[url] = stores(url)
+        except StorageError:
+            opened[url] = None
+
+    def is_left(debt: Owed) -> bool:
+        if (inbox := opened[debt.inbox]) is None:
+            return True
+        try:
+            return inbox.stat(debt.key).etag == debt.etag
+        except NotFound:
+            return False
+        except StorageError:
+            return True
+
+    workers = max((inbox.concurrency for inbox in opened.values() if inbox is not None), default=1)
+    left = concurrently(is_left, waiting, workers)
+    return [debt for debt, still in zip(waiting, left, strict=True) if still]
 
 
 def _place(debt: Owed) -> str:
@@ -148,8 +168,17 @@ def _copied(log: VersionLog, inbox: Store, debt: Owed, stores: Callable[[str], S
 
 def archive_keys(key: str, digest: str) -> tuple[str, str]:
     """Where an archive holds a shard: under its own key, or under the second name if other bytes were there before."""
-    stem, suffix = posixpath.splitext(key)
-    return key, f"{stem}.{digest[:16]}{suffix}"
+    return key, second_name(key, digest[:16])
+
+
+def second_name(key: str, mark: str) -> str:
+    """The key with a mark before its ending; in a folder called by the mark if the name has no room for it."""
+    folder, slash, name = key.rpartition("/")
+    stem, suffix = posixpath.splitext(name)
+    marked = f"{stem}.{mark}{suffix}"
+    if len(marked.encode(errors="surrogatepass")) > NAME_BYTES:
+        marked = f"{mark}/{name}"
+    return f"{folder}{slash}{marked}"
 
 
 # ---- quarantine ------------------------------------------------------------------------------------------------------
@@ -219,8 +248,7 @@ def requeue(
             f"are written: if that is right, give --inbox {reason['inbox']}, or name it in {PLACES}."
         )
     # Without the mark of an earlier time: a name that grew each time would end as one that no store takes.
-    stem, suffix = posixpath.splitext(original_key(reason["key"]))
-    back = f"{stem}.requeued-{name}{suffix}"
+    back = second_name(original_key(reason["key"]), f"requeued-{name}")
     try:
         data, mode = log.store.read(key), log.store.mode(key)
     except NotFound:  # a requeue that crashed had sent it back already

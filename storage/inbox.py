@@ -13,16 +13,18 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 from tidemill.storage.errors import (
+    InvalidURL,
     NotFound,
     PreconditionFailed,
     ShardRejected,
+    StoreNotFound,
     Unavailable,
 )
 from tidemill.storage.lakehouse import refuse_parts_of_tables, refuse_tables
 from tidemill.storage.manifest import Rejected, ShardRef, sha256
 from tidemill.storage.partitions import is_hidden
 from tidemill.storage.store import ObjectInfo, Store
-from tidemill.storage.urls import open_store
+from tidemill.storage.urls import looks_like_a_pattern, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -37,7 +39,9 @@ UNFINISHED = (".tmp", ".temp", ".part", ".partial", ".inprogress", ".crdownload"
 NAMED: Final = 1000
 """How many of the entries that it passes over a listing names."""
 
-_REQUEUED = re.compile(r"\.requeued-\d{8}-[0-9a-f]{32}")
+_REQUEUED: Final = re.compile(r"\.requeued-\d{8,}-[0-9a-f]{32}|(?<![^/])requeued-\d{8,}-[0-9a-f]{32}/")
+"""A mark in the name; or a folder, where the name has no room for a mark (`tidemill.storage.disposal.second_name`)."""
+_OF_A_FILE: Final = (".parquet", ".parq", ".pq")
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,27 @@ class Inbox:
     @property
     def url(self) -> str:
         return self.store.url
+
+    def refuse_no_folder(self) -> None:
+        """An inbox is a folder. Where a store has no folders, nothing would ever be found below what is none.
+
+        Raises:
+            InvalidURL: nothing is there, and the URL is a pattern or has the name of a file.
+        """
+        pattern = looks_like_a_pattern(self.url)
+        if not pattern and not self.url.lower().endswith(_OF_A_FILE):
+            return
+        try:
+            there = next(iter(self.store.list(passed_over=lambda *_: None)), None) is not None
+        except StoreNotFound:
+            there = False
+        else:
+            there = there or self.url.startswith("file:")  # an empty folder of this name
+        if not there:
+            what = (
+                "is a pattern, which is not expanded" if pattern else "has the name of a file, and nothing is below it"
+            )
+            raise InvalidURL(f"{self.url} {what}. Name the folder: all shards below it are read, at any depth.")
 
     def list(
         self,

@@ -69,7 +69,7 @@ def check_inbox(store: Store) -> None:
     except (PermissionDenied, StoreFull):
         _unasked.add(store.url)
     if store.url in _unasked:
-        store.promises = Promises(compares_on_delete=False)
+        store.promises = Promises()
         return
     place = urlsplit(store.url)[:2]
     if not store.promises.compares_on_delete and place not in _warned:
@@ -113,8 +113,11 @@ def _check_create(store: Store, key: str) -> None:
 
 def _compares_on_delete(store: Store, key: str) -> bool:
     stale = "0" * 32  # no etag of these bytes
+    store.promises = Promises(compares_on_delete=True)  # so that the server is asked: else `delete` compares for itself
     try:
         store.delete(key, if_match=stale)
     except (PreconditionFailed, PermissionDenied):
         return True
+    finally:
+        store.promises = Promises()
     return False

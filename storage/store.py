@@ -52,9 +52,12 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class Promises:
-    """What a store keeps where stores differ. Found by asking it (`probe.py`), not by its name."""
+    """What a store keeps where stores differ. Found by asking it (`probe.py`), not by its name.
 
-    compares_on_delete: bool = True
+    A store that nobody has asked promises nothing.
+    """
+
+    compares_on_delete: bool = False
     """A delete that names an etag is refused if the object has another. Where the server does not compare, `delete` does
     before it asks: an object that is put between the two requests is lost, or put back where the bucket keeps versions."""
 

@@ -12,6 +12,7 @@ from tidemill.storage.store import Store
 _KINDS: Final = "use one of ./folder, /folder, file:///folder, s3://bucket/prefix, memory://name/prefix"
 
 _S3: Final = "write s3://bucket/prefix, and give the server by AWS_ENDPOINT_URL_S3 if it is not that of AWS"
+_PATTERN: Final = re.compile(r"[*?[{]")
 _INSTEAD: Final = dict.fromkeys(("s3a", "s3n", "minio", "http", "https"), _S3)
 
 
@@ -67,6 +68,11 @@ def open_store(url: str) -> Store:
     from tidemill.storage.s3 import S3Store  # here, because s3fs takes most of a second to import
 
     return S3Store(name, prefix)
+
+
+def looks_like_a_pattern(url: str) -> bool:
+    """Whether a shell would expand the URL. Nothing does so here, and a name may well hold these characters."""
+    return _PATTERN.search(url) is not None
 
 
 def _local(path: str) -> LocalStore:

@@ -182,7 +182,7 @@ def register(run: BatchRun, result: Score) -> Version:
     learner = run.load_best()
     weights, state = learner.dump()
     counters, spec = asdict(learner.counters), resolved_spec(learner)
-    warn_of_hidden_state(learner, weights, state, run.dataset.row_groups)
+    warn_of_hidden_state(learner, run.dataset.row_groups)
     if run.spec.import_paths:
         run.forget()  # it has taken another step
     while True:

@@ -1,20 +1,28 @@
-"""A new model is tried before it is trained, and once more before it is first committed.
+"""A model is tried on a few rows: before it is trained, before it is first committed, and where a shard may be at fault.
 
 What a whole run would show at its end, or after a restart, a few rows show at once: metrics that give no number, a model that
-cannot be read back, state that is kept where no checkpoint finds it. Only the user's own code is tried.
+cannot be read back, state that is kept where no checkpoint finds it. Before training, only the user's own code is tried.
+
+Two kinds of rows are at hand before the first epoch. Made-up rows are those of the schema: any run has them, `follow` too, and
+they hold every class, where a sorted dataset may begin with 64 rows of one class. The first rows of the dataset are real: they
+have what a user's code may rightly take for granted, as that a price is positive. So what fails on made-up rows alone, or on
+the first rows alone, may be sound; what fails on both is refused, and so is what gives something else than a number on either.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from tidemill.tasks.training.errors import FactoryError, NonFiniteLoss, TrainingError
-from tidemill.tasks.training.groups import RowGroup, TableGroup
+from tidemill.tasks.training.errors import ColumnError, FactoryError, ModelError, NonFiniteLoss, TrainingError
+from tidemill.tasks.training.groups import RowGroup, TableGroup, generator
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import score, train_shard
+from tidemill.tasks.training.made_up import made_up
+from tidemill.tasks.training.metrics import number_of
+from tidemill.tasks.training.replay import ReplayBuffer
 from tidemill.tasks.training.steps import Steps
 
 logger = logging.getLogger("tidemill.batch")
@@ -23,39 +31,84 @@ SCORED_ROWS: Final = 64
 """Metrics are tried on this many rows, which is enough for those that need several."""
 
 
+# ---- before the first epoch, and before the first shard --------------------------------------------------------------
 def try_out(learner: Learner, groups: Sequence[RowGroup]) -> None:
-    """Let a copy of a new learner be scored and take a step on the first rows of the dataset. The learner is not changed.
+    """Let a copy of a new learner be scored and take a step on made-up rows and on the first rows of the dataset.
+
+    The learner is not changed.
 
     Raises:
-        FactoryError: a metric of the user's fails, or gives no single number.
+        FactoryError: a metric of the user's gives no single number, or fails on both.
         StateMismatch: what was stored of the learner cannot be read back.
-        ModelError, OutputShapeError: the model or the loss fails.
+        ModelError, OutputShapeError: the model or the loss fails on the first rows; on made-up ones, where no row group at the
+            dataset's beginning has labels.
     """
     if not learner.spec.import_paths:
         return
-    copy = Learner.load(learner.spec, *learner.dump(), learner.device.type)
-    rows = _first_rows(learner, groups, max(SCORED_ROWS, learner.spec.batch_size))
-    if not rows:
-        return
+    doubtful = try_metrics(learner)
+    copy = _copy(learner)
+    count = max(SCORED_ROWS, learner.spec.batch_size)
+    rows = _first_rows(learner, groups, count) or [made_up(learner.features, count)]
     for name, reason in score(copy, rows).left_out.items():
-        raise FactoryError(f"metrics {name!r} fails on the first rows of the dataset: {reason}")
+        _refuse_unless_a_number(copy, name, "the first rows of the dataset")
+        if name in doubtful:
+            raise FactoryError(
+                f"metrics {name!r} fails on made-up rows ({doubtful[name]}) and on the first rows of the dataset: {reason}"
+            )
     try:
         _take_step(copy, rows)
-        Learner.load(copy.spec, *copy.dump(), copy.device.type)  # with the state that the step has made
+        _copy(copy)  # with the state that the step has made
     except NonFiniteLoss:
         return  # training says how to go on
 
 
-def warn_of_hidden_state(learner: Learner, weights: bytes, state: bytes, groups: Sequence[RowGroup]) -> None:
-    """Let the learner and what is stored of it each take the same step, and warn if they differ. The learner is used up.
+def try_metrics(learner: Learner) -> Mapping[str, str]:
+    """Let a copy of the learner be scored on made-up rows: the same rule in `train` and in `follow`.
 
-    Not on accelerators, whose kernels need not give the same bits twice.
+    Returns:
+        Name -> reason of the metrics that fail on these rows, whose values may be at fault: real rows decide. `train` has some.
+        `follow` leaves such a metric out of each shard on which it fails, with a warning, because a metric only tells of the
+        model, and must not stop it.
+
+    Raises:
+        FactoryError: a metric of the user's cannot be made, or gives something else than one number, whatever the rows are.
+    """
+    if not learner.spec.metrics:
+        return {}
+    copy, rows = _copy(learner), made_up(learner.features, SCORED_ROWS)
+    try:
+        left_out = score(copy, [rows]).left_out
+    except (ColumnError, ModelError) as error:
+        return dict.fromkeys(copy.metrics, f"the model fails on them: {error}")
+    for name in left_out:
+        _refuse_unless_a_number(copy, name, "made-up rows")
+    return left_out
+
+
+def _refuse_unless_a_number(learner: Learner, name: str, rows: str) -> None:
+    """Raise FactoryError if this metric, which was left out, gives something else than one number."""
+    try:
+        number_of(learner.metrics[name])
+    except FactoryError as error:
+        raise FactoryError(f"metrics {name!r} fails on {rows}: {error}") from error
+    except Exception:  # noqa: BLE001  # of whatever class: it fails, which was found out before
+        return
+
+
+# ---- before the first commit -----------------------------------------------------------------------------------------
+def warn_of_hidden_state(learner: Learner, groups: Sequence[RowGroup]) -> None:
+    """Let the learner and what would be stored of it each take the same step, and warn if they differ.
+
+    The learner takes a step before, so that state which it keeps elsewhere has begun to move, even if it was read from a
+    checkpoint a moment ago. It is used up. Not on accelerators, whose kernels need not give the same bits twice.
     """
     if not learner.spec.import_paths or learner.device.type != "cpu":
         return
     try:
-        read_back = Learner.load(learner.spec, weights, state, "cpu")
-        rows = _first_rows(learner, groups, learner.spec.batch_size)
+        size = learner.spec.batch_size
+        rows = _first_rows(learner, groups, size) or [made_up(learner.features, size)]
+        _take_step(learner, rows)
+        read_back = _copy(learner)
         for each in (learner, read_back):
             _take_step(each, rows)
     except TrainingError as error:
@@ -71,6 +124,45 @@ def warn_of_hidden_state(learner: Learner, weights: bytes, state: bytes, groups:
             differing[0],
             f" (and {len(differing) - 1} more)" if len(differing) > 1 else "",
         )
+
+
+# ---- where a shard may be at fault -----------------------------------------------------------------------------------
+def rows_at_hand(learner: Learner) -> str:
+    """On which rows `try_step` takes its step, in words."""
+    return "remembered rows" if _remembers(learner) is not None else "made-up rows"
+
+
+def try_step(steps: Steps) -> None:
+    """Let a learner be scored and take a step where no shard can be trained on. It is used up.
+
+    On rows that it remembers, which are real, if the spec has a replay memory; else on made-up ones.
+
+    Raises:
+        TrainingError: it cannot. Any other error of memory, an accelerator or the user's own code, too.
+    """
+    learner = steps.learner
+    if (memory := _remembers(learner)) is None:
+        rows = [made_up(learner.features, learner.spec.batch_size)]
+        score(learner, rows)
+        train_shard(steps, rows, passes=1)
+        return
+    old = next(memory.draws(min(memory.rows, learner.spec.batch_size), generator(learner.spec.seed, "trial")))
+    devices = [learner.device.index or 0] if learner.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # a caller's random numbers are left alone
+        steps.loss_after(old)
+        with steps.training():
+            before = steps.take(old)
+        if not (torch.isfinite(before) and torch.isfinite(steps.loss_after(old)) and steps.is_finite()):
+            raise NonFiniteLoss("a step on remembered rows made the loss or a weight non-finite")
+
+
+def _remembers(learner: Learner) -> ReplayBuffer | None:
+    return learner.memory if learner.memory is not None and learner.memory.rows else None
+
+
+# ---- rows and steps --------------------------------------------------------------------------------------------------
+def _copy(learner: Learner) -> Learner:
+    return Learner.load(learner.spec, *learner.dump(), learner.device.type)
 
 
 def _first_rows(learner: Learner, groups: Sequence[RowGroup], count: int) -> list[TableGroup]:

@@ -1,7 +1,7 @@
 """Online training, one room for each part of the protocol in docs/guarantees.md.
 
-Read in this order: `step` (the protocol), `places`, `selection`, `reading`, `work`, `commit`, `gate`; then what they use:
-`delayed`, `labels`, `triggers`, `report`. `doors` has `drain` and `follow`, which take step after step.
+Read in this order: `step` (the protocol), `places`, `selection`, `reading`, `turns`, `work`, `commit`, `gate`; then what they
+use: `delayed`, `labels`, `triggers`, `report`. `doors` has `drain` and `follow`, which take step after step.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -3,7 +3,7 @@
 A shard of labels has the key of its shard of features, in an inbox of its own. Both are consumed by the same version.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from tidemill.storage.errors import NotReady, ShardRejected
@@ -30,8 +30,13 @@ class DelayedLabels:
         grace_seconds: float,
         known: Callable[[ObjectInfo], bool],
         fits: Callable[[ObjectInfo], bool],
+        awaited: Callable[[], Collection[str]],
     ) -> None:
         """List the labels that wait.
+
+        Where more wait than are matched at a time, those whose features are not there are left out, so that they hide no
+        others. Such features never come, or were rejected, or were consumed while their labels stay (`keep`) and have new
+        etags since a backup was put back.
 
         Args:
             inbox: Where labels arrive.
@@ -39,9 +44,19 @@ class DelayedLabels:
             grace_seconds: What is no whole Parquet file is unusable once it has not changed for this long.
             known: Whether an object was consumed before.
             fits: Whether it is small enough to be read.
+            awaited: Lists the original keys of the features that wait; asked only then.
         """
         self.inbox, self._column, self._grace_seconds = inbox, column, grace_seconds
+        self.warnings: tuple[str, ...] = ()
         listing = inbox.list(LISTED, known, fits)
+        if len(listing.shards) == LISTED:
+            keys, most = awaited(), listing.waiting
+            listing = inbox.list(LISTED, known, lambda info: original_key(info.key) in keys and fits(info))
+            if len(listing.shards) < LISTED:
+                self.warnings = (
+                    f"{inbox.url} holds {most:,} shards of labels, and most of their features do not wait: they never came, or "
+                    "were rejected or consumed. Move such labels away, since each look lists them twice.",
+                )
         self.consumed = listing.known
         """What was consumed before, and is still or again there."""
         self.passed_over = listing.passed_over
@@ -49,12 +64,6 @@ class DelayedLabels:
         self._waiting: dict[str, ObjectInfo] = {}
         for info in listing.shards:
             self._waiting.setdefault(original_key(info.key), info)
-        self.warnings: tuple[str, ...] = ()
-        if len(listing.shards) == LISTED:
-            self.warnings = (
-                f"{inbox.url} holds {listing.waiting:,} shards of labels. Only the oldest {LISTED:,} are matched with features. "
-                "Those whose features never came, or were rejected, hold up the others: move them away.",
-            )
 
     def have(self, features: ObjectInfo) -> bool:
         """Whether the labels of a shard of features have arrived."""

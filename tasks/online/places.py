@@ -45,6 +45,7 @@ class Places:
             UnknownModel: the name cannot be a model's name.
             UnsupportedStore: the registry ignores put-if-absent.
             PlacesOverlap: one place is, holds or lies in another's way.
+            InvalidURL: an inbox is no folder.
         """
         self._open = stores
         self._opened: dict[str, Store] = {}
@@ -58,6 +59,8 @@ class Places:
         archive = [] if settings.archive_to is None else [self.store(settings.archive_to).url]
         self._allowed = (*(each.url for each in self.inboxes), *archive, *allowed_places())
         self._may = dict.fromkeys(self._allowed, True)
+        for each in self.inboxes:
+            each.refuse_no_folder()
         check_preconditions(self.log.store)
         for each in self.inboxes:
             check_inbox(each.store)

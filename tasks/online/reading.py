@@ -242,16 +242,20 @@ class Reader:
     ) -> None:
         """`read` may be called from any thread; `size` tells how many bytes it will hold."""
         self._waiting = deque(shards)
+        self._again: deque[ObjectInfo] = deque()
+        """These have their turn before all others, and are read in it: what was read ahead meanwhile is kept."""
         self._read, self._size, self._ahead = read, size, 2 * workers if workers > 1 else 0
         self._coming: deque[tuple[ObjectInfo, Future[Read]]] = deque()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="tidemill-reader")
 
     def __len__(self) -> int:
-        return len(self._coming) + len(self._waiting)
+        return len(self._again) + len(self._coming) + len(self._waiting)
 
     @property
     def upcoming(self) -> ObjectInfo:
         """The shard whose turn it is."""
+        if self._again:
+            return self._again[0]
         return self._coming[0][0] if self._coming else self._waiting[0]
 
     def take(self) -> tuple[ObjectInfo, Read]:
@@ -259,8 +263,8 @@ class Reader:
 
         Raises what `read_shard` raises; the shard has then had its turn.
         """
-        if not self._ahead:
-            info = self._waiting.popleft()
+        if self._again or not self._ahead:
+            info = (self._again or self._waiting).popleft()
             return info, self._read(info)
         self._prefetch()
         info, coming = self._coming.popleft()
@@ -278,20 +282,13 @@ class Reader:
 
     def put_back(self, shards: Sequence[ObjectInfo]) -> None:
         """Let these have their turn once more, before all others."""
-        if not shards:
-            return
-        again = [*shards, *self._stop()]
-        self._waiting.extendleft(reversed(again))
+        self._again.extendleft(reversed(shards))
 
     def close(self) -> None:
-        """Hand out nothing more."""
-        self._stop()
-        self._waiting.clear()
-        self._pool.shutdown()
-
-    def _stop(self) -> list[ObjectInfo]:
-        """Wait for what is being read, and drop it."""
+        """Hand out nothing more. What is being read is waited for, and dropped."""
         stopped, self._coming = self._coming, deque()
         # Not cancelled: which requests a run makes follows from the listing alone, and tests interrupt each of them.
         wait([coming for _, coming in stopped])
-        return [info for info, _ in stopped]
+        self._again.clear()
+        self._waiting.clear()
+        self._pool.shutdown()

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from tidemill.storage.errors import ShardRejected
-from tidemill.storage.inbox import Inbox
+from tidemill.storage.inbox import Inbox, original_key
 from tidemill.storage.manifest import Owed
 from tidemill.storage.store import ObjectInfo
 from tidemill.storage.tombstones import Seen
@@ -84,7 +84,8 @@ def select(head: Head, places: Places, settings: OnlineSettings, without: Collec
     if settings.labels is not None and places.labels is not None:
         fits = _fits(places.labels, settings, passed_over)
         known = partial(seen.consumed, places.labels.url)
-        delayed = DelayedLabels(places.labels, settings.labels.key, settings.grace_seconds, known, fits)
+        awaited = partial(_awaited, inbox, seen, without)
+        delayed = DelayedLabels(places.labels, settings.labels.key, settings.grace_seconds, known, fits, awaited)
 
     fits = _fits(inbox, settings, passed_over)
 
@@ -113,6 +114,19 @@ def select(head: Head, places: Places, settings: OnlineSettings, without: Collec
         passed_over=passed_over,
         warnings=() if delayed is None else delayed.warnings,
     )
+
+
+def _awaited(inbox: Inbox, seen: Seen, without: Collection[Identity]) -> set[str]:
+    """The original keys of all shards that wait, but for those that are left out."""
+    keys: set[str] = set()
+
+    def note(info: ObjectInfo) -> bool:
+        if (inbox.url, info.key, info.etag) not in without:
+            keys.add(original_key(info.key))
+        return False  # none is to be handed out
+
+    inbox.list(1, partial(seen.consumed, inbox.url), note)
+    return keys
 
 
 def _duplicates(seen: Seen, inbox: Inbox, consumed: list[ObjectInfo], settings: OnlineSettings) -> Iterator[Owed]:

@@ -27,14 +27,15 @@ from tidemill.tasks.online.gate import Champion
 from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.selection import Selection, select
-from tidemill.tasks.online.work import Head, Identity, Work, read_learner, train_on, trigger_on
+from tidemill.tasks.online.turns import train_on
+from tidemill.tasks.online.work import Head, Identity, Work, read_learner, trigger_on
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import BatchSettings, GateSettings, OnlineSettings
 from tidemill.tasks.training.environment import differences, environment
 from tidemill.tasks.training.made_up import made_up
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
-from tidemill.tasks.trial import warn_of_hidden_state
+from tidemill.tasks.trial import try_metrics, warn_of_hidden_state
 from tidemill.tasks.versions import asked_of
 
 logger = logging.getLogger("tidemill.online")
@@ -96,7 +97,7 @@ class OnlineRun:
         self._read_again_at = 0.0
         """When they are tried again."""
         self._told: set[str] = set()
-        self._has_tried_restart = False
+        self._has_tried_metrics = self._has_tried_restart = False
 
     def head(self) -> Head:
         """The head, verified, and the learner as it was committed; its debts paid, now that it has been read back.
@@ -122,6 +123,9 @@ class OnlineRun:
             if log.head().number == version.number:
                 raise
             raise HeadMoved(f"{log.url}: retention has removed version {version.number}, the head before.") from error
+        if not self._has_tried_metrics:
+            try_metrics(learner)
+            self._has_tried_metrics = True
         if changed := differences(manifest.environment, environment()):
             self._tell(f"bits may differ from those of the run before: {'; '.join(changed)}")
         tombstones.respell(self.places.spelled)
@@ -222,7 +226,7 @@ class OnlineRun:
         learner = head.learner
         if learner.spec.import_paths:
             rows = made_up(learner.features, learner.spec.batch_size)
-            warn_of_hidden_state(learner, *learner.dump(), [rows])
+            warn_of_hidden_state(learner, [rows])
             head.read_again(self.places.log, self.settings.device)
 
     def lost(self, moved: HeadMoved) -> Step:

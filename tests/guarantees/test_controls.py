@@ -29,14 +29,15 @@ from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
 from tidemill.tasks.online import step as online
-from tidemill.tasks.online import work as work_room
+from tidemill.tasks.online import turns as turns_room
 from tidemill.tasks.online.commit import commit, debts
 from tidemill.tasks.online.gate import Champion
 from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.reading import Reader
 from tidemill.tasks.online.selection import Selection, select
 from tidemill.tasks.online.step import OnlineRun
-from tidemill.tasks.online.work import Head, Identity, Work, train_on
+from tidemill.tasks.online.turns import train_on
+from tidemill.tasks.online.work import Head, Identity, Work
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.errors import ModelFails
 from tidemill.tasks.training.steps import Steps
@@ -202,7 +203,7 @@ def begun_anew(protocol: Protocol, stride: int) -> Iterator[World]:
 def deployed_badly(protocol: Protocol, stride: int) -> Iterator[World]:
     """From now on the model fails on every shard: none of them is at fault, and all of them stay."""
     world = world_of(protocol)
-    with protocol.followed(), patch.object(work_room, "train_shard", _fails), suppress(ModelFails):
+    with protocol.followed(), patch.object(turns_room, "train_shard", _fails), suppress(ModelFails):
         online.step(opened(world))
     for key, data in SHARDS:
         assert data in BAD or world.present(key), f"{key} was rejected, though the model is at fault"
@@ -315,7 +316,7 @@ def rejects_whatever_fails(
     reader: Reader, head: Head, champion: Champion, places: Places, settings: OnlineSettings
 ) -> Work:
     """Takes a shard for bad because the model fails on it, and asks no further."""
-    with patch.object(work_room, "_try_made_up_rows", lambda *_: None):
+    with patch.object(turns_room, "prove", lambda *_: None):
         return train_on(reader, head, champion, places, settings)
 
 

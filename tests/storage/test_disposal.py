@@ -1,6 +1,7 @@
 """What a committed version is done with leaves the inbox, whoever else acts; quarantine, and the way back."""
 
 import json
+import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from tidemill.storage.errors import (
     StoreNotFound,
     Unavailable,
 )
-from tidemill.storage.inbox import Inbox, is_shard, open_inbox
+from tidemill.storage.inbox import Inbox, is_shard, open_inbox, original_key
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed, checked, sha256
 from tidemill.storage.probe import check_inbox
@@ -338,6 +339,56 @@ def test_a_rejected_shard_can_be_sent_back(inbox: Inbox, log: VersionLog) -> Non
     assert is_shard(back)
     assert quarantined(log) == {}
     assert keys(log.store, "taxi/quarantine/") == []
+
+
+@pytest.mark.parametrize("size", [204, 205, 238, 255])
+def test_a_shard_with_the_longest_name_can_be_sent_back(inbox: Inbox, log: VersionLog, size: int) -> None:
+    """And back again: its name does not grow."""
+    key = f"d/{'a' * (size - 8)}.parquet"
+    for _ in range(2):
+        name = reject(inbox, log, key)
+        back = requeue(log, name)
+        assert keys(inbox.store) == [back]
+        assert (inbox.store.read(back), is_shard(back), original_key(back)) == (
+            b"bad",
+            True,
+            f"d/{'a' * (size - 8)}.parquet",
+        )
+        inbox.store.delete(back)
+        key = back
+
+
+@pytest.mark.parametrize("size", [238, 239, 255])
+def test_a_shard_with_the_longest_name_has_a_second_name_in_an_archive(
+    inbox: Inbox, log: VersionLog, make_url: Callable[[str], str], size: int
+) -> None:
+    key, archive = f"{'a' * (size - 8)}.parquet", open_store(make_url("archive"))
+    for data in (b"one", b"two"):
+        inbox.store.write(key, data)
+        assert dispose(log, [owe(inbox, key, "archive", archive.url)]) == ()
+    assert keys(inbox.store) == []
+    assert sorted(archive.read(key) for key in keys(archive)) == [b"one", b"two"]
+
+
+def test_debts_elsewhere_are_looked_at_several_at_once(inbox: Inbox, log: VersionLog) -> None:
+    """A store that is far away would else be waited for once for each, at every head."""
+    debts = []
+    for i in range(6):
+        inbox.store.write(f"{i}.parquet", b"data")
+        debts.append(owe(inbox, f"{i}.parquet", "delete"))
+    inbox.store.delete("5.parquet")
+    both = threading.Barrier(2, timeout=30)
+
+    def meet(call: Call) -> None:
+        if call.verb == "stat" and call.phase == "before":
+            both.wait()
+
+    def stores(url: str) -> Store:
+        return FaultStore(open_store(url), meet, concurrency=2)
+
+    assert [debt.key for debt in disposal.dispose(log, debts, lambda url: False, stores)] == [
+        f"{i}.parquet" for i in range(5)
+    ]
 
 
 def test_two_shards_of_the_same_bytes_are_both_kept(memory: Inbox, memory_log: VersionLog) -> None:

@@ -92,3 +92,21 @@ class Single(Many):
 class Refuses(Single):
     def update(self, predicted: Tensor, actual: Tensor) -> None:
         raise RuntimeError("only for images")
+
+
+class OfPrices(Single):
+    """Takes for granted that all targets are positive."""
+
+    def update(self, predicted: Tensor, actual: Tensor) -> None:
+        if (actual <= 0).any():
+            raise ValueError("no price is negative")
+        super().update(predicted, actual)
+
+
+class OfBothSigns(Single):
+    """Needs targets of both signs, as an area under a curve needs both classes."""
+
+    def update(self, predicted: Tensor, actual: Tensor) -> None:
+        if (actual > 0).all():
+            raise ValueError("only one sign is present")
+        super().update(predicted, actual)

@@ -3,12 +3,15 @@
 import logging
 from collections.abc import Callable
 
+import pyarrow as pa
 import pytest
 import torch
 
-from tests.data import SPEC, put, rows
+from tests.data import SPEC, keys, put, rows
+from tests.tasks import own_models
 from tidemill.storage.log import open_log
 from tidemill.tasks import batch
+from tidemill.tasks.online import drain
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.training.errors import FactoryError
 from tidemill.tasks.training.spec import Spec
@@ -32,9 +35,12 @@ def dataset(memory_url: MakeUrl) -> str:
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        ("Many", r"metrics 'many' fails on the first rows of the dataset: it gives \[3\], not one number"),
-        ("Mapped", r"metrics 'mapped' fails on the first rows of the dataset: it gives dict, not one number"),
-        ("Refuses", r"metrics 'refuses' fails on the first rows of the dataset: RuntimeError: only for images"),
+        ("Many", r"metrics 'many' fails on made-up rows: it gives \[3\], not one number"),
+        ("Mapped", r"metrics 'mapped' fails on made-up rows: it gives dict, not one number"),
+        (
+            "Refuses",
+            r"metrics 'refuses' fails on made-up rows \(RuntimeError: only for images.*\) and on the first",
+        ),
     ],
 )
 def test_a_metric_that_gives_no_number_is_refused_before_the_first_epoch(
@@ -46,6 +52,58 @@ def test_a_metric_that_gives_no_number_is_refused_before_the_first_epoch(
     with pytest.raises(FactoryError, match=message):
         batch.prepare(run)
     assert not [info.key for info in run.log.store.list() if "/00000" in info.key]
+
+
+def test_a_metric_is_tried_on_made_up_rows_where_the_first_rows_have_no_labels(memory_url: MakeUrl) -> None:
+    unlabelled = rows(300, 0).set_column(2, "y", [pa.nulls(300, pa.float64())])
+    put(memory_url("dataset"), {"a.parquet": unlabelled, "b.parquet": rows(60, 1)})
+    with pytest.raises(FactoryError, match="metrics 'refuses' fails on made-up rows"):
+        batch.train(memory_url("dataset"), memory_url("registry"), "model", own("Plain", "Refuses"))
+
+
+PRICES = rows(200, 0).set_column(2, "y", [[abs(y) + 0.01 for y in rows(200, 0)["y"].to_pylist()]])
+
+
+@pytest.mark.parametrize(
+    ("metric", "table"), [("OfPrices", PRICES), ("OfBothSigns", rows(200, 0).sort_by([("y", "descending")]))]
+)
+def test_a_metric_that_fails_on_made_up_rows_alone_or_on_the_first_rows_alone_is_sound(
+    metric: str, table: pa.Table, memory_url: MakeUrl
+) -> None:
+    """The values may be at fault: no price is negative, and a sorted dataset begins with values of one kind."""
+    put(memory_url("dataset"), {"a.parquet": table})
+    made = batch.train(memory_url("dataset"), memory_url("registry"), "model", own("Plain", metric))
+    assert metric.lower() in made.metrics["holdout"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("gives", [torch.zeros(3), {"total": torch.zeros(1)}])
+def test_a_follower_refuses_a_metric_that_gives_no_number_as_training_does(
+    gives: object, dataset: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metric's code was changed since the version was trained."""
+    monkeypatch.setenv("TIDEMILL_FACTORIES", own_models.__name__)
+    batch.train(dataset, memory_url("registry"), "model", own("Plain", "Single"))
+    put(memory_url("inbox"), {"1.parquet": rows(20, 3)})
+    monkeypatch.setattr(own_models.Single, "compute", lambda self: gives)
+    with pytest.raises(FactoryError, match=r"metrics 'single' fails on made-up rows: it gives .*, not one number"):
+        drain(memory_url("inbox"), memory_url("registry"), "model")
+    assert keys(memory_url("inbox")) == ["1.parquet"]
+    monkeypatch.undo()
+    monkeypatch.setenv("TIDEMILL_FACTORIES", own_models.__name__)
+    assert drain(memory_url("inbox"), memory_url("registry"), "model").shards == 1
+
+
+def test_a_metric_that_fails_on_the_rows_of_a_shard_is_left_out_of_it_and_stops_nothing(
+    memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TIDEMILL_FACTORIES", own_models.__name__)
+    put(memory_url("dataset"), {"a.parquet": PRICES})
+    batch.train(memory_url("dataset"), memory_url("registry"), "model", own("Plain", "OfPrices"))
+    put(memory_url("inbox"), {"1.parquet": rows(20, 3), "2.parquet": PRICES.slice(0, 20)})
+    assert drain(memory_url("inbox"), memory_url("registry"), "model").shards == 2
+    first, second = open_log(memory_url("registry"), "model").head().manifest.consumed
+    assert ("ofprices" in first.score, "ofprices" in second.score) == (False, True)
+    assert "metric ofprices of" in caplog.text
 
 
 def test_a_metric_of_one_number_is_computed(dataset: str, memory_url: MakeUrl) -> None:
@@ -72,6 +130,20 @@ def test_state_that_no_checkpoint_finds_is_told_at_the_first_commit(
     batch.train(dataset, memory_url("registry"), "model", own(model))
     assert caplog.text.count("after a restart this model goes on with other bits") == 1
     assert "'layer.weight'" in caplog.text
+
+
+def test_state_that_no_checkpoint_finds_is_told_by_a_run_that_only_registers(
+    dataset: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was killed after its last epoch, so that its learner comes from a checkpoint."""
+    arguments = batch.take_snapshot(dataset), memory_url("registry"), "model", own("Counter"), BatchSettings()
+    killed = batch.open_run(*arguments)
+    batch.prepare(killed)
+    while (epoch := killed.next_epoch()) is not None:
+        batch.train_epoch(killed, epoch)
+    again = batch.open_run(*arguments)
+    batch.register(again, batch.evaluate(again))
+    assert caplog.text.count("after a restart this model goes on with other bits") == 1
 
 
 @pytest.mark.parametrize("averaged", [{}, {"ema_decay": 0.9}, {"replay": {"rows": 10}}, {"running_statistics": True}])

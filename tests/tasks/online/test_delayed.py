@@ -45,10 +45,10 @@ def labels(count: int, seed: int) -> pa.Table:
 
 
 class World:
-    """A registry with version 0, and two inboxes, in memory."""
+    """A registry with version 0, and two inboxes, in memory or below another root."""
 
-    def __init__(self) -> None:
-        self.root = f"memory://{uuid.uuid4().hex}"
+    def __init__(self, root: str | None = None) -> None:
+        self.root = root or f"memory://{uuid.uuid4().hex}"
         put(self.url("dataset"), {"part-0.parquet": rows(200, 0)})
         for name in ("inbox", "labels"):
             put(self.url(name), {})
@@ -214,15 +214,45 @@ def test_features_are_not_blamed_for_their_labels(bad: pa.Table, reason: str, wo
     assert reason in about["reason"]
 
 
-def test_labels_that_hold_up_others_are_told_of(
+def test_labels_whose_features_are_not_there_hide_no_others_and_are_told_of_once(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(delayed, "LISTED", 2)
-    put(world.url("labels"), {f"{i}.parquet": labels(50, i) for i in range(3)})
+    put(world.url("labels"), {f"{i}.parquet": labels(50, i) for i in range(5)})
+    put(world.url("inbox"), {f"{i}.parquet": features(50, i) for i in (3, 4)})
     run = world.run()
-    for _ in range(2):
+    for _ in range(3):
         step(run)
-    assert caplog.text.count("holds 3 shards of labels. Only the oldest 2 are matched") == 1
+    assert world.left == ([], ["0.parquet", "1.parquet", "2.parquet"])
+    assert caplog.text.count("holds 3 shards of labels, and most of their features do not wait") == 1
+
+
+def test_more_labels_than_are_matched_at_a_time_come_in_turn(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delayed, "LISTED", 2)
+    put(world.url("labels"), {f"{i}.parquet": labels(50, i) for i in range(5)})
+    put(world.url("inbox"), {f"{i}.parquet": features(50, i) for i in range(5)})
+    run = world.run()
+    while step(run).outcome is not Outcome.IDLE:
+        pass
+    assert world.left == ([], [])
+
+
+def test_kept_labels_with_new_etags_hide_no_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup was put back over the inbox of labels: the same bytes, other inodes and times. The features have their etags."""
+    monkeypatch.setattr(delayed, "LISTED", 2)
+    world = World(str(tmp_path))
+    for name in ("inbox", "labels"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    put(world.url("inbox"), {f"{i}.parquet": features(50, i) for i in range(4)})
+    put(world.url("labels"), {f"{i}.parquet": labels(50, i) for i in range(4)})
+    assert world.drain(after_commit="keep").shards == 4
+    for path in sorted((tmp_path / "labels").glob("*.parquet")):
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    put(world.url("inbox"), {"7.parquet": features(50, 7)})
+    put(world.url("labels"), {"7.parquet": labels(50, 7)})
+    assert world.drain(after_commit="keep").shards == 1
 
 
 def test_features_that_cannot_be_joined_are_rejected_and_find_their_labels_when_they_are_sent_back(

@@ -9,7 +9,7 @@ import pytest
 from tests.data import keys, put, rows
 from tests.tasks.online.test_step import begin, drain, open_run
 from tidemill.storage.audit import audit
-from tidemill.storage.errors import PlacesOverlap, StoreNotFound
+from tidemill.storage.errors import InvalidURL, PlacesOverlap, StoreNotFound
 from tidemill.storage.log import open_log
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
@@ -111,3 +111,20 @@ def test_an_inbox_that_is_kept_is_not_trained_on_again_under_another_spelling(
     assert audit(log).findings == []
     assert drain(open_run(other, "registry", after_commit="delete")).duplicates == 2  # known, hence removed
     assert keys(first) == []
+
+
+@pytest.mark.parametrize("name", ["in/*.parquet", "in/part-[01]", "in/part-0.parquet"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_an_inbox_that_is_no_folder_is_refused(registry: str, make_url: MakeUrl, name: str, labels: bool) -> None:
+    """Where a store has no folders, a follower would look there for ever. A local folder has to be there in any case."""
+    put(make_url("in"), {"part-0.parquet": rows(20, 1)})
+    url = f"{make_url('in').removesuffix('/in')}/{name}"
+    inbox, settings = (url, {}) if not labels else (make_url("inbox"), {"labels": {"inbox": url, "key": "id"}})
+    with pytest.raises(InvalidURL, match=r"(is a pattern|has the name of a file).*Name the folder"):
+        open_run(inbox, registry, **settings)
+
+
+@pytest.mark.parametrize("name", ["what[0]", "all.parquet"])
+def test_a_folder_may_have_any_name(registry: str, make_url: MakeUrl, name: str) -> None:
+    put(make_url(name), {"part-0.parquet": rows(20, 1)})
+    assert drain(open_run(make_url(name), registry)).shards == 1

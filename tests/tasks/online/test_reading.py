@@ -138,6 +138,18 @@ def test_what_is_put_back_comes_again_before_the_others(workers: int) -> None:
     assert not reader
 
 
+def test_what_was_read_ahead_is_kept_while_others_have_their_turn_again() -> None:
+    reads = Reads()
+    reads.let(*(info.key for info in infos(100)))
+    reader = Reader(infos(9), reads, size, workers=2)
+    taken = [reader.take()[0] for _ in range(2)]
+    reader.put_back(taken)
+    assert len(reader) == 9
+    assert reader.upcoming.key == "00"
+    assert [reader.take()[0].key for _ in range(9)] == [info.key for info in infos(9)]
+    assert sorted(reads.begun) == sorted(["00", "01", *(info.key for info in infos(9))])
+
+
 def test_closing_waits_for_what_is_being_read() -> None:
     reads = Reads()
     reader = Reader(infos(9), reads, size, workers=2)

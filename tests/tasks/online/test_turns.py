@@ -4,6 +4,7 @@ The models are those of `failing.py`. Column b of shard i is i / 16 in every row
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import pyarrow as pa
@@ -21,14 +22,14 @@ from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
-from tidemill.tasks.online import drain, work
+from tidemill.tasks.online import drain, turns
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.errors import ModelFails
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.made_up import made_up
-from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.spec import ReplayMemory, Spec
 
 MODULE = failing.__name__
 FAILING = SPEC.model_copy(
@@ -39,6 +40,7 @@ FAILING = SPEC.model_copy(
         "standardize_target": False,
     }
 )
+REMEMBERING = FAILING.model_copy(update={"replay": ReplayMemory(rows=50)})
 PAIRS = SPEC.model_copy(
     update={"model": SPEC.model.model_copy(update={"factory": f"{MODULE}:pairs", "arguments": {"numbers": 2}})}
 )
@@ -175,7 +177,7 @@ def test_the_reason_names_the_class_the_message_and_the_place(world: World) -> N
         world.drain()
     reason = world.rejected["2.parquet"]
     assert "raised ValueError: cannot have it (" in reason
-    assert re.search(r"test_work.py:\d+ in deed", reason)
+    assert re.search(r"test_turns.py:\d+ in deed", reason)
 
 
 def test_a_loss_that_fails_on_a_shard_rejects_it(world: World, memory_url: Callable[[str], str]) -> None:
@@ -204,19 +206,127 @@ def test_one_good_shard_shows_that_two_others_are_at_fault(
     assert world.bits == clean_bits(memory_url, good)
 
 
-@pytest.mark.parametrize("numbers", [(2,), (1, 2)])
-def test_where_nothing_else_waits_made_up_rows_show_it(
-    numbers: tuple[int, ...], world: World, memory_url: Callable[[str], str]
-) -> None:
-    world.put(shards(*numbers))
+def test_a_good_shard_behind_many_bad_ones_is_trained_on(world: World, memory_url: Callable[[str], str]) -> None:
+    """Whatever the model does with made-up rows, on which it fails here too, and whatever one commit may take."""
+    bad = range(1, turns.TOLD_AFTER + 4)
+    world.put({f"{number:02}.parquet": shard(number) for number in (*bad, 90)})
+    with failing.failing(on(*bad, 0)):
+        report = world.drain(limits={"max_shards": 3})
+    assert (world.consumed, report.rejected, keys(world.url("inbox"))) == (["90.parquet"], len(bad), [])
+    assert world.bits == clean_bits(memory_url, 90)
+
+
+def test_where_nothing_else_waits_made_up_rows_show_it(world: World, memory_url: Callable[[str], str]) -> None:
+    world.put(shards(2) | {"3.parquet": b"no Parquet"})
     before = world.bits
-    with failing.failing(on(*numbers)):
+    with failing.failing(on(2)):
         world.drain()
-    assert sorted(world.rejected) == [f"{number}.parquet" for number in numbers]
+    assert sorted(world.rejected) == ["2.parquet", "3.parquet"]
     assert world.bits == before, "the step on made-up rows is undone"
     world.put(shards(5))
     world.drain()
     assert world.bits == clean_bits(memory_url, 5)
+
+
+@pytest.mark.parametrize("fails_on", ["made-up rows", "remembered rows"])
+def test_where_nothing_else_waits_rows_that_the_model_remembers_show_it(
+    fails_on: str, memory_url: Callable[[str], str]
+) -> None:
+    """They are real; made-up rows are asked only where there are none."""
+    world = World(memory_url, REMEMBERING)
+    real = set(rows(200, 0)["a"].cast(pa.float32()).to_pylist())
+
+    def deed(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+        remembered = x_BF[0, 0].item() in real
+        if given(x_BF) == 2 or remembered == (fails_on == "remembered rows"):
+            raise ValueError("cannot have it")
+
+    world.put(shards(2))
+    before = world.bits
+    with failing.failing(deed):
+        if fails_on == "made-up rows":
+            world.drain()
+        else:
+            with pytest.raises(ModelFails, match=r"on a shard, and then on remembered rows: .*cannot have it"):
+                world.drain()
+    assert list(world.rejected) == (["2.parquet"] if fails_on == "made-up rows" else [])
+    assert world.bits == before, "the step on remembered rows is undone"
+
+
+def test_a_step_on_remembered_rows_that_gives_no_number_is_no_proof(memory_url: Callable[[str], str]) -> None:
+    world = World(memory_url, REMEMBERING)
+    world.put(shards(2))
+    with (
+        failing.failing(lambda model, x_BF, output: output * torch.inf if model.training else None),
+        pytest.raises(ModelFails, match=r"on remembered rows: .*non-finite"),
+    ):
+        world.drain()
+    assert world.rejected == {}
+
+
+def test_a_shard_that_was_trained_on_before_shows_that_the_model_still_can(
+    world: World, memory_url: Callable[[str], str]
+) -> None:
+    """After the last bad one nothing waits. The step on the shard before it is undone."""
+    world.put(shards(1, 2, 3))
+    with failing.failing(on(2, 3, 0)):
+        world.drain()
+    assert (world.consumed, sorted(world.rejected)) == (["1.parquet"], ["2.parquet", "3.parquet"])
+    assert world.bits == clean_bits(memory_url, 1)
+
+
+def test_a_shard_that_was_trained_on_before_shows_that_the_model_can_no_more(
+    world: World, memory_url: Callable[[str], str]
+) -> None:
+    """The model breaks in the middle of the run, for ever: what it could do before proves nothing."""
+    world.put(shards(1, 2, 3))
+    failures: list[int] = []
+
+    def deed(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+        if given(x_BF) in (2, 3) or len(failures) >= 4:
+            failures.append(given(x_BF))
+            raise ValueError("cannot have it")
+
+    with (
+        failing.failing(deed),
+        pytest.raises(ModelFails, match=r"each of 2 shards, and then on 1.parquet: .*cannot have it"),
+    ):
+        world.drain()
+    assert failures == [2, 2, 3, 3, 1]
+    assert (world.log.head().number, world.rejected) == (0, {})
+    world.drain()
+    assert world.bits == clean_bits(memory_url, 1, 2, 3)
+
+
+def test_many_bad_shards_in_one_commit_cost_each_good_one_one_more_training(
+    world: World, memory_url: Callable[[str], str]
+) -> None:
+    """And the head's blobs are read from the store once more."""
+    bad, good = range(1, 40, 2), range(2, 40, 2)
+    tables = {f"{number:02}.parquet": shard(number) for number in range(1, 40)}
+    world.put(tables)
+    trained: Counter[int] = Counter()
+    read: Counter[str] = Counter()
+
+    def deed(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+        if given(x_BF) in bad:
+            raise ValueError("cannot have it")
+        trained[given(x_BF)] += model.training
+
+    def note(call: Call) -> None:
+        if (call.verb, call.phase) == ("read", "before"):
+            read[call.key.rpartition("/")[2].partition(".")[2]] += 1
+
+    with failing.failing(deed):
+        report = world.drain(hooked(note), gate={"champion": "ignore"})
+    assert (world.log.head().number, report.shards, report.rejected) == (1, len(good), len(bad))
+    steps = 2  # of 20 rows, 16 a step
+    assert max(trained.values()) == 2 * steps
+    assert read["safetensors"] <= 3, "opened, gone back to, and opened for the trial of a restart"
+    other = World(lambda name: memory_url(f"clean/{name}"))
+    other.put({key: table for key, table in tables.items() if int(key[:2]) in good})
+    other.drain(gate={"champion": "ignore"})
+    assert world.bits == other.bits
 
 
 def test_what_fails_once_only_is_trained_on_in_its_turn(world: World, memory_url: Callable[[str], str]) -> None:
@@ -284,8 +394,10 @@ def test_a_model_that_fails_on_everything_stops_the_run_and_rejects_nothing(
     assert world.bits == clean_bits(memory_url, *numbers)
 
 
-def test_what_fails_on_a_whole_backlog_is_given_up_early(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "SUSPECTS", 3)
+def test_all_that_waits_is_tried_before_the_model_is_blamed_and_that_is_said(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "TOLD_AFTER", 3)
     world.put(shards(*range(1, 10)))
     seen: set[int] = set()
 
@@ -293,22 +405,28 @@ def test_what_fails_on_a_whole_backlog_is_given_up_early(world: World, monkeypat
         seen.add(given(x_BF))
         raise RuntimeError("no")
 
-    with failing.failing(deed), pytest.raises(ModelFails, match="on each of 3 shards"):
-        world.drain()
-    assert seen == {0, 1, 2, 3}
+    with failing.failing(deed), pytest.raises(ModelFails, match="on each of 9 shards"):
+        world.drain(limits={"max_shards": 2})
+    assert seen == set(range(1, 10))
+    assert caplog.text.count("the model has failed on each of 3 shards; the others that wait are tried") == 1
     assert world.rejected == {}
 
 
-def test_made_up_rows_alone_do_not_empty_an_inbox(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "SUSPECTS", 3)
-    world.put(shards(*range(1, 6)))
-    with failing.failing(on(*range(1, 6))), pytest.raises(ModelFails, match="on each of 5 shards"):
+@pytest.mark.parametrize("count", [2, 5])
+def test_where_several_shards_all_fail_made_up_rows_do_not_empty_the_inbox(
+    count: int, world: World, memory_url: Callable[[str], str]
+) -> None:
+    bad = range(1, count + 1)
+    world.put(shards(*bad))
+    with failing.failing(on(*bad)), pytest.raises(ModelFails, match=f"on each of {count} shards") as told:
         world.drain()
-    assert world.rejected == {}
+    assert "put a good one beside them" in str(told.value)
+    assert (world.rejected, len(keys(world.url("inbox")))) == ({}, count)
     world.put(shards(6))
-    with failing.failing(on(*range(1, 6))):
+    with failing.failing(on(*bad)):
         world.drain()
-    assert (world.consumed, len(world.rejected)) == (["6.parquet"], 5)
+    assert (world.consumed, len(world.rejected)) == (["6.parquet"], count)
+    assert world.bits == clean_bits(memory_url, 6)
 
 
 @pytest.mark.parametrize(
