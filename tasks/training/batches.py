@@ -23,8 +23,10 @@ from tidemill.tasks.training.pool import Empty, WindowPool
 ORDER: Final = 3
 """Number of the rule that makes a shuffled order of a seed. Another rule needs another number: a batch run of one spec is then
 another run, and a replay says why it finds other bits."""
-PLACE_BYTES: Final = 4  # of a row while its window is filled: where it goes
-MOVED_ROWS: Final = 16_384  # at a time
+PLACE_BYTES: Final = 4
+"""Of a row while its window is filled: where it goes."""
+MOVED_ROWS: Final = 16_384
+"""At a time."""
 VIEWS: Final = 128
 """Batches that are cut at a time. Few enough die as fast as they are made, so that the garbage collector does not run."""
 
@@ -32,10 +34,14 @@ VIEWS: Final = 128
 class Batch(NamedTuple):
     """Rows for one gradient step. They are views: read only."""
 
-    x_BF: Tensor  # float32
-    ids_BC: Tensor | None  # int64, laid out as `Features.ids` says; None: no categories and no sequences
-    y_B: Tensor  # float32 ([B, T] of several targets), or int64 class numbers for multiclass
-    w_B: Tensor | None = None  # float32, sample weights; None: the spec has none
+    x_BF: Tensor
+    """float32"""
+    ids_BC: Tensor | None
+    """int64, laid out as `Features.ids` says; None: no categories and no sequences"""
+    y_B: Tensor
+    """float32 ([B, T] of several targets), or int64 class numbers for multiclass"""
+    w_B: Tensor | None = None
+    """float32, sample weights; None: the spec has none"""
 
 
 _batch = partial(tuple.__new__, Batch)  # of a tuple of its fields; Batch(...) is a call of Python more
@@ -70,8 +76,10 @@ class _Slice(NamedTuple):
     group: RowGroup
     start: int
     stop: int
-    wanted_N: Tensor | None  # bool: rows on our side of the split; None: all of them
-    rows: int  # how many are wanted
+    wanted_N: Tensor | None
+    """bool: rows on our side of the split; None: all of them"""
+    rows: int
+    """How many are wanted."""
 
 
 class Stream:
@@ -109,8 +117,10 @@ class Stream:
         self._window_rows = max(1, window_bytes // (features.row_bytes + PLACE_BYTES))
         self._seed = shuffle_seed
         self._split = split
-        self.rows = 0  # of the split, with a target; final after the last batch, like the next
-        self.unlabelled = 0  # rows of the split left out because their target is null
+        self.rows = 0
+        """Of the split, with a target; final after the last batch, like the next."""
+        self.unlabelled = 0
+        """Rows of the split left out because their target is null."""
 
     def __iter__(self) -> Generator[Batch]:
         self.rows = self.unlabelled = 0
@@ -308,8 +318,12 @@ def _grouped(slices: Iterable[_Slice], window_rows: int) -> Iterator[list[_Slice
 def _rebatched(blocks: Iterator[Batch], sizes: Iterator[tuple[int, int | None]]) -> Generator[Batch]:
     """Blocks of any length as batches of these sizes: views, except where a batch straddles two blocks.
 
-    `sizes`: (rows of a batch, how many of them follow each other; None: all, and what is left is a smaller batch).
-    Raises ColumnError: there are fewer rows.
+    Args:
+        blocks: In order.
+        sizes: (rows of a batch, how many of them follow each other; None: all, and what is left is a smaller batch).
+
+    Raises:
+        ColumnError: there are fewer rows.
     """
     carried: list[Batch] = []
     size, left = next(sizes, (1, None))

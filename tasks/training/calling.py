@@ -56,9 +56,14 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def told(what: str, *inputs: Tensor | None) -> Iterator[None]:
-    """Raises ModelError in place of an error of the user's code, with its frames and the shapes of the inputs.
+    """Tells an error of the user's code as one of ours. A TrainingError passes as it is, and so does one of the machine.
 
-    A TrainingError passes as it is, and so does an error of the machine (`of_the_machine`).
+    Args:
+        what: What is called in this context, in words.
+        inputs: Tensors that it is called with.
+
+    Raises:
+        ModelError: in place of the error, with its frames in the user's files and the shapes of the inputs.
     """
     try:
         yield

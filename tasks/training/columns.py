@@ -103,7 +103,9 @@ def bucket_ids(array: pa.Array[Any], buckets: int) -> Ids:
     """For each row 0 if it is null, else 1 + hash mod `buckets` of the value (`hash_bucket` of its `canonical` bytes).
 
     Each distinct value is hashed once, at once; rows only look their id up.
-    Raises ValueError for what is no category.
+
+    Raises:
+        ValueError: a value is no category; see `canonical`.
     """
     if pa.types.is_decimal32(array.type) or pa.types.is_decimal64(array.type):  # Arrow makes no dictionary of them
         array = array.cast(pa.decimal128(18, array.type.scale))
@@ -131,7 +133,8 @@ def bucket_ids(array: pa.Array[Any], buckets: int) -> Ids:
 def sequence_ids(array: pa.Array[Any], buckets: int, length: int) -> Ids:
     """For each row the `bucket_ids` of the last L items of a list column. A shorter list is followed by 0, a null one all 0.
 
-    Raises ValueError for what is no category.
+    Raises:
+        ValueError: a value is no category; see `canonical`.
     """
     n = len(array)
     lists = cast("pa.ListArray[Any]", array)
@@ -167,8 +170,9 @@ def canonical(value: bytes | float | Decimal, kind: Any) -> bytes:
     Text stands for itself as UTF-8, and a whole number for its digits: int8 3, float64 3.0 and decimal 3.00 agree. A fraction
     stands for the shortest digits that name its nearest float32: 0.1 agrees in float32, float64 and decimals, and so does 1/3.
 
-    Raises ValueError for NaN and infinity; for a whole number that the type may have rounded (`ROUNDED_BEYOND`); and for a
-    fraction that float16 has rounded: the same number in a wider type would be another category.
+    Raises:
+        ValueError: NaN or infinity; or a whole number that the type may have rounded (`ROUNDED_BEYOND`), or a fraction that
+            float16 has rounded: the same number in a wider type would be another category.
     """
     if isinstance(value, bytes):
         return value

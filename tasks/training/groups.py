@@ -98,9 +98,11 @@ def read_ahead(groups: Iterable[RowGroup], read: Callable[[RowGroup], pa.Table])
     Groups that are `Remote` are read by as many threads as they say, for as long as what is under way or waits has no more than
     `AHEAD_BYTES` by what a row has had so far. In memory: the table in use, and one for each reader.
 
-    Raises what `read` raises, when its group has its turn. Which groups are read follows from what was handed out alone, so that
-    the requests of a run are always the same; in the end, what is under way is awaited. To be closed even if an error's traceback
-    still refers to it, as `groups.prefetch` says.
+    Which groups are read follows from what was handed out alone, so that the requests of a run are always the same; in the end,
+    what is under way is awaited. To be closed even if an error's traceback still refers to it, as `groups.prefetch` says.
+
+    Raises:
+        Exception: what `read` raises, when its group has its turn.
     """
     waiting = deque(groups)
     if len(waiting) == 1:  # starting a thread takes longer than reading a small shard

@@ -66,7 +66,8 @@ def _below(module: str, prefixes: Sequence[str]) -> bool:
 def imported(name: str, setting: str) -> Callable[..., Any]:
     """The class or function at `package.module:attribute`; `setting` names its place in the spec in messages.
 
-    Raises FactoryError.
+    Raises:
+        FactoryError: the module cannot be imported, or has no such attribute that can be called.
     """
     module_name, _, attribute = name.partition(":")
     try:

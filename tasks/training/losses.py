@@ -34,8 +34,9 @@ def loss_of(spec: Spec, features: Features) -> LossFunction:
     over its targets. The sum is divided by the number of rows, not by the sum of the weights: a row of weight 2 counts as two
     rows would, whatever else is in its batch. (torch's cross_entropy(weight=...) divides by the sum.)
 
-    Raises FactoryError: a loss of the user's that cannot be imported. Calling it raises OutputShapeError: that loss does not
-    return one number for each row.
+    Raises:
+        FactoryError: a loss of the user's that cannot be imported.
+        OutputShapeError: when the result is called: that loss does not return one number for each row.
     """
     weights = features.class_weights
     built_in = BUILT_IN.get(spec.loss_name)
@@ -74,7 +75,11 @@ def _user_loss(spec: Spec) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def is_column(spec: Spec, output: object, rows: int) -> bool:
-    """Whether the output is [B, 1] for a single target; False for the other allowed shapes. Raises OutputShapeError."""
+    """Whether the output is [B, 1] for a single target; False for the other allowed shapes.
+
+    Raises:
+        OutputShapeError: it has a shape or a type that the task does not allow.
+    """
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     if isinstance(output, Tensor) and not output.is_floating_point():
         raise OutputShapeError(

@@ -23,9 +23,12 @@ the cache together. Of fewer, calls are so short that Python's lock is always as
 BLOCK_NUMBERS: Final = 524_288
 TOGETHER: Final = 32
 """So many plain columns side by side are made row-major by Arrow, in one call; of fewer, numpy is faster, column by column."""
-CALL_NUMBERS: Final = 512  # at least, of one column on average: of less, the calls would take longer than the copying
-TILE_NUMBERS: Final = 256  # numbers that one loop scales, so that tables of few columns still vectorise
-PLACED_ROWS: Final = 65_536  # at a time
+CALL_NUMBERS: Final = 512
+"""At least, of one column on average: of less, the calls would take longer than the copying."""
+TILE_NUMBERS: Final = 256
+"""Numbers that one loop scales, so that tables of few columns still vectorise."""
+PLACED_ROWS: Final = 65_536
+"""At a time."""
 
 
 def pack(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 WINDOWS: Final = 2
 """In memory at a time: the one in use and the one being filled."""
-ALIGNED: Final = 64  # bytes: a line of the cache, and the widest vector instructions
+ALIGNED: Final = 64
+"""Bytes: a line of the cache, and the widest vector instructions."""
 
 
 class Empty(Protocol):

@@ -18,16 +18,23 @@ from tidemill.tasks.training.errors import SpecError, StateMismatch
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.spec import Spec
 
-STAGED_ROWS: Final = 4096  # rows that are decided on together: tensor operations cost the same for few rows
-DRAWN_STEPS: Final = 64  # steps whose old rows are gathered together, for the same reason
-WORKING_BYTES: Final = 32 * 2**20  # that either may take: of wide rows, such as images, there are fewer
+STAGED_ROWS: Final = 4096
+"""Rows that are decided on together: tensor operations cost the same for few rows."""
+DRAWN_STEPS: Final = 64
+"""Steps whose old rows are gathered together, for the same reason."""
+WORKING_BYTES: Final = 32 * 2**20
+"""That either may take: of wide rows, such as images, there are fewer."""
 
 
 class ReplayBuffer:
     """A reservoir, or with policy `balanced` one of equal size for each class."""
 
     def __init__(self, spec: Spec, features: Features) -> None:
-        """An empty memory of at most `replay.rows` rows and `replay.bytes` bytes. Raises SpecError: not even one row fits."""
+        """An empty memory of at most `replay.rows` rows and `replay.bytes` bytes.
+
+        Raises:
+            SpecError: not even one row fits.
+        """
         settings = spec.replay
         assert settings is not None, "the spec asks for a memory"
         parts = 1 if settings.policy == "reservoir" else spec.classes or 2
@@ -42,9 +49,12 @@ class ReplayBuffer:
         self._row_bytes = features.row_bytes
         self._staged_rows = max(1, min(STAGED_ROWS, WORKING_BYTES // self._row_bytes))
         self.seen_P = torch.zeros(parts, dtype=torch.int64)
-        self._kept: dict[str, Tensor] = {}  # field of a Batch -> [M, ...]; empty before the first rows
-        self._staged: dict[str, Tensor] = {}  # [S, ...]
-        self._waiting = 0  # rows staged
+        self._kept: dict[str, Tensor] = {}
+        """Field of a Batch -> [M, ...]; empty before the first rows."""
+        self._staged: dict[str, Tensor] = {}
+        """Field of a Batch -> [S, ...]."""
+        self._waiting = 0
+        """How many rows are staged."""
 
     @property
     def rows(self) -> int:
@@ -146,7 +156,11 @@ class ReplayBuffer:
 
     @classmethod
     def load(cls, spec: Spec, features: Features, tensors: dict[str, Tensor]) -> Self:
-        """The memory that `state` described, for the same spec. Raises StateMismatch."""
+        """The memory that `state` described, for the same spec.
+
+        Raises:
+            StateMismatch: the rows do not fit the spec, or are not as many as they count.
+        """
         memory, kept = cls(spec, features), dict(tensors)
         seen_P = kept.pop("seen")
         if seen_P.shape != memory.seen_P.shape or seen_P.dtype != torch.int64 or bool((seen_P < 0).any()):
