@@ -218,8 +218,14 @@ class Inbox:
 
 
 def open_inbox(url: str) -> Inbox:
-    """The inbox at this URL."""
-    return Inbox(open_store(url))
+    """The inbox at this URL.
+
+    Raises:
+        InvalidURL: it is no store's URL, or none of a folder; see `Inbox.refuse_no_folder`.
+    """
+    inbox = Inbox(open_store(url))
+    inbox.refuse_no_folder()
+    return inbox
 
 
 def original_key(key: str) -> str:

@@ -85,7 +85,7 @@ class _Turns:
         self.reader, self.work = reader, Work(head)
         self.champion, self.places, self.settings = champion, places, settings
         self.taken = self.size = 0
-        """Shards that have had their turn, and their bytes: without those that failed or come again."""
+        """Shards that have had their turn, and their bytes: without those that come again."""
         self.point = _Point()
         self.since: list[ObjectInfo] = []
         """Shards that were trained on since the point, in order."""
@@ -135,25 +135,24 @@ class _Turns:
         """To the point, and let the shards since then have their turn again; the shard itself too if it has failed once."""
         shard = fault.shard
         identity = (shard.inbox, shard.info.key, shard.info.etag)
-        gone = [*self.since, info]
-        self.taken -= len(gone)
-        self.size -= sum(each.size for each in gone)
-        self.again = len(self.since)
+        again = self.since
         if fault.certain:
             self.work.rejected.append(shard.rejected(fault.reason))
-            self.reader.put_back(self.since)
         elif fault.passing and identity not in self.once:
             self.once.add(identity)
-            self.reader.put_back(gone)
+            again = [*self.since, info]
         else:
             self.suspects.append(fault)
             self.unproven += 1
-            self.reader.put_back(self.since)
             if len(self.suspects) == TOLD_AFTER and not self.work.consumed:
                 logger.warning(
                     "%s: the model has failed on each of %d shards; the others that wait are tried. The first was %s",
                     *(self.places.log.url, TOLD_AFTER, _told(self.suspects[0])),
                 )
+        self.taken -= len(again)
+        self.size -= sum(each.size for each in again)
+        self.again = len(self.since)
+        self.reader.put_back(again)
         self._restore()
 
     def _restore(self) -> None:
