@@ -515,17 +515,6 @@ def test_a_run_that_slept_since_the_rejection_does_no_harm(inbox: Inbox, log: Ve
     assert quarantined(log) == {}
 
 
-def test_a_local_disk_takes_the_name_of_a_shard_that_is_sent_back(tmp_path: Path) -> None:
-    inbox = open_inbox(str(tmp_path / "inbox"))
-    log = VersionLog(open_store(str(tmp_path / "registry")), "taxi")
-    name = reject(inbox, log, f"{'x' * 180}.parquet")
-    assert len(requeue(log, name)) <= 255
-    long = reject(inbox, log, f"{'x' * 240}.parquet")
-    with pytest.raises(InvalidKey, match="too long"):
-        requeue(log, long)
-    assert long in quarantined(log)
-
-
 def test_reasons_are_json_that_people_can_read(memory: Inbox, memory_log: VersionLog) -> None:
     name = reject(memory, memory_log, "ü\n.parquet")
     stored = memory_log.store.read(f"taxi/quarantine/{name}.json")
