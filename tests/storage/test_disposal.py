@@ -18,7 +18,6 @@ from tidemill.storage.disposal import quarantined
 from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
-    InvalidKey,
     NotFound,
     PermissionDenied,
     StorageError,
