@@ -32,7 +32,7 @@ from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Blobs, Entry
 from tidemill.storage.probe import check_preconditions
 from tidemill.storage.s3 import S3Store
-from tidemill.storage.store import Store
+from tidemill.storage.store import Promises, Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.settings import Archive, BatchSettings, OnlineSettings
@@ -78,9 +78,10 @@ def place(proxy: FaultProxy) -> str:
 
 
 def impatient(url: str, fault: Fault | None = None, *, retry_seconds: float = 60.0) -> Store:
-    """The S3 store at `url`; if the fault is a stall (None: it may be), it is noticed early."""
+    """The S3 store at `url`, of a server that is known to compare; if the fault is a stall (None: it may be), it is noticed early."""
     store = open_store(url)
     assert isinstance(store, S3Store)
+    store.promises = Promises(compares_on_delete=True)
     store.retry_seconds = retry_seconds
     if fault in (None, Fault.STALLED, Fault.LATE):
         store.stall_seconds = 0.5
