@@ -78,7 +78,7 @@ def place(proxy: FaultProxy) -> str:
 
 
 def impatient(url: str, fault: Fault | None = None, *, retry_seconds: float = 60.0) -> Store:
-    """The S3 store at `url`, of a server that is known to compare; if the fault is a stall (None: it may be), it is noticed early."""
+    """The S3 store at `url`, asked what it promises; if the fault is a stall (None: it may be), it is noticed early."""
     store = open_store(url)
     assert isinstance(store, S3Store)
     store.promises = Promises(compares_on_delete=True)
