@@ -179,7 +179,8 @@ class Bar(Display):
         self.shown = ()
         if (live := self._live) is not None:
             self._live = None
-            live.stop()
+            with contextlib.suppress(OSError):  # the terminal has gone
+                live.stop()
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         from rich.text import Text
