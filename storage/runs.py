@@ -58,13 +58,17 @@ class BatchProgress:
 
     def finished(self) -> bool:
         """True if the run has registered its version and moved the alias."""
-        return self._number("done.json", "version") is not None
+        return self.done() is not None
+
+    def done(self) -> int | None:
+        """The version of a run that has registered it and moved the alias, else None."""
+        return self._number("done.json", "version")
 
     def registered(self) -> tuple[Version, bool] | None:
         """(the version that this run has committed, True if it also finished), or None."""
         if not self.log.exists():
             return None
-        if (done := self._number("done.json", "version")) is not None:
+        if (done := self.done()) is not None:
             version = self.log.version(done)
             if version.manifest.run == self.key:  # else the history went back behind it and on again
                 return version, True
@@ -161,3 +165,13 @@ class BatchProgress:
             raise CorruptObject(
                 f"{self.log.store.url}/{key} is damaged: {error!r}. Delete it; at worst the batch run trains again."
             ) from error
+
+
+def newest_registered(log: VersionLog, below: int) -> Version | None:
+    """The newest version below a number that a batch run has registered, found by the records of the runs that are done."""
+    prefix, numbers = f"{log.model}/runs/", set[int]()
+    for info in log.store.list(prefix):
+        key, _, name = info.key.removeprefix(prefix).partition("/")
+        if name == "done.json" and (number := BatchProgress(log, key).done()) is not None and number < below:
+            numbers.add(number)
+    return log.older(max(numbers)) if numbers else None

@@ -54,6 +54,11 @@ class VersionInfo(BaseModel):
     passed_over: list[str] = []
     """What lies in the dataset's folder and was not read: how many objects, why, and the first names."""
 
+    def _repr_html_(self) -> str:
+        from tidemill.tasks.history.notebook import batch_end
+
+        return batch_end(self.model, self.version, self.trained, self.metrics)
+
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
 def take_snapshot(

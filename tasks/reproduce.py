@@ -62,7 +62,7 @@ def reproduce(log: VersionLog, archives: Sequence[Store]) -> Reproduction:
             continue
         try:
             for consumed in version.manifest.consumed:
-                train_shard(steps, _groups(consumed, archives, steps.learner.features), consumed.passes)
+                train_shard(steps, archived_groups(consumed, archives, steps.learner.features), consumed.passes)
                 result.shards += 1
         except (NotFound, ShardRejected, TrainingError) as error:
             result.findings.append(f"version {number} cannot be reproduced: {error}")
@@ -94,7 +94,7 @@ def _same(learner: Learner, version: Version) -> bool:
     return (sha256(weights), sha256(state)) == (blobs.weights.sha256, blobs.state.sha256)
 
 
-def _groups(consumed: Consumed, archives: Sequence[Store], features: Features) -> Sequence[RowGroup]:
+def archived_groups(consumed: Consumed, archives: Sequence[Store], features: Features) -> Sequence[RowGroup]:
     """What was trained on, labels joined. Raises NotFound, and ShardRejected: they do not fit together any more."""
     groups = _found(consumed, archives).row_groups(features.types)
     if not consumed.labels:

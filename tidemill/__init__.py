@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tidemill.storage.log import open_log as open_log
     from tidemill.tasks.batch import VersionInfo as VersionInfo
     from tidemill.tasks.batch import train as train
+    from tidemill.tasks.history.notebook import history as history
     from tidemill.tasks.online.doors import drain as drain
     from tidemill.tasks.online.doors import follow as follow
     from tidemill.tasks.online.report import OnlineReport as OnlineReport
@@ -41,6 +42,7 @@ _HOME: Final = {
     "VersionInfo": "tidemill.tasks.batch",
     "drain": "tidemill.tasks.online.doors",
     "follow": "tidemill.tasks.online.doors",
+    "history": "tidemill.tasks.history.notebook",
     "open_log": "tidemill.storage.log",
     "train": "tidemill.tasks.batch",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "VersionInfo",
     "drain",
     "follow",
+    "history",
     "open_log",
     "train",
 ]

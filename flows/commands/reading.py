@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Final
 
 from cyclopts import Parameter
@@ -117,6 +118,56 @@ def show(registry: Registry, model: Name, version: Which = "head", /, *, as_json
 
     found = aliases.resolve(opened(registry, model), version)
     terminal.out(found.manifest.model_dump_json(indent=2, exclude_none=True))
+
+
+def report(
+    registry: Registry,
+    model: Name,
+    output: Annotated[Path, Parameter(help="The file to write. An earlier one is replaced.")],
+    /,
+    *,
+    frozen: Annotated[
+        bool,
+        Parameter(
+            negative="", help="Also score the batch model, as it was left, on the archived shards that came after it."
+        ),
+    ] = False,
+    archive: Annotated[list[str] | None, Parameter(help="URLs where consumed shards were archived, or kept.")] = None,
+    last: Annotated[
+        int, Parameter(["--last", "-n"], validator=Number(gte=1), help="How many versions, from the newest back.")
+    ] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Write a page about MODEL: its errors as they came, its champions, what it is made of, what was rejected.
+
+    The page is one file of HTML that needs nothing else. It is made from the manifests alone; --frozen reads the archived shards
+    too.
+
+    For example:
+
+        tidemill report ./registry flights report.html
+        tidemill report ./registry flights report.html --frozen --archive ./data/archive
+    """
+    from tidemill.tasks.history import writing
+    from tidemill.tasks.history.charts import NOT_SCORED
+    from tidemill.tasks.history.page import page
+    from tidemill.tasks.history.reading import HistoryReader
+
+    if frozen != bool(archive):
+        raise UsageError("--frozen needs --archive URL, and --archive is for --frozen: give both or neither")
+    writing.check_place(output)
+    log = opened(registry, model)
+    found, scored = HistoryReader(log, last).read(), NOT_SCORED
+    if archive:
+        launch.find_own_modules()
+        from tidemill.storage.urls import open_store
+        from tidemill.tasks.history.frozen import score_frozen
+
+        scored = score_frozen(log, found, [open_store(url) for url in archive])
+    size = writing.write(output, page(found, scored))
+    facts = {"file": str(output), "bytes": size, "versions": len(found.versions), "shards": len(found.shards)}
+    versions, shards = views.count(len(found.versions), "version"), views.count(len(found.shards), "shard")
+    tell((facts, f"{output}: version {found.head.version} of {model}, made from {versions} with {shards}"), as_json)
 
 
 def audit(

@@ -101,6 +101,12 @@ class OnlineReport(BaseModel):
         owed = f", {self.owed:,} consumed but not removed" if self.owed else ""
         logger.info("alive: head of %s is version %d; %s%s%s", self.model, self.head, waits, passed_over, owed)
 
+    def _repr_html_(self) -> str:
+        from tidemill.tasks.history.notebook import online_end
+
+        names = ("versions", "shards", "rows", "promoted", "refused", "rejected", "waiting")
+        return online_end(self.model, self.head, {n: getattr(self, n) for n in names}, self.score, self.champion)
+
     def add(self, version: Manifest) -> None:
         """Count one committed version."""
         self.versions += 1
