@@ -36,7 +36,7 @@ app = App(
 )
 app.command(
     running.train,
-    usage="Usage: tidemill train DATASET REGISTRY MODEL (--spec FILE | --features COLUMN... --target COLUMN) [OPTIONS]",
+    usage="Usage: tidemill train DATASET REGISTRY MODEL (--target COLUMN | --spec FILE) [--features COLUMN...] [OPTIONS]",
 )
 app.command(running.follow)
 app.command(reading.status)

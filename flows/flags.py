@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, MissingArgumentError, UnknownOptionError, UnusedCliTokensError
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError, UnusedCliTokensError
 from cyclopts.config import Dict as ConfigDict
 from cyclopts.help import format_usage
 from pydantic import BeforeValidator, Field, ValidationError
 
 from tidemill.flows import terminal
 from tidemill.tasks.settings import TAGS, OnlineSettings
-from tidemill.tasks.training.spec import Model, Optimizer, Schedule, Spec
+from tidemill.tasks.training.spec import FeatureList, Model, Optimizer, Schedule, Spec
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -58,6 +58,11 @@ class _ScheduleFlags(Schedule):
 class SpecFlags(Spec):
     """The spec, with what is hard to say in flags as JSON."""
 
+    features: Annotated[FeatureList, Parameter(show_default=lambda _: "*")] = Field(
+        default=Spec.model_fields["features"].default,
+        min_length=1,
+        description=Spec.model_fields["features"].description,
+    )
     model: _ModelFlags = Field(default_factory=_ModelFlags)
     optimizer: _OptimizerFlags = Field(default_factory=_OptimizerFlags)
     schedule: _ScheduleFlags | None = Field(default=None)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prefect import Flow
 
     from tidemill.tasks.settings import BatchSettings, OnlineSettings
+    from tidemill.tasks.training.spec import Spec
 
 logger = logging.getLogger("tidemill")
 
@@ -34,20 +35,25 @@ class PrefectError(Exception):
 
 
 # ---- before Prefect --------------------------------------------------------------------------------------------------
-def before_training(dataset: str, registry: str, model: str, settings: "BatchSettings") -> None:
-    """Look at all places of a batch training: a few requests, where a flow takes seconds to start.
+def before_training(dataset: str, registry: str, model: str, spec: "Spec", settings: "BatchSettings") -> None:
+    """Look at all places of a batch training, and at the columns: a few requests, where a flow takes seconds to start.
 
     Raises:
         StorageError: a place is not there, may not be used, or lies in another.
+        ColumnError: a column is missing or cannot be used.
+        FactoryError: the spec names what is not there.
     """
     from tidemill.storage.errors import Unavailable
     from tidemill.storage.log import open_log
     from tidemill.storage.overlap import keep_batch_apart
+    from tidemill.tasks.checking import check_training
 
+    find_own_modules()
     with suppress(Unavailable):  # the run tries again
         found, holdout = must_exist(dataset, settings.holdout_dataset)
         assert found is not None
         keep_batch_apart(open_log(registry, model), found, holdout)
+        check_training(dataset, spec, settings.holdout_dataset)
 
 
 def before_following(inbox: str, registry: str, model: str, settings: "OnlineSettings") -> None:

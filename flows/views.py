@@ -26,7 +26,8 @@ def trained(info: "VersionInfo") -> View:
         if info.trained
         else "made before, from the same data, spec and code; nothing to do (--again trains it anew)"
     )
-    return info, f"version {info.version} of {info.model}: {made}\nscore: {_measured(info.metrics)}"
+    said = "".join(f"\n  {told}" for told in (*info.chosen, *info.notes))
+    return info, f"version {info.version} of {info.model}: {made}\nscore: {_measured(info.metrics)}{said}"
 
 
 def followed(report: "OnlineReport") -> View:

@@ -176,6 +176,23 @@ def snapshot(
     return Snapshot(ref, groups, passed_over, store.url)
 
 
+def peek(url: str, stores: Callable[[str], Store] = open_store) -> tuple[str, pa.Schema]:
+    """(name, schema) of the first file of a dataset that a listing gives: a few requests, however large the dataset is.
+
+    Raises:
+        StoreNotFound, DatasetError, UnsupportedTable, DatasetChanged: as `snapshot` does.
+    """
+    store = stores(url)
+    try:
+        infos = refuse_tables(store.url, store.list(passed_over=lambda *_: None))
+        first = next((i for i in infos if i.key.lower().endswith(SUFFIXES) and not is_hidden(i.key)), None)
+    except StoreNotFound:
+        first = None
+    if first is None:  # a single file, or an error
+        store, (first, *_), _ = _listed(store, stores, None)
+    return f"{store.url}/{first.key}", _Opener(store, [first], {}).open(0).schema
+
+
 class _Opener:
     """Opens the files of a snapshot, each pinned to the etag that the listing gave."""
 

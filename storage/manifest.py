@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_valid
 
 from tidemill.storage.errors import CorruptObject, UnsupportedFormat
 
-FORMAT: Final = "2.0"
+FORMAT: Final = "2.1"
 """What this Tidemill writes, `major.minor`. It reads this and every lower one. A field's meaning never changes; a new field is
 optional, and comes with a higher minor."""
 
@@ -236,6 +236,8 @@ class Entry(Record):
     """The same, with what the spec leaves to the data and to defaults filled in. Absent in versions of format 1."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Arrow type of every column of the dataset of the last batch training, used or not. Absent in versions of format 1."""
+    unused_columns: dict[str, str] = Field(default_factory=dict)
+    """Columns that a pattern among the features has met, and that are no features: why. Of a batch training; since format 2.1."""
     blobs: Blobs
     consumed: tuple[Consumed, ...] = ()
     rejected: tuple[Rejected, ...] = ()
@@ -318,11 +320,11 @@ def parsed_format(stated: Any) -> tuple[int, int]:
 
 
 def _from_format_1(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a manifest of format 1 as format 2 names them. Nothing is lost but `gate.then`, which nobody read."""
+    """The fields of a manifest of format 1 as format 2.0 names them. Nothing is lost but `gate.then`, which nobody read."""
     parts = {name: dict(ref) for name, ref in fields["blobs"].items()}
     for ref in parts.values():
         ref["bytes"] = ref.pop("size")
-    new = {**fields, "format": FORMAT, "blobs": parts}
+    new = {**fields, "format": "2.0", "blobs": parts}
     new["consumed"] = [
         {**shard, "labels": [shard["labels"]]} if "labels" in shard else shard for shard in fields.get("consumed", ())
     ]

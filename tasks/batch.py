@@ -8,7 +8,7 @@ of training again.
 import logging
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -27,14 +27,15 @@ from tidemill.storage.probe import check_preconditions
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch_run import BatchRun
+from tidemill.tasks.beside import Rows, of_baseline, of_replaced
 from tidemill.tasks.retrying import retried
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.table import table_snapshot
+from tidemill.tasks.telling import chosen, decided, notes, unlabelled_rows
 from tidemill.tasks.training.environment import code_revision, environment
 from tidemill.tasks.training.families import type_name
-from tidemill.tasks.training.groups import RowGroup, Split
-from tidemill.tasks.training.learner import Learner
-from tidemill.tasks.training.loop import Score, score, train_pass
+from tidemill.tasks.training.groups import Split
+from tidemill.tasks.training.loop import Score, train_pass
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.trial import warn_of_hidden_state
 from tidemill.tasks.versions import resolved_spec
@@ -53,6 +54,10 @@ class VersionInfo(BaseModel):
     metrics: dict[str, object]
     passed_over: list[str] = []
     """What lies in the dataset's folder and was not read: how many objects, why, and the first names."""
+    chosen: list[str] = []
+    """What the spec had left open and was decided, and what was left out: one sentence each."""
+    notes: list[str] = []
+    """How the score is beside others, and which alias the version took: one sentence each."""
 
     def _repr_html_(self) -> str:
         from tidemill.tasks.history.notebook import batch_end
@@ -117,7 +122,9 @@ def open_run(
 
 def prepare(run: BatchRun) -> None:
     """Load the last checkpoint, or learn the statistics of the features: one pass over the dataset."""
-    run.load_or_fit()
+    features, resolved = run.load_or_fit().features, run.resolved
+    for told in decided(run.asked, resolved.spec, resolved.labels, resolved.unused, unlabelled_rows(features)):
+        logger.info("%s", told)
 
 
 def train_epoch(run: BatchRun, epoch: int) -> float:
@@ -149,7 +156,9 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
             )
         learner.counters.epochs = epoch + 1
         if run.settings.patience is not None:
-            loss = _score_holdout(run, learner).loss
+            held_out = _held_out(run)
+            assert held_out is not None, "patience needs held-out rows"
+            loss = held_out.score(learner).loss
             run.holdout_losses = (*run.holdout_losses, loss if math.isfinite(loss) else sys.float_info.max)
             logger.info("epoch %d of %d: loss %.6g on the holdout", epoch + 1, epochs, loss)
         run.losses = (*run.losses, result.loss)
@@ -161,23 +170,51 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
     return result.loss
 
 
-def evaluate(run: BatchRun) -> Score:
-    """Score the learner, of the best epoch, on the held-out rows or the separate dataset. Without either: a score of 0 rows."""
-    return _score_holdout(run, run.load_best())
+@dataclass(frozen=True)
+class Evaluation:
+    """How good the learner of a run is, and what that stands beside."""
+
+    score: Score
+    """Of 0 rows if none were held out."""
+    baseline: dict[str, float]
+    """Of the mean, or of the base rates, on the same rows."""
+    replaced: dict[str, Any] | None
+    """Of the version that the alias names until now, on the same rows, or why there is none."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """As the manifest has them."""
+        return (
+            {"holdout_rows": self.score.rows, "holdout": self.score.finite if self.score.rows else {}}
+            | ({"baseline": self.baseline} if self.baseline else {})
+            | ({"replaced": self.replaced} if self.replaced else {})
+        )
 
 
-def _score_holdout(run: BatchRun, learner: Learner) -> Score:
-    if run.settings.holdout_dataset is None:
-        share = run.settings.holdout_share
-        groups: Sequence[RowGroup] = run.dataset.row_groups if share else []
-        return score(learner, groups, Split(share, side="holdout") if share else None)
-    other = run.holdout()
-    for name, schema in other.schemas:
-        learner.features.check(schema, name)
-    return score(learner, other.row_groups)
+def evaluate(run: BatchRun) -> Evaluation:
+    """Score the learner, of the best epoch, on the held-out rows or the separate dataset, beside what it must beat."""
+    learner, rows = run.load_best(), _held_out(run)
+    found = Score(0, math.nan) if rows is None else rows.score(learner)
+    scored = rows if found.rows else None
+    return Evaluation(
+        found,
+        {} if scored is None else of_baseline(learner, scored, run.resolved.class_counts),
+        of_replaced(learner, scored, run.log, run.settings.alias),
+    )
 
 
-def register(run: BatchRun, result: Score) -> Version:
+def _held_out(run: BatchRun) -> Rows | None:
+    """The rows to score on; None: all are trained on."""
+    if run.settings.holdout_dataset is not None:
+        other = run.holdout()
+        return Rows(other.row_groups, None, other.schemas)
+    share = run.settings.holdout_share
+    if not share:
+        return None
+    return Rows(run.dataset.row_groups, Split(share, side="holdout"), run.dataset.schemas)
+
+
+def register(run: BatchRun, result: Evaluation) -> Version:
     """Commit the learner as the new head; owed shards and tombstones of the head before are carried on.
 
     Called again after an error, it finds out whether its version was committed.
@@ -187,6 +224,8 @@ def register(run: BatchRun, result: Score) -> Version:
     learner = run.load_best()
     weights, state = learner.dump()
     counters, spec = asdict(learner.counters), resolved_spec(learner)
+    left_out = unlabelled_rows(learner.features)
+    unlabelled = {"unlabelled_rows": left_out} if left_out else {}
     warn_of_hidden_state(learner, run.dataset.row_groups)
     if run.spec.import_paths:
         run.forget()  # it has taken another step
@@ -200,6 +239,7 @@ def register(run: BatchRun, result: Score) -> Version:
                 kind="batch",
                 spec=run.asked.model_dump(mode="json"),
                 resolved_spec=spec,
+                unused_columns=run.resolved.unused,
                 columns={field.name: type_name(field.type) for field in run.dataset.schema},
                 blobs=Blobs(
                     weights=run.log.write_blob(number, "safetensors", weights),
@@ -210,8 +250,8 @@ def register(run: BatchRun, result: Score) -> Version:
                 metrics={
                     "epoch_loss": list(run.losses),
                     **(chosen if run.holdout_losses else {}),
-                    "holdout_rows": result.rows,
-                    "holdout": result.finite if result.rows else {},
+                    **unlabelled,
+                    **result.metrics,
                 },
                 counters=counters,
                 dataset=run.dataset.ref,
@@ -232,6 +272,8 @@ def finish(run: BatchRun, version: Version) -> None:
     A run that was killed between its commit and this, and started again long after, may find the version out of retention:
     then the alias stays where it is.
     """
+    for told in notes(version, run.settings.alias):
+        logger.info("%s", told)
     try:
         promote(run.log, run.settings.alias, version)
     except UnknownVersion as error:
@@ -248,8 +290,8 @@ class BatchSteps:
     open_run: Callable[[Snapshot, str, str, Spec, BatchSettings, Callable[[str], Store]], BatchRun]
     prepare: Callable[[BatchRun], None]
     train_epoch: Callable[[BatchRun, int], float]
-    evaluate: Callable[[BatchRun], Score]
-    register: Callable[[BatchRun, Score], Version]
+    evaluate: Callable[[BatchRun], Evaluation]
+    register: Callable[[BatchRun, Evaluation], Version]
     finish: Callable[[BatchRun, Version], None]
 
     @classmethod
@@ -326,4 +368,6 @@ def _described(run: BatchRun, version: Version, *, trained: bool) -> VersionInfo
         trained=trained,
         metrics=version.manifest.metrics,
         passed_over=[str(kind) for kind in run.dataset.passed_over],
+        chosen=chosen(version),
+        notes=notes(version, run.settings.alias) if trained else [],
     )

@@ -16,9 +16,10 @@ from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.training.batches import ORDER
 from tidemill.tasks.training.environment import differences, environment
 from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.fitting import fit
 from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
-from tidemill.tasks.training.resolving import Learned, Resolved, resolve
+from tidemill.tasks.training.resolving import Resolved
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 from tidemill.tasks.trial import try_out
@@ -57,10 +58,15 @@ class BatchRun:
         """(version, True if nothing is left to do) if an earlier attempt had committed it."""
 
     @property
+    def resolved(self) -> Resolved:
+        """What the spec that was asked for comes to. The learner has been loaded or made."""
+        assert self._resolved is not None, "load_or_fit() comes before resolved"
+        return self._resolved
+
+    @property
     def spec(self) -> Spec:
-        """What is trained: the spec that was asked for, with nothing left open. The learner has been loaded or made."""
-        assert self._resolved is not None, "load_or_fit() comes before spec"
-        return self._resolved.spec
+        """What is trained: nothing is left open in it."""
+        return self.resolved.spec
 
     def load_or_fit(self) -> Learner:
         """The learner after the last finished epoch: kept, loaded, or new, after a pass over the dataset for statistics.
@@ -112,14 +118,13 @@ class BatchRun:
 
     def save(self, learner: Learner) -> None:
         """Store a checkpoint after the epochs so far."""
-        assert self._resolved is not None, "there is a learner"
         self.progress.save(
             self.losses,
             *learner.dump(),
             self.holdout_losses,
             self.best_epoch,
             environment(),
-            self._resolved.model_dump(mode="json"),
+            self.resolved.model_dump(mode="json"),
         )
 
     def holdout(self) -> Snapshot:
@@ -143,17 +148,27 @@ class BatchRun:
 
     def _fresh(self) -> Learner:
         self.losses, self.holdout_losses = (), ()
-        schema = self.dataset.schema
-        features = Features.resolve(resolve(self.asked, schema, None).spec, schema)
-        for name, found in self.dataset.schemas:
-            features.check(found, name)
-        features = features.fit(self.dataset.row_groups, self.split)
-        assert features.statistics is not None, "just learned"
-        learned = Learned(features.statistics.rows, features.statistics.labelled or 0)
-        self._resolved = resolve(self.asked, schema, learned)
+        data = self.dataset
+        self._resolved, features = fit(self.asked, data.schemas, data.schema, data.row_groups, self.split)
+        if self.settings.holdout_dataset is not None:
+            self._holdout = snapshot(self.settings.holdout_dataset, self.stores, features.types)
+            _check_holdout(self._holdout, features)
         learner = Learner.create(self.spec, features, self.settings.device)
         try_out(learner, self.dataset.row_groups)
         return learner
+
+
+def _check_holdout(holdout: Snapshot, features: Features) -> None:
+    """Look at the columns of a separate holdout, and at its labels, before the first epoch and not after the last.
+
+    Raises:
+        ColumnError: it cannot be scored.
+    """
+    for name, schema in holdout.schemas:
+        features.check(schema, name)
+    if features.task != "regression":
+        for group in holdout.row_groups:
+            features.target(group.read(features.targets), group.name)
 
 
 def _attempt(log: VersionLog, key: str, *, again: bool) -> BatchProgress:

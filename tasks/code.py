@@ -68,7 +68,7 @@ class Code:
                 importlib.import_module(path.partition(":")[0])
         loaded = {name: sys.modules[name] for name in self.files if name in sys.modules}
         for name, module in loaded.items():
-            file = _file(name)
+            file = file_of(name)
             if name not in before and file is not None:
                 _sources[name] = module.__spec__, _digest(file)
             if _loaded_from(name, module, file) != self.files[name]:
@@ -107,7 +107,7 @@ def code_of_paths(paths: tuple[str, ...]) -> Code:
         if name in seen or name == "__main__":
             continue
         seen.add(name)
-        file = _file(name)
+        file = file_of(name)
         if file is None or not (name.partition(".")[0] in packages or _is_own(name, file)):
             continue
         files[name] = _digest(file)
@@ -117,23 +117,30 @@ def code_of_paths(paths: tuple[str, ...]) -> Code:
 
 
 # ---- modules on disk -------------------------------------------------------------------------------------------------
-def _file(name: str) -> Path | None:
+def file_of(name: str) -> Path | None:
     """The file that a module is, or would be, loaded from. Imports nothing."""
-    found: importlib.machinery.ModuleSpec | None = None
-    for end in range(1, name.count(".") + 2):
-        part = ".".join(name.split(".")[:end])
+    spec: importlib.machinery.ModuleSpec | None = None
+    places: list[str] | None = None  # where the next part of the name is looked for; None: everywhere
+    parts = name.split(".")
+    for end, part in enumerate(parts, 1):
+        above, full = places, ".".join(parts[:end])
         try:
-            if found is None:
-                found = importlib.util.find_spec(part)
-            else:
-                found = importlib.machinery.PathFinder.find_spec(part, found.submodule_search_locations)
+            finder = importlib.util.find_spec if above is None else importlib.machinery.PathFinder.find_spec
+            spec = finder(full, above)  # type: ignore[arg-type]  # one of them is for no list
+            places = (
+                None if spec is None or spec.submodule_search_locations is None else [*spec.submodule_search_locations]
+            )
+        except (
+            KeyError
+        ):  # a folder without __init__.py inside another: its path is that of the one above, once it is imported
+            spec, places = None, [os.path.join(place, part) for place in above or ()]
         except (ImportError, ValueError, AttributeError):
             return None
-        if found is None or (end <= name.count(".") and found.submodule_search_locations is None):
+        if places is None and end < len(parts):
             return None
-    if found is None or not found.has_location or found.origin is None:
+    if spec is None or not spec.has_location or spec.origin is None:
         return None
-    file = Path(found.origin)
+    file = Path(spec.origin)
     return file if file.is_file() else None
 
 

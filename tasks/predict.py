@@ -25,6 +25,7 @@ from tidemill.storage.log import VersionLog
 from tidemill.storage.overlap import inside, keep_out_of_dataset, keep_out_of_inbox, named_datasets, named_inboxes
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
+from tidemill.tasks.training.classes import Label, predicted_columns
 from tidemill.tasks.training.loop import predict as predict_groups
 from tidemill.tasks.versions import load_learner
 
@@ -54,7 +55,9 @@ def predict(
     """Write one Parquet file of predictions for each file of a dataset, under the same key, rows in the same order.
 
     The column `prediction` is float32: the value in the target's unit (regression), the probability of 1 (binary), or a
-    fixed-size list of class probabilities (multiclass). Memory: row groups and their inputs as in training, without a shuffle
+    fixed-size list of class probabilities (multiclass). Where the target holds labels, it is the most probable label instead, as
+    text, boolean or int64, and `probabilities` is a fixed-size list of those of all labels, whose order stands in the metadata of
+    that column and in `_SUCCESS`. Memory: row groups and their inputs as in training, without a shuffle
     window, and the file that is being written, twice while it is stored.
 
     The result is whole while `_SUCCESS` is there, which is removed before the first file is written and comes back after the last
@@ -87,13 +90,16 @@ def predict(
     files: dict[str, list[_Copied]] = {}
     for one in taken.row_groups:
         files.setdefault(one.file, []).append(_Copied(one, columns))
+    repeated = [*columns, *(["prediction"] if learner.features.labels else [])]
     into_dataset = inside(target.url, taken.ref.url)
     if (replaced := next((file for file in files if into_dataset(file)), None)) is not None:
         raise PlacesOverlap(
             f"{target.url}/{replaced}, a file of predictions, would be a file of the dataset {taken.ref.url}: choose another "
             "output."
         )
-    result = _Result(target, Record(model=model, version=chosen.number, dataset=taken.ref.url, rows=taken.ref.rows))
+    labels = learner.features.labels
+    about = Record(model=model, version=chosen.number, dataset=taken.ref.url, rows=taken.ref.rows, labels=labels)
+    result = _Result(target, about)
     result.begin(files)
     # Of all files at once, so that those to come are read while one is written.
     with (
@@ -105,12 +111,11 @@ def predict(
             writer: pq.ParquetWriter | None = None
             for group in groups:
                 outputs = next(predicted)
-                values = pa.array(outputs.reshape(-1).numpy())
-                if outputs.ndim == 2:
-                    values = pa.FixedSizeListArray.from_arrays(values, outputs.shape[1])
-                table = group.taken().append_column("prediction", values)
+                table = group.taken()
+                for field, values in predicted_columns(outputs, labels):
+                    table = table.append_column(field, values)
                 # Hardly two predictions are alike: a dictionary of them takes longer to make than all the rest of the file.
-                writer = writer or pq.ParquetWriter(sink, table.schema, use_dictionary=list(columns))  # type: ignore[arg-type]  # names too
+                writer = writer or pq.ParquetWriter(sink, table.schema, use_dictionary=repeated)  # type: ignore[arg-type]  # names too
                 writer.write_table(table)
                 activity.advance(table.num_rows)
             assert writer is not None
@@ -144,6 +149,8 @@ class Record(BaseModel):
     version: int
     dataset: str
     rows: int
+    labels: tuple[Label, ...] | None = None
+    """In the order of their probabilities; None: `prediction` is a number."""
     files: dict[str, str] = Field(default_factory=dict)
     """Key -> etag when it was written. Empty in `UNFINISHED` for a key that was free and is to be written."""
 

@@ -1,6 +1,7 @@
 """From a version in the log to a learner in memory."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -14,10 +15,14 @@ from tidemill.tasks.training.spec import Spec
 
 READ_AS: Final = ("family", "width")
 """What `resolved_spec` says of each feature beside its settings."""
+LABELS: Final = "labels"
+"""What `resolved_spec` says of the target beside the settings: its labels, in the order of their class numbers."""
 
 
-def load_learner(log: VersionLog, version: Version, device: str = "cpu") -> Learner:
+def load_learner(log: VersionLog, version: Version, device: str = "cpu", *, allowed: Sequence[str] = ()) -> Learner:
     """The learner exactly as it was committed, on a device as in `Learner.create`; blobs are verified before they are parsed.
+
+    What the spec names by import path must be below `allowed`, or below what the environment allows.
 
     Raises:
         UnknownVersion: retention has removed the blobs.
@@ -27,17 +32,20 @@ def load_learner(log: VersionLog, version: Version, device: str = "cpu") -> Lear
     """
     manifest = version.manifest
     spec = spec_of(log, version)
-    check_allowed(spec, [name for part in os.environ.get(ALLOWED_MODULES, "").split(",") if (name := part.strip())])
+    check_allowed(
+        spec, [*allowed, *(name for part in os.environ.get(ALLOWED_MODULES, "").split(",") if (name := part.strip()))]
+    )
     weights, state = log.read_blob(manifest.blobs.weights), log.read_blob(manifest.blobs.state)
     return Learner.load(spec, weights, state, device)
 
 
 def resolved_spec(learner: Learner) -> dict[str, Any]:
-    """The learner's spec with what it leaves to defaults and to the data filled in: the loss, and how each feature is read."""
+    """The learner's spec with what it leaves to defaults and to the data filled in: the loss, how features are read, labels."""
     resolved = learner.spec.model_dump(mode="json") | {"loss": learner.spec.loss_name}
     read_as = [{"family": column.family, "width": column.width} for column in learner.features.columns]
     resolved["features"] = [asked | read for asked, read in zip(resolved["features"], read_as, strict=True)]
-    return resolved
+    labels = learner.features.labels
+    return resolved if labels is None else resolved | {LABELS: list(labels)}
 
 
 def spec_of(log: VersionLog, version: Version) -> Spec:
@@ -46,13 +54,21 @@ def spec_of(log: VersionLog, version: Version) -> Spec:
     Raises:
         CorruptObject: it is no spec.
     """
+    try:
+        return resolved_of(version)
+    except ValidationError as error:
+        raise _corrupt(log, version, error) from error
+
+
+def resolved_of(version: Version) -> Spec:
+    """The same. Raises ValidationError."""
     resolved = version.manifest.resolved_spec
     if resolved is None:  # of format 1
-        return asked_of(log, version)
-    features = resolved.get("features")
-    if isinstance(features, list):
-        features = [_asked(column) if isinstance(column, dict) else column for column in features]
-    return _valid(resolved | {"features": features}, log, version)
+        return Spec.model_validate(version.manifest.spec)
+    asked = {name: value for name, value in resolved.items() if name != LABELS}
+    if isinstance(columns := asked.get("features"), list):
+        asked["features"] = [_asked(column) if isinstance(column, dict) else column for column in columns]
+    return Spec.model_validate(asked)
 
 
 def asked_of(log: VersionLog, version: Version) -> Spec:
@@ -61,15 +77,15 @@ def asked_of(log: VersionLog, version: Version) -> Spec:
     Raises:
         CorruptObject: it is no spec.
     """
-    return _valid(version.manifest.spec, log, version)
+    try:
+        return Spec.model_validate(version.manifest.spec)
+    except ValidationError as error:
+        raise _corrupt(log, version, error) from error
 
 
 def _asked(column: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in column.items() if name not in READ_AS}
 
 
-def _valid(fields: dict[str, Any], log: VersionLog, version: Version) -> Spec:
-    try:
-        return Spec.model_validate(fields)
-    except ValidationError as error:
-        raise CorruptObject(f"{log.url}: the spec of version {version.number} is not valid: {error}") from error
+def _corrupt(log: VersionLog, version: Version, error: ValidationError) -> CorruptObject:
+    return CorruptObject(f"{log.url}: the spec of version {version.number} is not valid: {error}")

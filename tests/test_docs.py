@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from tidemill.storage import tombstones
+from tidemill.tasks import telling
 from tidemill.tasks.online import delayed, reading, selection
 from tidemill.tasks.settings import GateSettings, Limits, OnlineSettings
+from tidemill.tasks.training import classes, resolving, survey
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,6 +63,14 @@ NUMBERS = [
     ("docs/format.md", f"every {tombstones.WHOLE_VERSIONS + 1} versions or {tombstones.WHOLE_SHARDS:,} shards"),
     ("docs/format.md", f"`backlog` ({selection.LISTED_AHEAD:,} shards wait)"),
     ("docs/format.md", f"At least the last {tombstones.WINDOW:,} consumed shards"),
+    ("docs/data-and-models.md", f"whole numbers of 3 to {resolving.WHOLE_NUMBERS} distinct values"),
+    ("docs/data-and-models.md", f"More than {classes.MOST:,} labels"),
+    ("docs/data-and-models.md", f"text of at most {classes.LONGEST} characters"),
+    (
+        "docs/data-and-models.md",
+        f"of at least {survey.LEAST_NUMBERED}. The first {survey.JUDGED_ROWS:,} rows are judged.",
+    ),
+    ("docs/learning.md", f"fell by more than {telling.SETTLED:.0%} in the last epoch"),
     ("docs/deployment.md", f"each of the last {tombstones.WINDOW:,} shards once"),
 ]
 """(page, what it says): each number of the code that stands in prose."""

@@ -29,21 +29,26 @@ def train(
     """Train MODEL from a Parquet DATASET, register it as the new head, and move the alias to it.
 
     Killed and started again with the same arguments, it continues after its last checkpoint and ends with the same bits.
-    A feature is a column's name, or JSON for more. Models of your own are found in the current folder.
+    Features are names of columns, patterns, !NAME for all but that one, or JSON for more; quote * and ! in a shell. Without
+    them, all columns that can be used are features. The target may hold numbers or labels (text, booleans, whole numbers).
+    Models of your own are found in the current folder.
 
     For example:
 
-        tidemill train ./data ./registry flights --spec spec.yaml --epochs 20
-        tidemill train ./data ./registry flights --features a b --target y
+        tidemill train ./data ./registry flights --target delayed
+        tidemill train ./data ./registry flights --target delayed --features '*' '!flight_id'
+        tidemill train ./data ./registry flights --target delay --features distance carrier --epochs 20
+        tidemill train ./data ./registry flights --spec spec.yaml
         tidemill train ./data ./registry flights --target delay \\
             --features distance '{"name": "carrier", "kind": "category"}' \\
             --model.factory mymodels:Net --model.arguments '{"width": 32}'
     """
-    launch.before_training(dataset, registry, model, settings)
+    asked = spec.spec()
+    launch.before_training(dataset, registry, model, asked, settings)
     launch.prepare()
     from tidemill.flows.batch import batch_training
 
-    tell(views.trained(launch.run(batch_training, dataset, registry, model, spec.spec(), settings)), as_json)
+    tell(views.trained(launch.run(batch_training, dataset, registry, model, asked, settings)), as_json)
 
 
 def follow(

@@ -101,6 +101,7 @@ class DelayedLabels:
             return Unusable(found, described(error), unforeseen=True)
         joined = labels.join(groups)
         try:
+            features.check_targets(joined.groups[0].schema, f"{found.inbox}/{info.key}")
             tables = [group.read(features.targets) for group in joined.groups]
             for table in tables:
                 features.target(table, f"{found.inbox}/{info.key}")

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from tidemill.storage.errors import ShardRejected
 from tidemill.storage.parquet import MAX_DECODED_BYTES, RowGroup
+from tidemill.tasks.training.classes import plain
 from tidemill.tasks.training.columns import numbers, one_array
 from tidemill.tasks.training.errors import SpecError
 from tidemill.tasks.training.families import family_of, is_untyped, stored, told
@@ -77,7 +78,7 @@ class Labels:
                     f"{group.name}: the labels up to here take more than {MAX_DECODED_BYTES:,} bytes; write smaller shards"
                 )
         table = pa.concat_tables(tables)
-        self._values_L = {field.name: one_array(stored(table.column(field.name), field.type)) for field in self.fields}
+        self._values_L = {field.name: _values(table.column(field.name), field.type) for field in self.fields}
         keys = _Keys.of(table.column(key))
         self._keys_V = keys.values_V
         # Not the index itself: a file's dictionary may hold a value twice.
@@ -89,7 +90,7 @@ class Labels:
     def _refuse_contradictions(self) -> None:
         first_L = self._row_V.take(self._key_L)  # null where the key is
         for target, values_L in self._values_L.items():
-            ours_L = numbers(values_L)
+            ours_L = values_L if family_of(values_L.type) == ("text", None) else numbers(values_L)
             theirs_L = ours_L.take(first_L)
             one_null_L = pc.xor(ours_L.is_null(), theirs_L.is_null())
             differ_L = pc.and_(pc.coalesce(pc.not_equal(ours_L, theirs_L), one_null_L), first_L.is_valid())
@@ -202,16 +203,22 @@ def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:
     return schema.field(found[0])
 
 
+def _values(column: pa.ChunkedArray[Any], kind: Any) -> pa.Array[Any]:
+    """A target [L] as its field says; text is compared as bytes."""
+    array = one_array(stored(column, kind))
+    return plain(array) if kind == pa.large_binary() else array
+
+
 def _target_field(schema: pa.Schema, target: str, where: str) -> pa.Field[Any]:
     kind: Any = _field(schema, target, where).type
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     elif is_untyped(kind):
         kind = pa.float64()
-    if family_of(kind) not in (("number", None), ("duration", None)):  # what training takes as a target
-        raise ShardRejected(
-            f"target {target!r} of {where} has type {told(kind)}: write a number (classes as 0, 1, 2, ...)"
-        )
+    if family_of(kind) == ("text", None):
+        kind = pa.large_binary()
+    elif family_of(kind) not in (("number", None), ("duration", None)):  # what training takes as a target
+        raise ShardRejected(f"target {target!r} of {where} has type {told(kind)}: write a number or a label")
     return pa.field(target, kind)  # nullable, whatever the file says
 
 

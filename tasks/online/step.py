@@ -36,7 +36,7 @@ from tidemill.tasks.training.made_up import made_up
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 from tidemill.tasks.trial import try_metrics, warn_of_hidden_state
-from tidemill.tasks.versions import asked_of
+from tidemill.tasks.versions import asked_of, spec_of
 
 logger = logging.getLogger("tidemill.online")
 
@@ -339,7 +339,10 @@ def retraining(run: OnlineRun) -> tuple[str, str, str, Spec, BatchSettings]:
         lies = relation(run.places.store(holdout).url, run.places.store(dataset).url)
         if lies is Relation.INSIDE:
             batch_settings = batch_settings.model_copy(update={"holdout_dataset": holdout})
-    return dataset, log.store.url, log.model, asked_of(log, log.head()), batch_settings
+    asked = asked_of(log, head := log.head())
+    if asked.task is None:  # a target with more labels by now is no other task
+        asked = asked.model_copy(update={"task": spec_of(log, head).task})
+    return dataset, log.store.url, log.model, asked, batch_settings
 
 
 def retrained(run: OnlineRun, made: VersionInfo) -> None:

@@ -6,10 +6,9 @@ sequence several), T targets.
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
-import difflib
 import math
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, Self, cast
@@ -20,32 +19,19 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from tidemill.progress import NOBODY, Activity, under_way
+from tidemill.tasks.training.classes import Label, class_numbers
 from tidemill.tasks.training.columns import Ids, as_tensor, bucket_ids, one_array, sequence_ids
 from tidemill.tasks.training.errors import ColumnError
-from tidemill.tasks.training.families import Family, family_of, is_untyped, stored, told, type_name, type_of
+from tidemill.tasks.training.families import Family, stored, type_name, type_of
 from tidemill.tasks.training.groups import RowGroup, Split, read_ahead
+from tidemill.tasks.training.inputs import Input, check_families, check_weight, input_of, target_family
 from tidemill.tasks.training.packing import blocks, pack
 from tidemill.tasks.training.pool import Empty
-from tidemill.tasks.training.spec import Column, Spec, Task
+from tidemill.tasks.training.spec import Spec, Task
 from tidemill.tasks.training.statistics import Moments, Statistics
+from tidemill.tasks.training.survey import Survey
 
 NULLS_BY_CHANCE: Final = 1e-6  # a wholly null column that is less probable than this is taken for a mistake
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input column as it was resolved against the schema."""
-
-    name: str
-    family: Family
-    width: int | None = None  # numbers in a vector; None: a plain column
-    buckets: int = 0  # more than 0: a category, or a sequence of them
-    length: int = 0  # more than 0: a sequence, padded or cut to this many items
-
-    @property
-    def numbers(self) -> int:
-        """How many of the F numbers of a row come from this column."""
-        return 0 if self.buckets else self.width or 1
 
 
 class SequenceInput(NamedTuple):
@@ -60,6 +46,27 @@ class Encoded(NamedTuple):
 
     x_NF: Tensor  # float32, row-major
     ids_NC: Tensor | None  # int64, row-major, laid out as `Features.ids` says; None: no categories and no sequences
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """What a pass over rows has counted."""
+
+    rows: int
+    labelled: int
+    """Those that have all targets."""
+    nulls: Sequence[int]
+    """Of each input column."""
+    inputs: Sequence[Moments]
+    """Of each input column; of no numbers for categories and sequences."""
+    targets: Sequence[Moments]
+    """Of each target; of no values where that is text whose labels are not known yet."""
+    class_counts: Tensor | None
+    """int64 [classes]: rows of each; None: they were not asked for."""
+
+    def of(self, columns: Sequence[int]) -> Self:
+        """The same of some of the input columns only."""
+        return replace(self, nulls=[self.nulls[i] for i in columns], inputs=[self.inputs[i] for i in columns])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -77,6 +84,8 @@ class Features:
     sample_weight: str | None
     task: Task
     classes: int | None
+    labels: tuple[Label, ...] | None = None
+    """Of the classes, in the order of their numbers. None: the target holds the numbers."""
     class_weighting: Literal["balanced"] | tuple[float, ...] | None
     standardize_features: bool
     standardize_target: bool
@@ -86,17 +95,24 @@ class Features:
 
     # ---- resolving ---------------------------------------------------------------------------------------------------
     @classmethod
-    def resolve(cls, spec: Spec, schema: pa.Schema) -> Self:
-        """Decides from Arrow's types how each column is read. Raises ColumnError."""
+    def resolve(cls, spec: Spec, schema: pa.Schema, labels: tuple[Label, ...] | None = None) -> Self:
+        """Decides from Arrow's types how each column is read. Raises ColumnError.
+
+        `labels` are those of the classes, if these are no numbers from 0; () while they are to be learned (`count`). A spec that
+        leaves its task to the target is taken for one of regression.
+        """
         if spec.sample_weight is not None:
-            _check_weight(spec.sample_weight, schema, "the dataset")
+            check_weight(spec.sample_weight, schema, "the dataset")
         return cls(
-            columns=tuple(_resolve(column, schema) for column in spec.features),
+            columns=tuple(input_of(column, schema) for column in spec.features),
             targets=spec.targets,
-            target_families=tuple(_target_family(name, schema, "the dataset") for name in spec.targets),
+            target_families=tuple(
+                target_family(name, schema, "the dataset", text=labels is not None) for name in spec.targets
+            ),
             sample_weight=spec.sample_weight,
-            task=spec.task,
+            task=spec.stated_task or "regression",
             classes=spec.classes,
+            labels=labels,
             class_weighting=spec.class_weights,
             standardize_features=spec.standardize_features,
             standardize_target=spec.standardize_target,
@@ -180,19 +196,16 @@ class Features:
         `family_of` has the rule of types that may take each other's place. A column without a type (`is_untyped`) has no value
         that could mean something else.
         """
-        expected = [(column.name, column.family, column.width) for column in self.columns]
+        check_families([(column.name, column.family, column.width) for column in self.columns], schema, where)
         if labelled:
-            expected += [(name, family, None) for name, family in zip(self.targets, self.target_families, strict=True)]
+            self.check_targets(schema, where)
             if self.sample_weight is not None:
-                _check_weight(self.sample_weight, schema, where)
-        for name, family, width in expected:
-            found = _field(schema, name, where).type
-            if not is_untyped(found) and family_of(found) != (family, width):
-                vector = "" if width is None else f" vector of {width}"
-                raise ColumnError(
-                    f"column {name!r} of {where} has type {told(found)}, but the model was begun with a {family}{vector}: "
-                    f"write the old type, or begin a new model"
-                )
+                check_weight(self.sample_weight, schema, where)
+
+    def check_targets(self, schema: pa.Schema, where: str) -> None:
+        """The same of the targets alone."""
+        targets = [(name, family, None) for name, family in zip(self.targets, self.target_families, strict=True)]
+        check_families(targets, schema, where)
 
     def tables(self, groups: Iterable[RowGroup], *, labelled: bool = True) -> Generator[pa.Table]:
         """The columns to read (`names`) of each group, in order, read ahead (`read_ahead`: to be closed).
@@ -252,24 +265,28 @@ class Features:
         without rows where class weights are balanced.
         """
         groups = list(groups)
-        with under_way("statistics of the columns", total=sum(group.num_rows for group in groups)) as activity:
-            rows, labelled, nulls, inputs, targets, class_counts = self._counted(groups, split, activity)
+        with learning(groups) as activity:
+            return self.with_statistics(self.count(groups, split, activity=activity))
+
+    def with_statistics(self, counted: Counted) -> Self:
+        """A copy with the statistics of what `count` has counted. Raises what `fit` raises, but for single values."""
+        rows, class_counts = counted.rows, counted.class_counts
         if not rows:
             raise ColumnError("no row is left to train on: the dataset is too small for this holdout; set holdout to 0")
-        for column, moments, null in zip(self.columns, inputs, nulls, strict=True):
+        for column, moments, null in zip(self.columns, counted.inputs, counted.nulls, strict=True):
             if null == rows or not bool(moments.count_K.all()):
                 raise ColumnError(
                     f"column {column.name!r} is null in all {rows} rows of the dataset: remove it from features"
                 )
-        for name, moments in zip(self.targets, targets, strict=True):
+        for name, moments in zip(self.targets, counted.targets, strict=True):
             if not moments.count_K.all():
                 raise ColumnError(f"target {name!r} is null in all {rows} rows of the dataset: nothing can be learned")
         if class_counts is not None and not class_counts.all():
             raise ColumnError(
-                f"target {self.targets[0]!r} is {int(class_counts.argmin())} in no labelled row of the dataset, so "
+                f"target {self.targets[0]!r} is {self._label(int(class_counts.argmin()))} in no labelled row of the dataset, so "
                 f"class_weights 'balanced' has no weight for that class: add rows of it, or name the weights"
             )
-        found = Moments.of_columns(inputs), Moments.of_columns(targets)
+        found = Moments.of_columns(counted.inputs), Moments.of_columns(counted.targets)
         for name, m2 in zip(self._number_names(), torch.cat([found[0].m2_K, found[1].m2_K]).tolist(), strict=True):
             if not math.isfinite(m2):
                 raise ColumnError(
@@ -278,7 +295,7 @@ class Features:
         return replace(
             self,
             statistics=Statistics.of(
-                rows, nulls, *found, class_counts, running=self.running_statistics, labelled=labelled
+                rows, counted.nulls, *found, class_counts, running=self.running_statistics, labelled=counted.labelled
             ),
         )
 
@@ -288,21 +305,32 @@ class Features:
         Raises ColumnError: as `fit` does, or values so far out that the statistics would be of them alone.
         """
         assert self.statistics is not None, "fit() comes before updated()"
-        rows, _, nulls, inputs, targets, _ = self._counted(groups, None)
-        found = Moments.of_columns(inputs), Moments.of_columns(targets)
-        return replace(self, statistics=self.statistics.with_rows(rows, nulls, *found, self._number_names()))
+        counted = self.count(groups, None)
+        found = Moments.of_columns(counted.inputs), Moments.of_columns(counted.targets)
+        statistics = self.statistics.with_rows(counted.rows, counted.nulls, *found, self._number_names())
+        return replace(self, statistics=statistics)
 
     def _number_names(self) -> list[str]:
         """The column of each of the F numbers and the T targets."""
         return [*(column.name for column in self.columns for _ in range(column.numbers)), *self.targets]
 
-    def _counted(
-        self, groups: Iterable[RowGroup], split: Split | None, activity: Activity = NOBODY
-    ) -> tuple[int, int, list[int], list[Moments], list[Moments], Tensor | None]:
-        """(rows, those with all targets, nulls and moments of each input column, moments of each target, rows of each class)."""
+    def count(
+        self,
+        groups: Iterable[RowGroup],
+        split: Split | None,
+        survey: Survey | None = None,
+        activity: Activity = NOBODY,
+    ) -> Counted:
+        """One streaming pass over the rows of `split` (None: all rows). `survey` sees each table too.
+
+        Raises ColumnError: a bad schema, NaN or infinity, a bad sample weight, or a label that the task does not have.
+        """
         inputs = [Moments.zero(column.numbers) for column in self.columns]
         targets = [Moments.zero(1) for _ in self.targets]
-        class_counts = torch.zeros(self.classes or 2, dtype=torch.int64) if self.class_weighting == "balanced" else None
+        surveyed = survey is not None and survey.target is not None  # it counts the classes
+        class_counts = None
+        if self.class_weighting == "balanced" and not surveyed:
+            class_counts = torch.zeros(self.classes or 2, dtype=torch.int64)
         nulls = [0] * len(self.columns)
         rows, labelled, groups = 0, 0, list(groups)
         with closing(self.tables(groups)) as tables:
@@ -317,13 +345,24 @@ class Features:
                         inputs[i] = inputs[i].merged(array, column.width, rows_N)
                         _refuse_non_finite(inputs[i].mean_K, column.name, group.name)
                 for i, name in enumerate(self.targets):
-                    targets[i] = targets[i].merged(one_array(table.column(name)), None, rows_N)
-                    _refuse_non_finite(targets[i].mean_K, name, group.name)
+                    if self.target_families[i] != "text" or self.labels:
+                        targets[i] = targets[i].merged(self._numbers_of(i, table, group.name), None, rows_N)
+                        _refuse_non_finite(targets[i].mean_K, name, group.name)
                 self.weights(table, group.name)  # only to refuse bad ones before training begins
                 if class_counts is not None:
                     class_counts += self._class_counts(table, group.name, rows_N)
+                if survey is not None:
+                    survey.see(table, rows_N)
                 activity.advance(group.num_rows)
-        return rows, labelled, nulls, inputs, targets, class_counts
+        return Counted(rows, labelled, nulls, inputs, targets, class_counts)
+
+    def _numbers_of(self, i: int, table: pa.Table, where: str) -> pa.Array[Any]:
+        """A target as numbers, or as what `as_tensor` makes numbers of."""
+        array = one_array(table.column(self.targets[i]))
+        return class_numbers(array, self.labels, self.targets[i], where) if self.labels else array
+
+    def _label(self, number: int) -> object:
+        return number if self.labels is None else repr(self.labels[number])
 
     def improbably_null(self, nulls: Sequence[int], rows: int) -> str | None:
         """Name of a column that is null in all of `rows` rows though the dataset makes that improbable, or None.
@@ -393,14 +432,14 @@ class Features:
         y_N: float32 ([N, T] of several targets), int64 class numbers for multiclass; 0 where it is null. labelled_N: bool; None:
         every row has all targets. Raises ColumnError: NaN, infinity, or a label that the task does not have.
         """
-        found = [self._one_target(i, one_array(table.column(name)), where) for i, name in enumerate(self.targets)]
+        found = [self._one_target(i, table, where) for i in range(len(self.targets))]
         if len(found) == 1:
             return found[0]
         missing = [labelled_N for _, labelled_N in found if labelled_N is not None]
         return torch.stack([y_N for y_N, _ in found], 1), torch.stack(missing).all(0) if missing else None
 
-    def _one_target(self, i: int, array: pa.Array[Any], where: str) -> tuple[Tensor, Tensor | None]:
-        values_NK, present_NK = as_tensor(array, None)
+    def _one_target(self, i: int, table: pa.Table, where: str) -> tuple[Tensor, Tensor | None]:
+        values_NK, present_NK = as_tensor(self._numbers_of(i, table, where), None)
         values_N, labelled_N = values_NK.squeeze(1), None if present_NK is None else present_NK.squeeze(1)
         name = self.targets[i]
         if self.task == "regression":
@@ -454,6 +493,8 @@ class Features:
             "standardize_target": self.standardize_target,
             "dataset_columns": list(self.dataset_columns),
         }
+        if self.labels is not None:  # absent from states that are older than it
+            config["labels"] = list(self.labels)
         if self.running_statistics:  # absent from states that are older than it
             config["running_statistics"] = True
         if self.statistics is None:
@@ -498,6 +539,11 @@ class Features:
                 class_counts=tensors.get("class_counts"),
                 moments=moments,
             )
+        labels, classes = known.get("labels"), known.get("classes") or 2
+        if labels is not None and not (
+            len(labels) == classes and all(isinstance(label, bool | int | str) for label in labels)
+        ):
+            raise TypeError(f"labels are no {classes} labels")
         columns = tuple(Input(**column) for column in known.pop("columns"))
         if statistics is not None:
             statistics.check(len(columns), sum(column.numbers for column in columns), len(known["targets"]))
@@ -505,65 +551,9 @@ class Features:
         return cls(columns=columns, statistics=statistics, **(known | lists))
 
 
-def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:
-    places = schema.get_all_field_indices(name)
-    if len(places) == 1:
-        return schema.field(places[0])
-    if places:
-        raise ColumnError(f"column {name!r} occurs {len(places)} times in {where}: write each name once")
-    near = difflib.get_close_matches(name, schema.names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(map(repr, schema.names[:20]))}"
-    raise ColumnError(
-        f"column {name!r} is missing from {where}: {hint}; or write it, with nulls where there is no value"
-    )
-
-
-def _resolve(column: Column, schema: pa.Schema) -> Input:
-    kind = _field(schema, column.name, "the dataset").type
-    usable = family_of(kind)
-    if is_untyped(kind):
-        raise ColumnError(f"column {column.name!r} is null in all rows of the dataset: remove it from features")
-    if usable is None:
-        raise ColumnError(
-            f"column {column.name!r} has type {told(kind)}, which cannot be an input: write numbers, booleans, dates, times, "
-            f"text, fixed-size lists of numbers, or lists of integers or text"
-        )
-    family, width = usable
-    kinds: tuple[str, ...] = ("number",)
-    if family in ("list of integers", "list of text"):
-        kinds = ("sequence",)
-    elif family == "text":
-        kinds = ("category",)
-    elif usable == ("number", None):
-        kinds = ("number", "category")
-    if column.kind not in ("auto", *kinds):
-        raise ColumnError(
-            f"column {column.name!r} has type {told(kind)}, which cannot be a {column.kind}: use kind {kinds[0]!r}"
-        )
-    read_as = kinds[0] if column.kind == "auto" else column.kind
-    return Input(
-        column.name,
-        family,
-        width,
-        buckets=0 if read_as == "number" else column.buckets,
-        length=column.length if read_as == "sequence" else 0,
-    )
-
-
-def _target_family(name: str, schema: pa.Schema, where: str) -> Family:
-    kind = _field(schema, name, where).type
-    usable = family_of(kind)
-    if is_untyped(kind):
-        raise ColumnError(f"target {name!r} is null in all rows of {where}: nothing can be learned")
-    if usable not in (("number", None), ("duration", None)):
-        raise ColumnError(f"target {name!r} of {where} has type {told(kind)}: write a number (classes as 0, 1, 2, ...)")
-    return usable[0]
-
-
-def _check_weight(name: str, schema: pa.Schema, where: str) -> None:
-    kind = _field(schema, name, where).type
-    if not is_untyped(kind) and family_of(kind) != ("number", None):
-        raise ColumnError(f"sample_weight {name!r} of {where} has type {told(kind)}: write a number")
+def learning(groups: Sequence[RowGroup]) -> AbstractContextManager[Activity]:
+    """Tells whoever listens how far the pass over these row groups is that learns their statistics."""
+    return under_way("statistics of the columns", total=sum(group.num_rows for group in groups))
 
 
 def _null_count(array: pa.Array[Any], rows_N: Tensor | None) -> int:

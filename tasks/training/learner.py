@@ -37,7 +37,7 @@ from tidemill.tasks.training.replay import ReplayBuffer
 from tidemill.tasks.training.spec import BUILT_IN_MODELS, Spec
 
 METADATA_KEY: Final = "tidemill"  # a single key: safetensors does not fix the order of several
-STATE_FORMAT: Final = "1.0"
+STATE_FORMAT: Final = "1.1"
 """`major.minor`. A field's meaning never changes; a new one is optional, under a higher minor. It and all lower ones are read."""
 
 
@@ -98,6 +98,7 @@ class Learner:
         """
         if not features.fitted:
             raise SpecError("the spec needs statistics of the columns: pass what features.fit(groups) returned")
+        spec = _settled(spec, features)
         place = device_of(device)
         model = build(spec, features).to(place)
         # A whole model in evaluation mode is just what a library returned.
@@ -166,7 +167,8 @@ class Learner:
                 else:
                     plain.setdefault(str(index), {})[name] = value
         about = {
-            "format": STATE_FORMAT,
+            # The lowest that has all that is in it: a history of before is reproduced byte for byte.
+            "format": "1.0" if self.features.labels is None else STATE_FORMAT,
             "features": config,
             "optimizer": {"name": self.spec.optimizer.name, "values": plain},
             "counters": asdict(self.counters),
@@ -209,6 +211,7 @@ class Learner:
         about = _about(state)
         tensors = _parsed(state, "training state")
         features = Features.from_state(_under("features.", tensors), about["features"])
+        spec = _settled(spec, features)
         wanted = ([column.name for column in spec.features], spec.targets, spec.task)
         stored = ([column.name for column in features.columns], features.targets, features.task)
         if wanted != stored:
@@ -237,6 +240,11 @@ class Learner:
             learner.memory = ReplayBuffer.load(spec, features, _under("memory.", tensors))
         learner.counters = Counters(**about["counters"])
         return learner
+
+
+def _settled(spec: Spec, features: Features) -> Spec:
+    """The spec with its task, where it leaves that open: what the features were resolved for."""
+    return spec if spec.task is not None else spec.model_copy(update={"task": features.task})
 
 
 def device_of(name: str) -> torch.device:

@@ -8,9 +8,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from tidemill.tasks.training.classes import label_array
 from tidemill.tasks.training.families import Family
-from tidemill.tasks.training.features import Features, Input
+from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import TableGroup, generator
+from tidemill.tasks.training.inputs import Input
 
 CATEGORIES: Final = 10
 """How many values a made-up category has."""
@@ -42,7 +44,9 @@ def made_up(features: Features, rows: int) -> TableGroup:
                 y_N = seen.target_mean[i] + y_N * seen.target_std[i]
         else:
             y_N = (torch.arange(rows) % (features.classes or 2)).double()
-        columns[name] = _number(family, y_N)
+        columns[name] = (
+            _number(family, y_N) if features.labels is None else label_array(y_N.long().tolist(), features.labels)
+        )
     if features.sample_weight is not None and features.sample_weight not in columns:
         columns[features.sample_weight] = pa.array([1.0] * rows, pa.float64())
     return TableGroup("made-up rows", pa.table(columns))

@@ -63,6 +63,10 @@ def _column(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def _columns(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class Model(_Settings):
     """Which network to build."""
 
@@ -128,12 +132,20 @@ class ReplayMemory(_Settings):
     )
 
 
+FeatureList = Annotated[
+    tuple[Annotated[Column, BeforeValidator(_column, json_schema_input_type=str | Column)], ...],
+    BeforeValidator(_columns),
+]
+
+
 class Spec(_Settings):
     """A whole training task: columns in, model, loss, optimizer, and how rows become batches."""
 
-    features: tuple[Annotated[Column, BeforeValidator(_column, json_schema_input_type=str | Column)], ...] = Field(
+    features: FeatureList = Field(
+        default=(Column(name="*"),),
         min_length=1,
-        description="Input columns, in the order in which the model receives them.",
+        description="Input columns, in the order in which the model receives them: names, patterns such as dep_*, and !id for "
+        "all but id. Left out: all columns that can be used, but the target and sample_weight.",
     )
     target: (
         Annotated[str, Field(min_length=1)]
@@ -141,11 +153,16 @@ class Spec(_Settings):
     ) = Field(
         description="Column to predict, or several (regression and binary). Rows where one is null are not trained on."
     )
-    task: Task = Field(
-        default="regression",
-        description="regression (a number), binary (0 or 1), or multiclass (0 to classes - 1).",
+    task: Task | None = Field(
+        default=None,
+        description="regression (a number), binary (two labels), or multiclass (several). Left out: the target tells. Text, "
+        "booleans and whole numbers of at most 20 values are labels; all else is regression.",
     )
-    classes: int | None = Field(default=None, ge=2, description="Number of classes; for multiclass only.")
+    classes: int | None = Field(
+        default=None,
+        ge=2,
+        description="Number of classes, for multiclass only. Left out: as many as the target has labels.",
+    )
     model: Model = Field(default_factory=Model, description="Which network to build.")
     loss: str | None = Field(
         default=None,
@@ -219,23 +236,21 @@ class Spec(_Settings):
             raise ValueError(f"target holds {twice} more than once: name each column once")
         if both := sorted(set(names) & set(self.targets)):
             raise ValueError(f"target {both[0]!r} is also among the features: remove it from one of them")
-        if self.task == "multiclass" and len(self.targets) > 1:
+        task = self.stated_task
+        if task == "multiclass" and len(self.targets) > 1:
             raise ValueError("task 'multiclass' has one target: name one column, or train one model for each")
-        if self.task == "multiclass" and self.classes is None:
-            raise ValueError("task 'multiclass' needs classes: set it to the number of classes")
-        if self.task != "multiclass" and self.classes is not None:
-            raise ValueError(f"classes is for task 'multiclass', not {self.task!r}: remove it or change task")
-        if self.loss is not None and self.loss not in LOSSES[self.task] and not is_import_path(self.loss):
-            raise ValueError(
-                f"loss {self.loss!r} does not fit task {self.task!r}: use one of {LOSSES[self.task]}, or "
-                "package.module:attribute"
-            )
+        if task != "multiclass" and self.classes is not None:
+            raise ValueError(f"classes is for task 'multiclass', not {task!r}: remove it or change task")
+        known = LOSSES[task] if task is not None else tuple(loss for losses in LOSSES.values() for loss in losses)
+        if self.loss is not None and self.loss not in known and not is_import_path(self.loss):
+            of = "is none that is known" if task is None else f"does not fit task {task!r}"
+            raise ValueError(f"loss {self.loss!r} {of}: use one of {known}, or package.module:attribute")
         for name in self.metrics:
             if not is_import_path(name):
                 raise ValueError(f"metrics holds {name!r}: name them as package.module:attribute")
         self._check_classes()
-        if self.standardize_target and self.task != "regression":
-            raise ValueError(f"standardize_target is for task 'regression', not {self.task!r}: switch it off")
+        if self.standardize_target and task != "regression":
+            raise ValueError(f"standardize_target is for task 'regression', not {task!r}: switch it off")
         if self.running_statistics and not (self.standardize_features or self.standardize_target):
             raise ValueError("running_statistics scales nothing: switch on standardize_features or standardize_target")
         try:
@@ -247,13 +262,25 @@ class Spec(_Settings):
 
     def _check_classes(self) -> None:
         """What is for classes only, and fits their number. Raises ValueError."""
-        labels = {"binary": 2, "multiclass": self.classes}.get(self.task) if len(self.targets) == 1 else None
-        if self.class_weights is not None and labels is None:
+        one_label = self.stated_task != "regression" and len(self.targets) == 1
+        if self.class_weights is not None and not one_label:
             raise ValueError("class_weights are for one target of task 'binary' or 'multiclass': remove them")
-        if isinstance(self.class_weights, tuple) and len(self.class_weights) != labels:
+        labels = 2 if self.stated_task == "binary" else self.classes
+        if isinstance(self.class_weights, tuple) and labels is not None and len(self.class_weights) != labels:
             raise ValueError(f"class_weights holds {len(self.class_weights)} weights for {labels} classes")
-        if self.replay is not None and self.replay.policy == "balanced" and labels is None:
+        if self.replay is not None and self.replay.policy == "balanced" and not one_label:
             raise ValueError("replay.policy 'balanced' is for one target of task 'binary' or 'multiclass'")
+
+    @property
+    def stated_task(self) -> Task | None:
+        """The task, where the spec leaves no choice: by its name, or by what only one task has. None: the target tells."""
+        if self.task is not None:
+            return self.task
+        if self.classes is not None:
+            return "multiclass"
+        if self.standardize_target or len(self.targets) > 1:
+            return "regression"
+        return next((task for task, losses in LOSSES.items() if self.loss in losses), None)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -262,13 +289,13 @@ class Spec(_Settings):
 
     @property
     def loss_name(self) -> str:
-        """The loss in effect: `loss`, or the task's default."""
-        return self.loss or LOSSES[self.task][0]
+        """The loss in effect: `loss`, or the task's default, which a resolved spec knows."""
+        return self.loss or LOSSES[self.stated_task or "regression"][0]
 
     @property
     def main_metric(self) -> str:
         """The score by which two models are compared, lower is better: in the target's unit for regression, else the loss."""
-        if self.task != "regression":
+        if (self.stated_task or "regression") != "regression":
             return "loss"
         return "mae" if self.loss_name == "l1" else "rmse"
 
@@ -285,5 +312,5 @@ class Spec(_Settings):
     @property
     def import_paths(self) -> tuple[str, ...]:
         """Everything of the user's own code that the spec names."""
-        named = (self.model.factory, self.loss_name, *self.metrics)
+        named = (self.model.factory, self.loss or "", *self.metrics)
         return tuple(name for name in named if is_import_path(name))

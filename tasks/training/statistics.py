@@ -46,6 +46,15 @@ class Moments:
             *(torch.cat([getattr(column, name) for column in columns]) for name in ("count_K", "mean_K", "m2_K"))
         )
 
+    @classmethod
+    def of_counts(cls, counts: Sequence[int]) -> Self:
+        """Moments of one column in which the number i occurs `counts[i]` times."""
+        count_V = torch.tensor(counts, dtype=torch.float64)
+        value_V = torch.arange(len(counts), dtype=torch.float64)
+        mean = (count_V * value_V).sum() / count_V.sum().clamp(min=1)
+        m2 = (count_V * (value_V - mean).square()).sum()
+        return cls(count_V.sum().long().view(1), mean.view(1), m2.view(1))
+
     @property
     def std_K(self) -> Tensor:
         """float64 [K]: population standard deviation; 1 where the column is constant."""

@@ -424,9 +424,10 @@ def test_gc(tidemill: Run, model: Place) -> None:
 # ---- train and follow: from flags to the flows -----------------------------------------------------------------------
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The current folder has a folder d and a folder i."""
+    """The current folder has a folder d, with a file of columns, and a folder i."""
     for name in ("d", "i"):
         (tmp_path / name).mkdir()
+    pq.write_table(pa.table({"a": [1.0], "b": [2.0], "c": ["x"], "y": [0.5]}), tmp_path / "d/part.parquet")
     monkeypatch.chdir(tmp_path)
 
 
@@ -556,7 +557,7 @@ FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
         (("status", "r", "--inbox", "i"), "--inbox needs the name of a model"),
         (("log", "r", "m", "-n", "x"), 'Invalid value for -n: unable to convert "x" into int'),
         (("gc", "r", "m", "--keep", "0"), 'Invalid value "0" for --keep. Must be >= 1'),
-        (("train", "d", "r", "m"), "--features is missing: give it as a flag, or in the file that --spec names"),
+        (("train", "d", "r", "m"), "--target is missing: give it as a flag, or in the file that --spec names"),
         ((*FLAGS, "--epochs", "0"), "--epochs: input should be greater than or equal to 1, not '0'"),
         ((*FLAGS, "--task", "x"), "--task: input should be 'regression', 'binary' or 'multiclass', not 'x'"),
         ((*FLAGS, "--holdout", "2"), "--holdout: input should be less than 1, not '2'"),
@@ -597,7 +598,7 @@ def test_wrong_usage(tidemill: Run, arguments: tuple[str, ...], message: str) ->
 
 def test_wrong_usage_shows_the_right_one(tidemill: Run) -> None:
     *_, usage, more = tidemill(*FLAGS, "--foo").err.splitlines()
-    assert usage.startswith("Usage: tidemill train DATASET REGISTRY MODEL (--spec FILE | --features COLUMN...")
+    assert usage.startswith("Usage: tidemill train DATASET REGISTRY MODEL (--target COLUMN | --spec FILE) [--features")
     assert more == "`tidemill train --help` explains it."
     *_, usage, _ = tidemill("gc", "r", "m", "--foo").err.splitlines()
     assert usage == "Usage: tidemill gc [OPTIONS] REGISTRY MODEL"
@@ -697,6 +698,60 @@ def test_a_secret_in_a_url_is_refused_before_prefect_sees_it(
     assert (result.code, result.out) == (1, "")
     assert "this s3 URL has credentials" in result.err
     assert "hunter2" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--target", "Y"), "target 'Y' is missing from file:///.../d/part.parquet: did you mean 'y'?"),
+        (
+            ("--target", "y", "--features", "aa"),
+            "column 'aa' is missing from file:///.../d/part.parquet: it has 'a', 'b'",
+        ),
+        (
+            ("--target", "y", "--features", "*", "!cc"),
+            "features: '!cc' matches no column of the dataset: did you mean 'c'?",
+        ),
+        (
+            ("--target", "y", "--features", "x*"),
+            "features: 'x*' matches no column of the dataset: it has 'a', 'b', 'c', 'y'",
+        ),
+        (
+            ("--target", "c", "--task", "regression"),
+            "target 'c' of file:///.../d/part.parquet has type text: write a number",
+        ),
+        (("--target", "y", "--sample-weight", "w"), "column 'w' is missing from"),
+        (("--target", "y", "--holdout-dataset", "i"), "holds no Parquet file"),
+        (
+            ("--target", "y", "--model.factory", "nomodule:Net"),
+            "no module named 'nomodule': install its package, or start",
+        ),
+        (("--target", "y", "--model.factory", "nets:Nte"), "'nets' has no attribute 'Nte': did you mean 'Net'?"),
+        (
+            ("--target", "y", "--metrics", "torchmetrics:R2Scor"),
+            "'torchmetrics' has no attribute 'R2Scor': did you mean 'R2",
+        ),
+        (
+            ("--target", "y", "--loss", "torch.nn.functional:mse"),
+            "'torch.nn.functional' has no attribute 'mse': did you mean",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_dataset_is_told_before_anything_starts(
+    folders: None, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    """In a process of its own: neither torch nor Prefect is imported for it."""
+    (tmp_path / "nets.py").write_text("import torch\nclass Net(torch.nn.Linear): ...\n")
+    line = ["train", "d", "r", "m", *flags]
+    code = (
+        "import sys; from tidemill.flows.cli import main\n"
+        f"try:\n    main({line!r})\n"
+        "finally:\n    print([name for name in ('torch', 'prefect', 'torchmetrics') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "[]\n")
+    [told] = done.stderr.splitlines()
+    assert message in told.replace(str(tmp_path), "/...")
 
 
 @memory

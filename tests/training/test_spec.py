@@ -17,7 +17,7 @@ def test_a_string_is_a_column():
 
 def test_defaults_are_the_documented_ones():
     spec = Spec(features=["a"], target="y")
-    assert (spec.task, spec.loss_name, spec.outputs) == ("regression", "mse", 1)
+    assert (spec.task, spec.stated_task, spec.loss_name, spec.outputs) == (None, None, "mse", 1)
     assert (spec.batch_size, spec.epochs, spec.seed, spec.window_bytes) == (64, 10, 0, 16 * 2**20)
     assert (spec.shuffle, spec.standardize_features, spec.standardize_target) == (True, True, False)
 
@@ -51,9 +51,12 @@ def test_json_round_trip_is_exact():
         ({"features": ["a", "b", "a"]}, r"features holds \['a'\] more than once: name each column once"),
         ({"features": ["a", "y"]}, "target 'y' is also among the features: remove it"),
         ({"features": []}, "features"),
-        ({"task": "multiclass"}, "needs classes: set it"),
-        ({"classes": 3}, "classes is for task 'multiclass'"),
-        ({"loss": "bce"}, r"loss 'bce' does not fit task 'regression': use one of \('mse', 'l1', 'huber'\)"),
+        ({"task": "binary", "classes": 3}, "classes is for task 'multiclass'"),
+        ({"loss": "logistic"}, r"loss 'logistic' is none that is known: use one of"),
+        (
+            {"task": "regression", "loss": "bce"},
+            r"loss 'bce' does not fit task 'regression': use one of \('mse', 'l1', 'huber'\)",
+        ),
         ({"task": "binary", "standardize_target": True}, "standardize_target .* switch it off"),
         ({"standardize_features": False, "running_statistics": True}, "running_statistics scales nothing"),
         ({"learning_rate": 0}, "learning_rate"),

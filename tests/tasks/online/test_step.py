@@ -610,7 +610,7 @@ def test_an_edited_blob_is_refused_and_the_inbox_untouched(blob: str, registry: 
 def test_a_manifest_of_a_newer_format_is_refused(memory_registry: str, memory_url: MakeUrl) -> None:
     store = open_store(memory_registry)
     fields = json.loads(store.read("model/log/00000000.json"))
-    store.write("model/log/00000000.json", json.dumps(fields | {"format": "2.1"}).encode())
+    store.write("model/log/00000000.json", json.dumps(fields | {"format": "2.2"}).encode())
     with pytest.raises(UnsupportedFormat, match="Upgrade"):
         open_run(memory_url("inbox"), memory_registry)
 
