@@ -227,6 +227,13 @@ class OnlineSettings(_Settings):
         description="A file for Prometheus's textfile collector (name it *.prom), written while the run goes on and at its end. "
         "Counters go on from what it holds.",
     )
+    port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65_535,
+        description="A port of 127.0.0.1 where the run answers: / is the report, /metrics its numbers, /health whether it is "
+        "alive and well. 0: one that is free.",
+    )
     limits: Limits = Field(default_factory=Limits, description="How much one commit takes.")
     after_commit: AfterCommit = Field(
         default="delete",

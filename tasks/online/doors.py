@@ -88,7 +88,7 @@ def run_by(
     run = steps.open_run(inbox, registry, model, settings, stores)
     with (
         stop_on_signals(settings.stop_after_seconds) as stop,
-        watched(run.places.log, settings),
+        watched(run.places.log, run.places.inbox, settings),
         under_way(f"{settings.mode} {model}", unit="shards"),
     ):
         while not stop:

@@ -179,14 +179,14 @@ class Watcher:
 
 
 def watched_drain(stores: Stores, inbox: str, registry: str, settings: OnlineSettings, metrics_file: str) -> None:
-    """`tidemill.drain` with everybody who may watch: a listener, metrics in a file."""
+    """`tidemill.drain` with everybody who may watch: a listener, metrics in a file, a page."""
     watcher = Watcher()
     with listening(watcher):
         doors.drain(
             inbox,
             registry,
             "model",
-            settings.model_copy(update={"metrics_file": metrics_file}),
+            settings.model_copy(update={"metrics_file": metrics_file, "port": 0}),
             stores=stores,
         )
     assert watcher.seen

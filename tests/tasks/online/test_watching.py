@@ -1,22 +1,33 @@
 """Who watches a run: metrics in a file, pages on a port. They are right, and whatever becomes of them, the run goes on."""
 
+import contextlib
+import json
 import os
 import re
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, TypeVar, get_args
+from typing import Any, Final, TypeVar, get_args
 
 import pytest
 import yaml
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.data import put, rows
+from tests.data import keys, put, rows
+from tests.storage.faults import Call, hooked
 from tests.tasks.online.test_step import begin, days
 from tidemill.progress import Activity, listening
+from tidemill.storage.errors import UnknownModel
+from tidemill.storage.inbox import open_inbox
 from tidemill.storage.log import open_log
 from tidemill.storage.status import ProblemName
-from tidemill.tasks.online import drain, follow, metrics
+from tidemill.tasks.online import drain, follow, metrics, web
 from tidemill.tasks.online.events import Committed, Looked, Stepped
 from tidemill.tasks.online.metrics import METRICS, Numbers
 from tidemill.tasks.settings import Limits, OnlineSettings
@@ -178,6 +189,150 @@ def test_a_file_that_cannot_be_read_or_written_costs_a_line(
         report = drain(memory_url("inbox"), registry, "model", PATIENT.model_copy(update={"metrics_file": str(path)}))
         assert report.shards == 1
         assert caplog.text.count(words) == 1
+
+
+# ---- the port --------------------------------------------------------------------------------------------------------
+Answer = tuple[int, str, str]
+
+
+def ask(url: str, accept: str = "*/*", method: str = "GET") -> Answer:
+    """(status, content type, body)."""
+    request = urllib.request.Request(url, headers={"Accept": accept}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.headers["Content-Type"], answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers["Content-Type"], error.read().decode()
+
+
+def looked_at(registry: str, inbox: str, caplog: pytest.LogCaptureFixture, look: Callable[[str], T], **more: Any) -> T:
+    """Follow with a page until the inbox is empty; then `look` at its URL, from inside of the run."""
+    caplog.set_level("INFO")
+    seen: list[T] = []
+
+    def hook(call: Call) -> None:
+        here = threading.current_thread() is threading.main_thread()  # the pages read the store too
+        if here and (call.phase, call.verb, call.key) == ("after", "list", "") and not keys(inbox) and not seen:
+            (url,) = re.findall(r"(http://127.0.0.1:\d+)/ shows the report", caplog.text)
+            seen.append(look(url))
+            signal.raise_signal(signal.SIGTERM)
+
+    settings = PATIENT.model_copy(update={"port": 0, **more})
+    follow(inbox, registry, "model", settings, stores=hooked(hook, concurrency=1))
+    return seen[0]
+
+
+def test_a_run_answers_with_its_report_its_health_and_its_metrics(
+    registry: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(memory_url("inbox"), days(2))
+
+    def look(url: str) -> dict[str, Answer]:
+        openmetrics = ask(f"{url}/metrics", accept="application/openmetrics-text; version=1.0.0")
+        assert openmetrics[1].startswith("application/openmetrics-text; version=1.0.0")
+        assert openmetrics[2].endswith("# EOF\n")
+        assert ask(f"{url}/", method="HEAD")[2] == ""
+        return {path: ask(f"{url}{path}") for path in ("/", "/?x", "/health", "/metrics", "/other")}
+
+    seen = looked_at(registry, memory_url("inbox"), caplog, look)
+    code, content_type, page = seen["/"]
+    assert (code, content_type) == (200, "text/html; charset=utf-8")
+    assert "<title>model: version 2</title>" in page
+    assert 'http-equiv="refresh" content="10"' in page
+    assert seen["/?x"][0] == 200
+    code, content_type, body = seen["/health"]
+    assert (code, content_type) == (200, "application/json")
+    health = json.loads(body)
+    assert (health["alive"], health["status"]["head"], health["status"]["problems"]) == (True, 2, [])
+    assert health["status"]["waiting"] == 0
+    code, content_type, body = seen["/metrics"]
+    assert (code, content_type.partition(";")[0]) == (200, "text/plain")
+    assert values(body)["tidemill_head_version"] == 2
+    assert "python_info" in body  # the default registry, with all that is there
+    assert (seen["/other"][0], seen["/other"][2]) == (404, "There are: / (the report), /health, /metrics\n")
+
+
+def test_a_taken_port_costs_a_line(registry: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture) -> None:
+    put(memory_url("inbox"), days(1))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        report = drain(memory_url("inbox"), registry, "model", PATIENT.model_copy(update={"port": port}))
+    assert report.shards == 1
+    assert re.search(rf"no page at port {port}: .*in use. The run goes on", caplog.text)
+
+
+def test_a_thousand_looks_make_the_report_a_few_times(
+    registry: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[float] = []
+    original = web.Pages._make_report
+
+    def counted(pages: web.Pages) -> bytes:
+        began = time.monotonic()
+        page = original(pages)
+        made.append(time.monotonic() - began)
+        return page
+
+    monkeypatch.setattr(web.Pages, "_make_report", counted)
+    put(memory_url("inbox"), days(2))
+
+    def look(url: str) -> float:
+        began = time.monotonic()
+        for _ in range(1000):
+            assert ask(f"{url}/")[0] == 200
+        return time.monotonic() - began
+
+    spent = looked_at(registry, memory_url("inbox"), caplog, look)
+    assert sum(made) < max(0.2 * spent, 2 * made[0])
+
+
+def test_slow_readers_do_not_hold_up_the_run(
+    registry: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They never ask, or never read the answer: so many as are answered at once, and more."""
+    put(memory_url("inbox"), days(1))
+    with contextlib.ExitStack() as stack:
+
+        def look(url: str) -> None:
+            for number in range(2 * web.AT_ONCE):
+                reader = stack.enter_context(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 10))
+                if number % 2:
+                    with contextlib.suppress(OSError):  # sent away at once
+                        reader.sendall(b"GET / HTTP/1.1\r\n\r\n")
+
+        looked_at(registry, memory_url("inbox"), caplog, look)
+
+
+def test_a_store_that_is_away_is_told_to_who_asks(memory_url: MakeUrl) -> None:
+    log, inbox = open_log(memory_url("nowhere"), "model"), open_inbox(memory_url("inbox"))
+    pages = web.Pages(log, inbox, 900.0, web.Pulse())
+    code, _, body = pages.answer("/health", "")
+    assert (code, "holds no model" in json.loads(body)["status"]["error"]) == (200, True)
+    with pytest.raises(UnknownModel):
+        pages.answer("/", "")
+
+
+def test_a_run_that_does_nothing_for_too_long_is_not_alive(memory_url: MakeUrl) -> None:
+    log, inbox = open_log(memory_url("nowhere"), "model"), open_inbox(memory_url("inbox"))
+    pulse = web.Pulse()
+    code, _, body = web.Pages(log, inbox, 1e-9, pulse).answer("/health", "")
+    assert (code, json.loads(body)["alive"]) == (503, False)
+    pages = web.Pages(log, inbox, 60.0, pulse)
+    assert pages.answer("/health", "")[0] == 200
+
+
+def test_what_is_asked_for_is_made_anew_unless_that_takes_too_much_of_the_time() -> None:
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(len(made))
+        return made[-1]
+
+    slowly = web.Fresh(make, share=1e-9)
+    assert [slowly.get() for _ in range(3)] == [0, 0, 0]
+    at_once = web.Fresh(make, share=1.0)
+    assert [at_once.get() for _ in range(3)] == [1, 2, 3]
 
 
 # ---- names and documents ---------------------------------------------------------------------------------------------
