@@ -50,7 +50,7 @@ def before_training(dataset: str, registry: str, model: str, spec: "Spec", setti
 
     find_own_modules()
     with suppress(Unavailable):  # the run tries again
-        found, holdout = must_exist(dataset, settings.holdout_dataset)
+        found, holdout = datasets_exist(dataset, settings.holdout_dataset)
         assert found is not None
         keep_batch_apart(open_log(registry, model), found, holdout)
         check_training(dataset, spec, settings.holdout_dataset)
@@ -63,6 +63,7 @@ def before_following(inbox: str, registry: str, model: str, settings: "OnlineSet
         StorageError: a place is not there, may not be used, or lies in another; there is no such model.
     """
     from tidemill.storage.errors import Unavailable
+    from tidemill.storage.inbox import open_inbox
     from tidemill.storage.log import open_log
     from tidemill.storage.urls import open_store
     from tidemill.tasks.online.places import keep_apart
@@ -73,8 +74,11 @@ def before_following(inbox: str, registry: str, model: str, settings: "OnlineSet
         )  # made when it is needed; a wrong URL may hold a secret, which Prefect must not store
     with suppress(Unavailable):  # the run tries again
         labels = None if settings.labels is None else settings.labels.inbox
+        for url in (inbox, labels):
+            if url is not None:
+                open_inbox(url)  # refuses the name of a file, and a pattern, in its own words
         inboxes = must_exist(inbox, labels)
-        must_exist(settings.gate.holdout_dataset, settings.gate.retrain_on)
+        datasets_exist(settings.gate.holdout_dataset, settings.gate.retrain_on)
         log = open_log(registry, model)
         keep_apart(log, [url for url in inboxes if url is not None], settings)
         log.head()
@@ -93,6 +97,22 @@ def must_exist(*urls: str | None) -> list[str | None]:
         if store is not None:
             next(iter(store.list(passed_over=lambda *_: None)), None)
     return [None if store is None else store.url for store in stores]
+
+
+def datasets_exist(*urls: str | None) -> list[str | None]:
+    """The same for datasets, each of which may be a single file.
+
+    Raises:
+        StorageError: there is no such folder, bucket or file, or it may not be read; or the URL is a pattern.
+    """
+    from tidemill.storage.errors import StoreNotFound
+
+    try:
+        return must_exist(*urls)
+    except StoreNotFound:
+        from tidemill.storage.dataset import look_for  # here, because it needs pyarrow
+
+        return [None if url is None else look_for(url) for url in urls]
 
 
 def find_own_modules() -> None:

@@ -193,6 +193,20 @@ def peek(url: str, stores: Callable[[str], Store] = open_store) -> tuple[str, pa
     return f"{store.url}/{first.key}", _Opener(store, [first], {}).open(0).schema
 
 
+def look_for(url: str, stores: Callable[[str], Store] = open_store) -> str:
+    """The `url` of the store of a dataset, which is there: as far as one request tells, or a few.
+
+    Raises:
+        StoreNotFound, DatasetError: no such folder, bucket or file; see `snapshot`.
+    """
+    store = stores(url)
+    try:
+        next(iter(store.list(passed_over=lambda *_: None)), None)
+    except StoreNotFound:
+        _listed(store, stores, None)
+    return store.url
+
+
 class _Opener:
     """Opens the files of a snapshot, each pinned to the etag that the listing gave."""
 

@@ -22,7 +22,14 @@ from tidemill.storage.errors import (
     on_one_line,
 )
 from tidemill.storage.log import VersionLog
-from tidemill.storage.overlap import inside, keep_out_of_dataset, keep_out_of_inbox, named_datasets, named_inboxes
+from tidemill.storage.overlap import (
+    inside,
+    keep_out_of_dataset,
+    keep_out_of_inbox,
+    keep_out_of_registry,
+    named_datasets,
+    named_inboxes,
+)
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.training.classes import Label, predicted_columns
@@ -30,6 +37,8 @@ from tidemill.tasks.training.loop import predict as predict_groups
 from tidemill.tasks.versions import load_learner
 
 logger = logging.getLogger("tidemill.predict")
+
+_OUTPUT: Final = "the output of predictions"
 
 
 class Predicted(BaseModel):
@@ -74,7 +83,8 @@ def predict(
 
     Raises:
         UnknownAlias, UnknownVersion, UnknownModel: there is no such version.
-        PlacesOverlap: the predictions would be written into a dataset or an inbox of the model. Nothing was written.
+        PlacesOverlap: the predictions would be written into a dataset, an inbox or the registry of the model. Nothing was
+            written.
         DatasetError: the dataset cannot be read, or lacks a column to copy.
         ColumnError: the dataset lacks a column that the model needs, or has one that it cannot use.
     """
@@ -127,7 +137,8 @@ def predict(
 
 
 def _check_places(log: VersionLog, output: str, dataset: str) -> None:
-    written = [("the output of predictions", output)]
+    written = [(_OUTPUT, output)]
+    keep_out_of_registry(log.url, _OUTPUT, output)
     keep_out_of_dataset(dataset, written)
     for trained_on, number in named_datasets(log).items():
         keep_out_of_dataset(trained_on, written, f"the dataset of version {number}")

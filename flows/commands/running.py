@@ -100,7 +100,7 @@ def predict(
     """
     from tidemill.storage import aliases
 
-    launch.must_exist(dataset)
+    launch.datasets_exist(dataset)
     aliases.resolve(opened(registry, model), version)
     launch.find_own_modules()
     from tidemill.tasks.predict import predict as run

@@ -1078,6 +1078,24 @@ def test_a_wrong_place_is_told_before_prefect_starts(
     assert (result.code, result.err) == (1, "tidemill: file:///no/such: there is no such folder. Check the URL\n")
 
 
+def test_a_single_file_and_a_pattern_where_a_folder_is_looked_for(tidemill: Run, tmp_path: Path) -> None:
+    """What a run takes, the look before the run takes too, and what it refuses is refused in its words."""
+    file, pattern, registry = str(tmp_path / "one.parquet"), str(tmp_path / "*.parquet"), str(tmp_path / "registry")
+    Path(file).write_bytes(parquet(40, seed="one"))
+    train(open_store, file, registry, SPEC, BatchSettings())
+    launch.before_training(file, registry, "model", BatchSettings())
+    assert tidemill("predict", registry, "model", file, str(tmp_path / "out")).code == 0
+    for given in (
+        ("predict", registry, "model", pattern, str(tmp_path / "out")),
+        ("train", pattern, registry, "model", "--features", "a", "--target", "y"),
+        ("follow", pattern, registry, "model"),
+    ):
+        result = tidemill(*given)
+        assert (result.code, "is a pattern, which is not expanded" in result.err) == (1, True)
+    result = tidemill("follow", file, registry, "model")
+    assert (result.code, "has the name of a file" in result.err) == (1, True)
+
+
 @memory
 @pytest.mark.parametrize(
     "flags",

@@ -152,6 +152,8 @@ def test_predictions_are_not_written_into_a_dataset_or_an_inbox(make_url: MakeUr
         (make_url("dataset") + "/out", "lies inside the dataset of version 0"),
         (make_url("inbox"), "is an inbox of the model"),
         (make_url("inbox") + "/out", "lies inside an inbox of the model"),
+        (make_url("registry") + "/model/log", r"lies inside .*, where the registry keeps this model"),
+        (make_url("registry"), r"holds .*, where the registry keeps this model"),
     ):
         with pytest.raises(PlacesOverlap, match=rf"the output of predictions, .* {words}"):
             predict(make_url("registry"), "model", make_url("new"), output)
