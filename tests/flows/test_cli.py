@@ -1083,7 +1083,7 @@ def test_a_single_file_and_a_pattern_where_a_folder_is_looked_for(tidemill: Run,
     file, pattern, registry = str(tmp_path / "one.parquet"), str(tmp_path / "*.parquet"), str(tmp_path / "registry")
     Path(file).write_bytes(parquet(40, seed="one"))
     train(open_store, file, registry, SPEC, BatchSettings())
-    launch.before_training(file, registry, "model", BatchSettings())
+    launch.before_training(file, registry, "model", SPEC, BatchSettings())
     assert tidemill("predict", registry, "model", file, str(tmp_path / "out")).code == 0
     for given in (
         ("predict", registry, "model", pattern, str(tmp_path / "out")),
