@@ -23,14 +23,18 @@ from tests.data import keys, put, rows
 from tests.storage.faults import Call, hooked
 from tests.tasks.online.test_step import begin, days
 from tidemill.progress import Activity, listening
+from tidemill.storage.audit import audit
 from tidemill.storage.errors import UnknownModel
 from tidemill.storage.inbox import open_inbox
 from tidemill.storage.log import open_log
 from tidemill.storage.status import ProblemName
+from tidemill.storage.urls import open_store
 from tidemill.tasks.online import drain, follow, metrics, web
 from tidemill.tasks.online.events import Committed, Looked, Stepped
 from tidemill.tasks.online.metrics import METRICS, Numbers
-from tidemill.tasks.settings import Limits, OnlineSettings
+from tidemill.tasks.predict import predict
+from tidemill.tasks.reproduce import reproduce
+from tidemill.tasks.settings import Archive, Limits, OnlineSettings
 
 MakeUrl = Callable[[str], str]
 T = TypeVar("T")
@@ -108,6 +112,22 @@ def test_who_listens_hears_of_all_passes_and_changes_no_bit(memory_url: MakeUrl)
         shard.key for event in listener.events if isinstance(event, Committed) for shard in event.manifest.rejected
     ]
     assert rejected == ["bad.parquet"]
+
+
+def test_predictions_and_audits_are_told_too(registry: str, memory_url: MakeUrl) -> None:
+    put(memory_url("inbox"), days(2))
+    archived = PATIENT.model_copy(update={"after_commit": Archive(archive_to=memory_url("archive"))})
+    drain(memory_url("inbox"), registry, "model", archived)
+    log, listener = open_log(registry, "model"), Listener()
+    with listening(listener):
+        predict(registry, "model", memory_url("dataset"), memory_url("predictions"))
+        assert audit(log).findings == reproduce(log, [open_store(memory_url("archive"))]).findings == []
+    told = {what: (activity.done, activity.total, activity.ended) for what, activity in listener.activities.items()}
+    assert told == {
+        "predictions of version 2": (200, 200, True),
+        "audit": (3, 3, True),
+        "training again": (3, 3, True),
+    }
 
 
 def test_each_rejected_shard_is_told_at_once_with_its_reason(
