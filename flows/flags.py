@@ -31,6 +31,10 @@ def _mapping(given: object) -> object:
     return given
 
 
+def _listed(given: object) -> object:
+    return (given,) if isinstance(given, str) else given
+
+
 # cyclopts takes Any as one JSON value. Of dict[str, JsonValue] it would make flags out of the insides of JsonValue.
 _Json = Annotated[Any, BeforeValidator(_mapping)]
 
@@ -63,12 +67,17 @@ class SpecFlags(Spec):
         min_length=1,
         description=Spec.model_fields["features"].description,
     )
+    target: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)] = Field(
+        min_length=1, description=Spec.model_fields["target"].description
+    )
     model: _ModelFlags = Field(default_factory=_ModelFlags)
     optimizer: _OptimizerFlags = Field(default_factory=_OptimizerFlags)
     schedule: _ScheduleFlags | None = Field(default=None)
 
     def spec(self) -> Spec:
-        return Spec.model_validate(self.model_dump())
+        """What was asked for, as Python and files say it: a single target is a word."""
+        asked = self.model_dump()
+        return Spec.model_validate(asked | {"target": self.target[0] if len(self.target) == 1 else self.target})
 
 
 class FollowFlags(OnlineSettings):

@@ -90,8 +90,15 @@ def _moved(metrics: dict[str, Any], number: int, alias: str, metric: str) -> str
 
 def _compared(own: dict[str, float], other: dict[str, float], metric: str) -> str:
     """How a score is beside another one, by the metric that decides."""
-    if metric not in own or metric not in other or other[metric] <= 0:
-        return "not comparable"
+    if metric not in own or metric not in other:
+        return f"no {metric} to compare"
+    if other[metric] <= 0:  # of a target that is always the same; or of a loss that may be negative: no share of it
+        difference = own[metric] - other[metric]
+        return (
+            f"{metric} {abs(difference):.4g} {'worse' if difference > 0 else 'better'}"
+            if difference
+            else f"the same {metric}"
+        )
     change = own[metric] / other[metric] - 1
     if abs(change) < SAME:
         return f"the same {metric}"

@@ -466,6 +466,39 @@ def test_train_with_flags_only(tidemill: Run, batch_calls: list[tuple[Any, ...]]
     assert type(batch_calls[0][3]) is Spec
 
 
+@pytest.mark.parametrize(
+    ("flags", "target", "features"),
+    [
+        (("--target", "y"), "y", ("*",)),
+        (("--target", "y", "b", "--features", "a"), ("y", "b"), ("a",)),
+        (("--features", "a,b", "--target", "y"), "y", ("a,b",)),
+        (("--features", "*", "!a", "--target=y"), "y", ("*", "!a")),
+    ],
+)
+def test_a_target_is_all_that_a_training_needs(
+    tidemill: Run, batch_calls: list[tuple[Any, ...]], flags: tuple[str, ...], target: object, features: tuple[str, ...]
+) -> None:
+    assert tidemill("train", "d", "r", "m", *flags).code == 0
+    assert batch_calls[0][3] == Spec(target=target, features=features)
+
+
+def test_what_was_decided_and_how_the_score_stands_is_printed_below_it(
+    tidemill: Run, folders: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = VersionInfo(
+        registry="r",
+        model="m",
+        version=3,
+        trained=True,
+        metrics={"holdout_rows": 40, "holdout": {"loss": 0.25}},
+        chosen=["task: binary"],
+        notes=["alias champion names version 3"],
+    )
+    monkeypatch.setattr(launch, "run", lambda *_: info)
+    printed = tidemill("train", "d", "r", "m", "--target", "y").out.splitlines()
+    assert printed[1:] == ["score: loss 0.25 on 40 held-out rows", "  task: binary", "  alias champion names version 3"]
+
+
 @pytest.mark.parametrize("write", [json.dumps, yaml.safe_dump])
 @pytest.mark.parametrize("flag", ["--spec {}", "--spec={}"])
 def test_train_with_a_file(

@@ -95,6 +95,14 @@ def test_the_baseline_of_two_classes_is_the_share_of_the_second(memory_url: Make
     assert baseline["auroc"] == 0.5
 
 
+def test_beside_a_baseline_without_error_the_difference_is_told(memory_url: MakeUrl) -> None:
+    made = rows(120, 0)
+    put(memory_url("dataset"), {"0.parquet": made.set_column(2, "y", pa.array([4.0] * 120))})
+    log, notes = train(memory_url)
+    error = log.head().manifest.metrics["holdout"]["rmse"]
+    assert notes[0].endswith(f"rmse 0; this version: rmse {error:.4g} worse")
+
+
 def test_several_targets_have_a_baseline_too(memory_url: MakeUrl) -> None:
     made = rows(200, 0)
     put(memory_url("dataset"), {"0.parquet": made.append_column("z", made["a"])})
