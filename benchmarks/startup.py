@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/startup.py                                  # all that docs/performance.md shows
     .venv/bin/python benchmarks/startup.py --only help status --repeat 3
+    .venv/bin/python benchmarks/startup.py --against 583fb7b                # a first model beside an old one and a bare script
 
 Every measurement is a process of its own, on a dataset of 400 rows, an empty inbox and a registry in a local folder; kinds take
 turns. A whole command is the real one, `python -m tidemill ...`, from its spawning to its end. The lines come from other
@@ -11,6 +12,10 @@ database exists already. `DO_NOT_TRACK=1`, `OMP_NUM_THREADS=1`.
 Prints one JSON line for each measurement, then the medians of each kind. `cpu` counts the children that the process waited for,
 the temporary server among them; that of a line counts the process alone, but for `exit`, which has the children's. On a busy
 machine it is the steadier of the two.
+
+`--against` measures `train` as a whole, with one fixed spec (a linear model, SGD, 2 epochs): of an older commit (`git worktree`,
+with this environment's packages) and of this checkout, each with and without a running Prefect server, and a bare script that
+imports torch and pyarrow and trains the same.
 """
 
 import argparse
@@ -35,6 +40,13 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 HEAVY = ("torch", "prefect", "pyarrow", "numpy", "pandas", "s3fs", "cyclopts", "pydantic", "torchmetrics", "scipy")
 SPEC = {"features": ["a", "b"], "target": "y", "epochs": 1}
+FIRST: dict[str, Any] = SPEC | {
+    "epochs": 2,
+    "model": {"factory": "linear"},
+    "optimizer": {"name": "sgd"},
+    "batch_size": 64,
+}
+"""The fixed spec of `--against`."""
 LIGHT = {
     "interpreter": ["-c", "pass"],
     "help": ["-m", "tidemill", "--help"],
@@ -143,11 +155,36 @@ def bare_lines(kind: str) -> None:
     lines.print()
 
 
+def alone() -> None:
+    """A first model by hand: the same rows, net, optimizer, batches and epochs, a tenth held out and scored; weights stored."""
+    import pyarrow.parquet as pq
+    import torch
+
+    torch.manual_seed(0)
+    table = pq.read_table("data")
+    x = torch.stack([torch.from_numpy(table[name].to_numpy()) for name in FIRST["features"]], 1).float()
+    y = torch.from_numpy(table[FIRST["target"]].to_numpy()).float().unsqueeze(1)
+    held_out = torch.rand(len(y)) < 0.1
+    x = (x - x[~held_out].mean(0)) / x[~held_out].std(0)
+    x_train, y_train = x[~held_out], y[~held_out]
+    net, loss_function = torch.nn.Linear(x.shape[1], 1), torch.nn.MSELoss()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for _ in range(FIRST["epochs"]):
+        for rows in torch.randperm(len(y_train)).split(FIRST["batch_size"]):
+            loss = loss_function(net(x_train[rows]), y_train[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        error = net(x[held_out]) - y[held_out]
+    torch.save(net.state_dict(), "weights.pt")
+    print(f"rmse {error.square().mean().sqrt():.4g}, mae {error.abs().mean():.4g}")
+
+
 def _import(lines: Lines, *, prefect: bool = True) -> None:
     for line, modules in (
         ("the command line", ["tidemill.flows.cli"]),
         ("torch", ["torch"]),
-        ("torchmetrics", ["torchmetrics"]),
         ("our tasks, pyarrow", ["tidemill.tasks.online.step"]),
         *([("Prefect", ["prefect.flows", "prefect.flow_engine", "prefect.task_engine"])] if prefect else []),
     ):
@@ -214,17 +251,54 @@ def kinds(folder: Path, offline: dict[str, str], online: dict[str, str]) -> dict
     found: dict[str, Callable[[], dict[str, Any]]] = {}
     for name, arguments in LIGHT.items():
         found[name] = partial(spawned, arguments, offline, folder)
-    for server, environment in (("temporary server", offline), ("running server", online)):
+    for server, environment, flags in (
+        ("no server", offline, []),
+        ("temporary server", offline, ["--prefect"]),
+        ("running server", online, []),
+    ):
         # Each time a registry of its own: a run that is repeated finds its version and trains nothing
-        found[f"train, {server}"] = lambda e=environment: spawned(
-            train(f"registry-{next(numbers)}", "model"), e, folder
+        found[f"train, {server}"] = lambda e=environment, more=flags: spawned(
+            [*train(f"registry-{next(numbers)}", "model"), *more], e, folder
         )
-        found[f"follow, {server}"] = partial(spawned, FOLLOW, environment, folder)
+        found[f"follow, {server}"] = partial(spawned, [*FOLLOW, *flags], environment, folder)
+    for server, environment in (("temporary server", offline), ("running server", online)):
         for kind in ("train", "follow"):
             found[f"{kind}, {server}, lines"] = partial(spawned, [this, "--lines", kind], environment, folder)
     for kind in ("train", "follow"):
         found[f"{kind}, no Prefect, lines"] = partial(spawned, [this, "--bare", kind], offline, folder)
     return found
+
+
+def against(old: Path, folder: Path, offline: dict[str, str], online: dict[str, str]) -> dict[str, Callable[[], Any]]:
+    """A first model: name -> how it is measured, once. Each time in a registry of its own."""
+    numbers = itertools.count()
+    (folder / "spec.json").write_text(json.dumps(FIRST))
+
+    def first(place: Path, environment: dict[str, str]) -> dict[str, Any]:
+        module = "tidemill" if (place / "tidemill").is_dir() else "flows"  # as 583fb7b and older ones have it
+        arguments = ["train", "data", f"first-{next(numbers)}", "model", "--spec", "spec.json"]
+        return spawned(["-P", "-m", module, *arguments], environment | {"PYTHONPATH": str(place)}, folder)
+
+    return {
+        "bare script": partial(spawned, [str(Path(__file__).resolve()), "--alone"], offline, folder),
+        "new, no server": partial(first, ROOT, offline),
+        "old, no server": partial(first, old, offline),
+        "new, running server": partial(first, ROOT, online),
+        "old, running server": partial(first, old, online),
+    }
+
+
+def ratios(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Of medians: what is promised of a first model."""
+    middle = {name: medians(found) for name, found in results.items()}
+    return {
+        f"{a} / {b}": {of: round(middle[a][of] / middle[b][of], 3) for of in ("wall", "cpu")}
+        for a, b in (
+            ("new, no server", "old, no server"),
+            ("new, no server", "bare script"),
+            ("new, running server", "old, running server"),
+        )
+    }
 
 
 def loaded(name: str, folder: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -252,7 +326,9 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--only", nargs="+", help="Kinds whose names contain one of these.")
     options.add_argument("--repeat", type=int, default=5)
+    options.add_argument("--against", metavar="COMMIT", help="a first model instead, beside this older commit")
     options.add_argument("--lines", help=argparse.SUPPRESS)
+    options.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("--bare", help=argparse.SUPPRESS)
     options.add_argument("--names", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = options.parse_args()
@@ -260,9 +336,12 @@ def main() -> None:
         return run_lines(chosen.lines)
     if chosen.bare:
         return bare_lines(chosen.bare)
+    if chosen.alone:
+        return alone()
     if chosen.names:
         return names(chosen.names)
 
+    from benchmarks.before_after import checkout
     from tests.flows.prefect_server import running_prefect_server
 
     with tempfile.TemporaryDirectory() as made, contextlib.ExitStack() as stack:
@@ -276,24 +355,34 @@ def main() -> None:
         }
         prepare(folder, offline)
         online = dict(offline)
+        if chosen.against:
+            all_kinds = against(stack.enter_context(checkout(chosen.against)), folder, offline, online)
+        else:
+            all_kinds = kinds(folder, offline, online)
         todo = {
             name: measure
-            for name, measure in kinds(folder, offline, online).items()
+            for name, measure in all_kinds.items()
             if not chosen.only or any(part in name for part in chosen.only)
         }
         if any("temporary server" in name for name in todo):  # makes the database
-            spawned(FOLLOW, offline, folder)
+            spawned([*FOLLOW, "--prefect"], offline, folder)
         if any("running server" in name for name in todo):
             (folder / "server").mkdir()
             url = stack.enter_context(running_prefect_server(folder / "server"))
             online |= {"PREFECT_HOME": str(folder / "server"), "PREFECT_API_URL": url}
+        if chosen.against:  # what is imported first is compiled first, and a temporary server makes its database
+            for measure in todo.values():
+                measure()
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in todo}
         for name in list(todo) * chosen.repeat:
             result = todo[name]()
             results[name].append(result)
             print(json.dumps({"kind": name} | result), flush=True)
-        for name, found in results.items():
-            print(json.dumps({"median of": name} | medians(found) | loaded(name, folder, offline)), flush=True)
+        for name, measured in results.items():
+            print(json.dumps({"median of": name} | medians(measured) | loaded(name, folder, offline)), flush=True)
+        if chosen.against and not chosen.only:
+            for name, ratio in ratios(results).items():
+                print(json.dumps({"ratio of": name} | ratio), flush=True)
     return None
 
 

@@ -1,5 +1,5 @@
-"""How the command line starts a flow: what can be known to be wrong is told before Prefect starts, and a run whose Prefect
-server has gone ends all the same.
+"""How a training starts, as a flow run or in plain Python: what can be known to be wrong is told before anything slow begins, and
+a run whose Prefect server has gone ends all the same.
 
 Prefect keeps the records of a run and shows them. What was trained lives in the registry alone.
 """
@@ -12,15 +12,22 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from tidemill.flows import server
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from prefect import Flow
 
+    from tidemill.tasks.batch import VersionInfo
+    from tidemill.tasks.online.report import OnlineReport
     from tidemill.tasks.settings import BatchSettings, OnlineSettings
     from tidemill.tasks.training.spec import Spec
 
 logger = logging.getLogger("tidemill")
+
+R = TypeVar("R")
 
 PARTING_SECONDS: Final = 20.0
 """How long the records of a run may take to reach a Prefect server that answers, once the run is over."""
@@ -34,7 +41,49 @@ class PrefectError(Exception):
     """Prefect's server or its folder cannot be used."""
 
 
-# ---- before Prefect --------------------------------------------------------------------------------------------------
+# ---- the two ways ----------------------------------------------------------------------------------------------------
+def train(
+    dataset: "str | pa.Table",
+    registry: str,
+    model: str,
+    spec: "Spec",
+    settings: "BatchSettings",
+    *,
+    by_prefect: bool,
+) -> "VersionInfo":
+    """A batch training, as a flow run or in plain Python.
+
+    Raises:
+        Exception: see `tidemill.flows.calls.train`; of a flow run also what keeps Prefect from starting it.
+    """
+    if not by_prefect:
+        from tidemill.tasks import batch
+
+        return batch.train(dataset, registry, model, spec, settings)
+    from tidemill.flows.batch import batch_training
+
+    return _run(batch_training, dataset, registry, model, spec, settings)
+
+
+def train_online(
+    inbox: str, registry: str, model: str, settings: "OnlineSettings", *, by_prefect: bool
+) -> "OnlineReport":
+    """An online training in the mode of its settings, as a flow run or in plain Python.
+
+    Raises:
+        Exception: see `tidemill.flows.calls.drain`; of a flow run also what keeps Prefect from starting it.
+    """
+    if not by_prefect:
+        from tidemill.tasks.online import doors
+
+        plain = doors.drain if settings.mode == "drain" else doors.follow
+        return plain(inbox, registry, model, settings)
+    from tidemill.flows.online import online_training
+
+    return _run(online_training, inbox, registry, model, settings)
+
+
+# ---- before either --------------------------------------------------------------------------------------------------
 def before_training(dataset: str, registry: str, model: str, spec: "Spec", settings: "BatchSettings") -> None:
     """Look at all places of a batch training, and at the columns: a few requests, where a flow takes seconds to start.
 
@@ -126,13 +175,24 @@ def find_own_modules() -> None:
         sys.path.append(folder)
 
 
-def prepare() -> None:
+def by_prefect(asked: bool) -> bool:
+    """Whether a command is a flow run: if that was asked for, or a Prefect server is set up. Then Prefect is ready for it.
+
+    Raises:
+        PrefectError: see `_prepare`.
+    """
+    if not (asked or server.is_set_up()):
+        return False
+    _prepare()
+    return True
+
+
+def _prepare() -> None:
     """Import Prefect with our log lines going to its UI, and with time for a slow machine to start a temporary server.
 
     Raises:
         PrefectError: a temporary server would have no place for its database.
     """
-    find_own_modules()
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "tidemill")
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
@@ -171,7 +231,7 @@ def _unusable(folder: Path) -> str | None:
     return None
 
 
-def run(flow: "Flow[..., Any]", *arguments: Any) -> Any:
+def _run(flow: "Flow[..., R]", *arguments: Any) -> R:
     """Run a flow. If Prefect fails once the body of the flow has returned, what that returned is the result all the same.
 
     Raises:
@@ -190,14 +250,17 @@ def run(flow: "Flow[..., Any]", *arguments: Any) -> Any:
     watched: Any = flow.with_options()
     watched.fn = remembered
     try:
-        return watched(*arguments)
+        result: R = watched(*arguments)
     except Exception as error:
         if not returned or explained(error) is None:
             raise
         logger.warning(
             "the Prefect server does not answer, and was not told how this run ended. What was trained is committed."
         )
-        return returned[0].data if isinstance(returned[0], State) else returned[0]
+        last: Any = returned[0]
+        value: Any = last.data if isinstance(last, State) else last
+        result = value
+    return result
 
 
 def explained(error: Exception) -> str | None:

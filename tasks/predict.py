@@ -34,7 +34,7 @@ from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.training.classes import Label, predicted_columns
 from tidemill.tasks.training.loop import predict as predict_groups
-from tidemill.tasks.versions import load_learner
+from tidemill.tasks.versions import load_frozen
 
 logger = logging.getLogger("tidemill.predict")
 
@@ -91,10 +91,10 @@ def predict(
     log, target = VersionLog(stores(registry), model), stores(output)
     chosen = resolve(log, version)
     _check_places(log, target.url, stores(dataset).url)
-    learner = load_learner(log, chosen)
-    taken = snapshot(dataset, stores, learner.features.types)
+    frozen = load_frozen(log, chosen)
+    taken = snapshot(dataset, stores, frozen.features.types)
     for name, schema in taken.schemas:
-        learner.features.check(schema, name, labelled=False)
+        frozen.features.check(schema, name, labelled=False)
         if missing := [c for c in columns if c not in schema.names]:
             raise DatasetError(f"{name} has no column {missing[0]!r} to copy; it has {schema.names}.")
     files: dict[str, list[_Copied]] = {}
@@ -113,7 +113,7 @@ def predict(
     result.begin(files)
     # Of all files at once, so that those to come are read while one is written.
     with (
-        closing(predict_groups(learner, [group for groups in files.values() for group in groups])) as predicted,
+        closing(predict_groups(frozen, [group for groups in files.values() for group in groups])) as predicted,
         under_way(f"predictions of version {chosen.number}", total=taken.ref.rows) as activity,
     ):
         for number, (file, groups) in enumerate(files.items(), 1):

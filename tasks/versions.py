@@ -10,7 +10,7 @@ from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject
 from tidemill.storage.log import VersionLog
 from tidemill.tasks.training.imports import ALLOWED_MODULES, check_allowed
-from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.learner import Learner, Predictor
 from tidemill.tasks.training.spec import Spec
 
 READ_AS: Final = ("family", "width")
@@ -30,13 +30,22 @@ def load_learner(log: VersionLog, version: Version, device: str = "cpu", *, allo
         FactoryError: the spec names a factory outside of the modules that the environment allows, or one that fails.
         StateMismatch: the model's code no longer fits its weights.
     """
-    manifest = version.manifest
+    return Learner.load(*_stored(log, version, allowed), device)
+
+
+def load_frozen(log: VersionLog, version: Version, device: str = "cpu") -> Predictor:
+    """What a version serves, without what only training needs; otherwise as `load_learner`, which see for what it raises."""
+    return Predictor.load(*_stored(log, version, ()), device)
+
+
+def _stored(log: VersionLog, version: Version, allowed: Sequence[str]) -> tuple[Spec, bytes, bytes]:
+    """(spec, weights, state), verified."""
     spec = spec_of(log, version)
     check_allowed(
         spec, [*allowed, *(name for part in os.environ.get(ALLOWED_MODULES, "").split(",") if (name := part.strip()))]
     )
-    weights, state = log.read_blob(manifest.blobs.weights), log.read_blob(manifest.blobs.state)
-    return Learner.load(spec, weights, state, device)
+    blobs = version.manifest.blobs
+    return spec, log.read_blob(blobs.weights), log.read_blob(blobs.state)
 
 
 def resolved_spec(learner: Learner) -> dict[str, Any]:

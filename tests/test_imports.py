@@ -28,7 +28,8 @@ UNWANTED: Final[list[tuple[str, list[str]]]] = [
     ("tidemill.tasks.training", ["prefect", "tidemill.storage"]),
     ("tidemill.tasks.training.loop, tidemill.tasks.training.learner", ["prefect", "tidemill.storage", "s3fs"]),
     ("tidemill.tasks.training.spec, tidemill.tasks.settings", ["prefect", "torch", "pyarrow"]),
-    (NOT_PREFECT, ["prefect"]),
+    (NOT_PREFECT, ["prefect", "torchmetrics"]),
+    ("tidemill.flows.calls", ["prefect", "torch", "s3fs", "pyarrow"]),
     ("tidemill.flows.cli", ["prefect", "torch", "s3fs", "pyarrow"]),
 ]
 """(modules, what must not be loaded once they are)."""

@@ -4,19 +4,20 @@
     version = tidemill.train("./data", "./registry", "delays", spec)
     report = tidemill.drain("./inbox", "./registry", "delays")
 
-Nothing is loaded before a name is used: `import tidemill` alone takes no time, and no name here loads Prefect.
+Nothing is loaded before a name is used: `import tidemill` alone takes no time. Prefect is loaded by `train`, `drain` and `follow`
+alone, and only where a Prefect server is set up: then they are flow runs.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from tidemill.flows.calls import drain as drain
+    from tidemill.flows.calls import follow as follow
+    from tidemill.flows.calls import train as train
     from tidemill.storage.log import open_log as open_log
     from tidemill.tasks.batch import VersionInfo as VersionInfo
-    from tidemill.tasks.batch import train as train
     from tidemill.tasks.history.notebook import history as history
-    from tidemill.tasks.online.doors import drain as drain
-    from tidemill.tasks.online.doors import follow as follow
     from tidemill.tasks.online.report import OnlineReport as OnlineReport
     from tidemill.tasks.settings import Archive as Archive
     from tidemill.tasks.settings import BatchSettings as BatchSettings
@@ -40,11 +41,11 @@ _HOME: Final = {
     "Spec": "tidemill.tasks.training.spec",
     "Triggers": "tidemill.tasks.settings",
     "VersionInfo": "tidemill.tasks.batch",
-    "drain": "tidemill.tasks.online.doors",
-    "follow": "tidemill.tasks.online.doors",
+    "drain": "tidemill.flows.calls",
+    "follow": "tidemill.flows.calls",
     "history": "tidemill.tasks.history.notebook",
     "open_log": "tidemill.storage.log",
-    "train": "tidemill.tasks.batch",
+    "train": "tidemill.flows.calls",
 }
 """Where each public name lives."""
 

@@ -43,12 +43,15 @@ STAGES: Final = (
     ("training/features.py", "", "encode"),
     ("training/batches.py", "_windows", "permute"),
     ("training/batches.py", "add", "permute"),
+    ("training/batches.py", "put", "permute"),
+    ("training/batches.py", "_add_labels", "permute"),
     ("training/batches.py", "block", "permute"),
     ("pyarrow/parquet/", "", "decode"),
     ("storage/parquet.py", "", "decode"),
     ("storage/pages.py", "", "decode"),
     ("storage/", "", "read"),
     ("training/batches.py", "", "hand out batches"),
+    ("training/cutting.py", "", "hand out batches"),
     ("training/loop.py", "", "the loop itself"),
 )
 

@@ -11,6 +11,14 @@ from tidemill.flows.flags import FollowFlags, SpecFlags
 from tidemill.tasks.settings import BatchSettings
 
 _FOLLOWING = FollowFlags()
+ByPrefect = Annotated[
+    bool,
+    Parameter(
+        negative="",
+        help="Make it a Prefect flow run, which it is in any case where a Prefect server is set up (PREFECT_API_URL or a "
+        "profile); where none is, a temporary server starts first, which takes up to a minute.",
+    ),
+]
 
 
 def train(
@@ -24,6 +32,7 @@ def train(
     file: Annotated[
         Path | None, Parameter("--spec", help="JSON or YAML file of the spec's settings; flags override it.")
     ] = None,
+    prefect: ByPrefect = False,
     as_json: AsJson = False,
 ) -> None:
     """Train MODEL from a Parquet DATASET, register it as the new head, and move the alias to it.
@@ -45,10 +54,9 @@ def train(
     """
     asked = spec.spec()
     launch.before_training(dataset, registry, model, asked, settings)
-    launch.prepare()
-    from tidemill.flows.batch import batch_training
-
-    tell(views.trained(launch.run(batch_training, dataset, registry, model, asked, settings)), as_json)
+    launch.find_own_modules()
+    by_prefect = launch.by_prefect(prefect)
+    tell(views.trained(launch.train(dataset, registry, model, asked, settings, by_prefect=by_prefect)), as_json)
 
 
 def follow(
@@ -58,6 +66,7 @@ def follow(
     /,
     *,
     settings: Annotated[FollowFlags, Parameter(name="*")] = _FOLLOWING,
+    prefect: ByPrefect = False,
     as_json: AsJson = False,
 ) -> None:
     """Train MODEL on the shards that arrive in INBOX; commit new versions; remove what they contain.
@@ -74,10 +83,9 @@ def follow(
     """
     given = settings.settings()
     launch.before_following(inbox, registry, model, given)
-    launch.prepare()
-    from tidemill.flows.online import online_training
-
-    tell(views.followed(launch.run(online_training, inbox, registry, model, given)), as_json)
+    launch.find_own_modules()
+    by_prefect = launch.by_prefect(prefect)
+    tell(views.followed(launch.train_online(inbox, registry, model, given, by_prefect=by_prefect)), as_json)
 
 
 def predict(

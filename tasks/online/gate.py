@@ -27,7 +27,7 @@ from tidemill.tasks.training.errors import TrainingError, described
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner, Predictor
 from tidemill.tasks.training.loop import Score, score
-from tidemill.tasks.versions import load_learner
+from tidemill.tasks.versions import load_frozen
 
 logger = logging.getLogger("tidemill.gate")
 
@@ -81,7 +81,7 @@ class Champion:
                 self._network = learner.predictor()
             else:
                 champion = self.log.version(self.alias.version)
-                self._network = load_learner(self.log, champion, self._device).predictor()
+                self._network = load_frozen(self.log, champion, self._device)
         except (UnknownVersion, CorruptObject, TrainingError) as error:
             logger.warning("champion, version %d, cannot be compared with: %s", self.alias.version, error)
 
@@ -168,7 +168,7 @@ class Champion:
         version = self._serving(head, arrived)
         if self._served is None or self._served[0] != version.number:
             try:
-                network = load_learner(self.log, version, self._device).predictor()
+                network = load_frozen(self.log, version, self._device)
             except (UnknownVersion, CorruptObject, TrainingError) as error:
                 logger.warning("version %d cannot be scored any more: %s", version.number, error)
                 network = None

@@ -30,6 +30,7 @@ from tidemill.storage.store import ObjectInfo
 from tidemill.tasks.training.errors import ColumnError, described, of_the_machine
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
+from tidemill.tasks.training.once import Decoded
 
 AHEAD_BYTES: Final = 64 * 2**20
 """Shards are read ahead while they and their labels have no more bytes together than this; a larger one is read alone."""
@@ -52,8 +53,8 @@ class Readable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it holds: those of the file, and those of its decoded columns."""
-        return len(self.shard.data) + sum(group.table.nbytes for group in self.groups if isinstance(group, Decoded))
+        """Bytes of memory that it holds: those of the file, and those of its decoded and encoded columns."""
+        return len(self.shard.data) + sum(group.nbytes for group in self.groups if isinstance(group, Decoded))
 
 
 @dataclass(frozen=True)
@@ -160,33 +161,6 @@ def may_be_the_shards(error: Exception) -> bool:
     return isinstance(error, ShardRejected) or not (isinstance(error, StorageError) or of_the_machine(error))
 
 
-# ---- row groups that are decoded already -----------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Decoded:
-    """A row group whose columns have been decoded already."""
-
-    group: RowGroup
-    table: pa.Table
-
-    @property
-    def name(self) -> str:
-        return self.group.name
-
-    @property
-    def num_rows(self) -> int:
-        return self.group.num_rows
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self.group.schema
-
-    def read(self, columns: Sequence[str]) -> pa.Table:
-        """Exactly these columns; those that nobody had expected are decoded now."""
-        if set(columns) <= set(self.table.column_names):
-            return self.table.select(list(columns))
-        return self.group.read(columns)
-
-
 def _decoded(groups: Sequence[RowGroup], features: Features, size: int) -> Sequence[RowGroup]:
     """The groups, decoded, if that takes no more than `DECODED_BYTES`; `size` is that of the file."""
     if size > DECODED_BYTES or sum(group.num_rows for group in groups) * features.row_bytes > DECODED_BYTES:
@@ -198,7 +172,7 @@ def _decoded(groups: Sequence[RowGroup], features: Features, size: int) -> Seque
         nbytes += tables[-1].nbytes
         if nbytes > DECODED_BYTES:
             return groups
-    return [Decoded(group, table) for group, table in zip(groups, tables, strict=True)]
+    return [Decoded(group, table, features.row_bytes) for group, table in zip(groups, tables, strict=True)]
 
 
 # ---- reading ahead ---------------------------------------------------------------------------------------------------

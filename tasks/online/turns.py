@@ -212,12 +212,13 @@ def _train_one(work: Work, found: Readable, champion: Champion, settings: Online
     shard, groups, learner = found.shard, found.groups, work.head.learner
     try:
         new_columns = _new_columns(learner, groups[0].schema, shard.info.key, settings)
-        before = score(learner, groups).finite
+        found_before = score(learner, groups)
     except (ShardRejected, ColumnError) as unusable:  # found before the model was used
         work.rejected.append(shard.rejected(str(unusable)))
         return None
     except Exception as error:  # noqa: BLE001  # of whatever class: _fault raises what is no shard's
         return _fault(shard, error)
+    before = found_before.finite
     ordinal, version = learner.counters.shards, work.head.version
     # The same weights give the same scores.
     same = not work.consumed and champion.is_version(version.number)
@@ -225,7 +226,7 @@ def _train_one(work: Work, found: Readable, champion: Champion, settings: Online
     if found.labels is not None:
         scored.predicted = champion.predicted(version, shard.info.last_modified, groups)
     try:
-        result = train_shard(work.head.steps, groups, settings.passes)
+        result = train_shard(work.head.steps, groups, settings.passes, labelled=found_before.rows)
     except Exception as error:  # noqa: BLE001  # of whatever class: _fault raises what is no shard's
         return _fault(shard, error)
     work.add(found, ordinal, scored, result, settings.passes)

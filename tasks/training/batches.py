@@ -6,17 +6,18 @@ Shape legend: N rows of a row group, slice or window, B rows of a batch, F numbe
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from functools import partial
-from itertools import count, repeat, starmap
+from itertools import count, starmap
 from typing import Final, NamedTuple
 
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from tidemill.tasks.training.cutting import Batch, Blocks, rebatched
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup, Split, generator, is_partition, prefetch
+from tidemill.tasks.training.once import Decoded, Rows
 from tidemill.tasks.training.packing import place
 from tidemill.tasks.training.pool import Empty, WindowPool
 
@@ -27,47 +28,6 @@ PLACE_BYTES: Final = 4
 """Of a row while its window is filled: where it goes."""
 MOVED_ROWS: Final = 16_384
 """At a time."""
-VIEWS: Final = 128
-"""Batches that are cut at a time. Few enough die as fast as they are made, so that the garbage collector does not run."""
-
-
-class Batch(NamedTuple):
-    """Rows for one gradient step. They are views: read only."""
-
-    x_BF: Tensor
-    """float32"""
-    ids_BC: Tensor | None
-    """int64, laid out as `Features.ids` says; None: no categories and no sequences"""
-    y_B: Tensor
-    """float32 ([B, T] of several targets), or int64 class numbers for multiclass"""
-    w_B: Tensor | None = None
-    """float32, sample weights; None: the spec has none"""
-
-
-_batch = partial(tuple.__new__, Batch)  # of a tuple of its fields; Batch(...) is a call of Python more
-
-
-class Blocks(NamedTuple):
-    """Neighbouring batches of a pass that have one size, as blocks that each hold some of them."""
-
-    size: int
-    """Rows of a batch."""
-    held: int
-    """Batches in a block."""
-    blocks: int
-    """How many blocks."""
-
-
-def even(rows: int, at_most: int) -> list[tuple[int, int]]:
-    """(rows of a batch, how many such batches): as few batches of `at_most` rows as hold all, which differ by at most one row.
-
-    So no batch is of one row alone, which a batch norm cannot train on, unless there is no other row.
-    """
-    if not rows:
-        return []
-    batches = -(-rows // at_most)
-    size, larger = divmod(rows, batches)
-    return [(size + 1, larger), (size, batches - larger)] if larger else [(size, batches)]
 
 
 class _Slice(NamedTuple):
@@ -125,18 +85,52 @@ class Stream:
     def __iter__(self) -> Generator[Batch]:
         self.rows = self.unlabelled = 0
         sizes = iter([(self._batch_size, None)] if self._plan is None else self._plan)
+        if self._is_one_block and isinstance(self._groups[0], Decoded):
+            return rebatched(self._from_memory(self._groups[0]), sizes)
         if self._seed is None:
             blocks = self._in_order()
-            return _rebatched(blocks if self._is_one_block else prefetch(blocks), sizes)
+            return rebatched(blocks if self._is_one_block else prefetch(blocks), sizes)
         rows = min(self._window_rows, sum(group.num_rows for group in self._groups))
         pool = WindowPool(rows * self._features.row_bytes, tensors=len(Batch._fields))
         blocks = self._windows(self._seed, pool)
-        return _rebatched(blocks if self._is_one_block else prefetch(blocks, pool.needed), sizes)
+        return rebatched(blocks if self._is_one_block else prefetch(blocks, pool.needed), sizes)
 
     @property
     def _is_one_block(self) -> bool:
         """Whether there is nothing to prepare ahead: starting threads takes longer than reading a small shard."""
         return len(self._groups) == 1 and self._groups[0].num_rows <= self._window_rows
+
+    def _from_memory(self, group: Decoded) -> Generator[Batch]:
+        """The only block: what `_in_order` or `_windows` would make, of rows that are encoded once for all passes."""
+        wanted_N = self._wanted(group)
+        total = group.num_rows if wanted_N is None else int(wanted_N.sum())
+        if not group.num_rows:
+            return
+        if (rows := group.encoded(self._features)) is None:
+            with closing(self._tables(lambda _: None)) as tables:
+                _, table = next(tables)
+                rows = self._all_rows(table, group.name)
+                if next(tables, None) is not None:  # it also says what is wrong with all of them
+                    raise AssertionError("one block has one slice")
+            group.keep(self._features, rows)
+        if self._seed is None:
+            block = _kept(rows, wanted_N)
+        else:
+            order_N = torch.randperm(total, generator=generator(*self._seed, "window", 0), dtype=torch.int32)
+            window = _Window(self._features, order_N, torch.empty)
+            window.put(rows, wanted_N)
+            block = window.block()
+        self.rows += len(block.y_B)
+        self.unlabelled += total - len(block.y_B)
+        yield block
+
+    def _all_rows(self, table: pa.Table, where: str) -> Rows:
+        features = self._features
+        y_N, labelled_N = features.target(table, where)
+        w_N = features.weights(table, where)
+        x_NF, ids_NC = features.allocate(table.num_rows)
+        features.encode_into(table, where, x_NF, ids_NC)
+        return Rows(x_NF, ids_NC, y_N.contiguous(), w_N if w_N is None else w_N.contiguous(), labelled_N)
 
     def _in_order(self) -> Generator[Batch]:
         yield from starmap(self._encoded, self._tables(self._wanted))
@@ -263,24 +257,37 @@ class _Window:
 
     def add(self, piece: _Slice, table: pa.Table) -> None:
         """Encodes the next slice into the window."""
-        features, where, wanted_N = self._features, piece.group.name, piece.wanted_N
+        features, where = self._features, piece.group.name
         y_N, labelled_N = features.target(table, where)
-        w_N = features.weights(table, where)
+        places_N = self._add_labels(y_N, features.weights(table, where), labelled_N, piece.wanted_N, piece.rows)
+        features.encode_into(table, where, self._x_NF, self._ids_NC, places_N)
+
+    def put(self, rows: Rows, wanted_N: Tensor | None) -> None:
+        """Fills the window with rows that are encoded already."""
+        places_N = self._add_labels(rows.y_N, rows.w_N, rows.labelled_N, wanted_N, len(self._order_N))
+        for tensor, room in ((rows.x_NF, self._x_NF), (rows.ids_NC, self._ids_NC)):
+            if tensor is not None and room is not None and tensor.shape[1]:
+                place(tensor, places_N, room)
+
+    def _add_labels(
+        self, y_N: Tensor, w_N: Tensor | None, labelled_N: Tensor | None, wanted_N: Tensor | None, wanted: int
+    ) -> Tensor:
+        """Takes in the targets and weights of the next rows, `wanted` of which count. Returns the places of all of them."""
         if self._y_N is None:
             self._y_N, self._w_N = (
                 None if tensor is None else self._empty((len(self._order_N), *tensor.shape[1:]), dtype=tensor.dtype)
                 for tensor in (y_N, w_N)
             )
-        places_N = self._order_N[self._added : self._added + piece.rows]
-        self._added += piece.rows
+        places_N = self._order_N[self._added : self._added + wanted]
+        self._added += wanted
         if wanted_N is not None:
             places_N = torch.full((len(wanted_N),), -1, dtype=torch.int32).masked_scatter_(wanted_N, places_N)
         if labelled_N is not None:
             self._holes.append(places_N[~labelled_N])
-        features.encode_into(table, where, self._x_NF, self._ids_NC, places_N)
         for tensor, room in ((y_N, self._y_N), (w_N, self._w_N)):
             if tensor is not None and room is not None:
                 place(tensor, places_N, room)
+        return places_N
 
     def block(self) -> Batch:
         """The window. Places of rows without a label are taken by its last rows: a random choice, as good as any."""
@@ -301,6 +308,18 @@ class _Window:
         return Batch._make(None if tensor is None else tensor[:size] for tensor in whole)
 
 
+def _kept(rows: Rows, wanted_N: Tensor | None) -> Batch:
+    """The wanted and labelled rows, in order."""
+    whole = Batch._make(rows[: len(Batch._fields)])
+    kept_N = wanted_N
+    if rows.labelled_N is not None:
+        kept_N = rows.labelled_N if kept_N is None else kept_N & rows.labelled_N
+    if kept_N is None:
+        return whole
+    rows_N = kept_N.nonzero().squeeze(1)
+    return Batch._make(None if tensor is None else tensor.index_select(0, rows_N) for tensor in whole)
+
+
 def _grouped(slices: Iterable[_Slice], window_rows: int) -> Iterator[list[_Slice]]:
     """Neighbouring slices, as many together as fit a window."""
     window: list[_Slice] = []
@@ -313,73 +332,3 @@ def _grouped(slices: Iterable[_Slice], window_rows: int) -> Iterator[list[_Slice
         rows += piece.rows
     if window:
         yield window
-
-
-def _rebatched(blocks: Iterator[Batch], sizes: Iterator[tuple[int, int | None]]) -> Generator[Batch]:
-    """Blocks of any length as batches of these sizes: views, except where a batch straddles two blocks.
-
-    Args:
-        blocks: In order.
-        sizes: (rows of a batch, how many of them follow each other; None: all, and what is left is a smaller batch).
-
-    Raises:
-        ColumnError: there are fewer rows.
-    """
-    carried: list[Batch] = []
-    size, left = next(sizes, (1, None))
-    missing = 0  # rows until the carried ones are a batch
-    for block in blocks:
-        rows = len(block.y_B)
-        start = min(missing, rows)
-        if start:
-            carried.append(_copied(block, 0, start))
-            missing -= start
-            if missing:
-                continue
-            yield joined(carried)
-            carried, left = [], None if left is None else left - 1
-        while True:
-            if left == 0:
-                size, left = next(sizes, (size, None))
-                continue
-            whole = (rows - start) // size
-            some = whole if left is None else min(whole, left)
-            stop = start + some * size
-            if some:
-                yield from in_batches(_sliced(block, start, stop), size)
-            start, left = stop, None if left is None else left - some
-            if left != 0:
-                break
-        if start < rows:
-            carried, missing = [_copied(block, start, rows)], size - (rows - start)
-    if carried:
-        if left is not None:
-            raise ColumnError(
-                "fewer rows have all targets than were counted before the pass: were the files rewritten?"
-            )
-        yield joined(carried)
-
-
-def _copied(block: Batch, start: int, stop: int) -> Batch:
-    """Rows of a block as a copy, so that a few rows do not keep the whole block in memory."""
-    return Batch._make(None if tensor is None else tensor.clone() for tensor in _sliced(block, start, stop))
-
-
-def _sliced(block: Batch, start: int, stop: int) -> Batch:
-    return Batch._make(None if tensor is None else tensor[start:stop] for tensor in block)
-
-
-def in_batches(block: Batch, size: int) -> Iterator[Batch]:
-    """The block as batches of `size` rows, views; the last may be smaller."""
-    for at in range(0, len(block.y_B), size * VIEWS):
-        some = (
-            repeat(None) if tensor is None else torch.split(tensor[at : at + size * VIEWS], size) for tensor in block
-        )
-        yield from map(_batch, zip(*some, strict=False))  # of one length, but for None, which repeats without end
-
-
-def joined(parts: Sequence[Batch]) -> Batch:
-    """Batches as one."""
-    if len(parts) == 1:
-        return parts[0]
-    return Batch._make(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True))

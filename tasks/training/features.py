@@ -6,6 +6,8 @@ sequence several), T targets.
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
+import hashlib
+import json
 import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
@@ -185,6 +187,16 @@ class Features:
         types = {name: type_of(family, width) for name, family, width in read_as}
         return types if self.sample_weight is None else {self.sample_weight: pa.float64(), **types}
 
+    @cached_property
+    def digest(self) -> bytes:
+        """Of all that `state` holds: two with the same one encode rows alike."""
+        tensors, config = self.state()
+        found = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
+        for name in sorted(tensors):
+            found.update(name.encode())
+            found.update(tensors[name].contiguous().numpy().tobytes())
+        return found.digest()
+
     def new_columns(self, schema: pa.Schema) -> dict[str, str]:
         """Columns that the first dataset did not have, used or not: their names and Arrow types."""
         known = set(self.dataset_columns)
@@ -196,11 +208,19 @@ class Features:
         `family_of` has the rule of types that may take each other's place. A column without a type (`is_untyped`) has no value
         that could mean something else.
         """
+        if (sound := self._sound.get(labelled)) is not None and sound.equals(schema):
+            return
         check_families([(column.name, column.family, column.width) for column in self.columns], schema, where)
         if labelled:
             self.check_targets(schema, where)
             if self.sample_weight is not None:
                 check_weight(self.sample_weight, schema, where)
+        self._sound[labelled] = schema
+
+    @cached_property
+    def _sound(self) -> dict[bool, pa.Schema]:
+        """The last schema that `check` found nothing wrong with, with (True) and without the targets: shards are alike."""
+        return {}
 
     def check_targets(self, schema: pa.Schema, where: str) -> None:
         """The same of the targets alone."""

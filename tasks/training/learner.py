@@ -7,10 +7,11 @@ of the optimizer and of the feature statistics, everything else as JSON in its m
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +19,11 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
-from torchmetrics import Metric
 
 from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch, TrainingError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
-from tidemill.tasks.training.metrics import metrics_of
+from tidemill.tasks.training.metrics import Metric, metrics_of
 from tidemill.tasks.training.models import build
 from tidemill.tasks.training.optimizers import (
     make_average,
@@ -70,6 +70,20 @@ class Predictor:
     def metrics(self) -> dict[str, Metric]:
         """The metrics of the spec, to be reset before use: making them takes longer than scoring a small shard."""
         return metrics_of(self.spec)
+
+    @classmethod
+    def load(cls, spec: Spec, weights: bytes, state: bytes, device: str = "cpu") -> Self:
+        """What `Learner.load` would serve, without an optimizer: torch's first one takes more than a second of CPU time.
+
+        Raises:
+            StateMismatch, FactoryError: as there.
+        """
+        with _telling_of_other_states():
+            stored = _Stored.parsed(spec, weights, state)
+            served = build(spec, stored.features).to(device_of(device))
+            _check_weights(served, stored.weights)
+            served.load_state_dict(stored.weights)
+            return cls(spec, stored.features, served)
 
 
 @dataclass(eq=False)
@@ -189,25 +203,39 @@ class Learner:
 
         Raises StateMismatch if the bytes do not fit the spec's model or optimizer, and FactoryError.
         """
-        try:
-            return cls._restored(spec, weights, state, device)
-        except TrainingError:
-            raise
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise StateMismatch(
-                f"the training state is not what Tidemill writes: {type(error).__name__}: {error}"
-            ) from error
+        with _telling_of_other_states():
+            stored = _Stored.parsed(spec, weights, state)
+            learner = cls.create(spec, stored.features, device)
+            _check_weights(learner.model, stored.weights)
+            learner.served.load_state_dict(stored.weights)
+            if learner.averaged is not None:
+                trained_weights = _under("model.", stored.tensors)
+                _check_weights(learner.model, trained_weights)
+                learner.model.load_state_dict(trained_weights)
+                learner.averaged.n_averaged.copy_(stored.tensors["averaged.steps"])
+            restore_optimizer(learner.optimizer, spec, stored.about["optimizer"], _under("optimizer.", stored.tensors))
+            if learner.schedule is not None:
+                restore_schedule(learner.schedule, stored.about["schedule"])
+            if learner.memory is not None:
+                learner.memory = ReplayBuffer.load(spec, stored.features, _under("memory.", stored.tensors))
+            learner.counters = Counters(**stored.about["counters"])
+            return learner
+
+
+# ---- what is stored --------------------------------------------------------------------------------------------------
+class _Stored(NamedTuple):
+    """What `Learner.dump` wrote, parsed and found to be for a spec."""
+
+    about: dict[str, Any]
+    """The JSON in the state's metadata."""
+    tensors: dict[str, Tensor]
+    """Of the state."""
+    weights: dict[str, Tensor]
+    features: Features
 
     @classmethod
-    def _restored(cls, spec: Spec, weights: bytes, state: bytes, device: str) -> Self:
+    def parsed(cls, spec: Spec, weights: bytes, state: bytes) -> Self:
+        """Raises StateMismatch: it is for another spec, or for a built-in model of other sizes."""
         about = _about(state)
         tensors = _parsed(state, "training state")
         features = Features.from_state(_under("features.", tensors), about["features"])
@@ -225,21 +253,28 @@ class Learner:
         if spec.model.factory in BUILT_IN_MODELS:
             with torch.device("meta"):  # before memory is taken for whatever sizes the spec asks for
                 _check_weights(build(spec, features), stored_weights)
-        learner = cls.create(spec, features, device)
-        _check_weights(learner.model, stored_weights)
-        learner.served.load_state_dict(stored_weights)
-        if learner.averaged is not None:
-            trained_weights = _under("model.", tensors)
-            _check_weights(learner.model, trained_weights)
-            learner.model.load_state_dict(trained_weights)
-            learner.averaged.n_averaged.copy_(tensors["averaged.steps"])
-        restore_optimizer(learner.optimizer, spec, about["optimizer"], _under("optimizer.", tensors))
-        if learner.schedule is not None:
-            restore_schedule(learner.schedule, about["schedule"])
-        if learner.memory is not None:
-            learner.memory = ReplayBuffer.load(spec, features, _under("memory.", tensors))
-        learner.counters = Counters(**about["counters"])
-        return learner
+        return cls(about, tensors, stored_weights, features)
+
+
+@contextmanager
+def _telling_of_other_states() -> Iterator[None]:
+    """What bytes that Tidemill did not write may raise, as StateMismatch."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise StateMismatch(
+            f"the training state is not what Tidemill writes: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _settled(spec: Spec, features: Features) -> Spec:

@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from tidemill.progress import NOBODY, Activity
-from tidemill.tasks.training.batches import Batch, Blocks, Stream, joined
+from tidemill.tasks.training.batches import Stream
 from tidemill.tasks.training.calling import told, usual_types
+from tidemill.tasks.training.cutting import Batch, Blocks, joined
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, described, of_the_machine
 from tidemill.tasks.training.features import Encoded
 from tidemill.tasks.training.groups import RowGroup, Split, generator, prefetch, stable_seed
 from tidemill.tasks.training.learner import Learner, Predictor
 from tidemill.tasks.training.losses import is_column, loss_of
 from tidemill.tasks.training.metrics import number_of
+from tidemill.tasks.training.once import labelled_rows
 from tidemill.tasks.training.replay import ReplayBuffer, mixed
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps, forward_of, moved
@@ -87,7 +89,7 @@ def train_pass(
     learner, began = steps.learner, steps.learner.counters.steps
     spec, memory = learner.spec, learner.memory if replay or remember else None
     if labelled is None:
-        labelled = learner.features.labelled_rows(groups, split)
+        labelled = labelled_rows(groups, learner.features, split)
     plan = steps.plan(labelled)
     stream = Stream(
         groups,
@@ -172,8 +174,10 @@ def _with_memory(
     memory.admit(chance)
 
 
-def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int) -> PassResult:
+def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int, *, labelled: int | None = None) -> PassResult:
     """Trains on the next shard of the stream `passes` times, and counts it. Returns what the last pass trained on.
+
+    `labelled`: as in `train_pass`; whoever has scored the shard knows it.
 
     The shard's place in the stream seeds its random numbers. With a memory, old rows are mixed into every pass, and the
     shard's rows are shown to it once. Running statistics take the shard in before the first pass. Raises what `train_pass`
@@ -184,7 +188,8 @@ def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int) -> PassRe
     if learner.spec.running_statistics:
         learner.update_statistics(groups)
     for number in range(passes):
-        result = train_pass(steps, groups, key=("shard", ordinal, number), replay=True, remember=number == 0)
+        key, first = ("shard", ordinal, number), number == 0
+        result = train_pass(steps, groups, key=key, replay=True, remember=first, labelled=labelled)
     learner.counters.shards += 1
     return result
 

@@ -13,7 +13,7 @@ from typing import Final, Self
 import torch
 from torch import Tensor
 
-from tidemill.tasks.training.batches import Batch
+from tidemill.tasks.training.cutting import Batch
 from tidemill.tasks.training.errors import SpecError, StateMismatch
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.spec import Spec

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from tidemill.tasks.training.batches import Batch, Blocks, even, in_batches
 from tidemill.tasks.training.calling import model_error, told, torch_as_usual
+from tidemill.tasks.training.cutting import Batch, Blocks, even, in_batches
 from tidemill.tasks.training.errors import ModelError, TrainingError, of_the_machine
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.losses import LossFunction, is_column, loss_of

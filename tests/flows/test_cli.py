@@ -24,19 +24,17 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from cyclopts import CycloptsError
-from prefect import Flow
 
 from tests.flows.conftest import Place
 from tests.flows.data import NOT_PARQUET, OWN_MODEL, SPEC, SPEC_FIELDS, parquet
 from tests.flows.prefect_server import prefect_environment, running_prefect_server
+from tests.guarantees.audit import audit
 from tests.guarantees.children import drain, train
 from tests.s3_server import S3, wait_until
 from tidemill.flows import launch, specfile
-from tidemill.flows.batch import batch_training
 from tidemill.flows.cli import app, main
 from tidemill.flows.commands import reading
 from tidemill.flows.flags import UsageError, spec_file
-from tidemill.flows.online import online_training
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.log import open_log
@@ -433,16 +431,15 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def batch_calls(folders: None, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What the batch flow is called with; it does nothing."""
+    """What a batch training is called with; it does nothing."""
     calls: list[tuple[Any, ...]] = []
 
-    def run(flow: Flow[..., Any], *arguments: Any) -> VersionInfo:
-        assert flow is batch_training
+    def train(*arguments: Any, by_prefect: bool) -> VersionInfo:
         calls.append(arguments)
         metrics: dict[str, object] = {"holdout_rows": 40, "holdout": {"loss": 0.25}}
         return VersionInfo(registry=arguments[1], model=arguments[2], version=3, trained=True, metrics=metrics)
 
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "train", train)
     return calls
 
 
@@ -542,8 +539,7 @@ def test_the_spec_of_a_version_can_be_used_again(
 def test_follow_with_flags(tidemill: Run, model: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
-    def run(flow: Flow[..., Any], *arguments: Any) -> OnlineReport:
-        assert flow is online_training
+    def train_online(*arguments: Any, by_prefect: bool) -> OnlineReport:
         calls.append(arguments)
         return OnlineReport(
             model="m",
@@ -558,7 +554,7 @@ def test_follow_with_flags(tidemill: Run, model: Place, monkeypatch: pytest.Monk
             owed=1,
         )
 
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "train_online", train_online)
     places = (model.inbox, model.registry, "model")
     result = tidemill("follow", *places, "--limits.max-shards", "8", "--after-commit.archive-to", "z")
     settings = OnlineSettings(mode="follow", limits={"max_shards": 8}, after_commit={"archive_to": "z"})
@@ -726,7 +722,8 @@ def test_wrong_credentials(s3_server: S3, tmp_path: Path) -> None:
 def test_a_secret_in_a_url_is_refused_before_prefect_sees_it(
     tidemill: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
 ) -> None:
-    monkeypatch.delattr(launch, "run")
+    monkeypatch.delattr(launch, "train")
+    monkeypatch.delattr(launch, "train_online")
     result = tidemill(*arguments, "s3://me:hunter2@bucket/x")
     assert (result.code, result.out) == (1, "")
     assert "this s3 URL has credentials" in result.err
@@ -789,10 +786,10 @@ def test_what_does_not_fit_the_dataset_is_told_before_anything_starts(
 
 @memory
 def test_a_person_who_must_decide_is_told_so(tidemill: Run, model: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*arguments: Any) -> OnlineReport:
+    def train_online(*arguments: Any, by_prefect: bool) -> OnlineReport:
         raise GateClosed("3 versions in a row were worse")
 
-    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "train_online", train_online)
     result = tidemill("follow", model.inbox, model.registry, "model")
     assert (result.code, result.err.splitlines()[-1]) == (1, "tidemill: 3 versions in a row were worse")
 
@@ -881,7 +878,7 @@ def in_process(*arguments: str, cwd: Path, environment: dict[str, str] | None = 
 HEAVY = ("torch", "torchmetrics", "prefect", "pyarrow", "numpy", "pandas", "s3fs", "aiobotocore", "botocore", "aiohttp")
 
 
-def imported(*arguments: str, cwd: Path) -> set[str]:
+def imported(*arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> set[str]:
     """Which heavy packages a command that succeeds imports, in a process of its own."""
     code = f"""
 import sys
@@ -893,7 +890,7 @@ except SystemExit as ended:
 print(*(name for name in {HEAVY} if name in sys.modules), file=sys.stderr)
 """
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=150, check=True)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=150, check=True)
     return set(done.stderr.splitlines()[-1].split())
 
 
@@ -968,13 +965,38 @@ def test_training_in_processes_of_their_own(place: Place, tmp_path: Path) -> Non
     assert [line.count("version 1: shards 1, rows 50") for line in result.err.splitlines()] == [0, 1]
 
 
+def without_prefect(home: Path) -> dict[str, str]:
+    """The environment of a machine on which nobody has set Prefect up."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return kept | {"HOME": str(home), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}
+
+
 @local
-def test_without_a_prefect_server(place: Place, tmp_path: Path) -> None:
-    """A first run on a new machine: a temporary server starts, and no other service or setting is needed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    environment |= {"PREFECT_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "1"}
-    began = time.monotonic()
+def test_without_a_prefect_server_nothing_of_prefect_is_imported(place: Place, tmp_path: Path) -> None:
+    """A first run on a new machine: no service, no setting, and no package that is only for flow runs."""
+    environment = without_prefect(tmp_path)
     flags = ("--features", "a", "b", "--target", "y", "--epochs", "1")
+    train = ("train", place.dataset, place.registry, "model", *flags)
+    heavy = imported(*train, cwd=tmp_path, environment=environment)
+    assert not heavy & {"prefect", "torchmetrics", "s3fs"}
+    shards = place.drop("a.parquet", "b.parquet")
+    drain = ("follow", place.inbox, place.registry, "model", "--mode", "drain", "--limits.max-shards", "1", "--json")
+    result = in_process(*drain, cwd=tmp_path, environment=environment)
+    assert (result.code, result.json["versions"]) == (0, 2), result.err
+    assert [line.split(": ")[1] for line in result.err.splitlines()] == [
+        "shards 1, rows 50, loss before training 5.3"
+    ] * 2
+    audit(open_log(place.registry, "model"), shards.items())
+    assert not imported(*drain, cwd=tmp_path, environment=environment) & {"prefect", "torchmetrics", "s3fs"}
+    assert not (tmp_path / ".prefect").exists()
+
+
+@local
+def test_a_flow_run_that_is_asked_for_without_a_server(place: Place, tmp_path: Path) -> None:
+    """A temporary server starts, and no other service or setting is needed."""
+    environment = without_prefect(tmp_path) | {"PREFECT_HOME": str(tmp_path / "home")}
+    began = time.monotonic()
+    flags = ("--features", "a", "b", "--target", "y", "--epochs", "1", "--prefect")
     result = in_process("train", place.dataset, place.registry, "model", *flags, cwd=tmp_path, environment=environment)
     assert result.code == 0, result.err
     assert result.out.startswith("version 0 of model: trained\nscore: loss ")
@@ -1020,13 +1042,20 @@ def test_a_prefect_server_that_goes_away(model: Place, tmp_path: Path) -> None:
     assert "Traceback" not in result.err
 
 
+SIGNALS = [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+
+
 @local
 @pytest.mark.usefixtures("prefect_api")
-@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)])
-def test_a_signal_in_train_says_what_is_kept(place: Place, tmp_path: Path, number: int, name: str, code: int) -> None:
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize(("number", "name", "code"), SIGNALS)
+def test_a_signal_in_train_says_what_is_kept(
+    place: Place, tmp_path: Path, number: int, name: str, code: int, flow: bool
+) -> None:
+    environment = None if flow else without_prefect(tmp_path)
     flags = ("--features", "a", "b", "--target", "y", "--epochs", "100000")
     train = ("train", place.dataset, place.registry, "model", *flags)
-    process = start(*train, cwd=tmp_path)
+    process = start(*train, cwd=tmp_path, environment=environment)
     lines = []
     assert process.stderr is not None
     for line in process.stderr:
@@ -1039,12 +1068,32 @@ def test_a_signal_in_train_says_what_is_kept(place: Place, tmp_path: Path, numbe
     kept = "the epochs that ended are kept, and the same command goes on from the checkpoint after the last of them"
     assert result.err.splitlines()[-1] == f"tidemill: stopped by {name}; {kept}"
     assert "Traceback" not in result.err
-    again = start(*train, cwd=tmp_path)
+    again = start(*train, cwd=tmp_path, environment=environment)
     assert again.stderr is not None
     first = [line for line in itertools.islice(again.stderr, 4) if "going on from the checkpoint after epoch" in line]
     assert len(first) == 1
     again.send_signal(signal.SIGTERM)
     assert ended(again).code == 143
+
+
+@local
+@pytest.mark.parametrize(("number", "name", "code"), SIGNALS)
+def test_a_signal_ends_a_plain_follower_after_the_commit_in_hand(
+    model: Place, tmp_path: Path, number: int, name: str, code: int
+) -> None:
+    """As it ends a flow run (test_flows.py): exit code 0, the report on stdout."""
+    model.drop(*(f"{i:02}.parquet" for i in range(40)))
+    follow = ("follow", model.inbox, model.registry, "model", "--limits.max-shards", "1", "--json")
+    process = start(*follow, cwd=tmp_path, environment=without_prefect(tmp_path))
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    process.send_signal(number)
+    result = ended(process)
+    assert result.code == 0, first + result.err
+    report = OnlineReport.model_validate(result.json)
+    assert report.head == open_log(model.registry, "model").head().number
+    assert "version" in first
+    assert len(model.inbox_keys()) == 40 - report.shards
 
 
 @local
@@ -1088,9 +1137,8 @@ def test_a_current_folder_that_is_gone(model: Place, tmp_path: Path) -> None:
 def test_a_folder_of_prefect_that_cannot_be_written(place: Place, tmp_path: Path) -> None:
     """Without a server that runs, a temporary one needs it: told at once, not after a minute and a thousand lines."""
     (tmp_path / "file").touch()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    environment |= {"PREFECT_HOME": str(tmp_path / "file" / "home")}
-    flags = ("--features", "a", "--target", "y")
+    environment = without_prefect(tmp_path) | {"PREFECT_HOME": str(tmp_path / "file" / "home")}
+    flags = ("--features", "a", "--target", "y", "--prefect")
     result = in_process("train", place.dataset, place.registry, "model", *flags, cwd=tmp_path, environment=environment)
     assert (result.code, result.out) == (1, "")
     (line,) = result.err.splitlines()
@@ -1103,8 +1151,9 @@ def test_a_folder_of_prefect_that_cannot_be_written(place: Place, tmp_path: Path
 def test_a_wrong_place_is_told_before_prefect_starts(
     tidemill: Run, place: Place, monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
-    monkeypatch.delattr(launch, "prepare")
-    monkeypatch.delattr(launch, "run")
+    monkeypatch.delattr(launch, "by_prefect")
+    monkeypatch.delattr(launch, "train")
+    monkeypatch.delattr(launch, "train_online")
     given = [place.dataset, place.registry, "model", "--features", "a", "--target", "y"]
     given = [*given, flag, "/no/such"] if flag.startswith("--") else ["/no/such", *given[1:]]
     result = tidemill("train", *given)
@@ -1137,8 +1186,9 @@ def test_a_single_file_and_a_pattern_where_a_folder_is_looked_for(tidemill: Run,
 def test_a_follower_asks_for_all_places_first(
     tidemill: Run, model: Place, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
 ) -> None:
-    monkeypatch.delattr(launch, "prepare")
-    monkeypatch.delattr(launch, "run")
+    monkeypatch.delattr(launch, "by_prefect")
+    monkeypatch.delattr(launch, "train")
+    monkeypatch.delattr(launch, "train_online")
     result = tidemill("follow", model.inbox, model.registry, "model", *flags, "/no/such")
     assert (result.code, result.err) == (1, "tidemill: file:///no/such: there is no such folder. Check the URL\n")
     result = tidemill("follow", model.inbox, model.registry, "modle")

@@ -1,7 +1,9 @@
 """Deployments, end to end: a Prefect server, `prefect deploy`, a worker, S3, and schedules that make the runs."""
 
 import datetime
+import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId,
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.settings import Settings
 
 from tests.flows.conftest import Place
 from tests.flows.data import OWN_MODEL, SPEC
@@ -81,7 +84,7 @@ def test_the_shipped_file_deploys_as_it_is(client: SyncPrefectClient, tmp_path: 
     shutil.copy(SHIPPED, tmp_path)
     deploy(tmp_path)
     found = {deployment.name: deployment for deployment in client.read_deployments()}
-    assert set(found) == {"batch", "online", "maintenance"}
+    assert set(found) == {"batch", "online", "follow", "maintenance"}
     for deployment in found.values():
         assert deployment.work_pool_name == POOL
         assert deployment.tags == ["tidemill"]
@@ -89,13 +92,26 @@ def test_the_shipped_file_deploys_as_it_is(client: SyncPrefectClient, tmp_path: 
         assert deployment.entrypoint.startswith("tidemill.flows.")
         assert deployment.enforce_parameter_schema
         assert deployment.job_variables["env"]["PREFECT_LOGGING_EXTRA_LOGGERS"] == "tidemill"
-        assert [schedule.active for schedule in deployment.schedules] == [True]
-    for name in ("batch", "online"):
+        assert [schedule.active for schedule in deployment.schedules] == [deployment.name != "follow"]
+    new, waits = ConcurrencyLimitStrategy.CANCEL_NEW, ConcurrencyLimitStrategy.ENQUEUE
+    for name, strategy in (("batch", new), ("online", new), ("follow", waits)):
         limit, options = found[name].global_concurrency_limit, found[name].concurrency_options
         assert limit is not None
         assert options is not None
-        assert (limit.limit, options.collision_strategy) == (1, ConcurrencyLimitStrategy.CANCEL_NEW)
+        assert (limit.limit, options.collision_strategy) == (1, strategy)
     assert found["maintenance"].global_concurrency_limit is None
+
+
+def test_prefect_understands_what_the_docs_say_of_old_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (SHIPPED.parent / "docs" / "deployment.md").read_text()
+    said = dict(re.findall(r"^ +export (PREFECT_SERVER_\w+)=(\S+)", text, re.MULTILINE))
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    server = Settings().server
+    assert server.services.db_vacuum.enabled_vacuum_types == {"events", "flow_runs", "orphans"}
+    assert server.services.db_vacuum.retention_period == datetime.timedelta(weeks=1)
+    assert server.concurrency.lease_storage == said["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"]
+    importlib.import_module(server.concurrency.lease_storage)
 
 
 @pytest.mark.timeout(400)
@@ -133,7 +149,7 @@ def test_schedules_run_both_pipelines(
 def write_deployments(folder: Path, place: Place) -> None:
     """The shipped file with our URLs and spec, and schedules that are still inactive."""
     content: dict[str, Any] = yaml.safe_load(SHIPPED.read_text())
-    batch, online, _ = content["deployments"]
+    batch, online, *_ = content["deployments"]
     content["deployments"] = [batch, online]
     batch["parameters"] |= {
         "dataset": place.dataset,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.training.rows import begin, cut, numbers_table, plain_spec
-from tidemill.tasks.training.batches import even
+from tidemill.tasks.training.cutting import even
 from tidemill.tasks.training.errors import ColumnError, ModelError
 from tidemill.tasks.training.groups import RowGroup, Split
 from tidemill.tasks.training.learner import Learner

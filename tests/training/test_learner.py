@@ -10,8 +10,8 @@ from safetensors.torch import save as tensor_bytes
 from tests.training.rows import begin, cut, numbers_table, plain_spec
 from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.learner import STATE_FORMAT, Learner
-from tidemill.tasks.training.loop import predict, train_pass
+from tidemill.tasks.training.learner import STATE_FORMAT, Learner, Predictor
+from tidemill.tasks.training.loop import predict, score, train_pass
 from tidemill.tasks.training.optimizers import OPTIMIZERS
 from tidemill.tasks.training.steps import Steps
 
@@ -55,6 +55,22 @@ def test_going_on_from_stored_bytes_gives_the_same_bits(name, arguments):
             train_pass(Steps(resumed), groups, key=("epoch", epoch))
         assert resumed.dump() == stored[3]
         assert resumed.counters.rows == 900
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("name", ["tests.training.rows:DropoutNet", "tests.training.rows:TiedNet", "mlp"])
+def test_what_is_only_served_needs_no_optimizer(name, ema_decay):
+    spec = plain_spec(model={"factory": name}, ema_decay=ema_decay, standardize_features=True, learning_rate=1e-3)
+    learner = begin(spec, GROUPS)
+    train_pass(Steps(learner), GROUPS, key=("epoch", 0))
+    stored = learner.dump()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch.optim.Optimizer, "__init__")
+        frozen = Predictor.load(spec, *stored)
+    assert torch.equal(torch.cat([*predict(frozen, GROUPS)]), torch.cat([*predict(learner, GROUPS)]))
+    assert score(frozen, GROUPS) == score(learner, GROUPS)
+    with pytest.raises(StateMismatch):
+        Predictor.load(spec, stored[1], stored[0])
 
 
 def test_tied_and_transposed_weights_are_stored_whole():

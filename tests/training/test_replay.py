@@ -6,7 +6,7 @@ import torch
 
 from tests.training.rows import begin, cut, encoded, numbers_table, plain_spec, same_bits
 from tidemill.tasks.training import replay as module
-from tidemill.tasks.training.batches import Batch
+from tidemill.tasks.training.cutting import Batch
 from tidemill.tasks.training.errors import SpecError, StateMismatch
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import generator

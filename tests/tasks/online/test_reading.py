@@ -28,6 +28,7 @@ from tidemill.storage.store import ObjectInfo
 from tidemill.tasks.online import reading
 from tidemill.tasks.online.reading import Kept, Later, Read, Readable, Reader, Unusable, read_shard
 from tidemill.tasks.training.features import Features
+from tidemill.tasks.training.once import Decoded
 
 
 def infos(count: int, size: int = 10) -> list[ObjectInfo]:
@@ -192,7 +193,7 @@ def test_a_small_shard_is_decoded_once(inbox: Inbox) -> None:
     for group, same in zip(found.groups, found.shard.row_groups(), strict=True):
         assert (group.name, group.num_rows, group.schema) == (same.name, same.num_rows, same.schema)
         assert group.read(columns).equals(same.read(columns))
-        assert isinstance(group, reading.Decoded)
+        assert isinstance(group, Decoded)
 
 
 def test_what_compresses_well_is_not_decoded_ahead(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +216,7 @@ def test_columns_that_nobody_expected_are_decoded_when_asked_for(inbox: Inbox) -
 
 def test_a_large_shard_is_left_as_it_is(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "DECODED_BYTES", 100)
-    assert not any(isinstance(group, reading.Decoded) for group in readable(inbox).groups)
+    assert not any(isinstance(group, Decoded) for group in readable(inbox).groups)
 
 
 def test_what_can_never_be_used_is_unusable_for_its_reason(inbox: Inbox) -> None:

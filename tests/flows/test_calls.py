@@ -1,0 +1,139 @@
+"""`tidemill.train`, `drain` and `follow` from wherever they may be called: plain, and as flow runs where a server is set up."""
+
+import asyncio
+import contextvars
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import pyarrow.parquet as pq
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+import tidemill
+from tests.flows.conftest import Place
+from tidemill.storage.log import open_log
+from tidemill.storage.urls import open_store
+
+pytestmark = pytest.mark.xdist_group("flows")  # one worker, one server
+
+T = TypeVar("T")
+
+s3 = pytest.mark.parametrize("make_url", ["s3"], indirect=True)
+memory = pytest.mark.parametrize("make_url", ["memory"], indirect=True)
+
+
+@pytest.fixture
+def no_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No Prefect server is set up, though another test of this session may have started one."""
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield
+
+
+# ---- where it is called ----------------------------------------------------------------------------------------------
+def here(call: Callable[[], T]) -> T:
+    return call()
+
+
+def in_a_running_loop(call: Callable[[], T]) -> T:
+    """As in a cell of a notebook."""
+
+    async def cell() -> T:
+        return call()
+
+    return asyncio.run(cell())
+
+
+def in_a_thread(call: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as pool:
+        # With the context, which holds the settings that the tests have given Prefect in this process
+        return pool.submit(contextvars.copy_context().run, call).result()
+
+
+def in_a_thread_of_a_loop(call: Callable[[], T]) -> T:
+    async def cell() -> T:
+        return await asyncio.to_thread(call)
+
+    return asyncio.run(cell())
+
+
+def in_an_async_flow(call: Callable[[], T]) -> T:
+    @flow(validate_parameters=False)
+    async def outer() -> list[T]:
+        return [call()]  # in a list, so that Prefect does not take it for a state
+
+    return asyncio.run(outer())[0]
+
+
+def in_a_flow(call: Callable[[], T]) -> T:
+    @flow(validate_parameters=False)
+    def outer() -> list[T]:
+        return [call()]
+
+    return outer()[0]
+
+
+# Prefect leaves the connections of an async flow's client to the garbage collector
+_LEFT = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+AN_ASYNC_FLOW = pytest.param(in_an_async_flow, marks=_LEFT)
+PLAIN = [here, in_a_running_loop, in_a_thread, in_a_thread_of_a_loop]
+
+
+def trained_drained_and_followed(place: Place, called: Callable[[Callable[[], object]], object]) -> None:
+    """All three, each called so; a shard for each of the last two."""
+    places = (place.inbox, place.registry, "model")
+    version = called(lambda: tidemill.train(place.dataset, place.registry, "model", place.spec))
+    assert isinstance(version, tidemill.VersionInfo)
+    assert (version.version, version.trained) == (0, True)
+    place.drop("a.parquet")
+    report = called(lambda: tidemill.drain(*places))
+    assert isinstance(report, tidemill.OnlineReport)
+    assert (report.head, report.shards) == (1, 1)
+    place.drop("b.parquet")
+    following = tidemill.OnlineSettings(stop_after_seconds=1.0, poll_seconds=0.1)
+    report = called(lambda: tidemill.follow(*places, following))
+    assert isinstance(report, tidemill.OnlineReport)
+    assert (report.head, report.shards) == (2, 1)
+    report = called(lambda: tidemill.drain(*places))
+    assert isinstance(report, tidemill.OnlineReport)
+    assert (report.head, report.versions) == (2, 0)
+    assert place.inbox_keys() == []
+
+
+@s3
+@pytest.mark.usefixtures("no_server")
+@pytest.mark.parametrize("called", PLAIN)
+def test_plain_calls_work_anywhere(place: Place, called: Callable[[Callable[[], object]], object]) -> None:
+    trained_drained_and_followed(place, called)
+
+
+@s3
+@pytest.mark.parametrize("called", [*PLAIN, in_a_flow, AN_ASYNC_FLOW])
+def test_flow_runs_work_anywhere(
+    place: Place, prefect_api: str, called: Callable[[Callable[[], object]], object]
+) -> None:
+    before = len(runs("train-model")), len(runs("online-model"))
+    trained_drained_and_followed(place, called)
+    assert runs("train-model")[before[0] :] == ["Completed"]
+    assert sorted(runs("online-model")[before[1] :]) == ["Completed", "Completed", "Skipped"]
+
+
+def runs(name: str) -> list[str]:
+    """Names of the states of all flow runs of this name, the oldest first."""
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[name])))
+    return [run.state_name or "" for run in sorted(found, key=lambda run: run.start_time or run.expected_start_time)]
+
+
+@memory
+def test_a_table_in_memory_is_no_parameter_of_a_flow_run(place: Place, prefect_api: str) -> None:
+    before = len(runs("train-model"))
+    table = pq.read_table(io.BytesIO(open_store(place.dataset).read("part-0.parquet")))
+    assert tidemill.train(table, place.registry, "model", place.spec).trained
+    assert open_log(place.registry, "model").head().number == 0
+    assert len(runs("train-model")) == before
