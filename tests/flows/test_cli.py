@@ -983,9 +983,7 @@ def test_without_a_prefect_server_nothing_of_prefect_is_imported(place: Place, t
     drain = ("follow", place.inbox, place.registry, "model", "--mode", "drain", "--limits.max-shards", "1", "--json")
     result = in_process(*drain, cwd=tmp_path, environment=environment)
     assert (result.code, result.json["versions"]) == (0, 2), result.err
-    assert [line.split(": ")[1] for line in result.err.splitlines()] == [
-        "shards 1, rows 50, loss before training 5.3"
-    ] * 2
+    assert [line.count(": shards 1, rows 50, loss before") for line in result.err.splitlines()] == [1, 1]
     audit(open_log(place.registry, "model"), shards.items())
     assert not imported(*drain, cwd=tmp_path, environment=environment) & {"prefect", "torchmetrics", "s3fs"}
     assert not (tmp_path / ".prefect").exists()
