@@ -17,9 +17,9 @@ from tidemill.storage.log import VersionLog
 from tidemill.tasks.training.baseline import baseline
 from tidemill.tasks.training.errors import described
 from tidemill.tasks.training.groups import RowGroup, Split
-from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.learner import Learner, Predictor
 from tidemill.tasks.training.loop import Score, score
-from tidemill.tasks.versions import load_learner
+from tidemill.tasks.versions import load_frozen
 
 logger = logging.getLogger("tidemill.batch")
 
@@ -33,7 +33,7 @@ class Rows:
     schemas: Sequence[tuple[str, pa.Schema]]
     """Each distinct schema of their files, with the name of a row group that has it."""
 
-    def score(self, learner: Learner) -> Score:
+    def score(self, learner: Learner | Predictor) -> Score:
         """Of a learner that was not trained on them. Raises ColumnError and ModelError."""
         for name, schema in self.schemas:
             learner.features.check(schema, name)
@@ -71,7 +71,7 @@ def of_replaced(learner: Learner, rows: Rows | None, log: VersionLog, alias: str
 
 def _scored(learner: Learner, rows: Rows, log: VersionLog, version: Version) -> dict[str, Any]:
     own = [path.partition(":")[0] for path in learner.spec.import_paths]  # whoever runs this has named them
-    other = load_learner(log, version, learner.device.type, allowed=own)
+    other = load_frozen(log, version, learner.device.type, allowed=own)
     if (other.spec.targets, other.spec.task) != (learner.spec.targets, learner.spec.task):
         return {"reason": f"it is for task {other.spec.task!r} of target {', '.join(map(repr, other.spec.targets))}"}
     return {"score": rows.score(other).finite}

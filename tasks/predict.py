@@ -100,14 +100,14 @@ def predict(
     files: dict[str, list[_Copied]] = {}
     for one in taken.row_groups:
         files.setdefault(one.file, []).append(_Copied(one, columns))
-    repeated = [*columns, *(["prediction"] if learner.features.labels else [])]
+    repeated = [*columns, *(["prediction"] if frozen.features.labels else [])]
     into_dataset = inside(target.url, taken.ref.url)
     if (replaced := next((file for file in files if into_dataset(file)), None)) is not None:
         raise PlacesOverlap(
             f"{target.url}/{replaced}, a file of predictions, would be a file of the dataset {taken.ref.url}: choose another "
             "output."
         )
-    labels = learner.features.labels
+    labels = frozen.features.labels
     about = Record(model=model, version=chosen.number, dataset=taken.ref.url, rows=taken.ref.rows, labels=labels)
     result = _Result(target, about)
     result.begin(files)

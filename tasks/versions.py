@@ -19,10 +19,8 @@ LABELS: Final = "labels"
 """What `resolved_spec` says of the target beside the settings: its labels, in the order of their class numbers."""
 
 
-def load_learner(log: VersionLog, version: Version, device: str = "cpu", *, allowed: Sequence[str] = ()) -> Learner:
+def load_learner(log: VersionLog, version: Version, device: str = "cpu") -> Learner:
     """The learner exactly as it was committed, on a device as in `Learner.create`; blobs are verified before they are parsed.
-
-    What the spec names by import path must be below `allowed`, or below what the environment allows.
 
     Raises:
         UnknownVersion: retention has removed the blobs.
@@ -30,15 +28,21 @@ def load_learner(log: VersionLog, version: Version, device: str = "cpu", *, allo
         FactoryError: the spec names a factory outside of the modules that the environment allows, or one that fails.
         StateMismatch: the model's code no longer fits its weights.
     """
-    return Learner.load(*_stored(log, version, allowed), device)
+    return Learner.load(*_stored(log, version), device)
 
 
-def load_frozen(log: VersionLog, version: Version, device: str = "cpu") -> Predictor:
-    """What a version serves, without what only training needs; otherwise as `load_learner`, which see for what it raises."""
-    return Predictor.load(*_stored(log, version, ()), device)
+def load_frozen(log: VersionLog, version: Version, device: str = "cpu", *, allowed: Sequence[str] = ()) -> Predictor:
+    """What a version serves, without what only training needs.
+
+    What the spec names by import path must be below `allowed`, or below what the environment allows.
+
+    Raises:
+        UnknownVersion, CorruptObject, FactoryError, StateMismatch: as `load_learner`.
+    """
+    return Predictor.load(*_stored(log, version, allowed), device)
 
 
-def _stored(log: VersionLog, version: Version, allowed: Sequence[str]) -> tuple[Spec, bytes, bytes]:
+def _stored(log: VersionLog, version: Version, allowed: Sequence[str] = ()) -> tuple[Spec, bytes, bytes]:
     """(spec, weights, state), verified."""
     spec = spec_of(log, version)
     check_allowed(

@@ -14,7 +14,7 @@ from tidemill.tasks.reproduce import archived_groups
 from tidemill.tasks.training.errors import TrainingError, described
 from tidemill.tasks.training.learner import Predictor
 from tidemill.tasks.training.loop import score
-from tidemill.tasks.versions import load_learner
+from tidemill.tasks.versions import load_frozen
 
 logger = logging.getLogger("tidemill.report")
 
@@ -57,7 +57,7 @@ def score_frozen(log: VersionLog, history: History, archives: Sequence[Store]) -
 def _load(log: VersionLog, number: int) -> Predictor | str:
     """The network of a version, or why there is none."""
     try:
-        return load_learner(log, log.older(number)).predictor()
+        return load_frozen(log, log.older(number))
     except UnknownVersion:
         return f"the weights of version {number} are out of retention"
     except (CorruptObject, TrainingError) as error:
