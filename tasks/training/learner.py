@@ -80,10 +80,10 @@ class Predictor:
         """
         with _telling_of_other_states():
             stored = _Stored.parsed(spec, weights, state)
-            served = build(spec, stored.features).to(device_of(device))
+            served = build(stored.spec, stored.features).to(device_of(device))
             _check_weights(served, stored.weights)
             served.load_state_dict(stored.weights)
-            return cls(spec, stored.features, served)
+            return cls(stored.spec, stored.features, served)
 
 
 @dataclass(eq=False)
@@ -205,6 +205,7 @@ class Learner:
         """
         with _telling_of_other_states():
             stored = _Stored.parsed(spec, weights, state)
+            spec = stored.spec
             learner = cls.create(spec, stored.features, device)
             _check_weights(learner.model, stored.weights)
             learner.served.load_state_dict(stored.weights)
@@ -226,6 +227,8 @@ class Learner:
 class _Stored(NamedTuple):
     """What `Learner.dump` wrote, parsed and found to be for a spec."""
 
+    spec: Spec
+    """With its task."""
     about: dict[str, Any]
     """The JSON in the state's metadata."""
     tensors: dict[str, Tensor]
@@ -253,7 +256,7 @@ class _Stored(NamedTuple):
         if spec.model.factory in BUILT_IN_MODELS:
             with torch.device("meta"):  # before memory is taken for whatever sizes the spec asks for
                 _check_weights(build(spec, features), stored_weights)
-        return cls(about, tensors, stored_weights, features)
+        return cls(spec, about, tensors, stored_weights, features)
 
 
 @contextmanager
