@@ -179,6 +179,7 @@ class _Collector:
 
     def __init__(self) -> None:
         self.models: dict[str, Numbers] = {}
+        self.registered = False
 
     def describe(self) -> "list[Metric]":
         """Their names, which one registry knows once."""
@@ -210,8 +211,9 @@ def numbers_of(model: str) -> Numbers:
     from prometheus_client import REGISTRY
 
     with _registering:
-        if not _collector.models:
+        if not _collector.registered:
             REGISTRY.register(_collector)
+            _collector.registered = True
         return _collector.models.setdefault(model, Numbers(model))
 
 

@@ -33,6 +33,9 @@ SLOW_SECONDS: Final = 10.0
 """A reader that takes longer for a part of its request or of the answer is cut off."""
 REFRESH_SECONDS: Final = 10
 """How often a browser asks for the report again."""
+HERE: Final = frozenset({"127.0.0.1", "localhost"})
+"""By other names nobody is answered: a web page elsewhere may let its own name lead here, to read what is not its own."""
+_TEXT: Final = "text/plain; charset=utf-8"
 _HTML: Final = "text/html; charset=utf-8"
 _JSON: Final = "application/json"
 
@@ -97,7 +100,7 @@ class Pages:
 
                 encode, content_type = choose_encoder(accept)
                 return 200, content_type, encode(REGISTRY)
-        return 404, "text/plain; charset=utf-8", b"There are: / (the report), /health, /metrics\n"
+        return 404, _TEXT, b"There are: / (the report), /health, /metrics\n"
 
     def _make_report(self) -> bytes:
         from tidemill.tasks.history.page import page
@@ -159,10 +162,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         try:
-            code, content_type, body = self.server.pages.answer(self.path, self.headers.get("Accept", ""))
+            if _host(self.headers.get("Host", "")) not in HERE:
+                code, content_type, body = 403, _TEXT, b"Ask for 127.0.0.1 or localhost.\n"
+            else:
+                code, content_type, body = self.server.pages.answer(self.path, self.headers.get("Accept", ""))
         except Exception as error:  # of whatever class: it is told to who asked, and to nobody else
             logger.debug("%s", self.path, exc_info=True)
-            code, content_type, body = 500, "text/plain; charset=utf-8", f"{type(error).__name__}: {error}\n".encode()
+            code, content_type, body = 500, _TEXT, f"{type(error).__name__}: {error}\n".encode()
         self.send_response(code)
         for name, value in (
             ("Content-Type", content_type),
@@ -180,6 +186,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)
+
+
+def _host(given: str) -> str:
+    """`localhost` of `localhost:9400`, and nothing of nothing."""
+    return given.rpartition(":")[0] if given.rpartition(":")[2].isdecimal() else given
 
 
 @contextlib.contextmanager

@@ -42,6 +42,12 @@ ROOT: Final = Path(__file__).parents[3]
 PATIENT: Final = OnlineSettings(poll_seconds=0.01, grace_seconds=0, limits=Limits(max_shards=1))
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_counted_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process whose earlier tests have trained models of the same name."""
+    monkeypatch.setattr(metrics._collector, "models", {})
+
+
 @pytest.fixture
 def registry(memory_url: MakeUrl) -> str:
     begin(memory_url("registry"), memory_url("dataset"))
@@ -215,9 +221,10 @@ def test_a_file_that_cannot_be_read_or_written_costs_a_line(
 Answer = tuple[int, str, str]
 
 
-def ask(url: str, accept: str = "*/*", method: str = "GET") -> Answer:
+def ask(url: str, accept: str = "*/*", method: str = "GET", host: str | None = None) -> Answer:
     """(status, content type, body)."""
-    request = urllib.request.Request(url, headers={"Accept": accept}, method=method)
+    named = {} if host is None else {"Host": host}
+    request = urllib.request.Request(url, headers={"Accept": accept, **named}, method=method)
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status, answer.headers["Content-Type"], answer.read().decode()
@@ -271,6 +278,29 @@ def test_a_run_answers_with_its_report_its_health_and_its_metrics(
     assert values(body)["tidemill_head_version"] == 2
     assert "python_info" in body  # the default registry, with all that is there
     assert (seen["/other"][0], seen["/other"][2]) == (404, "There are: / (the report), /health, /metrics\n")
+
+
+def test_a_page_elsewhere_cannot_read_it_by_a_name_of_its_own(
+    registry: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DNS rebinding: a stranger's name leads to 127.0.0.1."""
+    put(memory_url("inbox"), days(1))
+
+    def look(url: str) -> list[int]:
+        port = url.rpartition(":")[2]
+        hosts = (f"127.0.0.1:{port}", f"localhost:{port}", "localhost", f"evil.example:{port}", "evil.example")
+        return [ask(f"{url}/metrics", host=host)[0] for host in hosts]
+
+    assert looked_at(registry, memory_url("inbox"), caplog, look) == [200, 200, 200, 403, 403]
+
+
+def test_metrics_stand_beside_prefects_own_where_its_client_serves_them(
+    registry: str, memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_CLIENT_METRICS_ENABLED", "true")
+    put(memory_url("inbox"), days(2))
+    drain(memory_url("inbox"), registry, "model", PATIENT)
+    assert REGISTRY.get_sample_value("tidemill_rows_total", {"model": "model"}) == 81
 
 
 def test_a_taken_port_costs_a_line(registry: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture) -> None:
