@@ -32,7 +32,7 @@ from tidemill.storage.overlap import (
 )
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
-from tidemill.tasks.training.classes import Label, predicted_columns
+from tidemill.tasks.training.classes import PREDICTED, Label, predicted_columns
 from tidemill.tasks.training.loop import predict as predict_groups
 from tidemill.tasks.versions import load_frozen
 
@@ -85,13 +85,15 @@ def predict(
         UnknownAlias, UnknownVersion, UnknownModel: there is no such version.
         PlacesOverlap: the predictions would be written into a dataset, an inbox or the registry of the model. Nothing was
             written.
-        DatasetError: the dataset cannot be read, or lacks a column to copy.
+        DatasetError: the dataset cannot be read, lacks a column to copy, or a copied column has the name of one that is written.
         ColumnError: the dataset lacks a column that the model needs, or has one that it cannot use.
     """
     log, target = VersionLog(stores(registry), model), stores(output)
     chosen = resolve(log, version)
     _check_places(log, target.url, stores(dataset).url)
     frozen = load_frozen(log, chosen)
+    if twice := [name for name in columns if name in PREDICTED]:
+        raise DatasetError(f"{twice[0]!r} is the name of a column of predictions: it cannot be copied beside them.")
     taken = snapshot(dataset, stores, frozen.features.types)
     for name, schema in taken.schemas:
         frozen.features.check(schema, name, labelled=False)
@@ -100,14 +102,14 @@ def predict(
     files: dict[str, list[_Copied]] = {}
     for one in taken.row_groups:
         files.setdefault(one.file, []).append(_Copied(one, columns))
-    repeated = [*columns, *(["prediction"] if frozen.features.labels else [])]
+    labels = frozen.features.labels
+    repeated = [*columns, *(["prediction"] if labels else [])]
     into_dataset = inside(target.url, taken.ref.url)
     if (replaced := next((file for file in files if into_dataset(file)), None)) is not None:
         raise PlacesOverlap(
             f"{target.url}/{replaced}, a file of predictions, would be a file of the dataset {taken.ref.url}: choose another "
             "output."
         )
-    labels = frozen.features.labels
     about = Record(model=model, version=chosen.number, dataset=taken.ref.url, rows=taken.ref.rows, labels=labels)
     result = _Result(target, about)
     result.begin(files)

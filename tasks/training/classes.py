@@ -25,6 +25,8 @@ from tidemill.tasks.training.families import family_of
 
 Label = bool | int | str
 
+PREDICTED: Final = ("prediction", "probabilities")
+"""Names of the columns of predictions."""
 MOST: Final = 1000
 """More labels than these are no classes."""
 LONGEST: Final = 256
@@ -178,15 +180,15 @@ def predicted_columns(outputs: Tensor, labels: Sequence[Label] | None) -> list[t
     """
     if labels is None:
         values = _lists(outputs)
-        return [(pa.field("prediction", values.type), values)]
+        return [(pa.field(PREDICTED[0], values.type), values)]
     # Of two labels the second one if its probability exceeds a half, as accuracy counts.
     numbers_N = outputs.argmax(1) if outputs.ndim == 2 else (outputs > 0.5).long()
     predicted = label_array(numbers_N.tolist(), labels)
     values = _lists(outputs if outputs.ndim == 2 else torch.stack([1 - outputs, outputs], 1))
     order = {b"labels": json.dumps(list(labels), ensure_ascii=False).encode()}
     return [
-        (pa.field("prediction", predicted.type), predicted),
-        (pa.field("probabilities", values.type, metadata=order), values),
+        (pa.field(PREDICTED[0], predicted.type), predicted),
+        (pa.field(PREDICTED[1], values.type, metadata=order), values),
     ]
 
 

@@ -1,8 +1,8 @@
 """Registries of every format that was ever written are read, audited and gone on from.
 
-`tests/storage/formats/1` was written by the last Tidemill before format 2.0, and `2.0` by the first one with it. Both have a
-batch version, an online version that archived its shard, one that rejected, a rollback, and one with delayed labels that the gate
-refused.
+`tests/storage/formats/1` was written by the last Tidemill before format 2.0, `2.0` and `2.1` by the first ones with these. Each
+has a batch version, an online version that archived its shard, one that rejected, a rollback, and one with delayed labels that
+the gate refused.
 """
 
 import json
@@ -49,6 +49,16 @@ def test_a_history_of_any_format_is_sound_and_says_what_it_said(log: VersionLog)
     assert versions[5].metrics["recent"]["shards"] == 1
     assert versions[0].metrics["best_epoch"] == len(versions[0].metrics["epoch_holdout"])
     assert list(quarantined(log)) == [versions[2].owed[0].destination.rpartition("/")[2]]
+
+
+def test_what_format_2_1_has_more_is_there(tmp_path: Path) -> None:
+    shutil.copytree(FORMATS / "2.1", tmp_path / "registry")
+    first = open_log(str(tmp_path / "registry"), "model").version(0).manifest
+    assert first.resolved_spec is not None
+    assert [column["name"] for column in first.spec["features"]] == ["*", "!id"]
+    assert [column["name"] for column in first.resolved_spec["features"]] == ["a", "b"]
+    assert (first.spec["task"], first.resolved_spec["task"]) == (None, "regression")
+    assert set(first.metrics["baseline"]) == {"loss", "mae", "rmse"}
 
 
 def test_a_history_of_any_format_is_gone_on_from(log: VersionLog, tmp_path: Path) -> None:

@@ -47,6 +47,16 @@ def test_predictions_stand_beside_the_rows_in_their_order(make_url: MakeUrl) -> 
     assert float((truth - predicted).abs().mean()) < 0.1
 
 
+@pytest.mark.parametrize("name", ["prediction", "probabilities"])
+def test_a_copied_column_may_not_have_the_name_of_a_prediction(memory_url: MakeUrl, name: str) -> None:
+    table = rows(50, 0)
+    put(memory_url("dataset"), {"a.parquet": table.append_column(name, table["a"])})
+    train(memory_url("registry"), memory_url("dataset"))
+    with pytest.raises(DatasetError, match=f"'{name}' is the name of a column of predictions"):
+        predict(memory_url("registry"), "model", memory_url("dataset"), memory_url("out"), columns=["y", name])
+    assert keys(memory_url("out")) == []
+
+
 def test_features_and_copied_columns_are_read_once(memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = {f"{i}.parquet": rows(100, i) for i in range(3)}
     put(memory_url("dataset"), tables)
