@@ -1,20 +1,24 @@
-"""An S3 bucket or a prefix of one, request by request: every call names the exact key.
+"""An S3 bucket or a prefix of one, on s3fs's client but never through its paths: every call names the exact key.
 
 s3fs's file API cannot keep the contract of `tidemill.storage.store`: paths lose `?versionId=` and `//`, large reads are not
-pinned to one etag, and a refused precondition looks like any other error. What is asked all the time goes through
-`s3_client`, everything else through s3fs's client.
+pinned to one etag, and a refused precondition looks like any other error.
 """
 
+import asyncio
 import hashlib
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any, Final
+from urllib.parse import urlsplit
 
+import s3fs
+from fsspec.asyn import sync
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from tidemill.storage.errors import (
@@ -26,9 +30,7 @@ from tidemill.storage.errors import (
     PreconditionFailed,
     on_one_line,
 )
-from tidemill.storage.s3_client import ask, knows
 from tidemill.storage.s3_errors import FAILURES, Transient, Unexplained, translated
-from tidemill.storage.s3_session import sending_seconds, session_of
 from tidemill.storage.store import ObjectInfo, PassedOver, Store
 
 logger = logging.getLogger("tidemill.storage")
@@ -42,8 +44,8 @@ class S3Store(Store):
     """`s3://bucket/prefix`. Endpoint, credentials and region come from the standard AWS variables and profiles alone.
 
     Transient failures (no connection, time-outs, 5xx, throttling, broken bodies) are retried with exponential,
-    jittered waits for `retry_seconds`; then `Unavailable` is raised. Nothing below tries again.
-    Without any credentials requests are not signed, which is enough for a public bucket.
+    jittered waits for `retry_seconds`; then `Unavailable` is raised. Below, only the HTTP client works again: once, on a reused
+    connection that broke.
 
     Etags are the store's, without quotes. S3 makes them from the content: identical bytes have equal etags.
 
@@ -63,7 +65,9 @@ class S3Store(Store):
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self._bucket = bucket
         self._root = f"{prefix}/" if prefix else ""
-        self._aws_variables = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
+        self._fs = _filesystem(
+            os.getpid(), frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
+        )
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def __repr__(self) -> str:
@@ -192,7 +196,8 @@ class S3Store(Store):
     def _put(self, key: str, data: bytes, **conditions: str) -> ObjectInfo:
         answer = self._call("put_object", key, Body=data, **conditions)
         # The answer to a PUT has no LastModified; its Date is by the same clock and at most the request younger
-        return ObjectInfo(key, len(data), _unquoted(answer["ETag"]), answer["Date"].astimezone(UTC))
+        modified = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return ObjectInfo(key, len(data), _unquoted(answer["ETag"]), modified.astimezone(UTC))
 
     def _stat_if_match(self, key: str, if_match: str | None) -> ObjectInfo:
         found = self.stat(key)
@@ -212,27 +217,18 @@ class S3Store(Store):
                 )
             params["Key"] = self._root + key
 
+        # aiohttp has no limit of its own for an upload: a server that stops reading would hold it for ever
+        seconds = self.stall_seconds + len(params.get("Body", b"")) / _SLOWEST_UPLOAD
+
         def attempt() -> dict[str, Any]:
             try:
-                return self._asked(method, params)
+                answer: dict[str, Any] = sync(self._fs.loop, _request, self._fs, method, params, seconds)
             except FAILURES as error:
                 told = translated(error, method, where, key)
                 raise told from (None if isinstance(error, ValueError) else error)
+            return answer
 
-        def what() -> str:
-            return f"{method} of {where} at {session_of(self._aws_variables).endpoint}"
-
-        return _retried(attempt, what, self.retry_seconds)
-
-    def _asked(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
-        session = session_of(self._aws_variables)
-        address = session.address(self._bucket)
-        if address is not None and knows(method, params):
-            return ask(session, address, method, params, self.stall_seconds)
-        from tidemill.storage import s3_others  # here, because s3fs takes most of a second to import
-
-        seconds = sending_seconds(params.get("Body", b""), self.stall_seconds)
-        return s3_others.ask(self._aws_variables, method, params, seconds, anonymous=session.anonymous)
+        return _retried(attempt, lambda: f"{method} of {where} at {_endpoint(self._fs)}", self.retry_seconds)
 
 
 def _take_back_if_other(store: S3Store, key: str, etag: str, marker: str) -> None:
@@ -257,25 +253,18 @@ def _take_back_if_other(store: S3Store, key: str, etag: str, marker: str) -> Non
 
 _TOLD_AFTER_SECONDS: Final = 2.0
 """A call that has failed for this long says so: nothing listens there, or the server is down."""
+_SLOWEST_UPLOAD: Final = 128 * 1024
+"""Bytes a second; slower than that is taken for a stall."""
 
 
 def _retried(attempt: Callable[[], dict[str, Any]], what: Callable[[], str], retry_seconds: float) -> dict[str, Any]:
     """The answer of the first attempt that does not fail for a while only. Says so, once, if that takes long."""
-    began, told = time.monotonic(), False
-    try:
-        return attempt()
-    except Transient as error:  # seldom: what follows costs a tenth of a request
-        failures = [error]
-
-    def again() -> dict[str, Any]:
-        if failures:
-            raise failures.pop()
-        return attempt()
+    told = False
 
     def before_sleep(state: RetryCallState) -> None:
         nonlocal told
         assert state.outcome is not None
-        late = time.monotonic() - began + state.upcoming_sleep > _TOLD_AFTER_SECONDS and not told
+        late = (state.seconds_since_start or 0) + state.upcoming_sleep > _TOLD_AFTER_SECONDS and not told
         logger.log(
             logging.WARNING if late else logging.INFO,
             "%s: %s. Trying again for up to %.0f s: is the store up, and does AWS_ENDPOINT_URL_S3 name it?",
@@ -285,20 +274,44 @@ def _retried(attempt: Callable[[], dict[str, Any]], what: Callable[[], str], ret
 
     retrying = Retrying(
         retry=retry_if_exception_type(Transient),
-        stop=stop_after_delay(max(0.0, began + retry_seconds - time.monotonic())),
+        stop=stop_after_delay(retry_seconds),
         wait=wait_random_exponential(multiplier=0.1, max=5),
         before_sleep=before_sleep,
         reraise=True,
     )
     try:
-        return retrying(again)
+        return retrying(attempt)
     except Transient as failure:
+        seconds = retrying.statistics["delay_since_first_attempt"]
         raise failure.verdict(
-            f"{what()} failed for {time.monotonic() - began:.0f} s: {failure}. "
+            f"{what()} failed for {seconds:.0f} s: {failure}. "
             "Check that the store is up and that AWS_ENDPOINT_URL_S3 names it"
         ) from failure.__cause__
 
 
+async def _request(fs: Any, method: str, params: dict[str, Any], seconds: float) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(seconds):
+            answer: dict[str, Any] = await fs._call_s3(method, **params)
+    except TimeoutError as error:
+        raise Transient(f"no answer within {seconds:.0f} s") from error
+    if "Body" in answer:
+        async with answer["Body"] as body:
+            data = await body.read()
+        expected = answer["ContentLength"]
+        if (sent := _RANGE.match(answer.get("ContentRange", ""))) is not None:
+            expected = int(sent[2]) - int(sent[1]) + 1
+        if len(data) != expected:
+            raise Transient(f"{len(data)} bytes of {expected} came", CorruptObject)
+        answer["Body"] = data
+    if method == "list_objects_v2" and "IsTruncated" not in answer:
+        raise Transient("an empty answer came")
+    if method in ("get_object", "head_object", "put_object") and "ETag" not in answer:
+        raise Transient("an answer without an ETag came, unlike any of S3: the port of a web server?")
+    return answer
+
+
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -307,10 +320,33 @@ def _vouched(answer: dict[str, Any]) -> bool:
 
     True too where there is nothing to compare, as of multipart uploads.
     """
+    checksums = (answer.get(f"Checksum{name}", "-") for name in ("CRC32", "SHA1", "SHA256"))
     etag = _MD5.fullmatch(answer["ETag"])
-    if etag is None or answer["Compared"]:
+    if etag is None or any("-" not in checksum for checksum in checksums):
         return True
     return hashlib.md5(answer["Body"], usedforsecurity=False).hexdigest() == etag[1]
+
+
+@lru_cache(maxsize=8)
+def _filesystem(pid: int, aws_variables: frozenset[tuple[str, str]]) -> s3fs.S3FileSystem:
+    """One client for each process, as it does not survive a fork, and each set of AWS variables, which it reads itself."""
+    fs = s3fs.S3FileSystem(
+        use_listings_cache=False,
+        skip_instance_cache=True,  # the cache ignores the AWS variables
+        config_kwargs={
+            "connect_timeout": 5,
+            "read_timeout": 30,
+            "max_pool_connections": 32,
+            "retries": {"total_max_attempts": 1},  # S3Store retries; layers would multiply
+        },
+    )
+    fs.retries = 1
+    return fs
+
+
+def _endpoint(fs: s3fs.S3FileSystem) -> str:
+    url = urlsplit(fs.s3.meta.endpoint_url)
+    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}"  # whatever secrets stand before the @
 
 
 def _quoted(etag: str) -> str:

@@ -1,15 +1,20 @@
 """What the documents name must be there."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
+import tidemill
+from tests.docs.pages import pages
+from tidemill.flows.cli import app
 from tidemill.storage import tombstones
 from tidemill.tasks import telling
 from tidemill.tasks.online import delayed, reading, selection
-from tidemill.tasks.settings import GateSettings, Limits, OnlineSettings
+from tidemill.tasks.settings import BatchSettings, GateSettings, Limits, OnlineSettings
 from tidemill.tasks.training import classes, resolving, survey
+from tidemill.tasks.training.spec import Spec
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +39,7 @@ def test_every_test_that_the_guarantees_name_exists() -> None:
     assert not missing
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+PAGES = pages()
 
 
 def anchors(page: Path) -> set[str]:
@@ -82,8 +87,8 @@ def test_numbers_in_prose_are_those_of_the_code(page: str, words: str) -> None:
 
 
 def test_no_default_of_a_setting_is_repeated_in_prose() -> None:
-    """`--help` has them all; here they would only grow old."""
-    text = "\n".join((ROOT / page).read_text() for page in PAGES if page != "docs/log.md")
+    """`--help` and the reference, which is made from the code, have them all; elsewhere they would only grow old."""
+    text = "\n".join((ROOT / page).read_text() for page in PAGES if page not in ("docs/log.md", "docs/reference.md"))
     limits, gate = Limits(), GateSettings()
     told = [f"{limits.max_shards} shards", f"{limits.max_bytes // MIB} MiB", f"{limits.max_shard_bytes // MIB} MiB"]
     told += [
@@ -92,3 +97,27 @@ def test_no_default_of_a_setting_is_repeated_in_prose() -> None:
         f"`grace_seconds` ({OnlineSettings().grace_seconds:.0f})",
     ]
     assert not [words for words in told if words in text]
+
+
+def test_the_reference_says_what_the_code_says() -> None:
+    made = runpy.run_path(str(ROOT / "docs/reference.py"))["page"]()
+    stated = (ROOT / "docs/reference.md").read_text()
+    assert stated == made, (
+        "a flag, a setting or a public docstring has changed: `make reference` (python docs/reference.py)"
+    )
+
+
+def test_the_reference_has_every_command_setting_and_name() -> None:
+    text = (ROOT / "docs/reference.md").read_text()
+    for command in app:
+        assert command.startswith("-") or f"### tidemill {command}\n" in text
+    for name in (
+        *Spec.model_fields,
+        *BatchSettings.model_fields,
+        *OnlineSettings.model_fields,
+        "model.factory",
+        "gate.tolerance",
+    ):
+        assert f"| `{name}` |" in text, name
+    for name in tidemill.__all__:
+        assert f"### {name}\n" in text
