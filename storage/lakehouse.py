@@ -40,7 +40,7 @@ def refuse_parts_of_tables(url: str, stores: Callable[[str], Store]) -> None:
         folder, _, name = folder.rpartition("/")
         if not folder.rpartition("/")[2] or not (name == "data" or "=" in name):
             return
-        for marker in ("metadata",) if name == "data" else ("_delta_log", ".hoodie"):
+        for marker in ("metadata",) if name == "data" else _MARKERS:
             try:
                 for info in stores(folder).list(f"{marker}/"):
                     if (found := _table_of(info.key)) is not None:

@@ -57,6 +57,7 @@ def test_a_table_is_no_inbox_nor_is_a_folder_that_holds_one(store: Store, system
         ("t/_delta_log/0.json", "t/x=1/y=2"),
         ("t/metadata/v1.metadata.json", "t/data"),
         ("t/metadata/v1.metadata.json", "t/data/x=1"),
+        ("t/metadata/v1.metadata.json", "t/x=1"),
         ("t/.hoodie/hoodie.properties", "t/x=1"),
     ],
 )
