@@ -72,6 +72,9 @@ def attached(command: str, translate: Callable[[Exception], str | None]) -> Iter
         command: Its name, for the word of what a signal leaves.
         translate: What errors of Prefect mean; None of those that are bugs, which keep their traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this process (`2>&-`)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="backslashreplace")

@@ -302,7 +302,9 @@ def decode(data: bytes, where: str) -> Manifest:
             )
         return Manifest.model_validate(_from_format_1(fields) if written == 1 else fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptObject(f"{where} is no Tidemill manifest: {error!r}") from error
+        raise CorruptObject(
+            f"{where} is no Tidemill manifest: {error!r}. Restore the object, for example from a bucket version."
+        ) from error
 
 
 def parsed_format(stated: Any) -> tuple[int, int]:

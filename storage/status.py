@@ -6,7 +6,6 @@ Reads the log and an inbox; nothing here can touch a commit. What each problem m
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -357,8 +356,9 @@ def _is_gone(debt: Owed, stores: Callable[[str], Store]) -> bool:
 def _of_the_store(found: Status, log: VersionLog) -> Iterator[Problem]:
     """A registry that does not keep what the version log is built on."""
     try:
-        with suppress(PermissionDenied, StoreFull):
-            check_preconditions(log.store)
+        check_preconditions(log.store)
+    except (PermissionDenied, StoreFull):  # who may only read cannot ask: nothing is known
+        return
     except UnsupportedStore as error:
         what, _, remedy = str(error).rpartition(". ")
         yield Problem(name="store", what=what, remedy=remedy)

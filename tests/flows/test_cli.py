@@ -1111,6 +1111,17 @@ def test_a_reader_that_has_had_enough(model: Place, tmp_path: Path) -> None:
 
 
 @local
+@pytest.mark.parametrize("closed", ["1", "2", "0", "1 2"])
+def test_closed_streams(model: Place, closed: str) -> None:
+    """As a daemon may be started: what the command does, it does."""
+    redirected = " ".join(f"{number}>&-" if number != "0" else "<&-" for number in closed.split())
+    command = ["sh", "-c", f'exec "$@" {redirected}', "sh", sys.executable, "-m", "tidemill"]
+    command += ["promote", model.registry, "model", "0"]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 0
+    assert all_aliases(open_log(model.registry, "model"))["champion"] == 0
+
+
+@local
 def test_a_current_folder_that_is_gone(model: Place, tmp_path: Path) -> None:
     """What reads a registry works; what trains needs a folder, and says so in one line."""
     gone = tmp_path / "gone"

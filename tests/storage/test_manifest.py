@@ -267,5 +267,5 @@ GARBAGE = [
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=lambda data: repr(data[:12]))
 def test_whatever_is_no_manifest_is_corrupt(garbage: bytes) -> None:
-    with pytest.raises(CorruptObject, match=WHERE):
+    with pytest.raises(CorruptObject, match=rf"{WHERE} is no Tidemill manifest: .*Restore the object"):
         decode(garbage, WHERE)
