@@ -1,11 +1,13 @@
 """`tidemill.train`, `drain` and `follow`: flow runs where a Prefect server is set up, plain Python where there is none.
 
-Whoever calls `tidemill.tasks` has no Prefect in any case; whoever calls or deploys `tidemill.flows`, a flow run.
+Whoever calls `tidemill.tasks` has no Prefect in any case; whoever calls or deploys `tidemill.flows`, a flow run. In a notebook,
+what is under way is shown below the cell.
 """
 
 from typing import TYPE_CHECKING
 
 from tidemill.flows import launch, server
+from tidemill.flows.display import in_notebook
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Spec
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from tidemill.tasks.online.report import OnlineReport
 
 
+@in_notebook()
 def train(
     dataset: "str | pa.Table", registry: str, model: str, spec: Spec, settings: BatchSettings = BatchSettings()
 ) -> "VersionInfo":
@@ -42,6 +45,7 @@ def train(
     return launch.train(dataset, registry, model, spec, settings, by_prefect=by_prefect)
 
 
+@in_notebook()
 def drain(inbox: str, registry: str, model: str, settings: OnlineSettings = OnlineSettings()) -> "OnlineReport":
     """Train a registered model on the shards that are in an inbox, then stop.
 
@@ -64,6 +68,7 @@ def drain(inbox: str, registry: str, model: str, settings: OnlineSettings = Onli
     return launch.train_online(inbox, registry, model, given, by_prefect=server.is_set_up())
 
 
+@in_notebook()
 def follow(inbox: str, registry: str, model: str, settings: OnlineSettings = OnlineSettings()) -> "OnlineReport":
     """As `drain`, but go on looking into the inbox every `poll_seconds`, until a signal or `stop_after_seconds` ends it."""
     given = settings.model_copy(update={"mode": "follow"})

@@ -260,4 +260,4 @@ def is_terminal(stream: TextIO) -> bool:
 def is_notebook() -> bool:
     """Whether this is a kernel of Jupyter: it runs code without a terminal."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return type(shell).__name__ == "ZMQInteractiveShell"
+    return any(base.__name__ == "ZMQInteractiveShell" for base in type(shell).__mro__)  # Colab's is derived from it

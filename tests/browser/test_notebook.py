@@ -23,6 +23,35 @@ def test_the_notebook_in_git_has_no_outputs() -> None:
             assert (cell["outputs"], cell["execution_count"]) == ([], None)
 
 
+def test_what_is_under_way_is_one_line_that_changes_and_log_lines_stand_below_the_cell(tmp_path: Path) -> None:
+    """Of a call from Python, in a notebook that has set up nothing."""
+    cell = """
+import logging
+from tidemill.flows import display, launch
+from tidemill.progress import under_way
+display.PATIENCE_SECONDS = display.Notebook.every = 0.0
+
+def trained(*given, **named):
+    with under_way("epoch 1 of 2", total=4) as activity:
+        for _ in range(4):
+            activity.advance(1)
+    logging.getLogger("tidemill.batch").info("epoch 1 of 2: done")
+
+launch.train = trained
+import tidemill
+tidemill.train("data", "registry", "m", None)
+tidemill.train("data", "registry", "m", None)
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = notebook.cells[0].outputs
+    lines = [output["data"]["text/plain"] for output in outputs if output.output_type == "display_data"]
+    assert len(lines) == 2
+    assert all(line.startswith("epoch 1 of 2: 100%, ") for line in lines)
+    told = "".join(output.get("text", "") for output in outputs)
+    assert told.count("epoch 1 of 2: done\n") == 2
+
+
 def test_the_notebook_trains_drains_plots_and_loads(
     look: Look, keep: Callable[[Page, str], None], tmp_path: Path
 ) -> None:
