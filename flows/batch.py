@@ -2,6 +2,7 @@
 
 from prefect import flow
 
+from tidemill.flows.telling import telling
 from tidemill.tasks import batch, wrappers
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.training.spec import Spec
@@ -22,4 +23,7 @@ def batch_training(
         spec: What to train: columns, model, loss, optimizer, batch size, epochs, seed.
         settings: How to evaluate, and which alias to move.
     """
-    return batch.train_by(wrappers.batch_steps, dataset, registry, model, spec, settings)
+    with telling(registry, model) as told:
+        made = batch.train_by(wrappers.batch_steps, dataset, registry, model, spec, settings)
+        told.registered(made, settings.alias)
+        return made

@@ -7,6 +7,7 @@ from prefect import flow
 from prefect.states import Completed
 
 from tidemill.flows.batch import batch_training
+from tidemill.flows.telling import telling
 from tidemill.tasks import wrappers
 from tidemill.tasks.online.doors import run_by
 from tidemill.tasks.online.report import OnlineReport
@@ -26,7 +27,9 @@ def online_training(inbox: str, registry: str, model: str, settings: OnlineSetti
         model: Name of a model that `batch_training` has registered.
         settings: Drain or follow, limits of one commit, what becomes of consumed shards, when the champion moves.
     """
-    report = run_by(replace(wrappers.online_steps, retrain=batch_training), inbox, registry, model, settings)
+    steps = replace(wrappers.online_steps, retrain=batch_training)
+    with telling(registry, model, settings.behind_seconds):
+        report = run_by(steps, inbox, registry, model, settings)
     if report.versions == 0:
         # Prefect shows the state's name, and hands its data to the caller.
         return cast(OnlineReport, Completed(name="Skipped", message="no shard to train on", data=report))

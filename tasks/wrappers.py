@@ -7,16 +7,17 @@ never the safety: every function here reloads what is committed when it is calle
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.tasks import Task, exponential_backoff
+from prefect.tasks import Task, TaskRunNameValueOrCallable, exponential_backoff
 
 from tidemill.storage import retention
 from tidemill.storage.errors import Unavailable
 from tidemill.tasks import batch
+from tidemill.tasks.batch_run import BatchRun
 from tidemill.tasks.online import step as online
 from tidemill.tasks.online.doors import OnlineSteps
 from tidemill.tasks.retrying import BACKOFF_SECONDS, RETRIES
@@ -38,10 +39,22 @@ def _store_was_away(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) 
     return False
 
 
-def _task(function: Callable[P, R], name: str, run_name: str | None = None) -> Task[P, R]:
+def _epoch(parameters: dict[str, Any]) -> str:
+    run: BatchRun = parameters["run"]
+    return f"{run.log.model}: epoch {parameters['epoch'] + 1} of {run.spec.epochs}"
+
+
+def _step(parameters: dict[str, Any]) -> str:
+    """The version that a step makes if it finds anything to train on."""
+    run: online.OnlineRun = parameters["run"]
+    return f"{run.report.model}: to version {run.report.head + 1}"
+
+
+def _task(function: Callable[P, R], name: str, run_name: str | Callable[[dict[str, Any]], str]) -> Task[P, R]:
+    """A task whose runs are named by their parameters: by a pattern, or by a function of all of them."""
     return task(
         name=name,
-        task_run_name=run_name,
+        task_run_name=cast(TaskRunNameValueOrCallable, run_name),
         cache_policy=NO_CACHE,
         persist_result=False,
         retries=RETRIES,
@@ -51,19 +64,19 @@ def _task(function: Callable[P, R], name: str, run_name: str | None = None) -> T
 
 
 batch_steps = batch.BatchSteps(
-    take_snapshot=_task(batch.take_snapshot, "snapshot"),
-    open_run=_task(batch.open_run, "open-run"),
-    prepare=_task(batch.prepare, "fit"),
-    train_epoch=_task(batch.train_epoch, "epoch", "epoch-{epoch}"),
-    evaluate=_task(batch.evaluate, "evaluate"),
-    register=_task(batch.register, "register"),
-    finish=_task(batch.finish, "promote"),
+    take_snapshot=_task(batch.take_snapshot, "snapshot", "snapshot"),
+    open_run=_task(batch.open_run, "open-run", "{model}: open run"),
+    prepare=_task(batch.prepare, "fit", "{run.log.model}: fit"),
+    train_epoch=_task(batch.train_epoch, "epoch", _epoch),
+    evaluate=_task(batch.evaluate, "evaluate", "{run.log.model}: evaluate"),
+    register=_task(batch.register, "register", "{run.log.model}: register"),
+    finish=_task(batch.finish, "promote", "{run.log.model}: promote version {version.number}"),
 )
 
 online_steps = OnlineSteps(
-    open_run=_task(online.open_run, "open-inbox"),
-    step=_task(online.step, "step"),
+    open_run=_task(online.open_run, "open-inbox", "{model}: open inbox"),
+    step=_task(online.step, "step", _step),
     retrain=partial(batch.train_by, batch_steps),
 )
 
-collect_garbage = _task(retention.maintain, "garbage-collection")
+collect_garbage = _task(retention.maintain, "garbage-collection", "{model}: garbage collection")

@@ -32,18 +32,20 @@ Look = Callable[..., Page]
 
 @pytest.fixture
 def look(browser: Browser) -> Iterator[Look]:
-    """`look(url, dark=True, width=400)` opens a page. At the end none may have complained or asked for what is not there."""
+    """`look(url, dark=True, width=400)` opens a page. At the end none may have complained or asked for what is not there, unless
+    it is another's page (`ours=False`)."""
     complaints: list[str] = []
     contexts = []
 
-    def opened(url: str, *, dark: bool = False, width: int = 1280, height: int = 900) -> Page:
+    def opened(url: str, *, dark: bool = False, width: int = 1280, height: int = 900, ours: bool = True) -> Page:
         scheme: Any = "dark" if dark else "light"
         context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": height})
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("requestfailed", lambda request: complaints.append(f"{request.url}: {request.failure}"))
+        if ours:
+            page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("requestfailed", lambda request: complaints.append(f"{request.url}: {request.failure}"))
         page.goto(url, wait_until="load")
         return page
 

@@ -42,7 +42,12 @@ def running_prefect_server(folder: Path) -> Iterator[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     with log.open("wb") as output:
         server = subprocess.Popen(
-            command, env=environment | prefect_environment(folder), stdout=output, stderr=subprocess.STDOUT
+            command,
+            env=environment
+            | prefect_environment(folder)
+            | {"PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     try:
         url = f"http://127.0.0.1:{port}/api"

@@ -192,7 +192,7 @@ def test_waiting_leaves_no_trace_in_prefect(place: Place) -> None:
             return client.read_task_runs(flow_run_filter=found)
 
     wait_until(lambda: len(task_runs()) >= 2, seconds=30, what="Prefect's record of the task runs")
-    assert sorted(run.name.split("-")[0] for run in task_runs()) == ["open", "step"]
+    assert sorted(run.name for run in task_runs()) == ["model: open inbox", "model: to version 1"]
 
 
 @local
