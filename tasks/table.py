@@ -26,7 +26,7 @@ def table_snapshot(table: pa.Table) -> Snapshot:
     """
     if not table.num_rows:
         raise DatasetError("the table holds no rows: give one with rows to train on.")
-    sink = _Sha256()
+    table, sink = _nulls_as_in_files(table), _Sha256()
     groups = []
     with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), _own(table.slice(0, 0)).schema) as stream:
         for number, at in enumerate(range(0, table.num_rows, GROUP_ROWS)):
@@ -36,6 +36,17 @@ def table_snapshot(table: pa.Table) -> Snapshot:
                 stream.write_batch(batch)
     ref = DatasetRef(url=IN_MEMORY, fingerprint=sink.digest.hexdigest(), files=1, rows=table.num_rows)
     return Snapshot(ref, groups, folder=IN_MEMORY)
+
+
+def _nulls_as_in_files(table: pa.Table) -> pa.Table:
+    """The table without dictionaries that hold a null among their values, which no file does: there, a value is missing."""
+    for i, field in enumerate(table.schema):
+        kind: Any = field.type
+        if pa.types.is_dictionary(kind):
+            chunks: list[Any] = table.column(i).chunks
+            if any(chunk.dictionary.null_count for chunk in chunks):
+                table = table.set_column(i, field.name, table.column(i).cast(kind.value_type))
+    return table
 
 
 def _own(rows: pa.Table) -> pa.Table:

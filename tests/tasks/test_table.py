@@ -30,6 +30,17 @@ def weights(registry: str) -> str:
     return open_log(registry, "model").head().manifest.blobs.weights.sha256
 
 
+def test_a_null_among_the_values_of_a_dictionary_is_a_missing_value(memory_url: MakeUrl) -> None:
+    labels = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 0] * 60), pa.array(["u", "v", None]))
+    table = TABLE.set_column(2, "y", labels).append_column("c", labels)
+    plain = table.set_column(2, "y", labels.cast(pa.string())).set_column(3, "c", labels.cast(pa.string()))
+    spec = Spec(target="y", epochs=1)
+    for name, data in (("one", table), ("other", plain)):
+        done = batch.train(data, memory_url(name), "model", spec, BatchSettings(holdout=0))
+        assert "60 rows are not trained on: target 'y' is null in them" in done.chosen
+    assert weights(memory_url("one")) == weights(memory_url("other"))
+
+
 def test_a_table_trains_the_weights_that_a_file_of_it_trains(memory_url: MakeUrl) -> None:
     in_order = Spec.model_validate(SPEC.model_dump() | {"shuffle": False})
     put(memory_url("dataset"), {"a.parquet": TABLE})
