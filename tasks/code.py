@@ -64,7 +64,7 @@ class Code:
         """
         before = {name for name in self.files if name in sys.modules}
         for path in self.named:
-            with suppress(Exception):  # building the model says what is wrong with it
+            with suppress(Exception, SystemExit):  # building the model says what is wrong with it
                 importlib.import_module(path.partition(":")[0])
         loaded = {name: sys.modules[name] for name in self.files if name in sys.modules}
         for name, module in loaded.items():

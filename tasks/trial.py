@@ -16,7 +16,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tidemill.tasks.training.errors import ColumnError, FactoryError, ModelError, NonFiniteLoss, TrainingError
+from tidemill.tasks.training.errors import (
+    ColumnError,
+    FactoryError,
+    ModelError,
+    NonFiniteLoss,
+    StateMismatch,
+    TrainingError,
+)
 from tidemill.tasks.training.groups import RowGroup, TableGroup, generator
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import score, train_shard
@@ -45,8 +52,8 @@ def try_out(learner: Learner, groups: Sequence[RowGroup]) -> None:
     """
     if not learner.spec.import_paths:
         return
+    copy = _read_back(learner)
     doubtful = try_metrics(learner)
-    copy = _copy(learner)
     count = max(SCORED_ROWS, learner.spec.batch_size)
     rows = _first_rows(learner, groups, count) or [made_up(learner.features, count)]
     for name, reason in score(copy, rows).left_out.items():
@@ -57,7 +64,7 @@ def try_out(learner: Learner, groups: Sequence[RowGroup]) -> None:
             )
     try:
         _take_step(copy, rows)
-        _copy(copy)  # with the state that the step has made
+        _read_back(copy)  # with the state that the step has made
     except NonFiniteLoss:
         return  # training says how to go on
 
@@ -158,6 +165,22 @@ def try_step(steps: Steps) -> None:
 
 def _remembers(learner: Learner) -> ReplayBuffer | None:
     return learner.memory if learner.memory is not None and learner.memory.rows else None
+
+
+def _read_back(learner: Learner) -> Learner:
+    """A copy by way of what would be stored.
+
+    Raises:
+        StateMismatch: it cannot be read back, as no version could be.
+    """
+    try:
+        return _copy(learner)
+    except StateMismatch as error:
+        raise StateMismatch(
+            f"model.factory {learner.spec.model.factory!r}: what is stored of the model cannot be read back: "
+            f"{' '.join(str(error).split())}. All parameters and buffers must be there, and have their shapes, when the factory "
+            "returns, and state_dict() must hold them under the names by which load_state_dict() takes them"
+        ) from error
 
 
 # ---- rows and steps --------------------------------------------------------------------------------------------------

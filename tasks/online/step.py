@@ -184,6 +184,9 @@ class OnlineRun:
     def take_in(self, work: Work) -> None:
         """What became of the shards that are neither trained on nor rejected."""
         self._remove(work.head, work.duplicates)
+        self.report.waiting = max(
+            0, self.report.waiting - sum(d.inbox == self.places.inbox.url for d in work.duplicates)
+        )
         self._pass_over(work.unreadable)
         self._unreadable |= work.unreadable
 

@@ -77,7 +77,10 @@ def imported(name: str, setting: str) -> Callable[..., Any]:
         raise FactoryError(
             f"{setting} {name!r}: no module named {error.name!r}: install its package, or start from its folder"
         ) from error
-    except Exception as error:  # importing runs the user's code
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # importing runs the user's code: a script may end itself with its exit code
         where = "; ".join(frames_of(error))
         raise FactoryError(
             f"{setting} {name!r}: importing it raised {type(error).__name__}: {first_line(error)}{f' ({where})' if where else ''}"

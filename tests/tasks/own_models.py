@@ -65,6 +65,26 @@ class OwnGenerator(Plain):
         return x + torch.rand(x.shape, generator=self.draw) if self.training else x
 
 
+class Grows(Plain):
+    """Has a buffer that becomes longer with each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+
+    def noisy(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen = torch.cat([self.seen, x.detach().flatten()[:1]])
+        return x
+
+
+class Hides(Plain):
+    """Stores less than it is made of."""
+
+    def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"only": self.layer.weight}
+
+
 class Many(Metric):
     """Gives more than one number."""
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -13,8 +14,8 @@ from tidemill.storage.log import open_log
 from tidemill.tasks import batch
 from tidemill.tasks.online import drain
 from tidemill.tasks.settings import BatchSettings
-from tidemill.tasks.training.errors import FactoryError
-from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.errors import FactoryError, StateMismatch
+from tidemill.tasks.training.spec import Model, Spec
 
 MakeUrl = Callable[[str], str]
 
@@ -144,6 +145,28 @@ def test_state_that_no_checkpoint_finds_is_told_by_a_run_that_only_registers(
     again = batch.open_run(*arguments)
     batch.register(again, batch.evaluate(again))
     assert caplog.text.count("after a restart this model goes on with other bits") == 1
+
+
+def test_a_script_that_ends_itself_when_it_is_imported_is_told(
+    dataset: str, memory_url: MakeUrl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not end the run with an exit code of its own, without a word."""
+    (tmp_path / "ends_itself.py").write_text("import sys\nsys.exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = own().model_copy(update={"model": Model(factory="ends_itself:Net")})
+    with pytest.raises(FactoryError, match=r"'ends_itself:Net': importing it raised SystemExit: 3 .*ends_itself.py:2"):
+        batch.train(dataset, memory_url("registry"), "model", spec)
+
+
+@pytest.mark.parametrize(("model", "word"), [("Grows", "seen is float32"), ("Hides", "Missing key")])
+def test_a_model_that_cannot_be_read_back_is_refused_before_the_first_epoch(
+    model: str, word: str, dataset: str, memory_url: MakeUrl
+) -> None:
+    with pytest.raises(
+        StateMismatch, match=rf"{model}': what is stored of the model cannot be read back: .*{word}"
+    ) as told:
+        batch.train(dataset, memory_url("registry"), "model", own(model))
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("averaged", [{}, {"ema_decay": 0.9}, {"replay": {"rows": 10}}, {"running_statistics": True}])

@@ -211,7 +211,7 @@ def test_a_shard_that_is_sent_again_is_removed_and_not_trained_on(registry: str,
     drain(open_run(make_url("inbox"), registry, limits={"max_shards": 1}))
     put(make_url("inbox"), days(1))
     report = drain(open_run(make_url("inbox"), registry))
-    assert (report.shards, report.duplicates, report.versions) == (0, 1, 0)
+    assert (report.shards, report.duplicates, report.versions, report.waiting) == (0, 1, 0, 0)
     assert keys(make_url("inbox")) == []
 
 
