@@ -1,9 +1,13 @@
-"""Rows from S3: how fast Tidemill's stream of batches is, beside the limit of the same client.
+"""Rows from S3: how fast Tidemill's stream of batches is, beside the limit of s3fs's client. And what one request costs.
 
     .venv/bin/python benchmarks/s3.py                       # 512 MB in files of 32 MB, 11 and 100 columns
     .venv/bin/python benchmarks/s3.py --megabytes 64 --repeat 1
+    .venv/bin/python benchmarks/s3.py --requests            # GET, PUT, HEAD, DELETE of 30 KB, a listing of 5,000 keys
 
-The limit GETs the bytes of the column chunks of each row group, known beforehand, pinned by etag, with the same s3fs client
+With `--requests` two stores take turns at each verb: one asks through `storage/s3_client.py`, as `S3Store` does, the other asks
+s3fs's client the same, as it did for everything up to 583fb7b. CPU is this process's own; the ratio is ours to theirs.
+
+The limit GETs the bytes of the column chunks of each row group, known beforehand, pinned by etag, with an s3fs client
 from several threads, and decodes them with pyarrow alone; it is given the number of threads at which it is fastest. The shuffled
 limit goes on as the streaming limit of `benchmarks.speed` does: row-major, permuted, sliced. Ours is what training iterates
 over, `Stream` in batches of 1024, in order and shuffled, with its default window: it bounds what a row group may decode to,
@@ -65,10 +69,12 @@ class Limit:
     """The bytes of each row group by ranged GETs, decoded by pyarrow."""
 
     def __init__(self, url: str, columns: Sequence[str]) -> None:
+        import s3fs
+
         from tidemill.storage.urls import open_store
 
         self.columns, store = list(columns), open_store(url)
-        self.fs = store._fs  # type: ignore[attr-defined]  # the same client
+        self.fs = s3fs.S3FileSystem(use_listings_cache=False)
         self.prefix = url.removeprefix(f"s3://{BUCKET}/")
         self.groups: list[tuple[str, str, int, pq.FileMetaData, int, list[tuple[int, int]]]] = []
         for info in sorted(store.list(), key=lambda info: info.key):
@@ -187,6 +193,7 @@ def main() -> None:
     parser.add_argument("--file-megabytes", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--requests", action="store_true", help="what one request costs, and nothing else")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pa.set_cpu_count(os.cpu_count() or 1)  # whatever OMP_NUM_THREADS is
@@ -194,6 +201,9 @@ def main() -> None:
         os.environ |= server.s3.environment()
         with server.s3.client() as client:
             client.create_bucket(Bucket=BUCKET)
+        if options.requests:
+            compare_requests(options.repeat)
+            return
         for columns, group_rows in ((11, 131_072), (100, 16_384)):
             url = f"s3://{BUCKET}/{columns}"
             for number in range(max(1, options.megabytes // options.file_megabytes)):
@@ -232,6 +242,56 @@ def compare(url: str, names: Sequence[str], options: argparse.Namespace, **about
         to_limit={name: ratio(rates[case], rates[best["limit"]]) for name, case in best.items() if name != "limit"},
         to_shuffled_limit=ratio(rates["shuffled stream", OURS], rates[best["shuffled limit"]]),
     )
+
+
+def compare_requests(repeat: int, calls: int = 200, keys: int = 5000) -> None:
+    """Each verb in turns of both clients, by one thread and by eight."""
+    from tidemill.storage import s3_others
+    from tidemill.storage.parallel import concurrently
+    from tidemill.storage.s3 import S3Store
+
+    class ThroughS3fs(S3Store):
+        def _asked(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+            return s3_others.ask(self._aws_variables, method, params, self.stall_seconds, anonymous=False)
+
+    data, folder = os.urandom(30_000), f"folder-{keys}"
+    stores = {"theirs": ThroughS3fs(BUCKET, "x"), "ours": S3Store(BUCKET, "x")}
+    etags = [stores["ours"].write(f"{i}", data).etag for i in range(calls)]
+    concurrently(lambda i: stores["ours"].write(f"{folder}/{i:05}.parquet", b""), range(keys), 8)
+    verbs: dict[str, tuple[int, Callable[[S3Store, int], object]]] = {  # how often, and what
+        "PUT": (calls, lambda store, i: store.write(f"{i}", data)),
+        "GET": (calls, lambda store, i: store.read(f"{i}")),
+        "HEAD": (calls, lambda store, i: store.stat(f"{i}")),
+        "DELETE": (calls, lambda store, i: store.delete(f"{i}", if_match=etags[i])),
+        f"LIST of {keys}": (1, lambda store, i: [*store.list(f"{folder}/")]),
+    }
+
+    def turn(store: S3Store, count: int, call: Callable[[S3Store, int], object], threads: int) -> tuple[float, float]:
+        """Milliseconds of this process's CPU, and of the clock, for each call."""
+        started, cpu = time.perf_counter(), time.process_time()
+        concurrently(lambda i: call(store, i), range(count), threads)
+        return 1000 * (time.process_time() - cpu) / count, 1000 * (time.perf_counter() - started) / count
+
+    for threads in (1, 8):
+        spent: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for number in range(repeat + 1):
+            for client in [*stores][
+                :: 1 if number % 2 else -1
+            ]:  # all verbs of one, then of the other: a DELETE needs its PUT
+                for verb, (count, call) in verbs.items():
+                    spent.setdefault((verb, client), []).append(turn(stores[client], count, call, threads))
+        for verb in verbs:
+            cpu = {
+                client: [one[0] for one in spent[verb, client][1:]] for client in stores
+            }  # the first made connections
+            wall = {client: [one[1] for one in spent[verb, client][1:]] for client in stores}
+            say(
+                verb,
+                threads=threads,
+                cpu_ms={client: round(statistics.median(found), 3) for client, found in cpu.items()},
+                wall_ms={client: round(statistics.median(found), 3) for client, found in wall.items()},
+                cpu_ratio=ratio(cpu["ours"], cpu["theirs"]),
+            )
 
 
 def ratio(ours: Sequence[float], others: Sequence[float]) -> float:

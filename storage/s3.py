@@ -1,10 +1,10 @@
-"""An S3 bucket or a prefix of one, on s3fs's client but never through its paths: every call names the exact key.
+"""An S3 bucket or a prefix of one, request by request: every call names the exact key.
 
 s3fs's file API cannot keep the contract of `tidemill.storage.store`: paths lose `?versionId=` and `//`, large reads are not
-pinned to one etag, and a refused precondition looks like any other error.
+pinned to one etag, and a refused precondition looks like any other error. What is asked all the time goes through
+`s3_client`, everything else through s3fs's client.
 """
 
-import asyncio
 import hashlib
 import logging
 import os
@@ -12,13 +12,8 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC
-from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-import s3fs
-from fsspec.asyn import sync
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from tidemill.storage.errors import (
@@ -30,7 +25,9 @@ from tidemill.storage.errors import (
     PreconditionFailed,
     on_one_line,
 )
+from tidemill.storage.s3_client import ask, knows
 from tidemill.storage.s3_errors import FAILURES, Transient, Unexplained, translated
+from tidemill.storage.s3_session import sending_seconds, session_of
 from tidemill.storage.store import ObjectInfo, PassedOver, Store
 
 logger = logging.getLogger("tidemill.storage")
@@ -44,8 +41,8 @@ class S3Store(Store):
     """`s3://bucket/prefix`. Endpoint, credentials and region come from the standard AWS variables and profiles alone.
 
     Transient failures (no connection, time-outs, 5xx, throttling, broken bodies) are retried with exponential,
-    jittered waits for `retry_seconds`; then `Unavailable` is raised. Below, only the HTTP client works again: once, on a reused
-    connection that broke.
+    jittered waits for `retry_seconds`; then `Unavailable` is raised. Nothing below tries again.
+    Without any credentials requests are not signed, which is enough for a public bucket.
 
     Etags are the store's, without quotes. S3 makes them from the content: identical bytes have equal etags.
 
@@ -65,9 +62,7 @@ class S3Store(Store):
     def __init__(self, bucket: str, prefix: str = "") -> None:
         self._bucket = bucket
         self._root = f"{prefix}/" if prefix else ""
-        self._fs = _filesystem(
-            os.getpid(), frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
-        )
+        self._aws_variables = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def __repr__(self) -> str:
@@ -196,8 +191,7 @@ class S3Store(Store):
     def _put(self, key: str, data: bytes, **conditions: str) -> ObjectInfo:
         answer = self._call("put_object", key, Body=data, **conditions)
         # The answer to a PUT has no LastModified; its Date is by the same clock and at most the request younger
-        modified = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return ObjectInfo(key, len(data), _unquoted(answer["ETag"]), modified.astimezone(UTC))
+        return ObjectInfo(key, len(data), _unquoted(answer["ETag"]), answer["Date"].astimezone(UTC))
 
     def _stat_if_match(self, key: str, if_match: str | None) -> ObjectInfo:
         found = self.stat(key)
@@ -217,18 +211,27 @@ class S3Store(Store):
                 )
             params["Key"] = self._root + key
 
-        # aiohttp has no limit of its own for an upload: a server that stops reading would hold it for ever
-        seconds = self.stall_seconds + len(params.get("Body", b"")) / _SLOWEST_UPLOAD
-
         def attempt() -> dict[str, Any]:
             try:
-                answer: dict[str, Any] = sync(self._fs.loop, _request, self._fs, method, params, seconds)
+                return self._asked(method, params)
             except FAILURES as error:
                 told = translated(error, method, where, key)
                 raise told from (None if isinstance(error, ValueError) else error)
-            return answer
 
-        return _retried(attempt, lambda: f"{method} of {where} at {_endpoint(self._fs)}", self.retry_seconds)
+        def what() -> str:
+            return f"{method} of {where} at {session_of(self._aws_variables).endpoint}"
+
+        return _retried(attempt, what, self.retry_seconds)
+
+    def _asked(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        session = session_of(self._aws_variables)
+        address = session.address(self._bucket)
+        if address is not None and knows(method, params):
+            return ask(session, address, method, params, self.stall_seconds)
+        from tidemill.storage import s3_others  # here, because s3fs takes most of a second to import
+
+        seconds = sending_seconds(params.get("Body", b""), self.stall_seconds)
+        return s3_others.ask(self._aws_variables, method, params, seconds, anonymous=session.anonymous)
 
 
 def _take_back_if_other(store: S3Store, key: str, etag: str, marker: str) -> None:
@@ -253,8 +256,6 @@ def _take_back_if_other(store: S3Store, key: str, etag: str, marker: str) -> Non
 
 _TOLD_AFTER_SECONDS: Final = 2.0
 """A call that has failed for this long says so: nothing listens there, or the server is down."""
-_SLOWEST_UPLOAD: Final = 128 * 1024
-"""Bytes a second; slower than that is taken for a stall."""
 
 
 def _retried(attempt: Callable[[], dict[str, Any]], what: Callable[[], str], retry_seconds: float) -> dict[str, Any]:
@@ -289,29 +290,6 @@ def _retried(attempt: Callable[[], dict[str, Any]], what: Callable[[], str], ret
         ) from failure.__cause__
 
 
-async def _request(fs: Any, method: str, params: dict[str, Any], seconds: float) -> dict[str, Any]:
-    try:
-        async with asyncio.timeout(seconds):
-            answer: dict[str, Any] = await fs._call_s3(method, **params)
-    except TimeoutError as error:
-        raise Transient(f"no answer within {seconds:.0f} s") from error
-    if "Body" in answer:
-        async with answer["Body"] as body:
-            data = await body.read()
-        expected = answer["ContentLength"]
-        if (sent := _RANGE.match(answer.get("ContentRange", ""))) is not None:
-            expected = int(sent[2]) - int(sent[1]) + 1
-        if len(data) != expected:
-            raise Transient(f"{len(data)} bytes of {expected} came", CorruptObject)
-        answer["Body"] = data
-    if method == "list_objects_v2" and "IsTruncated" not in answer:
-        raise Transient("an empty answer came")
-    if method in ("get_object", "head_object", "put_object") and "ETag" not in answer:
-        raise Transient("an answer without an ETag came, unlike any of S3: the port of a web server?")
-    return answer
-
-
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -320,33 +298,10 @@ def _vouched(answer: dict[str, Any]) -> bool:
 
     True too where there is nothing to compare, as of multipart uploads.
     """
-    checksums = (answer.get(f"Checksum{name}", "-") for name in ("CRC32", "SHA1", "SHA256"))
     etag = _MD5.fullmatch(answer["ETag"])
-    if etag is None or any("-" not in checksum for checksum in checksums):
+    if etag is None or answer["Compared"]:
         return True
     return hashlib.md5(answer["Body"], usedforsecurity=False).hexdigest() == etag[1]
-
-
-@lru_cache(maxsize=8)
-def _filesystem(pid: int, aws_variables: frozenset[tuple[str, str]]) -> s3fs.S3FileSystem:
-    """One client for each process, as it does not survive a fork, and each set of AWS variables, which it reads itself."""
-    fs = s3fs.S3FileSystem(
-        use_listings_cache=False,
-        skip_instance_cache=True,  # the cache ignores the AWS variables
-        config_kwargs={
-            "connect_timeout": 5,
-            "read_timeout": 30,
-            "max_pool_connections": 32,
-            "retries": {"total_max_attempts": 1},  # S3Store retries; layers would multiply
-        },
-    )
-    fs.retries = 1
-    return fs
-
-
-def _endpoint(fs: s3fs.S3FileSystem) -> str:
-    url = urlsplit(fs.s3.meta.endpoint_url)
-    return f"{url.scheme}://{url.netloc.rpartition('@')[2]}"  # whatever secrets stand before the @
 
 
 def _quoted(etag: str) -> str:

@@ -3,9 +3,9 @@
 import ssl
 from typing import Any, Final
 
-import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
+from urllib3 import exceptions as http
 
 from tidemill.storage.errors import (
     CorruptObject,
@@ -21,13 +21,36 @@ from tidemill.storage.errors import (
     UnsupportedStore,
 )
 
-FAILURES: Final = (OSError, boto.BotoCoreError, boto.ClientError, aiohttp.ClientError, ResponseParserError, ValueError)
-"""All that s3fs raises when the store, the network or the configuration is at fault. A ClientError is the cause of an
-OSError."""
+
+class Transient(Exception):
+    """A failure that may go away. `verdict` is what to raise when it does not."""
+
+    def __init__(self, message: str, verdict: type[StorageError] = Unavailable) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+
+class Refused(Exception):
+    """An answer that is no success. `about` is what its body tells, and its `headers`, whatever the case of their names."""
+
+    def __init__(self, status: int, code: str, about: dict[str, Any]) -> None:
+        super().__init__(f"{code} ({status})")
+        self.status, self.code, self.about = status, code, about
+
+
+class NoS3Server(Exception):
+    """The answer of something that does not speak S3."""
+
+
+FAILURES: Final = (
+    *(Refused, NoS3Server, http.HTTPError, OSError, ValueError),
+    *(boto.BotoCoreError, boto.ClientError, ResponseParserError),
+)
+"""All that is raised when the store, the network or the configuration is at fault. A ClientError is the cause of an OSError."""
 
 _NETWORK: Final = (
     OSError,
-    aiohttp.ClientError,
+    http.HTTPError,
     boto.ConnectionError,
     boto.HTTPClientError,
     boto.CredentialRetrievalError,  # the metadata service did not answer
@@ -63,14 +86,6 @@ _LONGEST_SEGMENT: Final = 255
 """Bytes: what MinIO and versitygw take, whose answer to a HEAD does not say why it is refused."""
 
 
-class Transient(Exception):
-    """A failure that may go away. `verdict` is what to raise when it does not."""
-
-    def __init__(self, message: str, verdict: type[StorageError] = Unavailable) -> None:
-        super().__init__(message)
-        self.verdict = verdict
-
-
 class Unexplained(StorageError):
     """The answer to a HEAD, which has no body, refuses without a reason; another request may be told."""
 
@@ -81,6 +96,10 @@ class _UnexplainedDenial(Unexplained, PermissionDenied):
 
 def translated(error: BaseException, method: str, where: str, key: str | None) -> StorageError | Transient:
     """What to raise for a failed request. `where` names its object, or its place if there is no `key`."""
+    if isinstance(error, NoS3Server):
+        return InvalidURL(
+            f"{where}: what answers is no S3 server: {error}. Check AWS_ENDPOINT_URL_S3: is it the port of a console?"
+        )
     answer = _answer(error)
     if answer is None:
         return _without_answer(error, where)
@@ -94,7 +113,7 @@ def translated(error: BaseException, method: str, where: str, key: str | None) -
         return Transient(
             f"a web page came in place of S3's answer ({status}): the port of a console, or a proxy's error page?"
         )
-    if (status >= 500 and status != 501) or status in (408, 409, 429) or code in _BUSY:
+    if (status >= 500 and status != 501) or status in (307, 408, 409, 429) or code in _BUSY:
         return Transient(f"{code} ({status}): {message}")
     if status == 412:
         return PreconditionFailed(f"{where} does not have the etag that {method} named")
@@ -109,7 +128,7 @@ def translated(error: BaseException, method: str, where: str, key: str | None) -
     if status == 501:
         return UnsupportedStore(f"{where}: the store lacks what Tidemill needs for {method}: {message}")
     if status == 301 or code in _REGION:
-        region = about.get("Region") or about["headers"].get("x-amz-bucket-region")
+        region = _region(about)
         remedy = f"set AWS_REGION={region}" if region else "set AWS_REGION"
         return StorageError(f"{where}: the bucket is in another region: {remedy} ({message})")
     if code == "InvalidBucketName":
@@ -117,6 +136,16 @@ def translated(error: BaseException, method: str, where: str, key: str | None) -
     if code in _TOO_LONG or (status == 400 and key is not None and _has_long_segment(key)):
         return InvalidKey(f"{where}: the key, or a part of it between slashes, is too long for this store")
     return _refused(status, code, message, method, where)
+
+
+def region_told(refused: Refused) -> str | None:
+    """Where the bucket is, if the refusal says so."""
+    return _region(refused.about)
+
+
+def _region(about: dict[str, Any]) -> str | None:
+    region: str | None = about.get("Region") or about["headers"].get("x-amz-bucket-region")
+    return region
 
 
 def _refused(status: int, code: str, message: str, method: str, where: str) -> StorageError:
@@ -159,7 +188,11 @@ def _without_answer(error: BaseException, where: str) -> StorageError | Transien
         return PermissionDenied(f"{where}: no credentials for S3 ({error}): {remedy}")
     if isinstance(error, boto.FlexibleChecksumError):
         return Transient(str(error), CorruptObject)
-    if isinstance(error, boto.SSLError | ssl.SSLError | aiohttp.ClientSSLError):
+    if isinstance(error, boto.SSLError | ssl.SSLError | http.SSLError):
+        if "Hostname mismatch" in str(error) or "IP address mismatch" in str(error):
+            return StorageError(
+                f"{where}: the store's certificate is for another host: name it in AWS_ENDPOINT_URL_S3 as it does ({error})"
+            )
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return StorageError(
                 f"{where}: the store's certificate is not trusted: set AWS_CA_BUNDLE to a file with its authority's ({error})"
@@ -168,17 +201,20 @@ def _without_answer(error: BaseException, where: str) -> StorageError | Transien
             return StorageError(
                 f"{where}: the endpoint does not speak https: set AWS_ENDPOINT_URL_S3 to http://host:port"
             )
-    if isinstance(error, _NETWORK):
+    if isinstance(error, _NETWORK) and not isinstance(error, http.LocationValueError):
         return Transient(f"{type(error).__name__}: {error}")
     if isinstance(error, ValueError):  # of the endpoint; botocore repeats it, with whatever secrets stand in it
         return StorageError(
-            f"{where}: the endpoint is no URL: set AWS_ENDPOINT_URL_S3 to http://host:port or https://host"
+            f"{where}: the endpoint is no URL: set AWS_ENDPOINT_URL_S3 to http://host:port or https://host (and HTTP_PROXY or "
+            "HTTPS_PROXY, if set, to such a URL)"
         )
     return StorageError(f"{where}: {error}. Check the URL and the AWS configuration")
 
 
 def _answer(error: BaseException | None) -> tuple[int, str, dict[str, Any]] | None:
     """(HTTP status, S3's error code, body and `headers`) of the answer behind `error`, None if there was no answer."""
+    if isinstance(error, Refused):
+        return error.status, error.code, error.about
     while error is not None:
         if isinstance(error, boto.ClientError):
             metadata = error.response["ResponseMetadata"]

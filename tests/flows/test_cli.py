@@ -920,8 +920,18 @@ def test_light_commands_import_nothing_heavy(model: Place, tmp_path: Path) -> No
 @pytest.mark.parametrize("make_url", ["s3"], indirect=True)
 def test_reading_from_s3_imports_its_client_alone(model: Place, tmp_path: Path) -> None:
     found = imported("status", model.registry, "model", "--inbox", model.inbox, cwd=tmp_path)
-    assert "s3fs" in found
-    assert not found & {"torch", "torchmetrics", "prefect", "pyarrow", "numpy", "pandas"}
+    assert "botocore" in found
+    assert not found & {
+        "s3fs",
+        "aiobotocore",
+        "aiohttp",
+        "torch",
+        "torchmetrics",
+        "prefect",
+        "pyarrow",
+        "numpy",
+        "pandas",
+    }
 
 
 @local

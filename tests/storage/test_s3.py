@@ -53,7 +53,7 @@ def store(s3_server: S3) -> S3Store:
 
 
 def test_no_other_key_is_touched(store: S3Store, s3_client: BaseClient):
-    """Through s3fs's paths these would become `a`, `a/b` or another version."""
+    """Through s3fs's file API these would become `a`, `a/b` or another version."""
     prefix = store.url.removeprefix(f"s3://{BUCKET}/")
     for key in ["a", "a/b", "a?versionId=1"]:
         s3_client.put_object(Bucket=BUCKET, Key=f"{prefix}/{key}", Body=key.encode())
@@ -264,7 +264,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 # ---- answers that no real server gives on demand
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
     status: int = 200
     body: bytes = b""
@@ -443,28 +443,66 @@ def test_a_long_segment_that_a_server_refuses_without_a_reason_is_an_invalid_key
         store.stat("folder/" + "ä" * 128)
 
 
+WEB_PAGE = Answer(200, b"<!doctype html><html>Console</html>", {"Content-Type": "text/html", "ETag": ""})
+EVERY_VERB: list[Callable[[S3Store], object]] = [
+    lambda store: [*store.list()],
+    lambda store: store.write("a", b""),
+    lambda store: store.read("a"),
+    lambda store: store.stat("a"),
+    lambda store: store.delete("a", if_match="0"),
+]
+
+
+@pytest.mark.parametrize("verb", EVERY_VERB)
+def test_a_web_server_is_told_at_once(monkeypatch: pytest.MonkeyPatch, verb: Callable[[S3Store], object]):
+    """The console of a server, mostly."""
+    with scripted(monkeypatch, WEB_PAGE) as (store, script), pytest.raises(InvalidURL, match=r"no S3 server.*console"):
+        verb(store)
+    assert len(script.requests) == 1
+
+
+def test_another_xml_is_no_listing(monkeypatch: pytest.MonkeyPatch):
+    with (
+        scripted(monkeypatch, Answer(200, b"<rss></rss>")) as (store, _),
+        pytest.raises(InvalidURL, match="<rss> came"),
+    ):
+        [*store.list()]
+
+
+def test_the_error_page_of_a_proxy_may_go_away(monkeypatch: pytest.MonkeyPatch):
+    page = Answer(502, b"<html>Bad gateway</html>", {"Content-Type": "text/html", "ETag": ""})
+    for verb in EVERY_VERB:
+        with scripted(monkeypatch, page) as (store, _), pytest.raises(Unavailable, match="a web page"):
+            verb(store)
+
+
 @pytest.mark.parametrize(
-    ("page", "told"),
+    "body",
     [
-        (
-            Answer(200, b"<!doctype html><html>Console</html>", {"Content-Type": "text/html"}),
-            "a web page|without an ETag",
-        ),
-        (Answer(502, b"<html>Bad gateway</html>", {"Content-Type": "text/html"}), "a web page"),
+        b"",
+        b"<ListBucketResult><IsTruncated>false",
+        b"<ListBucketResult></ListBucketResult>",
+        b"<ListBucketResult><IsTruncated>true</IsTruncated></ListBucketResult>",
+        b"<ListBucketResult><IsTruncated>false</IsTruncated><Contents><Key>prefix/a</Key></Contents></ListBucketResult>",
+        b"<Error><Code>InternalError</Code><Message>late</Message></Error>",
     ],
-    ids=["console", "proxy"],
+    ids=["empty", "cut", "no end", "no token", "no size", "an error after 200"],
 )
-def test_a_web_page_in_place_of_an_answer_is_told(monkeypatch: pytest.MonkeyPatch, page: Answer, told: str):
-    page.headers["ETag"] = ""
-    with scripted(monkeypatch, page) as (store, _):
-        verbs: list[Callable[[], object]] = [
-            lambda: [*store.list()],
-            lambda: store.write("a", b""),
-            lambda: store.read("a"),
-        ]
-        for verb in verbs:
-            with pytest.raises(Unavailable, match=told):
-                verb()
+def test_a_page_that_is_not_whole_ends_no_listing(monkeypatch: pytest.MonkeyPatch, body: bytes):
+    with scripted(monkeypatch, Answer(200, body), page({"prefix/a": 1})) as (store, script):
+        store.retry_seconds = 20
+        assert [info.key for info in store.list()] == ["a"]
+        assert len(script.requests) == 2
+
+
+def test_keys_are_decoded_where_the_server_encodes_them(monkeypatch: pytest.MonkeyPatch):
+    """AWS and MinIO write `+` for a space there."""
+    encoded = page({"prefix/a+b%2Bc%C3%A4%01": 1})
+    encoded.body = encoded.body.replace(b"<IsTruncated>", b"<EncodingType>url</EncodingType><IsTruncated>")
+    with scripted(monkeypatch, encoded, page({"prefix/a+b%2B": 1})) as (store, script):
+        assert [info.key for info in store.list()] == ["a b+c\u00e4\x01"]
+        assert [info.key for info in store.list()] == ["a+b%2B"]
+        assert "encoding-type=url" in script.requests[0][1]
 
 
 def test_nothing_at_the_endpoint_is_told_within_seconds_and_tried_again(

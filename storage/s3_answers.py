@@ -1,0 +1,153 @@
+"""What an S3 server's answer holds: an object, a page of a listing, a refusal. The names of its fields are botocore's."""
+
+import hashlib
+import zlib
+from base64 import b64encode
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from re import compile as pattern
+from typing import Any, Final
+from urllib.parse import unquote_plus
+from xml.etree import ElementTree
+
+import anycrc
+from urllib3 import BaseHTTPResponse
+
+from tidemill.storage.errors import CorruptObject
+from tidemill.storage.s3_errors import NoS3Server, Refused, Transient
+
+_RANGE: Final = pattern(r"bytes (\d+)-(\d+)/")
+
+_FIELDS: Final = {
+    "ETag": "etag",
+    "ContentRange": "content-range",
+    "VersionId": "x-amz-version-id",
+    **{
+        f"Checksum{name}": f"x-amz-checksum-{name.lower()}"
+        for name in ("CRC32", "CRC64NVME", "CRC32C", "SHA256", "SHA1")
+    },
+}
+
+_CRC64NVME: Final = anycrc.Model("CRC64-NVME")
+_CRC32C: Final = anycrc.Model("CRC32-ISCSI")
+_CHECKSUMS: Final[dict[str, Callable[[bytes], bytes]]] = {
+    "ChecksumCRC32": lambda data: zlib.crc32(data).to_bytes(4, "big"),
+    "ChecksumCRC64NVME": lambda data: _CRC64NVME.calc(data).to_bytes(8, "big"),
+    "ChecksumCRC32C": lambda data: _CRC32C.calc(data).to_bytes(4, "big"),
+    "ChecksumSHA256": lambda data: hashlib.sha256(data).digest(),
+    "ChecksumSHA1": lambda data: hashlib.sha1(data, usedforsecurity=False).digest(),
+}
+"""The cheapest first: one that agrees is enough."""
+
+
+def understood(method: str, answer: BaseHTTPResponse) -> dict[str, Any]:
+    """The fields of the answer to `method`, a name of botocore's such as `get_object`.
+
+    Raises:
+        Refused: the store says no.
+        NoS3Server: whatever answers there, it does not speak S3.
+        Transient: half an answer, or one that no S3 server gives on purpose.
+    """
+    if not 200 <= answer.status < 300:
+        raise _refusal(answer)
+    headers = answer.headers
+    if "etag" not in headers and headers.get("content-type", "").startswith("text/html"):
+        raise NoS3Server(f"a web page came ({answer.status})")
+    if method == "list_objects_v2":
+        return _page(answer.data)
+    found: dict[str, Any] = {name: headers[header] for name, header in _FIELDS.items() if header in headers}
+    if method == "delete_object":
+        return found | {"DeleteMarker": headers.get("x-amz-delete-marker") == "true"}
+    if "ETag" not in found:
+        raise Transient("an answer without an ETag came, unlike any of S3: the port of a web server?")
+    try:
+        if method == "head_object":
+            found["LastModified"] = parsedate_to_datetime(headers["last-modified"])
+        elif method == "put_object":
+            found["Date"] = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
+        else:
+            found["Body"] = answer.data
+        if method == "head_object" or "content-length" in headers:
+            found["ContentLength"] = int(headers["content-length"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Transient(f"an answer came that says nothing usable of {error}") from error
+    return found
+
+
+def check_body(answer: dict[str, Any]) -> None:
+    """Compare the body of an answer with its length, and with a checksum of all of it if the store sent one.
+
+    Notes down in `Compared` whether there was such a checksum.
+
+    Raises:
+        Transient: the body is another; in the end that is a `CorruptObject`.
+    """
+    body: bytes = answer["Body"]
+    expected = answer.get("ContentLength", len(body))
+    if (sent := _RANGE.match(answer.get("ContentRange", ""))) is not None:
+        expected = int(sent[2]) - int(sent[1]) + 1
+    if len(body) != expected:
+        raise Transient(f"{len(body)} bytes of {expected} came", CorruptObject)
+    answer["Compared"] = False
+    for name, digest in _CHECKSUMS.items():
+        told = answer.get(name, "-")
+        if "-" in told:  # of the parts of a multipart upload
+            continue
+        found = b64encode(digest(body)).decode()
+        if found != told:
+            raise Transient(f"a body came whose {name.removeprefix('Checksum')} is {found}, not {told}", CorruptObject)
+        answer["Compared"] = True
+        return
+
+
+def _page(data: bytes) -> dict[str, Any]:
+    """`Contents`, `IsTruncated` and `NextContinuationToken` of a page of a listing."""
+    try:
+        root = ElementTree.fromstring(data)
+    except ElementTree.ParseError as error:
+        raise Transient(f"half a page of a listing came, or none ({error})") from error
+    namespace = root.tag[: root.tag.rfind("}") + 1]
+    if root.tag == f"{namespace}Error":  # S3 may begin a success and end it so
+        about = _texts(root)
+        raise Transient(f"{about.get('Code')} (200): {about.get('Message')}")
+    if root.tag != f"{namespace}ListBucketResult":
+        raise NoS3Server(f"<{root.tag.removeprefix(namespace)}> came in place of a listing")
+    contents, about = f"{namespace}Contents", _texts(root)
+    decoded = unquote_plus if about.get("EncodingType") == "url" else str
+    try:
+        entries = [_entry(_texts(element), decoded) for element in root.findall(contents)]
+        page: dict[str, Any] = {"Contents": entries, "IsTruncated": about["IsTruncated"] == "true"}
+        if page["IsTruncated"]:
+            page["NextContinuationToken"] = about["NextContinuationToken"]
+    except (KeyError, ValueError) as error:
+        raise Transient(f"a page of a listing came that says nothing usable of {error}") from error
+    return page
+
+
+def _entry(texts: dict[str, str], decoded: Callable[[str], str]) -> dict[str, Any]:
+    modified = datetime.fromisoformat(texts["LastModified"])
+    return {
+        "Key": decoded(texts["Key"]),
+        "Size": int(texts["Size"]),
+        "ETag": texts["ETag"],
+        "LastModified": modified if modified.tzinfo else modified.replace(tzinfo=UTC),
+    }
+
+
+def _texts(element: ElementTree.Element) -> dict[str, str]:
+    """The texts of the elements right below this one, by their names without a namespace."""
+    return {child.tag[child.tag.rfind("}") + 1 :]: child.text or "" for child in element}
+
+
+def _refusal(answer: BaseHTTPResponse) -> Refused:
+    """As botocore tells it: where no body says more, the code is the status."""
+    about = {"Code": str(answer.status), "Message": answer.reason or ""}
+    try:
+        root = ElementTree.fromstring(answer.data)
+    except ElementTree.ParseError:
+        pass
+    else:
+        if root.tag[root.tag.rfind("}") + 1 :] == "Error":
+            about |= {name: text for name, text in _texts(root).items() if text}
+    return Refused(answer.status, about["Code"], {**about, "headers": answer.headers})
