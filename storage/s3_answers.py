@@ -6,6 +6,7 @@ from base64 import b64encode
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from re import compile as pattern
 from typing import Any, Final
 from urllib.parse import unquote_plus
@@ -20,15 +21,20 @@ from tidemill.storage.s3_errors import NoS3Server, Refused, Transient
 _RANGE: Final = pattern(r"bytes (\d+)-(\d+)/")
 
 _FIELDS: Final = {
-    "ETag": "etag",
-    "ContentRange": "content-range",
-    "VersionId": "x-amz-version-id",
-    **{
-        f"Checksum{name}": f"x-amz-checksum-{name.lower()}"
-        for name in ("CRC32", "CRC64NVME", "CRC32C", "SHA256", "SHA1")
+    "get_object": {
+        **{"ETag": "etag", "ContentRange": "content-range", "ContentLength": "content-length"},
+        **{
+            f"Checksum{name}": f"x-amz-checksum-{name.lower()}"
+            for name in ("CRC32", "CRC64NVME", "CRC32C", "SHA256", "SHA1")
+        },
     },
+    "head_object": {"ETag": "etag", "ContentLength": "content-length", "LastModified": "last-modified"},
+    "put_object": {"ETag": "etag", "Date": "date"},
+    "delete_object": {"DeleteMarker": "x-amz-delete-marker", "VersionId": "x-amz-version-id"},
 }
+"""Headers, by method and field."""
 
+_date = lru_cache(maxsize=64)(parsedate_to_datetime)  # many answers come in one second
 _CRC64NVME: Final = anycrc.Model("CRC64-NVME")
 _CRC32C: Final = anycrc.Model("CRC32-ISCSI")
 _CHECKSUMS: Final[dict[str, Callable[[bytes], bytes]]] = {
@@ -56,20 +62,21 @@ def understood(method: str, answer: BaseHTTPResponse) -> dict[str, Any]:
         raise NoS3Server(f"a web page came ({answer.status})")
     if method == "list_objects_v2":
         return _page(answer.data)
-    found: dict[str, Any] = {name: headers[header] for name, header in _FIELDS.items() if header in headers}
+    found: dict[str, Any] = {name: headers[field] for name, field in _FIELDS[method].items() if field in headers}
     if method == "delete_object":
-        return found | {"DeleteMarker": headers.get("x-amz-delete-marker") == "true"}
+        return found | {"DeleteMarker": found.get("DeleteMarker") == "true"}
     if "ETag" not in found:
         raise Transient("an answer without an ETag came, unlike any of S3: the port of a web server?")
     try:
-        if method == "head_object":
-            found["LastModified"] = parsedate_to_datetime(headers["last-modified"])
-        elif method == "put_object":
-            found["Date"] = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(UTC)
-        else:
+        if "ContentLength" in found:
+            found["ContentLength"] = int(found["ContentLength"])
+        if method == "get_object":
             found["Body"] = answer.data
-        if method == "head_object" or "content-length" in headers:
-            found["ContentLength"] = int(headers["content-length"])
+        elif method == "put_object":
+            found["Date"] = _date(found["Date"]) if "Date" in found else datetime.now(UTC)
+        else:
+            found["LastModified"] = _date(found["LastModified"])
+            found["ContentLength"]  # an object has one
     except (KeyError, TypeError, ValueError) as error:
         raise Transient(f"an answer came that says nothing usable of {error}") from error
     return found

@@ -61,7 +61,6 @@ def _sent(
     headers = {header: params[name] for name, header in _HEADERS.items() if name in params}
     body: bytes | None = params.get("Body")
     if body is not None and session.sends_checksums:
-        headers["x-amz-sdk-checksum-algorithm"] = "CRC32"
         headers[CHECKSUM] = b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
     if method == "get_object" and "Range" not in params and session.asks_checksums:
         headers["x-amz-checksum-mode"] = "ENABLED"

@@ -133,12 +133,11 @@ class Session:
         self, address: Address, verb: str, resource: str, headers: dict[str, str], body: bytes | None
     ) -> dict[str, str]:
         """The headers of a request, signed by the credentials as they are now: those that expire are renewed here."""
-        request = AWSRequest(verb, f"{address.url}{resource}", headers, body)
-        request.headers["host"] = urlsplit(address.url).netloc
+        signed = {"host": urlsplit(address.url).netloc, **headers}
         credentials = self._credentials()
         if credentials is not None:
             # Over https a body that has a checksum is not hashed a second time
-            request.context = {
+            context = {
                 "client_config": self._config,
                 "checksum": {"request_algorithm": {"in": "header", "name": CHECKSUM}},
                 "has_streaming_input": body is not None,
@@ -147,8 +146,9 @@ class Session:
                 frozen = credentials.get_frozen_credentials()
             except RuntimeError as error:  # so botocore says that those it got have expired too
                 raise CredentialRetrievalError(provider=credentials.method, error_msg=str(error)) from error
-            S3SigV4Auth(frozen, address.service, address.region).add_auth(request)
-        return dict(request.headers.items())
+            signer = _Signer(frozen, address.service, address.region)
+            signer.add_auth(_Request(verb, f"{address.url}{resource}", signed, body, context))
+        return signed
 
     def _credentials(self) -> Any:
         """Whatever botocore finds first, looked for once; None: nothing."""
@@ -210,6 +210,28 @@ def _tell(request: AWSRequest, region_name: str, signing_name: str, signature_ve
     url = request.url.partition("?")[0]
     region, service = signing.get("region") or region_name, signing.get("signing_name") or signing_name
     raise _Decided(url, region, service, signature_version)
+
+
+@dataclass(slots=True)
+class _Request:
+    """What botocore's signer reads and writes of an `AWSRequest`, which would copy and convert its headers many times."""
+
+    method: str
+    url: str
+    headers: dict[str, str]
+    body: bytes | None
+    context: dict[str, Any]
+    params: None = None
+
+
+class _Signer(S3SigV4Auth):  # type: ignore[misc]  # botocore has no types
+    """Of one request. What is signed is asked for twice, and made once."""
+
+    _made: Any = None
+
+    def headers_to_sign(self, request: _Request) -> Any:
+        self._made = self._made or super().headers_to_sign(request)
+        return self._made
 
 
 class _HTTP(HTTPConnection):

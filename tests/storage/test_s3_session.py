@@ -498,7 +498,8 @@ def test_a_signal_interrupts_at_once(monkeypatch: pytest.MonkeyPatch, verb: Call
         sent: list[float] = []
 
         def send() -> None:
-            with silent.accept()[0]:
+            with silent.accept()[0] as connection:
+                connection.recv(1)
                 sent.append(time.monotonic())
                 os.kill(os.getpid(), signal.SIGUSR1)
                 ended.wait(60)
