@@ -1,4 +1,4 @@
-"""The five requests to S3 that Tidemill makes all the time, built by hand, signed by botocore's signer, sent by urllib3."""
+"""The requests to S3 that Tidemill makes all the time, built by hand, signed by botocore's signer, sent by urllib3."""
 
 import zlib
 from base64 import b64encode
@@ -18,6 +18,7 @@ _VERBS: Final = {
     "put_object": "PUT",
     "delete_object": "DELETE",
     "list_objects_v2": "GET",
+    "head_bucket": "HEAD",  # after each HEAD that finds nothing
 }
 _HEADERS: Final = {"IfMatch": "if-match", "IfNoneMatch": "if-none-match", "Range": "range"}
 _QUERY: Final = {"Prefix": "prefix", "StartAfter": "start-after", "ContinuationToken": "continuation-token"}
@@ -68,6 +69,8 @@ def _sent(
         query = {"list-type": "2", "encoding-type": "url"}
         query |= {name: params[key] for key, name in _QUERY.items() if key in params}
         resource = f"{address.root}?{urlencode(query, safe='-_.~', quote_via=quote)}"
+    elif method == "head_bucket":
+        resource = address.root
     else:
         resource = f"/{quote(params['Key'], safe='/-_.~')}"
     return session.send(address, _VERBS[method], resource, headers, body, stall_seconds)
@@ -78,6 +81,6 @@ def _elsewhere(session: Session, address: Address, refused: Refused, method: str
     if refused.status not in (301, 302, 307, 400):
         return None
     told = region_told(refused)
-    if told is None and method == "head_object":
+    if told is None and method in ("head_object", "head_bucket"):
         told = session.send(address, "HEAD", address.root, {}).headers.get("x-amz-bucket-region")
     return told

@@ -678,7 +678,7 @@ def test_the_probe_finds_such_a_server_out(monkeypatch: pytest.MonkeyPatch, capl
     """A registry needs no compared deletes: the warning comes for the inbox."""
     caplog.set_level(logging.WARNING, "tidemill.storage")
     refused = Answer.error(412, "PreconditionFailed")
-    with scripted(monkeypatch, page({}), Answer(), refused, Answer(204), head(), Answer(204)) as (store, _):
+    with scripted(monkeypatch, page({}), Answer(), refused, Answer(204), head(), head(), Answer(204)) as (store, _):
         store.url = f"s3://{uuid.uuid4().hex}/prefix"  # results are remembered by URL
         check_preconditions(store)
         assert not store.promises.compares_on_delete
