@@ -94,7 +94,7 @@ class _Distinct:
 
     def add(self, column: pa.ChunkedArray[Any]) -> None:
         """Look at more rows."""
-        if not (self._text or self._whole):
+        if not (self._text or self._whole) or self._known:
             return
         array = one_array(column)
         if pa.types.is_dictionary(array.type):
@@ -120,6 +120,13 @@ class _Distinct:
             self._seen = pc.unique(array if self._seen is None else pa.concat_arrays([self._seen, array]))
             if self._seen.nbytes > JUDGED_BYTES:
                 self._free_text, self._seen = True, self._seen[:1]
+
+    @property
+    def _known(self) -> bool:
+        """Whether more rows can change nothing: most columns are known early."""
+        if self._text:
+            return self._several and (self._free_text or self._first_rows >= JUDGED_ROWS)
+        return self._several and self._seen is not None and len(self._seen) < self._first_rows
 
     @property
     def constant(self) -> bool:
