@@ -70,15 +70,19 @@ def followed(report: "OnlineReport") -> View:
 
 
 # ---- the registry ----------------------------------------------------------------------------------------------------
-def models(found: "Sequence[Status]") -> View:
-    """All models of a registry, and what is wrong with each."""
-    facts = {"models": [status.model_dump(mode="json") for status in found]}
+def models(found: "Sequence[Status]", damaged: Mapping[str, str] = {}) -> View:
+    """All models of a registry, and what is wrong with each; `damaged`: why no more can be said of a model."""
+    facts: dict[str, Any] = {"models": [status.model_dump(mode="json") for status in found]}
+    if damaged:
+        facts["damaged"] = dict(damaged)
     rows = [
         (each.model, str(each.head), each.kind, _when(each.created), _aliases(each.aliases) or "-", _state(each))
         for each in found
     ]
+    rows += [(name, "?", "?", "?", "?", "damaged") for name in damaged]
     table = _table(("MODEL", "HEAD", "KIND", "CREATED (UTC)", "ALIASES", "STATE"), rows) if rows else "no models"
     problems = [f"{each.model}: {problem}" for each in found for problem in each.problems]
+    problems += [f"{name}: {reason}" for name, reason in damaged.items()]
     return facts, "\n".join([table, *problems])
 
 

@@ -236,7 +236,6 @@ class Chain:
 
 
 def models_in(store: Store) -> list[str]:
-    """Those with any manifest: one whose beginning was lost is still one."""
-    return sorted(
-        {info.key.split("/")[0] for info in store.list() if re.fullmatch(r"[^/]+/log/\d{8,}\.json", info.key)}
-    )
+    """Those with any manifest or alias: one whose beginning was lost is still one."""
+    own = re.compile(r"[^/]+/(log/\d{8,}|aliases/[^/]+)\.json")
+    return sorted({info.key.split("/")[0] for info in store.list() if own.fullmatch(info.key)})

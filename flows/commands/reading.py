@@ -42,6 +42,7 @@ def status(
         tidemill status ./registry flights --inbox ./inbox --watch
         tidemill status s3://bucket/registry flights --inbox s3://bucket/inbox --json
     """
+    from tidemill.storage.errors import CorruptObject, UnsupportedFormat
     from tidemill.storage.inbox import open_inbox
     from tidemill.storage.log import list_models
     from tidemill.storage.status import look
@@ -53,11 +54,17 @@ def status(
         """Whether anything is wrong."""
         names = list_models(registry) if model is None else [model]
         looked_into = None if inbox is None else open_inbox(inbox)
-        found = [
-            look(opened(registry, name), looked_into, behind_seconds=behind_seconds, ask_store=True) for name in names
-        ]
-        tell(views.models(found) if model is None else views.status(found[0]), as_json)
-        return any(each.problems for each in found)
+        found, damaged = [], dict[str, str]()
+        for name in names:
+            try:
+                log = opened(registry, name)
+                found.append(look(log, looked_into, behind_seconds=behind_seconds, ask_store=True))
+            except (CorruptObject, UnsupportedFormat) as error:
+                if model is not None:
+                    raise
+                damaged[name] = str(error)  # which must not hide the others
+        tell(views.models(found, damaged) if model is None else views.status(found[0]), as_json)
+        return bool(damaged) or any(each.problems for each in found)
 
     wrong = once()
     if watch:

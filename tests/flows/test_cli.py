@@ -173,6 +173,25 @@ def test_status_of_a_registry(tidemill: Run, model: Place) -> None:
 
 
 @memory
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_model_hides_no_others(tidemill: Run, model: Place, how: str) -> None:
+    store = open_store(model.registry)
+    for info in [*store.list("model/log/"), *store.list("model/aliases/")]:
+        store.write(info.key.replace("model/", "damaged/", 1), store.read(info.key))
+    if how == "cut":
+        store.write("damaged/log/00000002.json", store.read("damaged/log/00000002.json")[:50])
+    else:
+        for info in [*store.list("damaged/log/")]:
+            store.delete(info.key)
+    result = tidemill("status", model.registry)
+    assert result.code == 3
+    assert re.search(r"^model +2 ", result.out, re.MULTILINE)
+    assert re.search(r"^damaged +\? .*damaged$", result.out, re.MULTILINE)
+    assert list(tidemill("status", model.registry, "--json").json["damaged"]) == ["damaged"]
+    assert tidemill("status", model.registry, "damaged").code == 1
+
+
+@memory
 def test_status_of_an_empty_registry(tidemill: Run, place: Place) -> None:
     assert tidemill("status", place.registry).out == "no models\n"
     assert tidemill("status", place.registry, "--json").json == {"models": []}
