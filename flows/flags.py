@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from tidemill.flows import terminal
 from tidemill.tasks.settings import TAGS, OnlineSettings
-from tidemill.tasks.training.spec import FeatureList, Model, Optimizer, Schedule, Spec
+from tidemill.tasks.training.spec import BY_RECIPE, EPOCHS_TAGS, RECIPE, FeatureList, Model, Optimizer, Schedule, Spec
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -74,10 +74,15 @@ class SpecFlags(Spec):
     optimizer: _OptimizerFlags = Field(default_factory=_OptimizerFlags)
     schedule: _ScheduleFlags | None = Field(default=None)
 
-    def spec(self) -> Spec:
-        """What was asked for, as Python and files say it: a single target is a word."""
-        asked = self.model_dump()
-        return Spec.model_validate(asked | {"target": self.target[0] if len(self.target) == 1 else self.target})
+    def spec(self, *, from_file: bool = True) -> Spec:
+        """What was asked for, as Python and files say it: a single target is a word.
+
+        Where no file stands behind it and nothing is said of what a recipe chooses, the recipe is asked for.
+        """
+        asked = self.model_dump() | {"target": self.target[0] if len(self.target) == 1 else self.target}
+        if not from_file and self.recipe is None and not self.model_fields_set & set(BY_RECIPE):
+            asked["recipe"] = RECIPE
+        return Spec.model_validate(asked)
 
 
 class FollowFlags(OnlineSettings):
@@ -178,7 +183,9 @@ def _unknown(file: str, keys: str) -> str:
 def _problem(details: "ErrorDetails") -> str:
     """One of pydantic's complaints, by the name of its flag."""
     message = details["msg"].removeprefix("Value error, ")
-    if not (loc := [str(part) for part in details["loc"] if part not in TAGS]):  # of the settings together
+    if not (
+        loc := [str(part) for part in details["loc"] if part not in (*TAGS, *EPOCHS_TAGS)]
+    ):  # of the settings together
         return message
     flag = "--" + ".".join(loc).replace("_", "-")
     if details["type"] == "missing":

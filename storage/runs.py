@@ -25,7 +25,7 @@ _BROKEN = (NotFound, UnknownVersion, CorruptObject, AttributeError, RecursionErr
 
 
 class Checkpoint(Record):
-    """The learner after `epochs` epochs."""
+    """The learner after `epochs` epochs; of a search, of all learners that it has trained one after the other."""
 
     epochs: int
     losses: tuple[float, ...]
@@ -34,6 +34,8 @@ class Checkpoint(Record):
     """Loss on the holdout after each epoch so far, where a run chooses its best epoch by it."""
     environment: dict[str, str | int] = Field(default_factory=dict)
     """What the bits depend on besides the inputs, where the last epoch was trained."""
+    search: dict[str, Any] = Field(default_factory=dict)
+    """Where a run stands that finds out how long to train. Empty: it does not."""
     resolved: dict[str, Any] = Field(default_factory=dict)
     """What the spec came to on this dataset. Empty in checkpoints that are older than this field: what was asked."""
     weights: BlobRef
@@ -90,12 +92,14 @@ class BatchProgress:
         best: int | None = None,
         environment: Mapping[str, str | int] | None = None,
         resolved: Mapping[str, Any] | None = None,
+        search: Mapping[str, Any] | None = None,
+        epochs: int | None = None,
     ) -> None:
-        """Store a checkpoint after as many epochs as there are losses.
+        """Store a checkpoint after so many epochs; None: as many as there are losses.
 
         Then drop all but it, the one before, which an overlapping attempt may be reading, and that after `best` epochs.
         """
-        refs, epochs = [], len(losses)
+        refs, epochs = [], len(losses) if epochs is None else epochs
         for suffix, data in (("safetensors", weights), ("state.safetensors", state)):
             key = f"{self._prefix}/{epochs:08d}-{uuid.uuid4().hex}.{suffix}"
             self.log.store.write(key, data)
@@ -105,6 +109,7 @@ class BatchProgress:
             losses=losses,
             holdout_losses=holdout_losses,
             environment=dict(environment or {}),
+            search=dict(search or {}),
             resolved=dict(resolved or {}),
             weights=refs[0],
             state=refs[1],

@@ -128,7 +128,7 @@ def prepare(run: BatchRun) -> None:
 
 
 def train_epoch(run: BatchRun, epoch: int) -> float:
-    """Train one epoch, then store a checkpoint. Returns the mean loss over samples.
+    """Train one epoch, then store a checkpoint. Returns the mean loss over samples. Of a search: a stretch of it.
 
     Called again after an error, it finds out whether its checkpoint was stored: no epoch is trained twice. The first epoch
     fills the replay buffer, if the spec has one.
@@ -138,10 +138,12 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
     """
     try:
         learner = run.load_or_fit()
+        if run.search is not None:
+            return run.train_stretch(epoch)
         if learner.counters.epochs > epoch:
             return run.losses[epoch]
         key = ("epoch", epoch)
-        groups, epochs = run.dataset.row_groups, run.spec.epochs
+        groups, epochs = run.dataset.row_groups, run.last_epoch
         counted = learner.features.statistics.labelled if learner.features.statistics is not None else None
         rows = counted or run.dataset.ref.rows
         with under_way(f"epoch {epoch + 1} of {epochs}", total=rows, ahead=(epochs - epoch - 1) * rows) as activity:
@@ -194,7 +196,11 @@ class Evaluation:
 def evaluate(run: BatchRun) -> Evaluation:
     """Score the learner, of the best epoch, on the held-out rows or the separate dataset, beside what it must beat."""
     learner, rows = run.load_best(), _held_out(run)
-    found = Score(0, math.nan) if rows is None else rows.score(learner)
+    found = Score(0, math.nan)
+    if run.searched_rows is not None and run.search is not None:
+        found = run.search.result  # of learners that were not trained on them, as this one may be
+    elif rows is not None:
+        found = rows.score(learner)
     scored = rows if found.rows else None
     return Evaluation(
         found,
@@ -208,10 +214,8 @@ def _held_out(run: BatchRun) -> Rows | None:
     if run.settings.holdout_dataset is not None:
         other = run.holdout()
         return Rows(other.row_groups, None, other.schemas)
-    share = run.settings.holdout_share
-    if not share:
-        return None
-    return Rows(run.dataset.row_groups, Split(share, side="holdout"), run.dataset.schemas)
+    split = Split(run.holdout_share, side="holdout") if run.holdout_share else run.searched_rows
+    return None if split is None else Rows(run.dataset.row_groups, split, run.dataset.schemas)
 
 
 def register(run: BatchRun, result: Evaluation) -> Version:
@@ -223,7 +227,12 @@ def register(run: BatchRun, result: Evaluation) -> Version:
         return registered[0]
     learner = run.load_best()
     weights, state = learner.dump()
-    counters, spec = asdict(learner.counters), resolved_spec(learner)
+    counters, spec, losses = asdict(learner.counters), resolved_spec(learner), list(run.losses)
+    epochs: dict[str, object] = {}
+    if run.search is not None:
+        epochs, spec["epochs"] = {"search": run.search.facts()}, learner.counters.epochs
+    elif run.holdout_losses:
+        epochs = {"epoch_holdout": list(run.holdout_losses), "best_epoch": run.best_epoch}
     left_out = unlabelled_rows(learner.features)
     unlabelled = {"unlabelled_rows": left_out} if left_out else {}
     warn_of_hidden_state(learner, run.dataset.row_groups)
@@ -234,7 +243,6 @@ def register(run: BatchRun, result: Evaluation) -> Version:
         number = 0 if parent is None else parent.number + 1
         try:
             # Written anew for each number: blobs of a number that another run has taken are garbage, and may be collected.
-            chosen = {"epoch_holdout": list(run.holdout_losses), "best_epoch": run.best_epoch}
             entry = Entry(
                 kind="batch",
                 spec=run.asked.model_dump(mode="json"),
@@ -248,8 +256,8 @@ def register(run: BatchRun, result: Evaluation) -> Version:
                 ),
                 owed=() if parent is None else parent.manifest.owed,
                 metrics={
-                    "epoch_loss": list(run.losses),
-                    **(chosen if run.holdout_losses else {}),
+                    "epoch_loss": losses,
+                    **epochs,
                     **unlabelled,
                     **result.metrics,
                 },

@@ -4,7 +4,9 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 from collections.abc import Callable
+from typing import cast
 
 from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.log import VersionLog
@@ -12,12 +14,15 @@ from tidemill.storage.runs import BatchProgress
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.code import Code, code_of
+from tidemill.tasks.search import Clock, Search
+from tidemill.tasks.search import Progress as SearchProgress
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.training.batches import ORDER
 from tidemill.tasks.training.environment import differences, environment
+from tidemill.tasks.training.errors import SpecError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.fitting import fit
-from tidemill.tasks.training.groups import Split
+from tidemill.tasks.training.groups import Split, Subset
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.resolving import Resolved
 from tidemill.tasks.training.spec import Spec
@@ -48,8 +53,14 @@ class BatchRun:
         """Mean loss over samples of each finished epoch."""
         self.holdout_losses: tuple[float, ...] = ()
         """Loss on the holdout after each finished epoch, where `patience` asks for it."""
-        self.split = Split(settings.holdout_share, side="train") if settings.holdout_share else None
+        if spec.searches and settings.patience is not None:
+            raise SpecError("patience is for epochs that are given: with epochs auto or a recipe, leave it out")
+        self.holdout_share = settings.holdout_share(searches=spec.searches)
+        self.split = Split(self.holdout_share, side="train") if self.holdout_share else None
+        self.clock = Clock()
+        """Says when a search stores its next checkpoint."""
         self._resolved: Resolved | None = None
+        self._search: Search | None = None
         self._learner: Learner | None = None
         self._steps: Steps | None = None
         self._holdout: Snapshot | None = None
@@ -67,6 +78,22 @@ class BatchRun:
     def spec(self) -> Spec:
         """What is trained: nothing is left open in it."""
         return self.resolved.spec
+
+    @property
+    def search(self) -> Search | None:
+        """Finds out how long to train, where the spec says `epochs: auto`."""
+        if self.spec.epochs == "auto" and self._search is None:
+            learner = self.load_or_fit()
+            groups, split = self.dataset.row_groups, self.split
+            self._search = Search(groups, split, self.spec, learner.features, lambda: self._new(learner.features))
+        return self._search
+
+    @property
+    def searched_rows(self) -> Subset | None:
+        """The rows that the searches hold out, if no others are scored. The learner has been loaded or made."""
+        if self.search is None or self.holdout_share or self.settings.holdout_dataset is not None:
+            return None
+        return self.search.holdout()
 
     def load_or_fit(self) -> Learner:
         """The learner after the last finished epoch: kept, loaded, or new, after a pass over the dataset for statistics.
@@ -86,23 +113,59 @@ class BatchRun:
         learner = self.load_or_fit()
         if self._steps is None or self._steps.learner is not learner:
             rows = sum(group.num_rows for group in self.dataset.row_groups)
-            self._steps = Steps(learner, rows * self.spec.epochs // self.spec.batch_size)
+            self._steps = Steps(learner, rows * self.last_epoch // self.spec.batch_size)
         return self._steps
+
+    @property
+    def last_epoch(self) -> int:
+        """Epochs to train for, at most. The learner has been loaded or made."""
+        return self.search.plan.points[-1] if self.search is not None else cast(int, self.spec.epochs)
 
     def forget(self) -> None:
         """Drop a learner that may be half trained: the next use reloads the checkpoint."""
-        self._learner = None
+        self._learner = self._search = None
 
     def next_epoch(self) -> int | None:
-        """The epoch to train now, from 0; None if all are done, or `patience` has given up. Loads or fits the learner."""
+        """The epoch to train now, from 0; None if all are done, or `patience` has given up. Loads or fits the learner.
+
+        Of a search: the stretch to train now, which may be of several epochs.
+        """
         epoch = self.load_or_fit().counters.epochs
+        if self.search is not None:
+            return None if self.search.ended(epoch) else self.search.done(epoch)
         patience = self.settings.patience
         given_up = patience is not None and len(self.losses) - self.best_epoch >= patience
-        return None if given_up or epoch >= self.spec.epochs else epoch
+        return None if given_up or epoch >= self.last_epoch else epoch
+
+    def train_stretch(self, number: int) -> float:
+        """Train on until so many stretches of a search, and one more, are done. Returns the mean loss of the last epoch.
+
+        A checkpoint is stored now and then; of a search whose own learner is registered, at each new best score too.
+        """
+        learner, search, loss = self.load_or_fit(), self.search, math.nan
+        assert search is not None, "the spec asks for it"
+        while search.done(learner.counters.epochs) <= number:
+            steps, phase = self.gradient_steps(), search.progress.points
+
+            def epoch_done(loss: float, learner: Learner = learner) -> None:
+                self.losses = (*self.losses, loss)
+                if self.clock.due():
+                    self.save(learner)
+
+            self._learner = search.advance(learner, steps, epoch_done)
+            new = self._learner is not learner
+            learner, loss = self._learner, self.losses[-1]
+            self.losses = () if new else self.losses
+            best = not search.plan.refit and search.progress.points != phase and search.is_best(learner.counters.epochs)
+            if self.clock.due() or best:
+                self.save(learner)
+        return loss
 
     @property
     def best_epoch(self) -> int:
         """How many epochs the registered model has been trained for: all, or with `patience` those up to the best one."""
+        if self.search is not None:
+            return self.search.best_epochs
         if self.settings.patience is None or not self.holdout_losses:
             return len(self.losses)
         return 1 + min(range(len(self.holdout_losses)), key=self.holdout_losses.__getitem__)
@@ -118,13 +181,17 @@ class BatchRun:
 
     def save(self, learner: Learner) -> None:
         """Store a checkpoint after the epochs so far."""
+        search = self._search
+        before = 0 if search is None else search.epochs_before()
         self.progress.save(
             self.losses,
             *learner.dump(),
             self.holdout_losses,
-            self.best_epoch,
+            self.best_epoch if search is None or not search.plan.refit else None,
             environment(),
             self.resolved.model_dump(mode="json"),
+            None if search is None else search.progress.model_dump(mode="json"),
+            before + learner.counters.epochs,
         )
 
     def holdout(self) -> Snapshot:
@@ -140,11 +207,19 @@ class BatchRun:
             return None
         checkpoint, weights, state = stored
         self._resolved = Resolved.model_validate(checkpoint.resolved or {"spec": self.asked})
-        logger.info("going on from the checkpoint after epoch %d of %d", checkpoint.epochs, self.spec.epochs)
+        logger.info("going on from the checkpoint after epoch %d of %s", checkpoint.epochs, self.spec.epochs)
         if checkpoint.environment and (changed := differences(checkpoint.environment, environment())):
             logger.warning("bits may differ from those of an uninterrupted run: %s", "; ".join(changed))
         self.losses, self.holdout_losses = checkpoint.losses, checkpoint.holdout_losses
-        return Learner.load(self.spec, weights, state, self.settings.device)
+        learner = Learner.load(self.spec, weights, state, self.settings.device)
+        if checkpoint.search:
+            progress, features = SearchProgress.model_validate(checkpoint.search), learner.features
+            groups, split = self.dataset.row_groups, self.split
+            self._search = Search(groups, split, self.spec, features, lambda: self._new(features), progress)
+        return learner
+
+    def _new(self, features: Features) -> Learner:
+        return Learner.create(self.spec, features, self.settings.device)
 
     def _fresh(self) -> Learner:
         self.losses, self.holdout_losses = (), ()
@@ -153,7 +228,7 @@ class BatchRun:
         if self.settings.holdout_dataset is not None:
             self._holdout = snapshot(self.settings.holdout_dataset, self.stores, features.types)
             _check_holdout(self._holdout, features)
-        learner = Learner.create(self.spec, features, self.settings.device)
+        learner = self._new(features)
         try_out(learner, self.dataset.row_groups)
         return learner
 

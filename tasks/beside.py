@@ -16,7 +16,7 @@ from tidemill.storage.errors import on_one_line
 from tidemill.storage.log import VersionLog
 from tidemill.tasks.training.baseline import baseline
 from tidemill.tasks.training.errors import described
-from tidemill.tasks.training.groups import RowGroup, Split
+from tidemill.tasks.training.groups import RowGroup, Subset
 from tidemill.tasks.training.learner import Learner, Predictor
 from tidemill.tasks.training.loop import Score, score
 from tidemill.tasks.versions import load_frozen
@@ -29,7 +29,7 @@ class Rows:
     """Rows that nothing was trained on."""
 
     groups: Sequence[RowGroup]
-    split: Split | None
+    split: Subset | None
     schemas: Sequence[tuple[str, pa.Schema]]
     """Each distinct schema of their files, with the name of a row group that has it."""
 

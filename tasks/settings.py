@@ -20,14 +20,19 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 _DEVICE = "Where tensors are computed; auto takes an accelerator if there is one. Bits differ between devices."
 
 
+HOLDOUT: Final = 0.1
+"""Share of the rows that are held out where nothing is said."""
+
+
 class BatchSettings(_Settings):
     """How a batch run evaluates and registers."""
 
-    holdout: float = Field(
-        default=0.1,
+    holdout: float | None = Field(
+        default=None,
         ge=0,
         lt=1,
-        description="Share of the rows held out from training and scored at the end; a hash decides which rows.",
+        description="Share of the rows held out from training and scored at the end; a hash decides which rows. Left out: "
+        f"{HOLDOUT}; or with epochs auto no others than those that decide about the epochs.",
     )
     holdout_dataset: str | None = Field(
         default=None, description="URL of a dataset to score instead of held-out rows; all rows are then trained on."
@@ -47,16 +52,17 @@ class BatchSettings(_Settings):
 
     @model_validator(mode="after")
     def _one_holdout(self) -> Self:
-        if self.holdout_dataset is not None and "holdout" in self.model_fields_set and self.holdout > 0:
+        if self.holdout_dataset is not None and self.holdout:
             raise ValueError("give either holdout (a share of the rows) or holdout_dataset (a URL), not both")
-        if self.patience is not None and not self.holdout and self.holdout_dataset is None:
+        if self.patience is not None and self.holdout == 0 and self.holdout_dataset is None:
             raise ValueError("patience needs held-out rows: set holdout or holdout_dataset")
         return self
 
-    @property
-    def holdout_share(self) -> float:
-        """Share of the training dataset's rows that training must not see."""
-        return 0.0 if self.holdout_dataset is not None else self.holdout
+    def holdout_share(self, *, searches: bool) -> float:
+        """Share of the training dataset's rows that training must not see; `searches`: it holds out rows of its own."""
+        if self.holdout_dataset is not None:
+            return 0.0
+        return self.holdout if self.holdout is not None else 0.0 if searches else HOLDOUT
 
 
 class Limits(_Settings):

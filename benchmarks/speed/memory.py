@@ -24,13 +24,13 @@ SHUFFLE_TIMES: Final = 4  # several of the largest windows
 def measure(case: str, work: Work, began: float) -> dict[str, Any]:
     """One pass as a batch run takes it by default, with rows held out: the split costs memory too."""
     from benchmarks.speed.training.ours import begun
-    from tidemill.tasks.settings import BatchSettings
+    from tidemill.tasks.settings import HOLDOUT
     from tidemill.tasks.training.groups import Split
     from tidemill.tasks.training.loop import train_pass
     from tidemill.tasks.training.steps import Steps
 
     learner, groups = begun(work, compile="off")
-    split = Split(BatchSettings().holdout_share, side="train")
+    split = Split(HOLDOUT, side="train")
     before = peak_mb()
     result = train_pass(Steps(learner), groups, key=("epoch", 0), split=split)
     assert 0.8 * work.rows < result.rows < work.rows, f"{result.rows} of {work.rows} rows"

@@ -40,7 +40,8 @@ def train(
     Killed and started again with the same arguments, it continues after its last checkpoint and ends with the same bits.
     Features are names of columns, patterns, !NAME for all but that one, or JSON for more; quote * and ! in a shell. Without
     them, all columns that can be used are features. The target may hold numbers or labels (text, booleans, whole numbers).
-    Models of your own are found in the current folder.
+    Where no file is given, nor any of --model, --optimizer, --learning-rate, --batch-size and --epochs, these are chosen by the
+    dataset, with held-out rows (--recipe 1). Models of your own are found in the current folder.
 
     For example:
 
@@ -52,7 +53,7 @@ def train(
             --features distance '{"name": "carrier", "kind": "category"}' \\
             --model.factory mymodels:Net --model.arguments '{"width": 32}'
     """
-    asked = spec.spec()
+    asked = spec.spec(from_file=file is not None)
     launch.before_training(dataset, registry, model, asked, settings)
     launch.find_own_modules()
     by_prefect = launch.by_prefect(prefect)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tidemill.tasks.training.cutting import Batch, Blocks, rebatched
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.groups import RowGroup, Split, generator, is_partition, prefetch
+from tidemill.tasks.training.groups import RowGroup, Subset, generator, is_partition, prefetch
 from tidemill.tasks.training.once import Decoded, Rows
 from tidemill.tasks.training.packing import place
 from tidemill.tasks.training.pool import Empty, WindowPool
@@ -66,7 +66,7 @@ class Stream:
         batch_size: int,
         window_bytes: int,
         shuffle_seed: tuple[str | int, ...] | None = None,
-        split: Split | None = None,
+        split: Subset | None = None,
         plan: Sequence[Blocks] | None = None,
     ) -> None:
         """`plan`: how all rows of the pass, known before, are cut; it takes the place of `batch_size`."""

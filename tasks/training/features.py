@@ -1,7 +1,7 @@
 """Which columns become the model's inputs, and the statistics that scale them: the preprocessing state.
 
-Shape legend: N rows, F numbers of one row (a vector column counts for several), C ids of one row (a category has one, a
-sequence several), T targets.
+Shape legend: N rows, F numbers of one row (a vector column counts for several; null indicators come last), C ids of one row (a
+category has one, a sequence several), T targets.
 """
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, Self, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from pydantic import JsonValue
 from torch import Tensor
@@ -25,12 +26,12 @@ from tidemill.tasks.training.classes import Label, class_numbers
 from tidemill.tasks.training.columns import Ids, as_tensor, bucket_ids, one_array, sequence_ids
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.families import Family, stored, type_name, type_of
-from tidemill.tasks.training.groups import RowGroup, Split, read_ahead
+from tidemill.tasks.training.groups import RowGroup, Subset, read_ahead
 from tidemill.tasks.training.inputs import Input, check_families, check_weight, input_of, target_family
 from tidemill.tasks.training.packing import blocks, pack
 from tidemill.tasks.training.pool import Empty
 from tidemill.tasks.training.spec import Spec, Task
-from tidemill.tasks.training.statistics import Moments, Statistics
+from tidemill.tasks.training.statistics import Moments, Statistics, range_of
 from tidemill.tasks.training.survey import Survey
 
 NULLS_BY_CHANCE: Final = 1e-6  # a wholly null column that is less probable than this is taken for a mistake
@@ -65,6 +66,8 @@ class Counted:
     """Of each target; of no values where that is text whose labels are not known yet."""
     class_counts: Tensor | None
     """int64 [classes]: rows of each; None: they were not asked for."""
+    range_2T: Tensor
+    """float64 [2, T]: the lowest and the highest of each target; infinity and -infinity of text."""
 
     def of(self, columns: Sequence[int]) -> Self:
         """The same of some of the input columns only."""
@@ -92,7 +95,12 @@ class Features:
     standardize_features: bool
     standardize_target: bool
     running_statistics: bool = False
+    soft_limit: float | None = None
+    null_indicators: bool = False
+    limit_predictions: bool = False
     dataset_columns: tuple[str, ...]  # of the schema that was resolved, used or not
+    indicated: tuple[str, ...] = ()
+    """The number columns that had nulls where `fit` looked, if `null_indicators` asks for them."""
     statistics: Statistics | None = None
 
     # ---- resolving ---------------------------------------------------------------------------------------------------
@@ -119,12 +127,20 @@ class Features:
             standardize_features=spec.standardize_features,
             standardize_target=spec.standardize_target,
             running_statistics=spec.running_statistics,
+            soft_limit=spec.soft_limit,
+            null_indicators=spec.null_indicators,
+            limit_predictions=spec.limit_predictions,
             dataset_columns=tuple(schema.names),
         )
 
     @property
     def numbers(self) -> int:
-        """F, the width of x_NF."""
+        """F, the width of x_NF: the number columns in spec order, then the null indicators."""
+        return self.scaled + len(self.indicated)
+
+    @property
+    def scaled(self) -> int:
+        """How many of the F numbers come from columns, and have statistics: the first ones."""
         return sum(column.numbers for column in self.columns)
 
     @property
@@ -152,6 +168,7 @@ class Features:
     def fitted(self) -> bool:
         """Whether rows can be encoded: `fit` has run, or nothing is learned from the dataset."""
         learned = self.standardize_features or self.standardize_target or self.class_weighting == "balanced"
+        learned = learned or self.null_indicators or self.limit_predictions
         return self.statistics is not None or not learned
 
     @property
@@ -169,6 +186,23 @@ class Features:
         counts = self.statistics.class_counts
         assert counts is not None, "fit() counts the classes"
         return (counts.sum() / (len(counts) * counts.double())).float()
+
+    @property
+    def base_logits(self) -> Tensor | None:
+        """float32, one for each output: what a model returns that knows nothing but how often each class occurs.
+
+        Of the rows that `fit` has counted, and half a row more of each class. None for regression, and if nothing was counted.
+        """
+        seen = self.statistics
+        if self.task == "regression" or seen is None or seen.labelled is None:
+            return None
+        if self.classes is None:
+            ones_T = seen.target_mean * seen.labelled
+            return ((ones_T + 0.5) / (seen.labelled - ones_T + 0.5)).log().float()
+        if seen.class_counts is None:
+            return None
+        counts = seen.class_counts.double() + 0.5
+        return (counts / counts.sum()).log().float()
 
     def names(self, *, labelled: bool) -> list[str]:
         """Columns to read, each once: the features, then if `labelled` the targets and the sample weight."""
@@ -189,10 +223,10 @@ class Features:
 
     @cached_property
     def digest(self) -> bytes:
-        """Of all that `state` holds: two with the same one encode rows alike."""
+        """Of what `state` holds, but for the limits of predictions: two with the same one encode rows alike."""
         tensors, config = self.state()
         found = hashlib.blake2b(json.dumps(config, sort_keys=True).encode(), digest_size=16)
-        for name in sorted(tensors):
+        for name in sorted(tensors.keys() - {"target_range"}):
             found.update(name.encode())
             found.update(tensors[name].contiguous().numpy().tobytes())
         return found.digest()
@@ -251,22 +285,25 @@ class Features:
                 table = table.set_column(i, name, as_stored)
         return table
 
-    def labelled_rows(self, groups: Sequence[RowGroup], split: Split | None = None) -> int:
+    def labelled_rows(self, groups: Sequence[RowGroup], split: Subset | None = None) -> int:
         """How many rows of the groups (of `split`) have all targets. Only the targets are read, and those of no row group twice.
 
         Raises ColumnError: a bad schema.
         """
-        rows = 0
-
-        def read(group: RowGroup) -> pa.Table:
-            self.check(group.schema, group.name)
-            return group.read(list(self.targets))
-
-        groups = [group for group in groups if group.num_rows]
-        with closing(read_ahead(groups, read)) as tables:
+        rows, groups = 0, [group for group in groups if group.num_rows]
+        with closing(self.target_tables(groups)) as tables:
             for group, table in zip(groups, tables, strict=True):
                 rows += self.labelled(table, None if split is None else split.rows(group).nonzero().squeeze(1))
         return rows
+
+    def target_tables(self, groups: Iterable[RowGroup]) -> Generator[pa.Table]:
+        """As `tables`, but of the targets alone."""
+
+        def read(group: RowGroup) -> pa.Table:
+            self.check_targets(group.schema, group.name)
+            return self._stored(group.read(list(self.targets)))
+
+        return read_ahead(groups, read)
 
     def labelled(self, table: pa.Table, rows_N: Tensor | None = None) -> int:
         """How many rows of a table, or of its `rows_N`, have all targets."""
@@ -278,7 +315,7 @@ class Features:
         return int((labelled_N if rows_N is None else labelled_N.index_select(0, rows_N)).sum())
 
     # ---- learning the statistics -------------------------------------------------------------------------------------
-    def fit(self, groups: Iterable[RowGroup], split: Split | None = None) -> Self:
+    def fit(self, groups: Iterable[RowGroup], split: Subset | None = None) -> Self:
         """A copy with the statistics of the rows of `split` (None: all rows), from one streaming pass.
 
         Raises ColumnError: a bad schema, NaN or infinity, a bad sample weight, a column with no value at all, or a class
@@ -301,7 +338,7 @@ class Features:
         for name, moments in zip(self.targets, counted.targets, strict=True):
             if not moments.count_K.all():
                 raise ColumnError(f"target {name!r} is null in all {rows} rows of the dataset: nothing can be learned")
-        if class_counts is not None and not class_counts.all():
+        if class_counts is not None and self.class_weighting == "balanced" and not class_counts.all():
             raise ColumnError(
                 f"target {self.targets[0]!r} is {self._label(int(class_counts.argmin()))} in no labelled row of the dataset, so "
                 f"class_weights 'balanced' has no weight for that class: add rows of it, or name the weights"
@@ -312,11 +349,15 @@ class Features:
                 raise ColumnError(
                     f"column {name!r} has values so far out that it has no finite standard deviation: mend them, or write nulls"
                 )
+        nulls, labelled = counted.nulls, counted.labelled
+        holed = [c.name for c, null in zip(self.columns, nulls, strict=True) if null and not c.buckets]
+        statistics = Statistics.of(
+            rows, nulls, *found, class_counts, running=self.running_statistics, labelled=labelled
+        )
         return replace(
             self,
-            statistics=Statistics.of(
-                rows, counted.nulls, *found, class_counts, running=self.running_statistics, labelled=counted.labelled
-            ),
+            indicated=tuple(holed) if self.null_indicators else (),
+            statistics=replace(statistics, target_range=counted.range_2T) if self.limit_predictions else statistics,
         )
 
     def updated(self, groups: Iterable[RowGroup]) -> Self:
@@ -330,14 +371,33 @@ class Features:
         statistics = self.statistics.with_rows(counted.rows, counted.nulls, *found, self._number_names())
         return replace(self, statistics=statistics)
 
+    def widened(self, groups: Iterable[RowGroup]) -> Self:
+        """A copy that predicts as far as the targets of `groups` reach too (`limit_predictions`). Raises ColumnError."""
+        assert self.statistics is not None, "fit() comes before widened()"
+        range_2T = self.statistics.target_range
+        assert range_2T is not None, "limits were asked for"
+        groups = [group for group in groups if group.num_rows]
+        with closing(self.target_tables(groups)) as tables:
+            for table in tables:
+                range_2T = self._range(table, None, range_2T)
+        if not torch.isfinite(range_2T).all():
+            raise ColumnError(f"target {self.targets[0]!r} has NaN or infinity: write nulls for missing values")
+        return replace(self, statistics=replace(self.statistics, target_range=range_2T))
+
+    def _range(self, table: pa.Table, rows_N: Tensor | None, seen_2T: Tensor) -> Tensor:
+        """float64 [2, T]: the lowest and the highest of each target in a table, or in its `rows_N`, and in what was seen."""
+        found = [range_of(one_array(table.column(name)), rows_N) for name in self.targets]
+        low_T, high_T = torch.stack(found, 1)
+        return torch.stack([torch.minimum(seen_2T[0], low_T), torch.maximum(seen_2T[1], high_T)])
+
     def _number_names(self) -> list[str]:
-        """The column of each of the F numbers and the T targets."""
+        """The column of each of the scaled numbers and the T targets."""
         return [*(column.name for column in self.columns for _ in range(column.numbers)), *self.targets]
 
     def count(
         self,
         groups: Iterable[RowGroup],
-        split: Split | None,
+        split: Subset | None,
         survey: Survey | None = None,
         activity: Activity = NOBODY,
     ) -> Counted:
@@ -349,8 +409,9 @@ class Features:
         targets = [Moments.zero(1) for _ in self.targets]
         surveyed = survey is not None and survey.target is not None  # it counts the classes
         class_counts = None
-        if self.class_weighting == "balanced" and not surveyed:
+        if (self.class_weighting == "balanced" or self.classes is not None) and not surveyed:
             class_counts = torch.zeros(self.classes or 2, dtype=torch.int64)
+        range_2T = torch.tensor([math.inf, -math.inf], dtype=torch.float64).unsqueeze(1).repeat(1, len(self.targets))
         nulls = [0] * len(self.columns)
         rows, labelled, groups = 0, 0, list(groups)
         with closing(self.tables(groups)) as tables:
@@ -373,8 +434,10 @@ class Features:
                     class_counts += self._class_counts(table, group.name, rows_N)
                 if survey is not None:
                     survey.see(table, rows_N)
+                if "text" not in self.target_families:
+                    range_2T = self._range(table, rows_N, range_2T)
                 activity.advance(group.num_rows)
-        return Counted(rows, labelled, nulls, inputs, targets, class_counts)
+        return Counted(rows, labelled, nulls, inputs, targets, class_counts, range_2T)
 
     def _numbers_of(self, i: int, table: pa.Table, where: str) -> pa.Array[Any]:
         """A target as numbers, or as what `as_tensor` makes numbers of."""
@@ -399,6 +462,17 @@ class Features:
         return None
 
     # ---- encoding ----------------------------------------------------------------------------------------------------
+    @property
+    def scaling(self) -> tuple[Tensor, Tensor]:
+        """(center_F, scale_F), float64: a number becomes (number - center) / scale; null indicators stay as they are."""
+        center_F, scale_F = (
+            torch.zeros(self.numbers, dtype=torch.float64),
+            torch.ones(self.numbers, dtype=torch.float64),
+        )
+        if self.standardize_features and self.statistics is not None:
+            center_F[: self.scaled], scale_F[: self.scaled] = self.statistics.mean_F, self.statistics.std_F
+        return center_F, scale_F
+
     def encode(self, table: pa.Table, where: str) -> Encoded:
         """The inputs of a table, as `encode_into` makes them; `where` names it in messages. Raises ColumnError: NaN, infinity."""
         inputs = self.allocate(table.num_rows)
@@ -422,13 +496,10 @@ class Features:
         """
         assert self.fitted, "fit() comes before encode_into()"
         columns = [(one_array(table.column(column.name)), column) for column in self.columns]
-        if self.standardize_features and self.statistics is not None:
-            center_F, scale_F = self.statistics.mean_F, self.statistics.std_F
-        else:
-            center_F, scale_F = torch.zeros(2, self.numbers, dtype=torch.float64).unbind()
-            scale_F = scale_F + 1
+        center_F, scale_F = self.scaling
         numbers = [(array, c.width) for array, c in columns if not c.buckets]
-        if not pack(numbers, center_F, scale_F, x_NF, places_N):
+        numbers += [(pc.is_null(array).cast(pa.float32()), None) for array, c in columns if c.name in self.indicated]
+        if not pack(numbers, center_F, scale_F, x_NF, places_N, soft_limit=self.soft_limit, limited=self.scaled):
             if places_N is not None:  # a window is shared with other tables
                 x_NF = torch.empty(table.num_rows, self.numbers, dtype=torch.float32)
                 pack(numbers, center_F, scale_F, x_NF)
@@ -437,7 +508,7 @@ class Features:
             _fill_ids([(array, c) for array, c in columns if c.buckets], where, ids_NC, places_N)
 
     def _non_finite(self, x_NF: Tensor, where: str) -> ColumnError:
-        names = [column.name for column in self.columns for _ in range(column.numbers)]
+        names = self._number_names()
         bad_NF = ~torch.isfinite(x_NF)
         first = int(bad_NF.any(0).nonzero()[0])
         count = int(bad_NF[:, first].sum())
@@ -515,8 +586,11 @@ class Features:
         }
         if self.labels is not None:  # absent from states that are older than it
             config["labels"] = list(self.labels)
-        if self.running_statistics:  # absent from states that are older than it
-            config["running_statistics"] = True
+        for name in ("running_statistics", "soft_limit", "null_indicators", "limit_predictions"):
+            if getattr(self, name):  # absent from states that are older than it
+                config[name] = getattr(self, name)
+        if self.indicated:
+            config["indicated"] = list(self.indicated)
         if self.statistics is None:
             return {}, config
         seen = self.statistics
@@ -526,6 +600,8 @@ class Features:
             config["labelled"] = seen.labelled
         if seen.class_counts is not None:
             tensors["class_counts"] = seen.class_counts
+        if seen.target_range is not None:
+            tensors["target_range"] = seen.target_range
         if seen.moments is not None:
             for name, moments in zip(("moments", "target_moments"), seen.moments, strict=True):
                 tensors |= {f"{name}.count": moments.count_K, f"{name}.m2": moments.m2_K}
@@ -558,6 +634,7 @@ class Features:
                 target_std=target_std,
                 class_counts=tensors.get("class_counts"),
                 moments=moments,
+                target_range=tensors.get("target_range"),
             )
         labels, classes = known.get("labels"), known.get("classes") or 2
         if labels is not None and not (

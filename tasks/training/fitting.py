@@ -59,7 +59,7 @@ def fit(
     if (counts := resolved.class_counts) is not None:
         if resolved.labels is not None:
             counted = replace(counted, targets=[Moments.of_counts(counts)])
-        if final.class_weighting == "balanced":
+        if final.class_weighting == "balanced" or final.classes is not None:
             counted = replace(counted, class_counts=torch.tensor(counts))
     return resolved, final.with_statistics(counted)
 

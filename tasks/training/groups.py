@@ -5,7 +5,7 @@ Shape legend: N rows of one row group.
 
 import json
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -181,6 +181,14 @@ def generator(*key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(stable_seed(*key))
 
 
+class Subset(Protocol):
+    """Some rows of a dataset, however they were chosen."""
+
+    def rows(self, group: RowGroup) -> Tensor:
+        """bool [N]: which rows of the group they are."""
+        ...
+
+
 @dataclass(frozen=True)
 class Split:
     """One side of a row-level split that depends only on the names of the row groups.
@@ -192,6 +200,8 @@ class Split:
     """Of the rows, in (0, 1), that is held out."""
     side: Literal["train", "holdout"]
     """`holdout`: the rows that are held out. `train`: all others."""
+    draw: str = "split"
+    """Splits of two draws have nothing to do with each other."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -199,6 +209,30 @@ class Split:
 
     def rows(self, group: RowGroup) -> Tensor:
         """bool [N]: which rows of the group are on this side."""
-        random = generator("split", group.name)
+        random = generator(self.draw, group.name)
         holdout_N = torch.rand(group.num_rows, dtype=torch.float32, generator=random) < self.share
         return holdout_N if self.side == "holdout" else ~holdout_N
+
+
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """Rows that were chosen one by one."""
+
+    chosen: Mapping[str, Tensor]
+    """Name of a row group -> bool [N]."""
+
+    def rows(self, group: RowGroup) -> Tensor:
+        """As in `Subset`."""
+        return self.chosen[group.name]
+
+
+@dataclass(frozen=True)
+class Both:
+    """The rows that are among the one and among the other."""
+
+    one: Subset
+    other: Subset
+
+    def rows(self, group: RowGroup) -> Tensor:
+        """As in `Subset`."""
+        return self.one.rows(group) & self.other.rows(group)

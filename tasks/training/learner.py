@@ -37,6 +37,15 @@ from tidemill.tasks.training.replay import ReplayBuffer
 from tidemill.tasks.training.spec import BUILT_IN_MODELS, Spec
 
 METADATA_KEY: Final = "tidemill"  # a single key: safetensors does not fix the order of several
+PREPROCESSING: Final = (
+    "standardize_features",
+    "standardize_target",
+    "running_statistics",
+    "soft_limit",
+    "null_indicators",
+    "limit_predictions",
+)
+"""What spec and stored features must agree on."""
 STATE_FORMAT: Final = "1.1"
 """`major.minor`. A field's meaning never changes; a new one is optional, under a higher minor. It and all lower ones are read."""
 
@@ -150,6 +159,10 @@ class Learner:
         if self.memory is not None:
             self.memory.rescale(old, self.features)
 
+    def widen_limits(self, groups: Sequence[RowGroup]) -> None:
+        """Lets predictions reach as far as the targets of `groups`. Raises ColumnError."""
+        self.features = self.features.widened(groups)
+
     def predictor(self) -> Predictor:
         """A copy of what is served now, which further training does not change."""
         try:
@@ -247,7 +260,7 @@ class _Stored(NamedTuple):
         stored = ([column.name for column in features.columns], features.targets, features.task)
         if wanted != stored:
             raise StateMismatch(f"the stored state is for (features, target, task) {stored}, the spec has {wanted}")
-        for name in ("standardize_features", "standardize_target", "running_statistics"):
+        for name in PREPROCESSING:
             if getattr(features, name) != getattr(spec, name):
                 raise StateMismatch(
                     f"the stored state has {name} {getattr(features, name)}, the spec {getattr(spec, name)}"

@@ -20,7 +20,8 @@ from tidemill.tasks.training.calling import told, usual_types
 from tidemill.tasks.training.cutting import Batch, Blocks, joined
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, described, of_the_machine
 from tidemill.tasks.training.features import Encoded
-from tidemill.tasks.training.groups import RowGroup, Split, generator, prefetch, stable_seed
+from tidemill.tasks.training.groups import RowGroup, Subset, generator, prefetch, stable_seed
+from tidemill.tasks.training.kept import Kept, KeptStream
 from tidemill.tasks.training.learner import Learner, Predictor
 from tidemill.tasks.training.losses import is_column, loss_of
 from tidemill.tasks.training.metrics import number_of
@@ -62,16 +63,16 @@ class Score:
 
 def train_pass(
     steps: Steps,
-    groups: Sequence[RowGroup],
+    groups: Sequence[RowGroup] | Kept,
     *,
     key: tuple[str | int, ...],
-    split: Split | None = None,
+    split: Subset | None = None,
     replay: bool = False,
     remember: bool = False,
     labelled: int | None = None,
     activity: Activity = NOBODY,
 ) -> PassResult:
-    """Trains on every labelled row of the groups (of `split`) once, and adds to the learner's rows and steps.
+    """Trains on every labelled row of the groups (of `split`), or on kept rows, once; adds to the learner's rows and steps.
 
     The rows are cut into as few batches of at most `batch_size` rows as hold them all, which differ by at most one row.
     `labelled` says how many rows there are; None: they are counted first, for which the targets are read.
@@ -89,13 +90,12 @@ def train_pass(
     learner, began = steps.learner, steps.learner.counters.steps
     spec, memory = learner.spec, learner.memory if replay or remember else None
     if labelled is None:
-        labelled = labelled_rows(groups, learner.features, split)
+        labelled = groups.rows if isinstance(groups, Kept) else labelled_rows(groups, learner.features, split)
     plan = steps.plan(labelled)
-    stream = Stream(
+    stream = _stream(
+        learner,
         groups,
-        learner.features,
         batch_size=spec.batch_size,
-        window_bytes=spec.window_bytes,
         shuffle_seed=(spec.seed, *key) if spec.shuffle else None,
         split=split,
         plan=[Blocks(size, 1, held * blocks) for size, held, blocks in plan] if memory else plan,
@@ -137,6 +137,29 @@ def train_pass(
     if stream.unlabelled:
         logger.debug("left out %d rows of %s without a target", stream.unlabelled, _named(groups))
     return PassResult(stream.rows, learner.counters.steps - began, mean, stream.unlabelled)
+
+
+def _stream(
+    learner: Learner | Predictor,
+    groups: Sequence[RowGroup] | Kept,
+    *,
+    batch_size: int,
+    split: Subset | None,
+    shuffle_seed: tuple[str | int, ...] | None = None,
+    plan: Sequence[Blocks] | None = None,
+) -> Stream | KeptStream:
+    """One pass over row groups, or over kept rows: a split has been applied to these already."""
+    if isinstance(groups, Kept):
+        return KeptStream(groups, batch_size=batch_size, shuffle_seed=shuffle_seed, plan=plan)
+    return Stream(
+        groups,
+        learner.features,
+        batch_size=batch_size,
+        window_bytes=learner.spec.window_bytes,
+        shuffle_seed=shuffle_seed,
+        split=split,
+        plan=plan,
+    )
 
 
 def _gathered(batches: Iterable[Batch], per_call: int) -> Iterator[tuple[Batch, int]]:
@@ -187,6 +210,8 @@ def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int, *, labell
     ordinal = learner.counters.shards
     if learner.spec.running_statistics:
         learner.update_statistics(groups)
+    if learner.spec.limit_predictions:
+        learner.widen_limits(groups)
     for number in range(passes):
         key, first = ("shard", ordinal, number), number == 0
         result = train_pass(steps, groups, key=key, replay=True, remember=first, labelled=labelled)
@@ -195,8 +220,10 @@ def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int, *, labell
 
 
 @torch.no_grad()  # no inference mode: what a model caches meanwhile is used in training too
-def score(learner: Learner | Predictor, groups: Sequence[RowGroup], split: Split | None = None) -> Score:
-    """Loss and metrics of the served network on every labelled row of the groups (of `split`). The learner is not changed.
+def score(learner: Learner | Predictor, groups: Sequence[RowGroup] | Kept, split: Subset | None = None) -> Score:
+    """Loss and metrics of the served network on every labelled row of the groups (of `split`), or on kept rows.
+
+    The learner is not changed.
 
     Metrics: mae and rmse for regression, in units of the target; accuracy and auroc (from binned scores; left out when
     only one class occurs) for binary; accuracy for multiclass; and the spec's own. Class and sample weights count in the
@@ -204,7 +231,7 @@ def score(learner: Learner | Predictor, groups: Sequence[RowGroup], split: Split
     non-finite loss is returned, not raised. Raises ColumnError and ModelError.
     """
     spec, device = learner.spec, learner.device
-    stream = Stream(groups, learner.features, batch_size=EVALUATION_ROWS, window_bytes=spec.window_bytes, split=split)
+    stream = _stream(learner, groups, batch_size=EVALUATION_ROWS, split=split)
     loss_function, metrics = loss_of(spec, learner.features), learner.metrics
     left_out: dict[str, str] = {}
     for metric in metrics.values():
@@ -301,13 +328,29 @@ def _outputs(learner: Learner | Predictor, x_BF: Tensor, ids_BC: Tensor | None) 
     """The served network's outputs, [B] for one output, else [B, O]."""
     with told("the model, in evaluation mode,", x_BF, ids_BC), usual_types():
         output = forward_of(learner.spec, learner.device)(learner.served, x_BF, ids_BC)
-    return output.squeeze(1) if is_column(learner.spec, output, len(x_BF)) else output
+    output = output.squeeze(1) if is_column(learner.spec, output, len(x_BF)) else output
+    return _limited(learner, output) if learner.features.limit_predictions else output
+
+
+def _limited(learner: Learner | Predictor, output: Tensor) -> Tensor:
+    """Outputs for regression, kept between the lowest and the highest target that was trained on."""
+    seen = learner.features.statistics
+    assert seen is not None, "limits are learned"
+    assert seen.target_range is not None, "limits are learned"
+    range_2T = seen.target_range
+    if learner.features.standardize_target:
+        range_2T = (range_2T - seen.target_mean) / seen.target_std
+    low_T, high_T = range_2T.to(output.device, output.dtype)
+    return output.clamp(low_T, high_T)
 
 
 def _in_target_units(learner: Learner | Predictor, output: Tensor) -> Tensor:
     """Outputs as values (regression, float64) or probabilities (float32)."""
     if learner.spec.task == "regression":
-        return _unscaled(learner, output)
+        values, seen = _unscaled(learner, output), learner.features.statistics
+        if seen is None or seen.target_range is None:
+            return values
+        return values.clamp(*seen.target_range)  # scaled and back, a limit is no longer exactly what it was
     return output.sigmoid() if learner.spec.task == "binary" else output.softmax(1)
 
 
@@ -331,6 +374,8 @@ def _seeded(device: torch.device, *key: str | int) -> Iterator[None]:
         yield
 
 
-def _named(groups: Sequence[RowGroup]) -> str:
+def _named(groups: Sequence[RowGroup] | Kept) -> str:
+    if isinstance(groups, Kept):
+        return groups.name
     more = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
     return f"{groups[0].name}{more}"

@@ -3,7 +3,8 @@
 Every model is called `model(x_BF)`, or `model(x_BF, ids_BC)` when there are categories or sequences, and returns
 [B, outputs] (for one output [B] will do): numbers for regression, logits for binary and multiclass.
 
-x_BF holds the number columns in spec order; a vector column, such as an image, is its numbers in row-major order. ids_BC
+x_BF holds the number columns in spec order, then the null indicators; a vector column, such as an image, is its numbers in
+row-major order. ids_BC
 holds first one id of each category, then `length` ids of each sequence, both in spec order. Id 0 is a null, and the
 padding behind the last item of a sequence.
 
@@ -13,7 +14,7 @@ batch, E size of an embedding.
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,8 @@ class Inputs:
     buckets: tuple[int, ...]  # for each category: ids run from 0 to this number, inclusive
     outputs: int  # width of the output: number of classes, or of targets
     sequences: tuple[SequenceInput, ...] = ()  # (length, buckets) of each sequence
+    base_logits: Tensor | None = field(default=None, compare=False)
+    """float32 [outputs]: what a model returns that knows nothing but how often each class occurs. None: regression."""
 
     def split(self, ids_BC: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Views of ids_BC: ids_B of each category, and ids_BL of each sequence."""
@@ -103,6 +106,51 @@ class _LinearWithIds(nn.Module):
         return output
 
 
+class _FirstLayer(nn.Module):
+    """[B, width]: a linear layer on x_BF, one-hot categories, and the mean of the one-hot items of each sequence.
+
+    It begins as torch's linear layers do, U(-b, b) with b = 1 / sqrt(inputs), where each number, category and sequence is one
+    input. The weights of all values of all categories are rows of one table, and those of a row are added up.
+    """
+
+    first_row_C: Tensor
+
+    def __init__(self, inputs: Inputs, width: int) -> None:
+        super().__init__()
+        self.inputs = inputs
+        bound = (inputs.numbers + len(inputs.buckets) + len(inputs.sequences)) ** -0.5
+        self.numbers = nn.Linear(inputs.numbers, width, bias=False) if inputs.numbers else None
+        self.bias = nn.Parameter(torch.empty(width))
+        self.values = nn.Embedding(sum(count + 1 for count in inputs.buckets), width) if inputs.buckets else None
+        self.items = nn.ModuleList(_Items(sequence.buckets, width, "mean") for sequence in inputs.sequences)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+        rows = [0, *(count + 1 for count in inputs.buckets[:-1])]
+        self.register_buffer("first_row_C", torch.tensor(rows).cumsum(0), persistent=False)
+
+    def forward(self, x_BF: Tensor, ids_BC: Tensor) -> Tensor:
+        output = self.bias if self.numbers is None else self.numbers(x_BF) + self.bias
+        if self.values is not None:
+            rows_BC = ids_BC[:, : len(self.inputs.buckets)] + self.first_row_C
+            output = output + functional.embedding_bag(rows_BC, self.values.weight, mode="sum")
+        if self.items:
+            _, sequences = self.inputs.split(ids_BC)
+            for embed, ids_BL in zip(self.items, sequences, strict=True):
+                output = output + embed(ids_BL)
+        return output
+
+
+class _OneHot(nn.Sequential):
+    """Layers of which the first one takes the numbers and the ids."""
+
+    def forward(self, x_BF: Tensor, ids_BC: Tensor) -> Tensor:  # type: ignore[override]  # two inputs
+        first, *rest = self
+        output: Tensor = first(x_BF, ids_BC)
+        for layer in rest:
+            output = layer(output)
+        return output
+
+
 def _zeroed(embedding: nn.Embedding) -> nn.Embedding:
     nn.init.zeros_(embedding.weight)  # a value that was never seen must not move the output
     return embedding
@@ -115,18 +163,40 @@ def linear(inputs: Inputs) -> nn.Module:
     return nn.Linear(inputs.numbers, inputs.outputs)
 
 
-def mlp(inputs: Inputs, hidden: Sequence[int] = (64, 32), embedding: int = 8, dropout: float = 0.0) -> nn.Module:
+def mlp(
+    inputs: Inputs,
+    hidden: Sequence[int] = (64, 32),
+    embedding: int | None = 8,
+    dropout: float = 0.0,
+    base_rates: bool = False,
+) -> nn.Module:
     """Fully connected layers with ReLU and dropout between them.
 
-    Each category becomes `embedding` numbers, and so does each sequence: the mean over its items.
+    Each category becomes `embedding` numbers, and so does each sequence: the mean over its items. With `embedding` None (null
+    in JSON) they go into the first layer as one-hot columns. With `base_rates` the biases of the output begin at the logits
+    of how often each class occurs in the dataset (classes only).
     """
+    ids = bool(inputs.buckets or inputs.sequences)
+    one_hot = embedding is None and ids
+    width = inputs.numbers + (embedding or 0) * (len(inputs.buckets) + len(inputs.sequences))
     layers: list[nn.Module] = []
-    width = inputs.numbers + embedding * (len(inputs.buckets) + len(inputs.sequences))
-    for size in hidden:
-        layers += [nn.Linear(width, size), nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
+    for size in (*hidden, inputs.outputs):
+        layers.append(_FirstLayer(inputs, size) if one_hot and not layers else nn.Linear(width, size))
+        layers += [nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
         width = size
-    network = nn.Sequential(*layers, nn.Linear(width, inputs.outputs))
-    return _WithIds(inputs, embedding, network) if inputs.buckets or inputs.sequences else network
+    layers = layers[: -2 if dropout else -1]  # nothing follows the output
+    if base_rates and inputs.base_logits is not None:
+        with torch.no_grad():
+            _bias(layers[-1]).copy_(inputs.base_logits)
+    if one_hot:
+        return _OneHot(*layers)
+    network = nn.Sequential(*layers)
+    return _WithIds(inputs, embedding, network) if ids and embedding is not None else network
+
+
+def _bias(layer: nn.Module) -> Tensor:
+    assert isinstance(layer, nn.Linear | _FirstLayer), "what the output comes from"
+    return layer.bias
 
 
 def build(spec: Spec, features: Features) -> nn.Module:
@@ -138,7 +208,9 @@ def build(spec: Spec, features: Features) -> nn.Module:
     factory = {"linear": linear, "mlp": mlp}.get(name) or imported(name, "model.factory")
     arguments: dict[str, Any] = dict(spec.model.arguments)
     if "inputs" in _parameters(factory, name):
-        arguments["inputs"] = Inputs(features.numbers, features.buckets, spec.outputs, features.sequences)
+        arguments["inputs"] = Inputs(
+            features.numbers, features.buckets, spec.outputs, features.sequences, features.base_logits
+        )
     with torch.random.fork_rng(devices=[]), importing():
         torch.manual_seed(spec.seed)
         try:

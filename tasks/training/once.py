@@ -11,7 +11,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.groups import RowGroup, Split
+from tidemill.tasks.training.groups import RowGroup, Subset
 
 
 class Rows(NamedTuple):
@@ -88,7 +88,7 @@ class Decoded:
         self._encoded = features, rows, rows.writes
 
 
-def labelled_rows(groups: Sequence[RowGroup], features: Features, split: Split | None = None) -> int:
+def labelled_rows(groups: Sequence[RowGroup], features: Features, split: Subset | None = None) -> int:
     """As `Features.labelled_rows`; where a group is encoded already, nothing is read."""
     if split is None and len(groups) == 1 and isinstance(groups[0], Decoded):
         rows = groups[0].encoded(features)

@@ -66,8 +66,14 @@ def make_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         raise SpecError(f"optimizer.arguments holds {unknown}, which {settings.name} does not take: it takes {taken}")
     # JSON has no tuples, and torch compares betas with them.
     arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.arguments.items()}
+    parameters: Any = model.parameters()
+    if not settings.decay_biases:
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        parameters = [group for group in groups if group["params"]]
     try:
-        return make(model.parameters(), lr=spec.learning_rate, **arguments)  # type: ignore[call-arg]  # not in the base
+        return make(parameters, lr=spec.learning_rate, **arguments)  # type: ignore[call-arg]  # not in the base
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise SpecError(f"optimizer.arguments: {settings.name} refuses {settings.arguments}: {error}") from error
 
@@ -92,12 +98,25 @@ def make_average(spec: Spec, model: nn.Module) -> swa_utils.AveragedModel | None
     if spec.ema_decay is None:
         return None
     average = swa_utils.get_ema_multi_avg_fn(spec.ema_decay)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    if spec.ema_warmup:
+        average = partial(_warming_average, spec.ema_decay)
     try:
         return swa_utils.AveragedModel(model, multi_avg_fn=average)
     except Exception as error:  # of the user's classes
         raise FactoryError(
             f"ema_decay: the model of {spec.model.factory!r} cannot be copied: {type(error).__name__}: {first_line(error)}"
         ) from error
+
+
+def decay_after(steps: int, decay: float) -> float:
+    """The decay of an average with warm-up in the step that follows `steps` others."""
+    return min(decay, (2 + steps) / (11 + steps))
+
+
+@torch.no_grad()
+def _warming_average(decay: float, averages: list[Tensor], weights: list[Tensor], steps: Tensor | int) -> None:
+    """As torch's functions for `AveragedModel`: moves the averages towards the weights."""
+    torch._foreach_lerp_(averages, weights, 1 - decay_after(int(steps), decay))
 
 
 # ---- stepping --------------------------------------------------------------------------------------------------------
@@ -115,9 +134,8 @@ def backward(loss: Tensor) -> None:
     )
 
 
-def arguments_of(optimizer: torch.optim.Optimizer, function: Callable[..., None]) -> dict[str, Any]:
-    """What the function takes of the settings of the optimizer's only group, beside the learning rate."""
-    (group,) = optimizer.param_groups
+def arguments_of(group: dict[str, Any], function: Callable[..., None]) -> dict[str, Any]:
+    """What the function takes of the settings of a group of the optimizer, beside the learning rate."""
     settings = dict(group) | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False))
     ours = {"params", "lr", "capturable", "differentiable", "foreach", "fused"}
     names = inspect.signature(function).parameters.keys() - ours
@@ -137,15 +155,42 @@ def states_of(
     return found
 
 
+def next_rates(
+    optimizer: torch.optim.Optimizer, schedule: lr_scheduler.LRScheduler | None, steps: int, device: torch.device
+) -> Tensor:
+    """float32 [K]: the learning rate of each of so many steps; the schedule moves on. For compiled steps, where a number would
+    be compiled in."""
+    group, *_ = optimizer.param_groups  # all have one rate
+    rates = []
+    for _ in range(steps):
+        rates.append(group["lr"])
+        if schedule is not None:
+            schedule.step()
+    return torch.tensor(rates, dtype=torch.float32, device=device)
+
+
+def next_shares(
+    spec: Spec, averaged: swa_utils.AveragedModel | None, steps: int, device: torch.device
+) -> Tensor | None:
+    """float32 [K]: how far the average goes towards the weights in each step; None: always as far, or there is none."""
+    if averaged is None or spec.ema_decay is None or not spec.ema_warmup:
+        return None
+    before = int(averaged.n_averaged)
+    shares = [1 - decay_after(before + k, spec.ema_decay) for k in range(steps)]
+    return torch.tensor(shares, dtype=torch.float32, device=device)
+
+
 class Update:
     """A step of an optimizer that has made its first step on all of the parameters."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, name: OptimizerName, parameters: Sequence[Tensor]) -> None:
-        self._optimizer, self._parameters = optimizer, list(parameters)
-        (self._group,) = optimizer.param_groups
-        self._function = OPTIMIZERS[name].update
-        self._arguments = arguments_of(optimizer, self._function)
-        self._states = states_of(optimizer, name, parameters)
+        self._optimizer, self._function = optimizer, OPTIMIZERS[name].update
+        trained = {id(parameter) for parameter in parameters}
+        self._groups = []  # (settings, parameters, their state, arguments)
+        for group in optimizer.param_groups:
+            of_group = [parameter for parameter in group["params"] if id(parameter) in trained]
+            states = states_of(optimizer, name, of_group)
+            self._groups.append((group, of_group, states, arguments_of(group, self._function)))
 
     @staticmethod
     def serves(optimizer: torch.optim.Optimizer) -> bool:
@@ -153,18 +198,21 @@ class Update:
 
         On an accelerator torch's own choice is another one: all parameters at once.
         """
-        (group,) = optimizer.param_groups
-        chosen = any(group.get(name) for name in ("foreach", "fused", "capturable", "differentiable"))
-        return not chosen and all(parameter.device.type == "cpu" for parameter in group["params"])
+        groups, others = optimizer.param_groups, ("foreach", "fused", "capturable", "differentiable")
+        chosen = any(group.get(name) for group in groups for name in others)
+        return not chosen and all(p.device.type == "cpu" for group in groups for p in group["params"])
 
     def step(self) -> None:
         """As `Optimizer.step`: changes the parameters by their gradients."""
-        gradients = [p.grad for p in self._parameters]
-        if any(gradient is None for gradient in gradients):  # what this step did not use, torch leaves out
+        gradients = [[p.grad for p in parameters] for _, parameters, _, _ in self._groups]
+        if any(
+            gradient is None for of_group in gradients for gradient in of_group
+        ):  # what was not used, torch leaves out
             self._optimizer.step()
             return
         with torch.no_grad():
-            self._function(self._parameters, gradients, *self._states, lr=self._group["lr"], **self._arguments)
+            for (group, parameters, states, arguments), of_group in zip(self._groups, gradients, strict=True):
+                self._function(parameters, of_group, *states, lr=group["lr"], **arguments)
 
 
 # ---- storing ---------------------------------------------------------------------------------------------------------

@@ -37,11 +37,14 @@ def pack(
     scale_F: Tensor,
     x_NF: Tensor,
     places_N: Tensor | None = None,
+    *,
+    soft_limit: float | None = None,
+    limited: int = 0,
 ) -> bool:
     """Fills x_NF (contiguous float32) with (value - center) / scale, and 0 for nulls. Returns whether all is finite.
 
     `columns` are (array, width of a vector or None); center_F and scale_F are float64. With `places_N` the rows go
-    where `place` puts them.
+    where `place` puts them. With `soft_limit` the first `limited` numbers z of a row become z / sqrt(1 + (z / soft_limit)^2).
 
     Types that are exact in float32 are copied as they are, a block at a time, and scaled while the block is in the
     cache. The others (int64, float64, decimals, times) are scaled column by column in float64 first: a timestamp has
@@ -81,6 +84,9 @@ def pack(
             x_BF[whole:].sub_(center_F).div_(scale_F)
         # NaN and infinity survive every addition, and a sum is nearly free; one of huge numbers may overflow by itself.
         finite = finite and (math.isfinite(x_BF.sum().item()) or bool(torch.isfinite(x_BF).all()))
+        if soft_limit is not None:
+            z_BF = x_BF[:, :limited]
+            z_BF.div_(torch.hypot(z_BF / soft_limit, torch.ones(())))  # no square, which float32 may not hold
     return finite
 
 

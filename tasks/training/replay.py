@@ -115,7 +115,7 @@ class ReplayBuffer:
         assert after is not None, "the new features are fitted"
         scales = {}
         if new.standardize_features:
-            scales["x_BF"] = (before.mean_F, before.std_F), (after.mean_F, after.std_F)
+            scales["x_BF"] = old.scaling, new.scaling
         if new.standardize_target:
             scales["y_B"] = (before.target_mean, before.target_std), (after.target_mean, after.target_std)
         block = max(1, WORKING_BYTES // (8 * self._row_bytes))  # float64, and several of them

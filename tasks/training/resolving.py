@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tidemill.tasks.training.classes import Label, Values, named
 from tidemill.tasks.training.errors import ColumnError, SpecError
 from tidemill.tasks.training.patterns import choose
+from tidemill.tasks.training.recipe import filled
 from tidemill.tasks.training.spec import Spec, Task
 
 WHOLE_NUMBERS: Final = 20
@@ -79,6 +80,7 @@ def resolve(asked: Spec, schema: pa.Schema, learned: Learned | None, files: Sequ
     task, labels, counts = _classes(asked, learned)
     classes = len(counts) if task == "multiclass" and counts is not None else None
     spec = _with(asked, features=kept, task=task, classes=asked.classes or classes)
+    spec = filled(spec, learned.labelled)
     return Resolved(spec=spec, labels=labels, class_counts=counts, unused=unused)
 
 

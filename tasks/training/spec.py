@@ -8,7 +8,17 @@ import json
 import keyword
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Task = Literal["regression", "binary", "multiclass"]
 Loss = Literal["mse", "l1", "huber", "bce", "cross_entropy"]
@@ -23,6 +33,12 @@ LOSSES: Final[dict[Task, tuple[Loss, ...]]] = {  # the first of each is the defa
     "binary": ("bce",),
     "multiclass": ("cross_entropy",),
 }
+
+
+RECIPE: Final = 1
+"""Number of the recipe that `tidemill train` takes where nothing is said of what it chooses."""
+BY_RECIPE: Final = ("model", "optimizer", "learning_rate", "batch_size", "epochs")
+"""What a recipe chooses, and a spec that names a recipe leaves as it is by default."""
 
 
 def is_import_path(name: str) -> bool:
@@ -67,6 +83,20 @@ def _columns(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+EPOCHS_TAGS: Final = ("(auto)", "(number)")
+"""How pydantic's complaints name the two shapes of `epochs`."""
+
+
+def _epochs_tag(given: Any) -> str:
+    return EPOCHS_TAGS[0] if given == "auto" else EPOCHS_TAGS[1]
+
+
+Epochs = Annotated[
+    Annotated[Literal["auto"], Tag(EPOCHS_TAGS[0])] | Annotated[int, Field(ge=1), Tag(EPOCHS_TAGS[1])],
+    Discriminator(_epochs_tag),
+]
+
+
 class Model(_Settings):
     """Which network to build."""
 
@@ -94,6 +124,10 @@ class Optimizer(_Settings):
     arguments: dict[str, JsonValue] = Field(
         default_factory=dict,
         description="Its keyword arguments other than the learning rate, such as momentum, betas, weight_decay.",
+    )
+    decay_biases: bool = Field(
+        default=True,
+        description="Whether weight_decay shrinks biases and other vectors too, as torch does; off: only matrices and larger.",
     )
 
     @field_validator("arguments")
@@ -193,6 +227,10 @@ class Spec(_Settings):
         lt=1,
         description="Score and serve an exponential moving average of the weights, with this decay for each step.",
     )
+    ema_warmup: bool = Field(
+        default=False,
+        description="Let the average forget faster at first: after step t its decay is at most (1 + t) / (10 + t).",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="bfloat16: mixed precision (torch.autocast); weights stay float32."
     )
@@ -205,7 +243,18 @@ class Spec(_Settings):
         default=None, description="Memory of old rows for online training; left out: only new rows are trained on."
     )
     batch_size: int = Field(default=64, ge=1, description="Rows in one gradient step.")
-    epochs: int = Field(default=10, ge=1, description="Passes over the dataset in batch training.")
+    epochs: Epochs = Field(
+        default=10,
+        description="Passes over the dataset in batch training; auto: as many as are best for held-out rows, which then are "
+        "trained on too if the dataset is small.",
+    )
+    recipe: int | None = Field(
+        default=None,
+        ge=1,
+        le=RECIPE,
+        description="Number of the recipe that chooses model, optimizer, learning rate, batch size, epochs and scaling by the "
+        "dataset; left out: they are as they stand here.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the initial weights, shuffling and dropout.")
     shuffle: bool = Field(default=True, description="Train on the rows in a random order, new in every epoch.")
     shuffle_bytes: int = Field(
@@ -221,6 +270,19 @@ class Spec(_Settings):
     standardize_target: bool = Field(
         default=False,
         description="Scale the target too while training (regression only); scores and predictions stay unscaled.",
+    )
+    soft_limit: float | None = Field(
+        default=None,
+        gt=0,
+        description="Bend scaled numbers z to z / sqrt(1 + (z / limit)^2): a value far out reaches this limit, never more.",
+    )
+    null_indicators: bool = Field(
+        default=False,
+        description="Add a number for each number column that has nulls in the dataset: 1 where it is null, else 0.",
+    )
+    limit_predictions: bool = Field(
+        default=False,
+        description="Keep predictions between the lowest and the highest target that was trained on (regression only).",
     )
     running_statistics: bool = Field(
         default=False,
@@ -253,6 +315,7 @@ class Spec(_Settings):
             raise ValueError(f"standardize_target is for task 'regression', not {task!r}: switch it off")
         if self.running_statistics and not (self.standardize_features or self.standardize_target):
             raise ValueError("running_statistics scales nothing: switch on standardize_features or standardize_target")
+        _check_recipe(self)
         try:
             self.model_dump_json()  # half of a surrogate pair, which JSON can spell
             json.dumps(self.model_dump(mode="json"), allow_nan=False)
@@ -278,9 +341,14 @@ class Spec(_Settings):
             return self.task
         if self.classes is not None:
             return "multiclass"
-        if self.standardize_target or len(self.targets) > 1:
+        if self.standardize_target or self.limit_predictions or len(self.targets) > 1:
             return "regression"
         return next((task for task, losses in LOSSES.items() if self.loss in losses), None)
+
+    @property
+    def searches(self) -> bool:
+        """Whether a batch run finds out by itself how long to train."""
+        return self.epochs == "auto" or self.recipe is not None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -314,3 +382,24 @@ class Spec(_Settings):
         """Everything of the user's own code that the spec names."""
         named = (self.model.factory, self.loss or "", *self.metrics)
         return tuple(name for name in named if is_import_path(name))
+
+
+def _is_set(spec: Spec, name: str) -> bool:
+    """Whether a setting has another value than by default."""
+    return bool(getattr(spec, name) != type(spec).model_fields[name].get_default(call_default_factory=True))
+
+
+def _check_recipe(spec: Spec) -> None:
+    """What a recipe chooses, and what it is made of, fits the rest. Raises ValueError."""
+    if spec.limit_predictions and spec.stated_task != "regression":
+        raise ValueError(f"limit_predictions is for task 'regression', not {spec.stated_task!r}: switch it off")
+    if spec.ema_warmup and spec.ema_decay is None:
+        raise ValueError("ema_warmup needs an average of the weights: set ema_decay")
+    if spec.soft_limit is not None and not spec.standardize_features:
+        raise ValueError("soft_limit bends scaled numbers: switch on standardize_features, or remove it")
+    if spec.soft_limit is not None and spec.running_statistics and spec.replay is not None:
+        raise ValueError(
+            "replay keeps rows that soft_limit has bent, which running_statistics cannot rescale: drop one"
+        )
+    if spec.recipe is not None and (named := [name for name in BY_RECIPE if _is_set(spec, name)]):
+        raise ValueError(f"recipe {spec.recipe} chooses {', '.join(BY_RECIPE)}: remove {named[0]}, or recipe")

@@ -6,7 +6,7 @@ Shape legend: N rows, B rows of a block, F numbers of one row, T targets, K numb
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
 import pyarrow as pa
@@ -108,6 +108,20 @@ class Moments:
         return type(self)(count_K, mean_K, m2_K)
 
 
+def range_of(array: pa.Array[Any], rows_N: Tensor | None) -> Tensor:
+    """float64 [2]: the lowest and the highest value of a plain column, or of its `rows_N`; infinity and -infinity of none."""
+    values_NK, present_NK = as_tensor(array, None)
+    values_N = values_NK.squeeze(1)
+    if rows_N is not None:
+        values_N = values_N.index_select(0, rows_N)
+        present_NK = None if present_NK is None else present_NK.index_select(0, rows_N)
+    if present_NK is not None:
+        values_N = values_N[present_NK.squeeze(1)]
+    if not len(values_N):
+        return torch.tensor([torch.inf, -torch.inf], dtype=torch.float64)
+    return torch.stack(values_N.aminmax()).double()
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """What `Features.fit` learned, and `updated` after it. Standard deviations are of the population; a constant column's is 1.
@@ -125,6 +139,8 @@ class Statistics:
     moments: tuple[Moments, Moments] | None = None  # of the F numbers and the T targets; None: they stay as they are
     labelled: int | None = None
     """Rows of the dataset, of its training side, that have all targets. None: the state is older than this field."""
+    target_range: Tensor | None = None
+    """float64 [2, T]: the lowest and the highest target that was trained on; None: predictions have no limits."""
 
     @classmethod
     def of(
@@ -170,9 +186,10 @@ class Statistics:
             )
         all_nulls = [before + more for before, more in zip(self.nulls, nulls, strict=True)]
         inputs, targets = self.moments[0].joined(inputs), self.moments[1].joined(targets)
-        return self.of(
+        found = self.of(
             self.rows + rows, all_nulls, inputs, targets, self.class_counts, running=True, labelled=self.labelled
         )
+        return replace(found, target_range=self.target_range)
 
     def check(self, columns: int, numbers: int, targets: int) -> None:
         """Raises ValueError if no dataset with these numbers of columns and targets can have these statistics."""
@@ -186,6 +203,13 @@ class Statistics:
             shape = moments.mean_K.shape
             sound = sound and moments.count_K.dtype == torch.int64 and bool((moments.count_K > 0).all())
             sound = sound and moments.count_K.shape == moments.m2_K.shape == shape and _are_numbers(moments.m2_K, 0.0)
+        if (limits := self.target_range) is not None:
+            sound = (
+                sound
+                and limits.shape == (2, targets)
+                and _are_numbers(limits, lowest)
+                and bool((limits[0] <= limits[1]).all())
+            )
         if not sound:
             raise ValueError("statistics of the columns that no dataset has")
 

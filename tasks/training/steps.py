@@ -28,6 +28,8 @@ from tidemill.tasks.training.optimizers import (
     Update,
     arguments_of,
     backward,
+    next_rates,
+    next_shares,
     restore_schedule,
     states_of,
 )
@@ -311,11 +313,12 @@ class _Compiled:
                 if part is not None:
                     torch._dynamo.mark_dynamic(part, 1)
         position = None if learner.schedule is None else learner.schedule.state_dict()
-        rate_K = _rates(learner, self._steps)
+        rate_K = next_rates(learner.optimizer, learner.schedule, self._steps, learner.device)
+        follow_K = next_shares(learner.spec, learner.averaged, self._steps, learner.device)
         began = time.perf_counter()
         try:
             with torch.no_grad():
-                loss: Tensor = self._functions[fixed](*parts, rate_K)
+                loss: Tensor = self._functions[fixed](*parts, rate_K, follow_K)
         except Exception as error:
             if self._works:
                 raise
@@ -335,19 +338,8 @@ class _Compiled:
         return loss
 
 
-def _rates(learner: Learner, steps: int) -> Tensor:
-    """float32 [K]: the learning rate of each step; the schedule moves on. An input, because a constant would be compiled in."""
-    (group,) = learner.optimizer.param_groups
-    rates = []
-    for _ in range(steps):
-        rates.append(group["lr"])
-        if learner.schedule is not None:
-            learner.schedule.step()
-    return torch.tensor(rates, dtype=torch.float32, device=learner.device)
-
-
 def _function(learner: Learner, forward: Forward, loss_function: LossFunction, count: int) -> Callable[..., Tensor]:
-    """The function to compile: (x_KBF, ids_KBC, y_KB, w_KB, rate_K) to the mean loss. It changes the learner."""
+    """The function to compile: (x_KBF, ids_KBC, y_KB, w_KB, rate_K, follow_K) to the mean loss. It changes the learner."""
     model, spec = learner.model, learner.spec
     clip_norm, decay = spec.clip_norm, spec.ema_decay
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -355,11 +347,23 @@ def _function(learner: Learner, forward: Forward, loss_function: LossFunction, c
     if learner.averaged is not None:
         averages = {name: p for name, p in learner.averaged.module.named_parameters() if name in named}
     update = OPTIMIZERS[spec.optimizer.name].update
-    arguments = arguments_of(learner.optimizer, update)
+    names_of = {id(parameter): name for name, parameter in named.items()}
+    # (names of its parameters, arguments) of each group of the optimizer
+    groups = [
+        ([names_of[id(p)] for p in group["params"] if id(p) in names_of], arguments_of(group, update))
+        for group in learner.optimizer.param_groups
+    ]
     # Looked up here: a lookup in the graph would add an entry for what has none, and so compile everything again.
     states = {name: states_of(learner.optimizer, spec.optimizer.name, [p]) for name, p in named.items()}
 
-    def steps(x_KBF: Tensor, ids_KBC: Tensor | None, y_KB: Tensor, w_KB: Tensor | None, rate_K: Tensor) -> Tensor:
+    def steps(
+        x_KBF: Tensor,
+        ids_KBC: Tensor | None,
+        y_KB: Tensor,
+        w_KB: Tensor | None,
+        rate_K: Tensor,
+        follow_K: Tensor | None,
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=x_KBF.device)
         for k in range(count):
             y_B = y_KB[k]
@@ -375,17 +379,19 @@ def _function(learner: Learner, forward: Forward, loss_function: LossFunction, c
                 loss = loss_function(output, y_B, None if w_KB is None else w_KB[k])
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             used = {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
-            parameters, clipped = [named[name] for name in used], list(used.values())
             if clip_norm is not None:  # as torch.nn.utils.clip_grad_norm_ does
-                scale = (clip_norm / (get_total_norm(clipped) + 1e-6)).clamp(max=1.0)
-                clipped = [g * scale for g in clipped]
-            state_lists = [
-                [value for part in parts for value in part]
-                for parts in zip(*(states[name] for name in used), strict=True)
-            ]
-            update(parameters, clipped, *state_lists, lr=rate_K[k], **arguments)
+                scale = (clip_norm / (get_total_norm(list(used.values())) + 1e-6)).clamp(max=1.0)
+                used = {name: g * scale for name, g in used.items()}
+            for names, arguments in groups:
+                of_group = [name for name in names if name in used]
+                state_lists = [
+                    [value for part in parts for value in part]
+                    for parts in zip(*(states[name] for name in of_group), strict=True)
+                ]
+                parameters, clipped = [named[name] for name in of_group], [used[name] for name in of_group]
+                update(parameters, clipped, *state_lists, lr=rate_K[k], **arguments)
             for name, average in averages.items():
-                average.lerp_(named[name], 1 - cast(float, decay))
+                average.lerp_(named[name], 1 - cast(float, decay) if follow_K is None else follow_K[k])
             total = total + loss.detach().double()
         return total / count
 

@@ -495,7 +495,22 @@ def test_a_target_is_all_that_a_training_needs(
     tidemill: Run, batch_calls: list[tuple[Any, ...]], flags: tuple[str, ...], target: object, features: tuple[str, ...]
 ) -> None:
     assert tidemill("train", "d", "r", "m", *flags).code == 0
-    assert batch_calls[0][3] == Spec(target=target, features=features)
+    assert batch_calls[0][3] == Spec(target=target, features=features, recipe=1)
+
+
+@pytest.mark.parametrize("flags", [("--epochs", "10"), ("--model.factory", "linear"), ("--spec", "{file}")])
+def test_whoever_says_what_a_recipe_would_choose_gets_no_recipe(
+    tidemill: Run, batch_calls: list[tuple[Any, ...]], tmp_path: Path, flags: tuple[str, str]
+) -> None:
+    """Even if it is what a spec has by default. A file has the defaults of a spec, unless it asks for a recipe."""
+    (tmp_path / "spec.yaml").write_text("seed: 3")
+    assert (
+        tidemill("train", "d", "r", "m", "--target", "y", flags[0], flags[1].format(file=tmp_path / "spec.yaml")).code
+        == 0
+    )
+    (tmp_path / "spec.yaml").write_text("recipe: 1")
+    assert tidemill("train", "d", "r", "m", "--target", "y", "--spec", str(tmp_path / "spec.yaml")).code == 0
+    assert [call[3].recipe for call in batch_calls] == [None, 1]
 
 
 def test_what_was_decided_and_how_the_score_stands_is_printed_below_it(

@@ -12,7 +12,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.data import parquet
+from tests.data import EveryNinth, parquet
 from tests.storage.faults import Call, act_once, hooked, together
 from tidemill.progress import Activity, listening
 from tidemill.storage import retention
@@ -36,6 +36,7 @@ from tidemill.storage.manifest import sha256
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
+from tidemill.tasks.batch_run import BatchRun
 from tidemill.tasks.online import doors
 from tidemill.tasks.online import step as online
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
@@ -198,6 +199,18 @@ def train(
     """A batch run from start to registration."""
     steps = batch.BatchSteps.of(lambda step: lambda *args: call(lambda: step(*args)))
     batch.train_by(steps, dataset, registry, "model", spec, settings, stores)
+
+
+def train_by_recipe(stores: Stores, dataset: str, registry: str, spec: Spec) -> None:
+    """A batch run that finds out how long to train, with checkpoints in its searches and in the training on all rows."""
+
+    def opened(*arguments: Any) -> BatchRun:
+        run = batch.open_run(*arguments)
+        run.clock = EveryNinth()
+        return run
+
+    steps = replace(batch.BatchSteps.of(lambda step: step), open_run=opened)
+    batch.train_by(steps, dataset, registry, "model", spec, BatchSettings(), stores)
 
 
 def rollback(stores: Stores, registry: str, version: str) -> None:

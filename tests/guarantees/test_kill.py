@@ -37,6 +37,7 @@ from tests.guarantees.children import (
     start_server,
     table,
     train,
+    train_by_recipe,
     waiting,
     watched_drain,
 )
@@ -52,6 +53,7 @@ from tidemill.tasks.settings import (
     Retrain,
     Triggers,
 )
+from tidemill.tasks.training.spec import Spec
 
 GATED = ONLINE.model_copy(
     update={"gate": GateSettings(tolerance=0.0, recent_shards=2, refusals=1, after_refusals="rollback")}
@@ -253,6 +255,29 @@ def test_batch_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
         return moments
 
     sweep(run_and_check)
+
+
+def test_default_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
+    """The recipe: two searches for the number of epochs, then a training on all rows, with some checkpoints in each."""
+    fill(make_url("dataset"), DATASET)
+    spec = Spec(features=["b", "c", "d"], target="w", recipe=1)  # nothing can be learned, which is soon found out
+    reference: list[tuple[str, str]] = []
+
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
+        registry = make_url(f"{name}/registry")
+        moments = in_child(train_by_recipe, make_url("dataset"), registry, spec, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(train_by_recipe, make_url("dataset"), registry, spec, kill=None, tmp_path=tmp_path)
+        log = VersionLog(open_store(registry), "model")
+        audit(log, [])
+        manifest = log.head().manifest
+        assert manifest.metrics["search"]["best_epochs"] == manifest.counters["epochs"]
+        assert all_aliases(log) == {"champion": 0}
+        reference.append(bits(log))
+        assert reference[-1] == reference[0]
+        return moments
+
+    sweep(run_and_check, times=0.5)
 
 
 # ---- other ways to learn ---------------------------------------------------------------------------------------------
