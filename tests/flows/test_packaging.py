@@ -109,7 +109,7 @@ def files(wheel: Path) -> list[str]:
 def test_the_wheel_holds_tidemill_alone_and_all_of_it(wheel: Path) -> None:
     modules = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
     expected = {f"tidemill/{path.relative_to(ROOT).as_posix()}" for path in modules}
-    expected |= {"tidemill/__init__.py", "tidemill/__main__.py", "tidemill/py.typed"}
+    expected |= {f"tidemill/{path.name}" for path in (ROOT / "tidemill").glob("*.py")} | {"tidemill/py.typed"}
     found = files(wheel)
     assert {name for name in found if ".dist-info/" not in name} == expected
     assert len(found) == len(set(found))
