@@ -606,11 +606,16 @@ def test_a_forged_record_in_quarantine_is_not_sent_anywhere(
     assert list(quarantined(memory_log)) == [name]
 
 
-@pytest.mark.parametrize("name", ["../../secret", "..", "", "../champion", "a/../../x", "\0", "x"])
-def test_a_name_in_quarantine_leads_nowhere_else(memory_log: VersionLog, name: str) -> None:
-    memory_log.store.write("secret", b"x")
+@pytest.mark.parametrize("name", ["../../secret", "..", "", "../champion", "a/../../x", "\0", "x", "a/x", "x.parquet"])
+def test_a_name_in_quarantine_leads_nowhere_else(memory: Inbox, memory_log: VersionLog, name: str) -> None:
+    """Not even to what somebody has put there, with a record beside it, under a name that no version gives."""
+    reason = {"inbox": memory.url, "key": "evil.pth", "sha256": sha256(b"evil"), "etag": "e", "reason": "r"}
+    for key in ("secret", "taxi/quarantine/x", "taxi/quarantine/a/x", "taxi/quarantine/x.parquet"):
+        memory_log.store.write(key, b"evil")
+        memory_log.store.write(f"{key}.json", checked(reason))
     with pytest.raises(NotFound, match="quarantine holds no"):
         requeue(memory_log, name)
+    assert keys(memory.store) == []
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
