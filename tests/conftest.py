@@ -38,8 +38,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--power") and power and os.geteuid():
         raise pytest.UsageError("the power-loss test mounts file systems: run it as root, or name other tests by ARGS")
     left_out = [] if config.getoption("--power") else power
-    if not config.getoption("--full"):
-        left_out += [item for item in items if item.get_closest_marker("prove") is not None]
     if config.getoption("--quick"):
         left_out += [item for item in items if _takes_long(item)]
     config.hook.pytest_deselected(items=left_out)
