@@ -94,7 +94,8 @@ def _ask(store: Store, key: str) -> Promises:
         store.create(key, b"first")
     try:
         _check_create(store, key)
-        return Promises(compares_on_delete=_compares_on_delete(store, key))
+        store.promises = Promises(compares_on_delete=_compares_on_delete(store, key))
+        return store.promises
     finally:
         # A registry may well forbid deletes, and the policy of an inbox's bucket those that compare nothing
         with suppress(NotFound, PermissionDenied):

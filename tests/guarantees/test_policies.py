@@ -24,6 +24,7 @@ from tidemill.storage.audit import audit
 from tidemill.storage.disposal import quarantined, requeue
 from tidemill.storage.errors import PermissionDenied, StorageError
 from tidemill.storage.log import open_log
+from tidemill.storage.probe import check_inbox
 from tidemill.storage.retention import collect_garbage
 from tidemill.storage.urls import open_store
 from tidemill.tasks.predict import predict
@@ -180,6 +181,7 @@ def test_a_bucket_with_its_policy_refuses_what_breaks_the_protocol(place: Place)
     place.only("trainer", "bucket")
     place.use()
     registry, inbox = open_store(place.url("registry")), open_store(place.url("inbox"))
+    check_inbox(inbox)  # what runs do: it compares when it deletes
     place.only("producer")
     inbox.write("later.parquet", parquet(50, seed="later"))
     place.door.statements = [
