@@ -1,10 +1,12 @@
-"""`tidemill train` without another flag, against scikit-learn's default linear model and default MLP, on 22 and 13 tables.
+"""The recipe of defaults (`recipe: 1`), against scikit-learn's default linear model and default MLP, on 22 and 13 tables.
 
     .venv/bin/python -m benchmarks.learning.defaults                    # ours; the peers' results are in defaults-peers.json
     .venv/bin/python -m benchmarks.learning.defaults --sets iris wine
     .venv/bin/python -m benchmarks.learning.defaults --peers            # also what is missing of the peers, which takes hours
 
-Needs the `bench` extra. Peers see numbers with the mean in place of nulls and a column that says so, standardised, and categories
+Needs the `bench` extra and statsmodels. All columns are features, and the task is named.
+
+Peers see numbers with the mean in place of nulls and a column that says so, standardised, and categories
 one-hot. A ratio is ours over the better peer's, each in its mean over the splits: of rmse, or the geometric mean of that of the
 error rate (half an error added to each) and that of the log loss, the better peer chosen for each. Writes a table (Markdown) and
 all numbers (JSON lines) beside this file, unless only some sets were asked for.
