@@ -58,7 +58,7 @@ def drain(folder: Path, told: bool) -> None:
 
     @flow(name="drain")
     def run() -> int:
-        with telling(registry, "m", 1e-6) if told else nullcontext():
+        with telling(registry, "m", settings.behind_seconds) if told else nullcontext():
             return run_by(wrappers.online_steps, inbox, registry, "m", settings).shards
 
     began = time.process_time()
@@ -73,7 +73,9 @@ def measured(prepared: Path, environment: dict[str, str], told: bool) -> float:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(prepared, folder, dirs_exist_ok=True)
         command = [sys.executable, "-m", "benchmarks.told", "--run", folder, *(["--told"] if told else [])]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+        )
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert found["shards"] == len(list((prepared / "inbox").iterdir()))
     return float(found["cpu_seconds"])

@@ -31,8 +31,8 @@ from tidemill.tasks.online.events import Committed, Looked
 
 logger = logging.getLogger("tidemill.prefect")
 
-EVERY_SECONDS: Final = 1.0
-"""Progress is written at most this often."""
+EVERY_SECONDS: Final = 2.0
+"""Progress is written at most this often: a request takes some milliseconds of CPU time."""
 UNTOLD_SECONDS: Final = 2.0
 """A run that is over sooner shows no progress."""
 REFRESH_SECONDS: Final = 600.0

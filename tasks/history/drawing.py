@@ -19,6 +19,9 @@ Point = tuple[float, float | None]
 STEPS: Final = (1.0, 2.0, 2.5, 5.0, 10.0)
 """A tick's distance is one of these, times a power of ten."""
 
+FEW: Final = 0.05
+"""The largest share of values that an axis leaves out."""
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -67,15 +70,17 @@ def limits(values: Iterable[float | None], *, with_zero: bool = False) -> tuple[
     """Where an axis begins and ends, so that a few extreme values do not press the others flat.
 
     A value counts as extreme if it lies more than three times the distance of the quartiles outside of them (Tukey's "far
-    out" values). Such a value is drawn at the edge; `beyond` says how many there are.
+    out" values), and if not more than a few do. It is drawn at the edge; `beyond` says how many there are.
     """
     finite = sorted(value for value in values if value is not None and math.isfinite(value))
     if not finite:
         return 0.0, 1.0
     quarter, three = finite[len(finite) // 4], finite[(3 * len(finite)) // 4]
     reach = 3 * (three - quarter) or math.inf  # of values that are nearly all the same, none is extreme
-    low = min(value for value in finite if value >= quarter - reach)
-    high = max(value for value in finite if value <= three + reach)
+    near = [value for value in finite if quarter - reach <= value <= three + reach]
+    if len(finite) - len(near) > FEW * len(finite):
+        near = finite
+    low, high = near[0], near[-1]
     if with_zero:
         low, high = min(low, 0.0), max(high, 0.0)
     margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0

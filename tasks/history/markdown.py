@@ -56,13 +56,15 @@ def summary(history: History, backlog: str | None) -> str:
 
 def _scores(drawn: Charts) -> Iterator[str]:
     metric = drawn.history.metric
-    chart, _ = drawn.prequential((960, 300), hover=False)
+    chart, far = drawn.prequential((960, 300), hover=False)
     several = f", {drawn.per_point} shards a point" if drawn.per_point > 1 else ""
     yield f"## {_plain(metric)} on each shard before it was trained on{several}"
     yield ""
     yield f"![{_plain(metric)}]({as_picture(chart)})"
     yield ""
     yield "Green: online. Orange: the champion of the time. ▲: it moved (green), or a version was refused (red). ✕: rejected."
+    if far:
+        yield f"{far:,} values lie beyond the edges of the chart, and are drawn there."
 
 
 def _versions(history: History) -> Iterator[str]:

@@ -39,7 +39,8 @@ def batch_end(model: str, version: int, trained: bool, metrics: Mapping[str, Any
     made = "trained" if trained else "made before, from the same data, spec and code"
     facts = [(f"{version:,}", f"version of {model}", made), *_scores(metrics.get("holdout"), "on held-out rows")]
     chart = loss_by_epoch(metrics)
-    return framed([cards(facts), "" if chart is None else f"<h2>Loss by epoch</h2>{chart.svg()}"])
+    drawn = "" if chart is None else f'<div class="two"><div><h2>Loss by epoch</h2>{chart.svg()}</div></div>'
+    return framed([cards(facts), drawn])
 
 
 def online_end(

@@ -27,7 +27,7 @@ class Mean:
     """The lowest of the online scores."""
     high: float | None
     versions: tuple[Made, ...]
-    """Those that its shards belong to, and those without a shard that come just before."""
+    """Those that its shards belong to, and those without a shard that come just before; after the last shard, those too."""
 
     @property
     def x(self) -> float:
@@ -52,7 +52,8 @@ def means(history: History, frozen: Mapping[int, float], most: int = POINTS) -> 
     metric, found, seen = history.metric, list[Mean](), -1
     for begin in range(0, len(history.shards), size):
         shards = tuple(history.shards[begin : begin + size])
-        newest = shards[-1][0].number
+        is_last = begin + size >= len(history.shards)
+        newest = history.head.version if is_last else shards[-1][0].number
         numbered = list(enumerate((shard for _, shard in shards), start=begin + 1))
         online = [shard.score.get(metric) for _, shard in numbered]
         there = [score for score in online if score is not None]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -30,8 +31,10 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with temporary_settings(settings):
             yield url
             # What is still to be sent must go before the server does: Prefect would try for a minute when Python exits
-            APILogWorker.drain_all()
-            EventsWorker.drain_all()
+            # (in a thread, where no event loop runs, as Playwright's does in this one)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(APILogWorker.drain_all).result()
+                pool.submit(EventsWorker.drain_all).result()
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,12 @@ def test_where_nearly_all_values_are_the_same_the_others_are_seen() -> None:
     assert high > 1
 
 
+def test_where_many_values_lie_far_out_all_are_seen() -> None:
+    low, high = limits([0.001 * i for i in range(80)] + [9.0] * 20)
+    assert low < 0
+    assert high > 9
+
+
 def test_limits_of_nothing_and_of_one_value_are_some() -> None:
     assert limits([]) == (0.0, 1.0)
     low, high = limits([7.0])

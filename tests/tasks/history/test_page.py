@@ -154,6 +154,16 @@ def test_shards_without_a_score_leave_gaps() -> None:
     assert "none that is finite" in told(story)
 
 
+def test_what_is_rejected_after_the_last_shard_is_marked_too() -> None:
+    story = Story()
+    story.batch()
+    story.online([1.0, 2.0])
+    story.online([], rejected={"late.parquet": "torn"}, decision=None)
+    chart = page(HistoryReader(story.log).read())
+    assert 'class="rejected"' in chart
+    assert "rejected 1: late.parquet" in "\n".join(read(chart).words)
+
+
 def test_versions_that_only_reject_are_told_of() -> None:
     story = Story()
     story.batch()
