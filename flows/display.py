@@ -72,6 +72,9 @@ class Shown:
 
     def _facts(self, units_a_second: float, rows_a_second: float) -> Iterator[str]:
         activity, left = self.activity, 0
+        if activity.unit == "shards" and activity.total is None:
+            yield "looking for shards"
+            return
         if activity.total is not None:
             left = max(0, activity.total - activity.done)
         if activity.unit == "shards":  # the total grows while shards arrive

@@ -260,6 +260,7 @@ def test_a_drain_is_told_by_its_shards_what_waits_and_how_far_behind_it_is() -> 
     written = datetime.now(UTC) - timedelta(minutes=2)
     assert words("shards", 12, done=4, rows=1000, newest=written) == "4 shards, 100 rows/s, 8 waiting, 2:00 behind"
     assert words("shards", 4, done=4, rows=1000, newest=written) == "4 shards, 100 rows/s, nothing waits"
+    assert words("shards", None, done=0) == "looking for shards"  # what waits is not known yet
 
 
 def test_a_notebook_has_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
