@@ -525,7 +525,7 @@ def test_what_was_decided_and_how_the_score_stands_is_printed_below_it(
         chosen=["task: binary"],
         notes=["alias champion names version 3"],
     )
-    monkeypatch.setattr(launch, "run", lambda *_: info)
+    monkeypatch.setattr(launch, "train", lambda *_, **__: info)
     printed = tidemill("train", "d", "r", "m", "--target", "y").out.splitlines()
     assert printed[1:] == ["score: loss 0.25 on 40 held-out rows", "  task: binary", "  alias champion names version 3"]
 
