@@ -982,10 +982,13 @@ def test_training_in_processes_of_their_own(place: Place, tmp_path: Path) -> Non
     assert result.code == 0, result.err
     info = VersionInfo.model_validate(result.json)
     assert (info.version, info.trained) == (0, True)
-    view, dataset, *epochs = result.err.splitlines()
+    view, dataset, *lines = result.err.splitlines()
     assert "View at http://127.0.0.1" in view
     assert dataset.endswith("/dataset: 2 files, 400 rows")
-    assert [line.split(maxsplit=1)[1].split(":")[0] for line in epochs] == ["epoch 1 of 2", "epoch 2 of 2"]
+    told = list(dict.fromkeys(line.split(maxsplit=1)[1].split(":")[0] for line in lines))
+    assert [words for words in told if words.startswith("epoch")] == ["epoch 1 of 2", "epoch 2 of 2"]
+    assert "task" in told
+    assert told[-1] == "alias champion names version 0"
 
     result = ended(bad)
     assert (result.code, result.out) == (1, "")
