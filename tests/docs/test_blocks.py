@@ -25,7 +25,8 @@ from tests.docs.session import Session, not_printed
 from tests.s3_server import wait_until
 from tidemill.storage.urls import open_store
 
-pytestmark = [pytest.mark.xdist_group("docs"), pytest.mark.slow]  # one worker: one warm command, one folder of data
+# One worker: one warm command, one folder of data. A page may have many commands, and the machine other work.
+pytestmark = [pytest.mark.xdist_group("docs"), pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT: Final = Path(__file__).parents[2]
 NOT_RUN: Final = 15
