@@ -13,6 +13,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -1072,8 +1073,9 @@ def test_a_prefect_server_that_goes_away(model: Place, tmp_path: Path) -> None:
         log = open_log(model.registry, "model")
         wait_until(lambda: log.head().number > 4 or process.poll() is not None, seconds=120, what="a few versions")
         for server in psutil.Process().children(recursive=True):
-            if f"{urlsplit(url).port}" in server.cmdline():
-                server.kill()
+            with suppress(psutil.NoSuchProcess):  # of one that has ended, there is no command line
+                if f"{urlsplit(url).port}" in server.cmdline():
+                    server.kill()
         wait_until(
             lambda: log.head().number == 42 or process.poll() is not None, seconds=120, what="the other versions"
         )
