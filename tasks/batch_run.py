@@ -147,9 +147,11 @@ class BatchRun:
         while search.done(learner.counters.epochs) <= number:
             steps, phase = self.gradient_steps(), search.progress.points
 
-            def epoch_done(loss: float, learner: Learner = learner) -> None:
+            def epoch_done(loss: float, learner: Learner = learner, search: Search = search) -> None:
                 self.losses = (*self.losses, loss)
-                if self.clock.due():
+                # Not where a score comes next: it would be missing in the checkpoint, and a run that goes on from there
+                # would look for the next one.
+                if not search.scores_after(learner.counters.epochs) and self.clock.due():
                     self.save(learner)
 
             self._learner = search.advance(learner, steps, epoch_done)

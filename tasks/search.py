@@ -209,6 +209,10 @@ class Search:
         refit = sum(point <= epochs for point in self.plan.points[: self.best + 1]) if self.progress.refit else 0
         return sum(map(len, self.progress.points)) + refit
 
+    def scores_after(self, epochs: int) -> bool:
+        """Whether the learner of this phase is scored once it has been trained for so many epochs."""
+        return not self.progress.refit and epochs in self.plan.points
+
     def ended(self, epochs: int) -> bool:
         """Whether nothing is left to train."""
         if self.plan.refit:

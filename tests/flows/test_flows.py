@@ -271,7 +271,7 @@ def test_only_a_store_that_was_away_is_tried_again(error: Exception, retried: bo
             raise error
         return "done"
 
-    task = wrappers._task(work, "work").with_options(retry_delay_seconds=0)
+    task = wrappers._task(work, "work", "work").with_options(retry_delay_seconds=0)
 
     @flow
     def run() -> str:

@@ -136,6 +136,38 @@ def test_stopped_anywhere_and_begun_again_it_ends_with_the_same_bits(dataset: st
         assert found.metrics == reference.metrics
 
 
+class Killed(BaseException):
+    """As SIGKILL: nothing catches it for good."""
+
+
+class EveryTimeUntil(Clock):
+    """A checkpoint whenever one may be stored; then the process ends when another is due."""
+
+    def __init__(self, checkpoints: int) -> None:
+        super().__init__()
+        self.left = checkpoints
+
+    def due(self) -> bool:
+        if not self.left:
+            raise Killed
+        self.left -= 1
+        return True
+
+
+def test_a_checkpoint_just_before_a_score_or_just_after_it_leads_to_the_same_bits(dataset: str, tmp_path: Path) -> None:
+    assert ended(begun(dataset, tmp_path / "reference"))
+    reference = open_log(str(tmp_path / "reference"), "model").head().manifest
+    first = reference.metrics["search"]["epochs"][0]
+    for checkpoints in (first - 1, first, first + 1):
+        registry = tmp_path / f"killed after {checkpoints}"
+        with pytest.raises(Killed):
+            ended(begun(dataset, registry, EveryTimeUntil(checkpoints)))
+        assert ended(begun(dataset, registry))
+        found = open_log(str(registry), "model").head().manifest
+        assert [blob.sha256 for blob in found.blobs.refs] == [blob.sha256 for blob in reference.blobs.refs]
+        assert found.metrics == reference.metrics
+
+
 def test_of_many_rows_the_searchs_own_learner_at_its_best_is_registered(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     a, noise = torch.randn(2, 20_000, generator=generator)

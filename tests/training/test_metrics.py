@@ -31,7 +31,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("scale", [1.0, 1e9, 1e-200])
 def test_errors_have_the_bits_of_torchmetrics_in_float64(targets: tuple[int, ...], scale: float) -> None:
     batches = [(scale * normal(n, *targets, seed=n), scale * normal(n, *targets, seed=n + 1)) for n in SIZES]
-    ours = metrics_of(plain_spec())
+    ours = metrics_of(plain_spec(task="regression"))
     theirs = {"mae": MeanAbsoluteError(), "rmse": MeanSquaredError(squared=False)}
     for name, metric in theirs.items():
         expected = over(metric.set_dtype(torch.float64), batches)
@@ -41,7 +41,7 @@ def test_errors_have_the_bits_of_torchmetrics_in_float64(targets: tuple[int, ...
 
 def test_one_value_far_out_is_not_lost_among_many() -> None:
     """In float32 the sum of 2**24 and a one is 2**24."""
-    mae = metrics_of(plain_spec())["mae"]
+    mae = metrics_of(plain_spec(task="regression"))["mae"]
     zero = torch.zeros(1, dtype=torch.float64)
     assert over(mae, [(zero + 2.0**24, zero), *[(zero + 1, zero)] * 3]) == (2**24 + 3) / 4
 
@@ -70,7 +70,7 @@ def test_the_area_under_the_curve() -> None:
 
 def test_values_that_are_not_finite_stay_so() -> None:
     nan = torch.tensor([math.nan], dtype=torch.float64)
-    for metric in metrics_of(plain_spec()).values():
+    for metric in metrics_of(plain_spec(task="regression")).values():
         assert math.isnan(over(metric, [(nan, nan)]))
     assert over(metrics_of(plain_spec(task="binary"))["accuracy"], [(nan.float(), nan.long())]) in (0.0, 1.0)
 
@@ -81,10 +81,10 @@ import sys
 from tests.training.rows import plain_spec
 from tidemill.tasks.training import loop
 from tidemill.tasks.training.metrics import metrics_of
-for task in ({}, {"task": "binary"}, {"task": "multiclass", "classes": 3}):
+for task in ({"task": "regression"}, {"task": "binary"}, {"task": "multiclass", "classes": 3}):
     metrics_of(plain_spec(**task))
 assert "torchmetrics" not in sys.modules
-assert list(metrics_of(plain_spec(metrics=["torchmetrics.regression:R2Score"]))) == ["mae", "rmse", "r2score"]
+assert list(metrics_of(plain_spec(task="regression", metrics=["torchmetrics.regression:R2Score"]))) == ["mae", "rmse", "r2score"]
 assert "torchmetrics" in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
