@@ -277,7 +277,7 @@ def _retried(attempt: Callable[[], dict[str, Any]], what: Callable[[], str], ret
         assert state.outcome is not None
         late = time.monotonic() - began + state.upcoming_sleep > _TOLD_AFTER_SECONDS and not told
         logger.log(
-            logging.WARNING if late else logging.INFO,
+            logging.WARNING if late else logging.DEBUG,
             "%s: %s. Trying again for up to %.0f s: is the store up, and does AWS_ENDPOINT_URL_S3 name it?",
             *(on_one_line(what()), state.outcome.exception(), retry_seconds),
         )

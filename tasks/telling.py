@@ -70,8 +70,8 @@ def notes(version: Version, alias: str) -> list[str]:
     if own and (other := metrics.get("baseline")):
         name = "the mean of the target" if spec.task == "regression" else "the base rates of the labels"
         found.append(f"{name} alone: {_numbers(other)}; this version: {_compared(own, other, spec.main_metric)}")
-    if (fell := still_fell(metrics.get("epoch_loss", ()), metrics.get("best_epoch"))) is not None:
-        found.append(f"the loss still fell by {fell:.1%} in the last epoch: more epochs would help (--epochs)")
+    if (told := unsettled(metrics)) is not None:
+        found.append(told)
     found.append(_moved(metrics, version.number, alias, spec.main_metric))
     return [on_one_line(told) for told in found]
 
@@ -107,6 +107,17 @@ def _compared(own: dict[str, float], other: dict[str, float], metric: str) -> st
 
 def _numbers(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+
+
+def unsettled(metrics: dict[str, Any]) -> str | None:
+    """What says that more epochs would help, by the metrics of a batch version; None: nothing does."""
+    if (search := metrics.get("search")) is not None:  # held-out rows have decided, not the loss of the last epoch
+        if search["best_epochs"] < search["epochs"][-1]:
+            return None
+        return f"the search ended at its limit, {search['best_epochs']} epochs, with its best score: more may help (--epochs)"
+    if (fell := still_fell(metrics.get("epoch_loss", ()), metrics.get("best_epoch"))) is None:
+        return None
+    return f"the loss still fell by {fell:.1%} in the last epoch: more epochs would help (--epochs)"
 
 
 def still_fell(losses: Sequence[float], best_epoch: int | None = None) -> float | None:

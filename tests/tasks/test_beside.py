@@ -15,7 +15,7 @@ from tidemill.storage.log import VersionLog, open_log
 from tidemill.tasks import batch
 from tidemill.tasks.online.doors import drain
 from tidemill.tasks.settings import BatchSettings
-from tidemill.tasks.telling import still_fell
+from tidemill.tasks.telling import still_fell, unsettled
 from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.spec import Spec
 
@@ -239,3 +239,12 @@ def test_it_is_told_of_a_run_that_stopped_too_early(memory_url: MakeUrl) -> None
     assert told.endswith("in the last epoch: more epochs would help (--epochs)")
     _, notes = train(memory_url, changed(epochs=60))
     assert not [note for note in notes if "still fell" in note]
+
+
+def test_of_a_search_the_held_out_rows_tell_it_and_not_the_loss() -> None:
+    losses = [1.0, 0.5]
+    found = {"epochs": [1, 2, 3], "best_epochs": 2}
+    assert unsettled({"epoch_loss": losses, "search": found}) is None
+    told = unsettled({"epoch_loss": losses, "search": found | {"best_epochs": 3}})
+    assert told is not None
+    assert told.startswith("the search ended at its limit, 3 epochs")
