@@ -149,8 +149,7 @@ class BatchRun:
 
             def epoch_done(loss: float, learner: Learner = learner, search: Search = search) -> None:
                 self.losses = (*self.losses, loss)
-                # Not where a score comes next: it would be missing in the checkpoint, and a run that goes on from there
-                # would look for the next one.
+                # Not where a score comes next: a run that goes on from there would leave it out.
                 if not search.scores_after(learner.counters.epochs) and self.clock.due():
                     self.save(learner)
 

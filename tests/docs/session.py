@@ -91,6 +91,7 @@ class Session:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what the block has left in the background
+            process.wait()
         if block.directive == "until":
             assert told, f"{block.where} ended ({code}) before it said {block.argument!r}:\n{self.output}"
             return
