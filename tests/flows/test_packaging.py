@@ -345,7 +345,8 @@ def test_a_worker_runs_our_flows_and_theirs(place: Place, installed: dict[str, s
     """Deployed from such a project: with packages, their flow by its module; without, by its file; ours always by module."""
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
-        environment = installed | {"PREFECT_API_URL": str(client.api_url)}
+        # The worker asks again when the database of its server is locked, whatever this process has learned of its own runs
+        environment = installed | {"PREFECT_API_URL": str(client.api_url), "PREFECT_CLIENT_MAX_RETRIES": "5"}
         runs = {}
         for name, packages in (("packages", True), ("folders", False)):
             folder = project(tmp_path / name, packages=packages)
