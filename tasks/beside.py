@@ -1,6 +1,7 @@
 """What the score of a batch run stands beside, on the same rows: the baseline, and the version whose alias it takes.
 
-None of it changes a bit of what is trained, or makes a run fail.
+None of it changes a bit of what is trained, or makes a run fail. A store that is away is waited for, as everywhere: what is
+stored of a run must not depend on that.
 """
 
 import logging
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from tidemill.storage.aliases import find_alias
 from tidemill.storage.chain import Version
-from tidemill.storage.errors import on_one_line
+from tidemill.storage.errors import Unavailable, on_one_line
 from tidemill.storage.log import VersionLog
 from tidemill.tasks.training.baseline import baseline
 from tidemill.tasks.training.errors import described
@@ -41,9 +42,15 @@ class Rows:
 
 
 def of_baseline(learner: Learner, rows: Rows, class_counts: Sequence[int] | None) -> dict[str, float]:
-    """The scores of the mean, or of the base rates, by metric; empty if they cannot be computed."""
+    """The scores of the mean, or of the base rates, by metric; empty if they cannot be computed.
+
+    Raises:
+        Unavailable: the dataset's store is away for now.
+    """
     try:
         return score(baseline(learner.spec, learner.features, class_counts), rows.groups, rows.split).finite
+    except Unavailable:
+        raise
     except Exception as error:  # noqa: BLE001  # of the user's loss or metrics, which any code may raise
         logger.warning("the baseline could not be scored: %s", described(error))
         return {}
@@ -53,6 +60,9 @@ def of_replaced(learner: Learner, rows: Rows | None, log: VersionLog, alias: str
     """The version that the alias names until now: `{"alias", "version", "score"}`, or `reason` in place of a score.
 
     None if there is no such alias yet. `rows` is None where no rows were held out.
+
+    Raises:
+        Unavailable: a store is away for now.
     """
     try:
         if not log.exists() or (found := find_alias(log, alias)) is None:
@@ -60,11 +70,15 @@ def of_replaced(learner: Learner, rows: Rows | None, log: VersionLog, alias: str
         replaced: dict[str, Any] = {"alias": alias, "version": found.version}
         if rows is None:
             return replaced | {"reason": "no rows were held out"}
-    except Exception as error:  # noqa: BLE001  # of the store: nothing is told then
+    except Unavailable:
+        raise
+    except Exception as error:  # noqa: BLE001  # of a damaged registry: nothing is told then
         logger.warning("where the alias %r stands could not be read: %s", alias, described(error))
         return None
     try:
         return replaced | _scored(learner, rows, log, log.version(found.version))
+    except Unavailable:
+        raise
     except Exception as error:  # noqa: BLE001  # whatever it is that another model cannot read, or needs
         return replaced | {"reason": on_one_line(described(error))}
 

@@ -10,14 +10,18 @@ import pytest
 import torch
 
 from tests.data import SPEC, put, rows
+from tests.storage.faults import fails, hooked
 from tidemill.storage.aliases import promote
+from tidemill.storage.errors import Unavailable
 from tidemill.storage.log import VersionLog, open_log
 from tidemill.tasks import batch
+from tidemill.tasks.beside import Rows, of_baseline, of_replaced
 from tidemill.tasks.online.doors import drain
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.telling import still_fell, unsettled
-from tidemill.tasks.training.groups import Split
+from tidemill.tasks.training.groups import RowGroup, Split
 from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.versions import load_learner
 
 MakeUrl = Callable[[str], str]
 
@@ -248,3 +252,27 @@ def test_of_a_search_the_held_out_rows_tell_it_and_not_the_loss() -> None:
     told = unsettled({"epoch_loss": losses, "search": found | {"best_epochs": 3}})
     assert told is not None
     assert told.startswith("the search ended at its limit, 3 epochs")
+
+
+def test_a_store_that_is_away_is_waited_for_and_leaves_no_score_out(memory_url: MakeUrl) -> None:
+    put(memory_url("dataset"), {"0.parquet": rows(120, 0)})
+    log, _ = train(memory_url)
+    stores = hooked(fails("read", Unavailable("away")))
+    learner, away = load_learner(log, log.head()), VersionLog(stores(memory_url("registry")), "model")
+    data = batch.take_snapshot(memory_url("dataset"))
+    held_out = Rows(data.row_groups, None, data.schemas)
+    with pytest.raises(Unavailable):
+        of_replaced(learner, held_out, away, "champion")
+    read = Unreadable(data.row_groups[0])
+    with pytest.raises(Unavailable):
+        of_baseline(learner, Rows([read], None, data.schemas), None)
+
+
+class Unreadable:
+    """A row group of a store that is away."""
+
+    def __init__(self, group: RowGroup) -> None:
+        self.name, self.num_rows, self.schema = group.name, group.num_rows, group.schema
+
+    def read(self, columns: object) -> pa.Table:
+        raise Unavailable("away")
