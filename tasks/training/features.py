@@ -30,6 +30,7 @@ from tidemill.tasks.training.groups import RowGroup, Subset, read_ahead
 from tidemill.tasks.training.inputs import Input, check_families, check_weight, input_of, target_family
 from tidemill.tasks.training.packing import blocks, pack
 from tidemill.tasks.training.pool import Empty
+from tidemill.tasks.training.request_log import is_reserved
 from tidemill.tasks.training.spec import Spec, Task
 from tidemill.tasks.training.statistics import Moments, Statistics, range_of
 from tidemill.tasks.training.survey import Survey
@@ -232,9 +233,10 @@ class Features:
         return found.digest()
 
     def new_columns(self, schema: pa.Schema) -> dict[str, str]:
-        """Columns that the first dataset did not have, used or not: their names and Arrow types."""
+        """Columns that the first dataset did not have, used or not: their names and Arrow types. None of a log of requests."""
         known = set(self.dataset_columns)
-        return {field.name: type_name(field.type) for field in schema if field.name not in known}
+        new = (field for field in schema if field.name not in known and not is_reserved(field.name))
+        return {field.name: type_name(field.type) for field in new}
 
     def check(self, schema: pa.Schema, where: str, *, labelled: bool = True) -> None:
         """Raises ColumnError if a column is missing from `schema`, or means something else than at the start.

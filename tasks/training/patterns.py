@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.families import family_of, is_untyped, told
+from tidemill.tasks.training.request_log import is_reserved
 from tidemill.tasks.training.spec import Column, Spec
 
 _WILD: Final = "*?["
@@ -115,6 +116,8 @@ def did_you_mean(name: str, names: Sequence[str]) -> str:
 
 def _unusable(name: str, schema: pa.Schema, files: Sequence[pa.Schema]) -> str | None:
     """Why a column that a pattern matches cannot be an input; None if it can, as far as schemas tell."""
+    if is_reserved(name):
+        return "of a log of requests, and no feature"
     if len(schema.get_all_field_indices(name)) > 1:
         return "the dataset has several columns of this name"
     kind = schema.field(name).type

@@ -23,6 +23,7 @@ from tests.training.rows import (
     spec_of,
     table_of,
 )
+from tidemill.tasks.training import request_log
 from tidemill.tasks.training.columns import hash_bucket
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
@@ -336,6 +337,8 @@ def test_columns_that_the_dataset_did_not_have_are_told():
     features = Features.resolve(spec_of("alpha"), SCHEMA)  # text, v and items were there, though they are not used
     assert features.new_columns(SCHEMA) == {}
     later = SCHEMA.remove(1).append(pa.field("more", pa.list_(pa.int8()))).append(pa.field("alpha2", pa.string()))
+    for name, kind in request_log.TYPES.items():  # Tidemill's own
+        later = later.append(pa.field(name, kind))
     again = Features.from_state({}, json.loads(json.dumps(features.state()[1])))
     assert again.new_columns(later) == {"more": "list<item: int8>", "alpha2": "string"}
 

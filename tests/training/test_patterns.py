@@ -5,6 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from tidemill.tasks.training import request_log
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.patterns import choose
 from tidemill.tasks.training.spec import Column, Spec
@@ -64,6 +65,16 @@ def test_a_pattern_never_takes_the_weight_and_says_what_it_passes_over() -> None
     assert chosen.unused == {
         "route": "of type map<string, int64>, which cannot be an input",
         "nothing": "null in all rows",
+    }
+
+
+def test_a_pattern_takes_no_column_of_a_log_of_requests_and_says_so() -> None:
+    schema = pa.schema([*SCHEMA, (request_log.PREDICTION, pa.float32()), *request_log.TYPES.items()])
+    assert names(schema=schema) == USABLE
+    unused = choose(Spec(target="y"), schema).unused
+    assert {name for name, why in unused.items() if "log of requests" in why} == {
+        *request_log.TYPES,
+        request_log.PREDICTION,
     }
 
 
