@@ -1,5 +1,31 @@
-"""Errors of whole runs. Nothing is imported here: the command line catches them, and must not wait for torch."""
+"""Errors of whole runs. Nothing slow is imported here: the command line catches them, and must not wait for torch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class GateClosed(Exception):
     """Versions were refused again and again, and the settings say that a person must decide."""
+
+
+class CannotExport(Exception):
+    """A version cannot be written in a format of others: it cannot be translated, or what came of it predicts otherwise."""
+
+
+class MissingExtra(Exception):
+    """Packages that only a part of Tidemill needs are not installed."""
+
+
+@contextmanager
+def of_extra(extra: str, what: str) -> Iterator[None]:
+    """For the imports of packages that an extra of pyproject.toml names. `what` needs them, in words.
+
+    Raises:
+        MissingExtra: one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingExtra(
+            f"{what} needs the package {error.name!r}, which is not installed: pip install 'tidemill[{extra}]'"
+        ) from error
