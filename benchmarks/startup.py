@@ -239,7 +239,7 @@ def prepare(folder: Path, environment: dict[str, str]) -> None:
 
     for name in ("data", "inbox"):
         (folder / name).mkdir()
-    columns = {"a": [1.0, 2.0, 3.0, 4.0] * 100, "b": [1.0, 2.0, 0.0, 1.0] * 100, "y": [1.0, 2.0, 6.0, 7.0] * 100}
+    columns = {"a": [1.0, 2.0, 3.0, 4.0] * 100, "b": [1.0, 2.0, 0.0, 1.0] * 100, "y": [1.5, 2.5, 6.5, 7.5] * 100}
     pq.write_table(pa.table(columns), folder / "data" / "rows.parquet")
     spawned([__file__, "--bare", "train"], environment, folder)
     next(folder.glob("new-*")).rename(folder / "registry")

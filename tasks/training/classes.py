@@ -10,9 +10,10 @@ from __future__ import annotations  # pa.Array[Any] takes its type parameter in 
 
 import json
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import accumulate
 from typing import Any, Final
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from tidemill.tasks.training.columns import to_arrow
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.families import family_of
 
@@ -65,7 +67,7 @@ class Values:
         self.text = self.text or pa.types.is_large_binary(array.type)
         self.rows += len(array) - array.null_count
         seen = array.drop_null()
-        trained = seen if rows_N is None else array.take(pa.array(rows_N.numpy())).drop_null()
+        trained = seen if rows_N is None else array.take(to_arrow(rows_N)).drop_null()
         distinct = pc.unique(seen)
         if len(distinct) > self.most:
             self._stop(f"has more than {self.most:,} distinct values")
@@ -140,11 +142,11 @@ def class_numbers(array: pa.Array[Any], labels: Sequence[Label], name: str, wher
     array = plain(array)
     wanted: pa.Array[Any]
     if isinstance(labels[0], str):
-        wanted = pa.array([str(label).encode() for label in labels], pa.large_binary())
+        wanted = _of_text(labels)
     elif pa.types.is_floating(array.type) or pa.types.is_decimal(array.type) or pa.types.is_uint64(array.type):
-        array, wanted = array.cast(pa.float64(), safe=False), pa.array([float(label) for label in labels], pa.float64())
+        array, wanted = array.cast(pa.float64(), safe=False), _of_numbers(labels, torch.float64)
     else:
-        array, wanted = array.cast(pa.int64()), pa.array([int(label) for label in labels], pa.int64())
+        array, wanted = array.cast(pa.int64()), _of_numbers(labels, torch.int64)
     found = pc.index_in(array, value_set=wanted, skip_nulls=True)
     if found.null_count > array.null_count:
         row = pc.index(pc.and_(found.is_null(), array.is_valid()), True).as_py()
@@ -162,9 +164,22 @@ def label_type(labels: Sequence[Label]) -> pa.DataType:
     return pa.string() if isinstance(labels[0], str) else pa.int64()
 
 
-def label_array(numbers_N: Iterable[int], labels: Sequence[Label]) -> pa.Array[Any]:
-    """The labels [N] of class numbers."""
-    return pa.array(labels, label_type(labels)).take(pa.array(numbers_N, pa.int64()))
+def label_array(numbers_N: Tensor, labels: Sequence[Label]) -> pa.Array[Any]:
+    """The labels [N] of class numbers, int64 [N]."""
+    every = _of_text(labels) if isinstance(labels[0], str) else _of_numbers(labels, torch.int64)
+    return every.cast(label_type(labels)).take(to_arrow(numbers_N))
+
+
+def _of_text(labels: Sequence[Label]) -> pa.Array[Any]:
+    """The labels' bytes. By hand, as `_of_numbers`: `pa.array` imports pandas where that is installed (0.4 s)."""
+    values = [str(label).encode() for label in labels]
+    offsets = torch.tensor([0, *accumulate(len(value) for value in values)])
+    buffers = [None, pa.py_buffer(offsets.numpy()), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
+
+
+def _of_numbers(labels: Sequence[Label], dtype: torch.dtype) -> pa.Array[Any]:
+    return to_arrow(torch.tensor([int(label) for label in labels], dtype=torch.int64).to(dtype))
 
 
 def predicted_columns(outputs: Tensor, labels: Sequence[Label] | None) -> list[tuple[pa.Field[Any], pa.Array[Any]]]:
@@ -183,7 +198,7 @@ def predicted_columns(outputs: Tensor, labels: Sequence[Label] | None) -> list[t
         return [(pa.field(PREDICTED[0], values.type), values)]
     # Of two labels the second one if its probability exceeds a half, as accuracy counts.
     numbers_N = outputs.argmax(1) if outputs.ndim == 2 else (outputs > 0.5).long()
-    predicted = label_array(numbers_N.tolist(), labels)
+    predicted = label_array(numbers_N, labels)
     values = _lists(outputs if outputs.ndim == 2 else torch.stack([1 - outputs, outputs], 1))
     order = {b"labels": json.dumps(list(labels), ensure_ascii=False).encode()}
     return [
@@ -193,7 +208,7 @@ def predicted_columns(outputs: Tensor, labels: Sequence[Label] | None) -> list[t
 
 
 def _lists(outputs: Tensor) -> pa.Array[Any]:
-    values = pa.array(outputs.reshape(-1).numpy())
+    values = to_arrow(outputs.reshape(-1))
     return pa.FixedSizeListArray.from_arrays(values, outputs.shape[1]) if outputs.ndim == 2 else values
 
 

@@ -91,9 +91,19 @@ def _present(array: pa.Array[Any]) -> Tensor:
     return from_arrow(array.is_valid().cast(pa.uint8())).bool()
 
 
+_ARROW: Final = {torch.int64: pa.int64(), torch.float32: pa.float32(), torch.float64: pa.float64()}
+
+
 def from_arrow(array: pa.Array[Any]) -> Tensor:
     """A view of Arrow's memory. DLPack, because `Array.to_numpy` imports pandas where that is installed (0.7 s)."""
     return torch.utils.dlpack.from_dlpack(array)
+
+
+def to_arrow(values_N: Tensor) -> pa.Array[Any]:
+    """The other way, for int64, float32 and float64 without nulls. `pa.array` of a NumPy array imports pandas as well."""
+    return pa.Array.from_buffers(
+        _ARROW[values_N.dtype], len(values_N), [None, pa.py_buffer(values_N.contiguous().numpy())]
+    )
 
 
 Ids = Callable[[slice], Tensor]  # of some rows: int64 [B], or [B, L] of sequences

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tidemill.tasks.training.classes import label_array
+from tidemill.tasks.training.columns import to_arrow
 from tidemill.tasks.training.families import Family
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import TableGroup, generator
@@ -44,33 +45,30 @@ def made_up(features: Features, rows: int) -> TableGroup:
                 y_N = seen.target_mean[i] + y_N * seen.target_std[i]
         else:
             y_N = (torch.arange(rows) % (features.classes or 2)).double()
-        columns[name] = (
-            _number(family, y_N) if features.labels is None else label_array(y_N.long().tolist(), features.labels)
-        )
+        columns[name] = _number(family, y_N) if features.labels is None else label_array(y_N.long(), features.labels)
     if features.sample_weight is not None and features.sample_weight not in columns:
-        columns[features.sample_weight] = pa.array([1.0] * rows, pa.float64())
+        columns[features.sample_weight] = to_arrow(torch.ones(rows, dtype=torch.float64))
     return TableGroup("made-up rows", pa.table(columns))
 
 
 def _input(column: Input, x_NK: Tensor) -> pa.Array[Any]:
-    rows = len(x_NK)
-    turns = [i % CATEGORIES for i in range(rows)]
+    turns_N = torch.arange(len(x_NK)) % CATEGORIES
     if column.family == "text":
-        return pa.array([str(turn) for turn in turns], pa.string())
+        return to_arrow(turns_N).cast(pa.string())
     if column.family in ("list of integers", "list of text"):
-        item: pa.DataType = pa.int64() if column.family == "list of integers" else pa.string()
-        lists = [[turn + i for i in range(ITEMS)] for turn in turns]
-        return pa.array([[str(i) for i in some] for some in lists] if item == pa.string() else lists, pa.list_(item))
+        items = to_arrow((turns_N.unsqueeze(1) + torch.arange(ITEMS)).flatten())
+        ends = to_arrow(torch.arange(len(x_NK) + 1) * ITEMS).cast(pa.int32())
+        return pa.ListArray.from_arrays(ends, items if column.family == "list of integers" else items.cast(pa.string()))
     if column.buckets:
-        return pa.array(turns, pa.int64())
+        return to_arrow(turns_N)
     if column.width is not None:
-        return pa.FixedSizeListArray.from_arrays(pa.array(x_NK.flatten().numpy()), column.width)
+        return pa.FixedSizeListArray.from_arrays(to_arrow(x_NK.flatten()), column.width)
     return _number(column.family, x_NK.squeeze(1))
 
 
 def _number(family: Family, values_N: Tensor) -> pa.Array[Any]:
     """Numbers as they are; times and durations, which are given in seconds, as what they are."""
     if family == "number":
-        return pa.array(values_N.tolist(), pa.float64())
-    ticks = pa.array((values_N * 1e6).round().long().tolist(), pa.int64())
+        return to_arrow(values_N)
+    ticks = to_arrow((values_N * 1e6).round().long())
     return ticks.cast(pa.timestamp("us", "UTC") if family == "time" else pa.duration("us"))

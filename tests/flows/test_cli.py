@@ -952,6 +952,21 @@ def test_light_commands_import_nothing_heavy(model: Place, tmp_path: Path) -> No
     assert "prefect" not in imported("predict", model.registry, "model", model.dataset, model.archive, cwd=tmp_path)
 
 
+def test_training_does_not_wait_for_pandas_where_that_is_installed(tmp_path: Path) -> None:
+    """Arrow imports it for any array that is made of Python or NumPy values."""
+    (tmp_path / "pandas").mkdir()
+    (tmp_path / "pandas" / "__init__.py").write_text('__version__ = "3.0.0"')
+    table = pa.table({"x": [i / 7 for i in range(100)], "y": [["small", "large"][i > 50] for i in range(100)]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    (tmp_path / "inbox").mkdir()
+    pq.write_table(table, tmp_path / "inbox" / "a.parquet")
+    for command in (
+        ("train", "rows.parquet", "registry", "model", "--target", "y", "--epochs", "1", "--batch-size", "32"),
+        ("follow", "inbox", "registry", "model", "--mode", "drain", "--grace-seconds", "0"),
+    ):
+        assert not imported(*command, cwd=tmp_path) & {"pandas", "prefect"}, command
+
+
 @pytest.mark.parametrize("make_url", ["s3"], indirect=True)
 def test_reading_from_s3_imports_its_client_alone(model: Place, tmp_path: Path) -> None:
     found = imported("status", model.registry, "model", "--inbox", model.inbox, cwd=tmp_path)
