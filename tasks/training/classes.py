@@ -174,7 +174,7 @@ def _of_text(labels: Sequence[Label]) -> pa.Array[Any]:
     """The labels' bytes. By hand, as `_of_numbers`: `pa.array` imports pandas where that is installed (0.4 s)."""
     values = [str(label).encode() for label in labels]
     offsets = torch.tensor([0, *accumulate(len(value) for value in values)])
-    buffers = [None, pa.py_buffer(offsets.numpy()), pa.py_buffer(b"".join(values))]
+    buffers = [None, pa.py_buffer(offsets.numpy().data), pa.py_buffer(b"".join(values))]
     return pa.Array.from_buffers(pa.large_binary(), len(values), buffers)
 
 

@@ -102,7 +102,7 @@ def from_arrow(array: pa.Array[Any]) -> Tensor:
 def to_arrow(values_N: Tensor) -> pa.Array[Any]:
     """The other way, for int64, float32 and float64 without nulls. `pa.array` of a NumPy array imports pandas as well."""
     return pa.Array.from_buffers(
-        _ARROW[values_N.dtype], len(values_N), [None, pa.py_buffer(values_N.contiguous().numpy())]
+        _ARROW[values_N.dtype], len(values_N), [None, pa.py_buffer(values_N.contiguous().numpy().data)]
     )
 
 

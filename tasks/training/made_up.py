@@ -56,9 +56,11 @@ def _input(column: Input, x_NK: Tensor) -> pa.Array[Any]:
     if column.family == "text":
         return to_arrow(turns_N).cast(pa.string())
     if column.family in ("list of integers", "list of text"):
-        items = to_arrow((turns_N.unsqueeze(1) + torch.arange(ITEMS)).flatten())
+        items: pa.Array[Any] = to_arrow((turns_N.unsqueeze(1) + torch.arange(ITEMS)).flatten())
         ends = to_arrow(torch.arange(len(x_NK) + 1) * ITEMS).cast(pa.int32())
-        return pa.ListArray.from_arrays(ends, items if column.family == "list of integers" else items.cast(pa.string()))
+        if column.family == "list of text":
+            items = items.cast(pa.string())
+        return pa.ListArray.from_arrays(ends, items, type=pa.list_(items.type))
     if column.buckets:
         return to_arrow(turns_N)
     if column.width is not None:
