@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pyarrow as pa
 import torch
@@ -57,10 +57,10 @@ def _input(column: Input, x_NK: Tensor) -> pa.Array[Any]:
         return to_arrow(turns_N).cast(pa.string())
     if column.family in ("list of integers", "list of text"):
         items: pa.Array[Any] = to_arrow((turns_N.unsqueeze(1) + torch.arange(ITEMS)).flatten())
-        ends = to_arrow(torch.arange(len(x_NK) + 1) * ITEMS).cast(pa.int32())
+        ends = cast("pa.Int32Array", to_arrow(torch.arange(len(x_NK) + 1) * ITEMS).cast(pa.int32()))
         if column.family == "list of text":
             items = items.cast(pa.string())
-        return pa.ListArray.from_arrays(ends, items, type=pa.list_(items.type))
+        return pa.ListArray.from_arrays(ends, items)
     if column.buckets:
         return to_arrow(turns_N)
     if column.width is not None:
