@@ -222,6 +222,24 @@ def keep_batch_apart(log: "VersionLog", dataset: str | None, holdout: str | None
         keep_out_of_inbox(inbox, datasets.items(), "an inbox of the model,")
 
 
+def keep_apart(log: "VersionLog", name: str, place: str) -> None:
+    """What is made of a model is written outside of what the model is made of: its registry, datasets and inboxes.
+
+    Args:
+        log: Of the model.
+        name: What the place is called in a message.
+        place: URL of its store, or of an object.
+
+    Raises:
+        PlacesOverlap: the place is one of them or lies in it; or it holds the registry or an inbox.
+    """
+    keep_out_of_registry(log.url, name, place)
+    for dataset, number in named_datasets(log).items():
+        keep_out_of_dataset(dataset, [(name, place)], f"the dataset of version {number}")
+    for inbox in sorted(named_inboxes(log)):
+        keep_out_of_inbox(inbox, [(name, place)], "an inbox of the model,")
+
+
 # ---- where a record of a registry may reach --------------------------------------------------------------------------
 def allowed_places() -> tuple[str, ...]:
     """URLs of the stores that `TIDEMILL_PLACES` names, beside those of a run itself.

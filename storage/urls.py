@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from typing import Final
 
 from tidemill.storage.errors import InvalidURL
@@ -68,6 +69,28 @@ def open_store(url: str) -> Store:
     from tidemill.storage.s3 import S3Store  # here, because s3fs takes most of a second to import
 
     return S3Store(name, prefix)
+
+
+def open_object(url: str, stores: Callable[[str], Store] = open_store) -> tuple[Store, str]:
+    """(store, key) of the object at `url`, which may be there or not: a file, or `s3://bucket/prefix/name`.
+
+    Raises:
+        InvalidURL: it names a folder or a bucket; or as `open_store`.
+    """
+    folder, slash, name = url.rpartition("/")
+    scheme, separator, rest = folder.partition("://")
+    if (
+        not name
+        or name in (".", "..", "~")
+        or (separator and not rest and scheme.lower() != "file")
+        or folder.endswith(":/")
+    ):
+        raise InvalidURL(
+            f"{_shown(url)} names no file: give its name too, as in ./folder/name or s3://bucket/prefix/name"
+        )
+    if not slash:
+        return stores("."), name
+    return stores(folder if folder and folder.lower() != "file://" else f"{folder}/"), name
 
 
 def looks_like_a_pattern(url: str) -> bool:

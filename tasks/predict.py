@@ -22,14 +22,7 @@ from tidemill.storage.errors import (
     on_one_line,
 )
 from tidemill.storage.log import VersionLog
-from tidemill.storage.overlap import (
-    inside,
-    keep_out_of_dataset,
-    keep_out_of_inbox,
-    keep_out_of_registry,
-    named_datasets,
-    named_inboxes,
-)
+from tidemill.storage.overlap import inside, keep_apart, keep_out_of_dataset
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.training.classes import PREDICTED, Label, predicted_columns
@@ -90,7 +83,8 @@ def predict(
     """
     log, target = VersionLog(stores(registry), model), stores(output)
     chosen = resolve(log, version)
-    _check_places(log, target.url, stores(dataset).url)
+    keep_out_of_dataset(stores(dataset).url, [(_OUTPUT, target.url)])
+    keep_apart(log, _OUTPUT, target.url)
     frozen = load_frozen(log, chosen)
     if twice := [name for name in columns if name in PREDICTED]:
         raise DatasetError(f"{twice[0]!r} is the name of a column of predictions: it cannot be copied beside them.")
@@ -136,16 +130,6 @@ def predict(
             logger.info("%s/%s (%d of %d files)", target.url, file, number, len(files))
     result.end()
     return Predicted(model=model, version=chosen.number, files=len(files), rows=taken.ref.rows, output=target.url)
-
-
-def _check_places(log: VersionLog, output: str, dataset: str) -> None:
-    written = [(_OUTPUT, output)]
-    keep_out_of_registry(log.url, _OUTPUT, output)
-    keep_out_of_dataset(dataset, written)
-    for trained_on, number in named_datasets(log).items():
-        keep_out_of_dataset(trained_on, written, f"the dataset of version {number}")
-    for inbox in sorted(named_inboxes(log)):
-        keep_out_of_inbox(inbox, written, "an inbox of the model,")
 
 
 # ---- when a result is whole ------------------------------------------------------------------------------------------

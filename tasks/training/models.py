@@ -57,6 +57,10 @@ class _Items(nn.Embedding):
         self.mode = mode
 
     def forward(self, ids_BL: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():  # what depends on how many items there are would become a loop over the rows
+            present_BL1 = (ids_BL != 0).to(self.weight.dtype).unsqueeze(2)
+            sum_BE = (functional.embedding(ids_BL, self.weight) * present_BL1).sum(1)
+            return sum_BE if self.mode == "sum" else sum_BE / present_BL1.sum(1).clamp(min=1)
         # Without the padding: less work, and no [B, L, E] in memory.
         item_BL = ids_BL != 0
         count_B = item_BL.sum(1)
@@ -132,7 +136,10 @@ class _FirstLayer(nn.Module):
         output = self.bias if self.numbers is None else self.numbers(x_BF) + self.bias
         if self.values is not None:
             rows_BC = ids_BC[:, : len(self.inputs.buckets)] + self.first_row_C
-            output = output + functional.embedding_bag(rows_BC, self.values.weight, mode="sum")
+            if torch.compiler.is_exporting():  # as in _Items
+                output = output + functional.embedding(rows_BC, self.values.weight).sum(1)
+            else:
+                output = output + functional.embedding_bag(rows_BC, self.values.weight, mode="sum")
         if self.items:
             _, sequences = self.inputs.split(ids_BC)
             for embed, ids_BL in zip(self.items, sequences, strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tidemill.storage.errors import InvalidURL
-from tidemill.storage.urls import open_store
+from tidemill.storage.urls import open_object, open_store
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_current_folder_that_is_gone_is_told(tmp_path: Path):
     code = """
 import os
 from tidemill.storage.errors import InvalidURL
-from tidemill.storage.urls import open_store
+from tidemill.storage.urls import open_object, open_store
 os.mkdir("gone")
 os.chdir("gone")
 os.rmdir(os.getcwd())
@@ -120,7 +120,7 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str):
 def test_only_an_s3_url_costs_the_import_of_its_client():
     code = """
 import sys
-from tidemill.storage.urls import open_store
+from tidemill.storage.urls import open_object, open_store
 open_store("x")
 open_store("memory://x")
 print(*({"s3fs", "botocore"} & {*sys.modules}))
@@ -129,3 +129,34 @@ print(*({"s3fs", "botocore"} & {*sys.modules}))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "\nbotocore\n"
+
+
+@pytest.mark.parametrize(
+    ("url", "root", "key"),
+    [
+        ("x.onnx", "file://{here}", "x.onnx"),
+        ("./a b/x", "file://{here}/a b", "x"),
+        ("~/x", "file://{home}", "x"),
+        ("/x", "file:///", "x"),
+        ("file:///a/x", "file:///a", "x"),
+        ("file:///x", "file:///", "x"),
+        ("s3://bucket/x", "s3://bucket", "x"),
+        ("s3://bucket/pre/fix/x.onnx", "s3://bucket/pre/fix", "x.onnx"),
+        ("memory://name/x", "memory://name", "x"),
+    ],
+)
+def test_an_object_is_a_key_of_a_store(
+    url: str, root: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    store, found = open_object(url)
+    assert (store.url, found) == (root.format(here=tmp_path, home=tmp_path / "home"), key)
+
+
+@pytest.mark.parametrize(
+    "url", ["", ".", "..", "x/", "~", "./a/..", "s3://bucket", "s3://bucket/", "s3://", "memory://name"]
+)
+def test_a_folder_or_a_bucket_is_no_object(url: str) -> None:
+    with pytest.raises(InvalidURL, match="names no file: give its name too"):
+        open_object(url)
