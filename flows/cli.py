@@ -13,7 +13,7 @@ from gc import freeze
 from cyclopts import App, Parameter
 
 from tidemill.flows import launch, terminal
-from tidemill.flows.commands import changing, exporting, reading, running
+from tidemill.flows.commands import changing, choosing, exporting, reading, running
 from tidemill.flows.flags import called
 
 app = App(
@@ -46,6 +46,8 @@ app.command(running.predict)
 app.command(exporting.export)
 app.command(reading.report)
 app.command(reading.audit)
+app.command(choosing.compare)
+app.command(choosing.backtest)
 app.command(changing.promote)
 app.command(changing.rollback)
 app.command(changing.requeue)

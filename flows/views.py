@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tidemill.storage.manifest import Manifest
     from tidemill.storage.status import Status
     from tidemill.tasks.batch import VersionInfo
+    from tidemill.tasks.choosing.results import Backtest, Comparison
     from tidemill.tasks.online.report import OnlineReport
     from tidemill.tasks.reproduce import Reproduction
 
@@ -189,6 +190,26 @@ def audited(found: "Audit", again: "Reproduction | None") -> View:
     if findings:
         lines = [("finding", finding) for finding in findings]
     return facts, _facts(f"{found.model}: {count(len(findings), 'finding') if findings else 'sound'}", lines)
+
+
+def compared(result: "Comparison") -> View:
+    """Specs beside each other, and what follows from it."""
+    from tidemill.tasks.choosing.page import comparison_table
+
+    title = f"{count(len(result.specs), 'spec')} on {count(result.held_out, 'held-out row')} of {result.dataset}"
+    failed = [f"{spec.name} failed: {spec.failed}" for spec in result.specs if spec.failed is not None]
+    lines = [title, _table(*comparison_table(result)), *failed, *result.verdict, f"report: {result.page}"]
+    return result, "\n".join(lines)
+
+
+def backtested(result: "Backtest") -> View:
+    """Another spec beside what really ran."""
+    from tidemill.tasks.choosing.page import backtest_table
+
+    title = f"{result.model} up to version {result.head}, {result.metric} before training on each shard"
+    kept = f"kept as {result.kept_as} in {result.kept_in}"
+    lines = [title, _table(*backtest_table(result)), *result.verdict, *result.notes, kept, f"report: {result.page}"]
+    return result, "\n".join(lines)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tidemill.tasks.training.errors import TrainingError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner
-from tidemill.tasks.training.loop import train_shard
+from tidemill.tasks.training.loop import PassResult, Score, score, train_shard
 from tidemill.tasks.training.steps import Steps
 from tidemill.tasks.versions import load_learner
 
@@ -62,7 +62,7 @@ def reproduce(log: VersionLog, archives: Sequence[Store]) -> Reproduction:
             continue
         try:
             for consumed in version.manifest.consumed:
-                train_shard(steps, archived_groups(consumed, archives, steps.learner.features), consumed.passes)
+                train_again(steps, consumed, archives)
                 result.shards += 1
         except (NotFound, ShardRejected, TrainingError) as error:
             result.findings.append(f"version {number} cannot be reproduced: {error}")
@@ -94,6 +94,21 @@ def _same(learner: Learner, version: Version) -> bool:
     return (sha256(weights), sha256(state)) == (blobs.weights.sha256, blobs.state.sha256)
 
 
+def train_again(
+    steps: Steps, consumed: Consumed, archives: Sequence[Store], *, scored: bool = False
+) -> tuple[Score | None, PassResult]:
+    """Train on an archived shard as the log says that it was trained on: (the score before, if `scored`; the training).
+
+    Raises:
+        NotFound, ShardRejected: as `archived_groups`.
+        TrainingError: the learner is then half trained and must be loaded again.
+    """
+    groups = archived_groups(consumed, archives, steps.learner.features)
+    before = score(steps.learner, groups) if scored else None
+    labelled = None if before is None else before.rows
+    return before, train_shard(steps, groups, consumed.passes, labelled=labelled)
+
+
 def archived_groups(consumed: Consumed, archives: Sequence[Store], features: Features) -> Sequence[RowGroup]:
     """What was trained on, labels joined. Raises NotFound, and ShardRejected: they do not fit together any more."""
     groups = _found(consumed, archives).row_groups(features.types)
@@ -106,6 +121,7 @@ def archived_groups(consumed: Consumed, archives: Sequence[Store], features: Fea
 
 def _found(consumed: Consumed | LabelShard, archives: Sequence[Store]) -> Shard:
     """Raises NotFound: no archive holds exactly these bytes."""
+    others: list[str] = []
     for archive in archives:
         for key in archive_keys(consumed.key, consumed.sha256):
             try:
@@ -115,5 +131,7 @@ def _found(consumed: Consumed | LabelShard, archives: Sequence[Store]) -> Shard:
             if sha256(data) == consumed.sha256:
                 info = ObjectInfo(consumed.key, consumed.size, consumed.etag, consumed.last_modified)
                 return Shard(consumed.inbox, info, data, consumed.sha256)
+            others.append(f"{archive.url}/{key} holds other bytes, with sha256 {sha256(data)}")
     where = ", ".join(archive.url for archive in archives) or "no archive"
-    raise NotFound(f"{where} holds no shard {consumed.key!r} with sha256 {consumed.sha256}")
+    changed = f": {'; '.join(others)}" if others else ""
+    raise NotFound(f"{where} holds no shard {consumed.key!r} with sha256 {consumed.sha256}{changed}")

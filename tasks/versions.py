@@ -19,8 +19,10 @@ LABELS: Final = "labels"
 """What `resolved_spec` says of the target beside the settings: its labels, in the order of their class numbers."""
 
 
-def load_learner(log: VersionLog, version: Version, device: str = "cpu") -> Learner:
+def load_learner(log: VersionLog, version: Version, device: str = "cpu", *, allowed: Sequence[str] = ()) -> Learner:
     """The learner exactly as it was committed, on a device as in `Learner.create`; blobs are verified before they are parsed.
+
+    What the spec names by import path must be below `allowed`, or below what the environment allows.
 
     Raises:
         UnknownVersion: retention has removed the blobs.
@@ -28,7 +30,7 @@ def load_learner(log: VersionLog, version: Version, device: str = "cpu") -> Lear
         FactoryError: the spec names a factory outside of the modules that the environment allows, or one that fails.
         StateMismatch: the model's code no longer fits its weights.
     """
-    return Learner.load(*_stored(log, version), device)
+    return Learner.load(*_stored(log, version, allowed), device)
 
 
 def load_frozen(log: VersionLog, version: Version, device: str = "cpu", *, allowed: Sequence[str] = ()) -> Predictor:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tidemill.flows.calls import train as train
     from tidemill.storage.log import open_log as open_log
     from tidemill.tasks.batch import VersionInfo as VersionInfo
+    from tidemill.tasks.choosing.backtest import backtest as backtest
+    from tidemill.tasks.choosing.compare import compare as compare
     from tidemill.tasks.history.notebook import history as history
     from tidemill.tasks.online.report import OnlineReport as OnlineReport
     from tidemill.tasks.settings import Archive as Archive
@@ -41,6 +43,8 @@ _HOME: Final = {
     "Spec": "tidemill.tasks.training.spec",
     "Triggers": "tidemill.tasks.settings",
     "VersionInfo": "tidemill.tasks.batch",
+    "backtest": "tidemill.tasks.choosing.backtest",
+    "compare": "tidemill.tasks.choosing.compare",
     "drain": "tidemill.flows.calls",
     "follow": "tidemill.flows.calls",
     "history": "tidemill.tasks.history.notebook",
@@ -61,6 +65,8 @@ __all__ = [
     "Spec",
     "Triggers",
     "VersionInfo",
+    "backtest",
+    "compare",
     "drain",
     "follow",
     "history",

@@ -37,8 +37,11 @@ from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.batch_run import BatchRun
+from tidemill.tasks.choosing import backtest
+from tidemill.tasks.choosing.compare import compare
 from tidemill.tasks.online import doors
 from tidemill.tasks.online import step as online
+from tidemill.tasks.search import Clock
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Spec
 
@@ -211,6 +214,20 @@ def train_by_recipe(stores: Stores, dataset: str, registry: str, spec: Spec) -> 
 
     steps = replace(batch.BatchSteps.of(lambda step: step), open_run=opened)
     batch.train_by(steps, dataset, registry, "model", spec, BatchSettings(), stores)
+
+
+def compare_specs(stores: Stores, dataset: str, to: str, specs: dict[str, Spec], result: str) -> None:
+    """`tidemill.compare`; what it tells is left in a file, but for where it is kept."""
+    found = compare(dataset, specs, to, holdout=0.2, stores=stores)
+    Path(result).write_text(found.model_dump_json(exclude={"registry", "page"}))
+
+
+def backtest_spec(stores: Stores, registry: str, archive: str, to: str, spec: Spec, result: str) -> None:
+    """`tidemill.backtest`, with a version after each of the log; what it tells is left in a file, but for where it is kept."""
+    run = backtest.open_run(registry, "model", spec, [archive], to, stores=stores)
+    run.clock = Clock(seconds=0)
+    run.go_through()
+    Path(result).write_text(backtest.told(run).model_dump_json(exclude={"kept_in", "page"}))
 
 
 def rollback(stores: Stores, registry: str, version: str) -> None:

@@ -1,6 +1,7 @@
 """SIGKILL before and after every storage call, then a rerun: the same bits as never having been killed."""
 
 import io
+import json
 import os
 import random
 from collections.abc import Callable
@@ -26,8 +27,10 @@ from tests.guarantees.children import (
     SPEC,
     Kill,
     MakeUrl,
+    backtest_spec,
     bits,
     collect_garbage,
+    compare_specs,
     copy,
     drain,
     fill,
@@ -423,3 +426,52 @@ def test_garbage_collection(sweep: Sweep, trained: str, make_url: MakeUrl, tmp_p
         return moments
 
     sweep(run_and_check)
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+def test_compare(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
+    """Two specs, each of some epochs; killed and started again, the table is the same."""
+    fill(make_url("dataset"), DATASET)
+    specs = {"one": SPEC, "other": SPEC.model_copy(update={"learning_rate": 0.001, "epochs": 2})}
+    reference: list[str] = []
+
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
+        result = tmp_path / f"{name}.json"
+        arguments = (make_url("dataset"), make_url(f"{name}/to"), specs, str(result))
+        moments = in_child(compare_specs, *arguments, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(compare_specs, *arguments, kill=None, tmp_path=tmp_path)
+        reference.append(result.read_text())
+        assert reference[-1] == reference[0]
+        return moments
+
+    sweep(run_and_check, times=0.5)
+
+
+def test_backtest(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
+    """The start trained anew, 6 shards, a rollback between them; killed and started again, the table is the same."""
+    registry, archive = make_url("registry"), make_url("archive")
+    fill(make_url("inbox"), SHARDS | REJECTED)
+    copy(base, registry)
+    settings = GATED.model_copy(update={"after_commit": Archive(archive_to=archive)})
+    in_child(drain, make_url("inbox"), registry, settings, kill=None, tmp_path=tmp_path)
+    before = {info.key: info.etag for info in open_store(registry).list()}
+    other = SPEC.model_copy(update={"learning_rate": 0.001, "epochs": 2})
+    reference: list[str] = []
+
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
+        result = tmp_path / f"{name}.json"
+        arguments = (registry, archive, make_url(f"{name}/to"), other, str(result))
+        moments = in_child(backtest_spec, *arguments, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(backtest_spec, *arguments, kill=None, tmp_path=tmp_path)
+        reference.append(result.read_text())
+        assert reference[-1] == reference[0]
+        return moments
+
+    sweep(run_and_check, times=0.5)
+    assert {info.key: info.etag for info in open_store(registry).list()} == before
+    in_child(
+        backtest_spec, registry, archive, make_url("own"), SPEC, str(tmp_path / "own"), kill=None, tmp_path=tmp_path
+    )
+    assert json.loads((tmp_path / "own").read_text())["same"] == len(SHARDS)

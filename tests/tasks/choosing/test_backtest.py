@@ -1,0 +1,283 @@
+"""Another spec on what a model was trained on: with the log's own spec it is the log, with another it is an honest model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.data import keys, parquet, put, rows
+from tidemill.storage.audit import audit
+from tidemill.storage.errors import CorruptObject, DatasetChanged, NotFound, PlacesOverlap
+from tidemill.storage.log import VersionLog, open_log
+from tidemill.storage.manifest import Consumed
+from tidemill.storage.retention import collect_garbage
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch, online
+from tidemill.tasks.choosing.backtest import backtest
+from tidemill.tasks.choosing.page import ShownBacktest
+from tidemill.tasks.choosing.results import Backtest
+from tidemill.tasks.settings import LabelSettings, OnlineSettings
+from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, SpecError
+from tidemill.tasks.training.spec import Spec
+
+MakeUrl = Callable[[str], str]
+
+OWN = Spec.model_validate(
+    {
+        "features": ["a", "b"],
+        "target": "y",
+        "model": {"factory": "mlp", "arguments": {"hidden": [4], "dropout": 0.2}},
+        "optimizer": {"name": "adam"},
+        "replay": {"rows": 40},
+        "running_statistics": True,
+        "batch_size": 16,
+        "epochs": 2,
+    }
+)
+OTHER = Spec(features=["a", "b"], target="y", learning_rate=0.1, batch_size=16, epochs=2)
+BLIND = OTHER.model_copy(update={"features": OTHER.features[1:]})
+
+
+class Place:
+    """A model: 0 batch, 1 and 2 online (one shard rejected), 3 back to 1, 4 online, 5 batch on other data, 6 online."""
+
+    def __init__(self, url: MakeUrl) -> None:
+        self.url = url
+        self.train("one", rows(100, 1))
+        self.drain({"00.parquet": rows(30, 50), "01.parquet": rows(31, 51), "02.parquet": b"PAR1 no file PAR1"})
+        self.drain({"03.parquet": rows(33, 53)})
+        self.log = open_log(url("registry"), "model")
+        self.log.rollback(self.log.version(1))
+        self.drain({"04.parquet": rows(20, 54), "05.parquet": rows(10, 55)})
+        self.train("two", rows(80, 2))
+        self.drain({"06.parquet": rows(25, 56)})
+
+    def train(self, dataset: str, table: pa.Table, spec: Spec = OWN) -> None:
+        put(self.url(dataset), {"part.parquet": table})
+        batch.train(self.url(dataset), self.url("registry"), "model", spec)
+
+    def drain(self, shards: dict[str, pa.Table | bytes], **more: Any) -> None:
+        put(self.url("inbox"), shards)
+        settings = OnlineSettings(
+            passes=2,
+            grace_seconds=0,
+            after_commit={"archive_to": self.url("archive")},
+            gate={"champion": "score"},
+            **more,
+        )
+        online.drain(self.url("inbox"), self.url("registry"), "model", settings)
+
+    def backtest(self, spec: Spec, to: str = "to", **more: Any) -> Backtest:
+        return backtest(self.url("registry"), "model", spec, [self.url("archive")], self.url(to), **more)
+
+    def kept(self, found: Backtest) -> VersionLog:
+        return open_log(found.kept_in, found.kept_as)
+
+
+@pytest.fixture
+def place(memory_url: MakeUrl) -> Place:
+    return Place(memory_url)
+
+
+def consumed(log: VersionLog) -> list[Consumed]:
+    return [shard for version in list(log.history(log.head()))[::-1] for shard in version.manifest.consumed]
+
+
+def test_with_the_logs_own_spec_the_scores_and_the_bits_are_the_logs(place: Place) -> None:
+    found = place.backtest(OWN)
+    assert found.same == found.total.shards == 6
+    assert found.verdict == ["Every score of every shard is that of the log, exactly."]
+    assert [shard.score for shard in consumed(place.kept(found))] == [shard.score for shard in consumed(place.log)]
+    theirs, mine = place.log.head().manifest.blobs, place.kept(found).head().manifest.blobs
+    assert (mine.weights.sha256, mine.state.sha256) == (theirs.weights.sha256, theirs.state.sha256)
+
+
+def test_with_the_logs_own_spec_it_is_the_log_even_where_the_start_must_be_trained_again(place: Place) -> None:
+    collect_garbage(place.log, keep=1)
+    found = place.backtest(OWN)
+    assert found.same == found.total.shards
+    assert "trained anew" in found.notes[0]
+
+
+def test_another_spec_is_scored_on_each_shard_before_it_is_trained_on_it(place: Place) -> None:
+    """As a model of that spec would have been, had it run in the place of the log's."""
+    found = place.backtest(OTHER)
+    place.log, theirs = place.log, consumed(place.log)
+    assert [shard.key for shard in consumed(place.kept(found))] == [shard.key for shard in theirs]
+    batch.train(place.url("one"), place.url("really"), "model", OTHER)
+    put(place.url("again"), {f"0{i}.parquet": rows(30 + i, 50 + i) for i in (0, 1)})
+    online.drain(place.url("again"), place.url("really"), "model", OnlineSettings(passes=2))
+    really = consumed(open_log(place.url("really"), "model"))
+    assert [shard.score for shard in consumed(place.kept(found))][:2] == [shard.score for shard in really]
+    assert found.total.learner == pytest.approx(
+        sum(shard.rows * shard.score["rmse"] for shard in theirs) / sum(shard.rows for shard in theirs)
+    )
+    assert found.total.champion is not None
+    assert 0 < found.same + 1 <= found.total.shards
+
+
+def test_a_spec_that_knows_less_is_found_to_be_worse(place: Place) -> None:
+    found = place.backtest(BLIND)
+    good = place.backtest(OTHER)
+    assert found.total.spec is not None
+    assert good.total.spec is not None
+    assert found.total.spec > 2 * good.total.spec
+    assert found.kept_as != good.kept_as
+
+
+def test_run_again_it_tells_the_same_and_trains_nothing(place: Place) -> None:
+    first = place.backtest(OTHER)
+    there, page = keys(place.url("to")), open_store(place.url("to")).read(f"{first.kept_as}.html")
+    assert place.backtest(OTHER) == first
+    assert keys(place.url("to")) == there
+    assert open_store(place.url("to")).read(f"{first.kept_as}.html") == page
+
+
+def test_when_the_log_has_grown_it_goes_on_from_where_it_was(place: Place) -> None:
+    early = place.backtest(OWN)
+    before = place.kept(early).head().number
+    place.drain({"07.parquet": rows(12, 57)})
+    found = place.backtest(OWN)
+    assert (found.same, found.total.shards) == (7, 7)
+    assert place.kept(found).head().number == before + 1
+
+
+def test_the_model_is_only_read(place: Place) -> None:
+    store = open_store(place.url("registry"))
+    before = {info.key: info.etag for info in store.list()}, keys(place.url("archive")), keys(place.url("inbox"))
+    place.backtest(OTHER)
+    assert (
+        {info.key: info.etag for info in store.list()},
+        keys(place.url("archive")),
+        keys(place.url("inbox")),
+    ) == before
+
+
+@pytest.mark.parametrize("spec", [OWN, OTHER])
+def test_what_is_kept_is_a_sound_history_of_its_own(place: Place, spec: Spec) -> None:
+    found = audit(place.kept(place.backtest(spec)))
+    assert found.findings == []
+    assert found.consumed == 6
+
+
+def test_weights_that_nothing_goes_on_from_are_removed(place: Place) -> None:
+    """Those of batch trainings, of what the log went back to and of the head are kept."""
+    log = place.kept(place.backtest(OTHER))
+    numbers = {int(key.split("/")[2].split("-")[0]) for key in keys(place.url("to")) if "/blobs/" in key}
+    assert [version.manifest.kind for version in log.history(log.head())][::-1] == [
+        *("batch", "online", "online", "rollback", "online", "batch", "online")
+    ]
+    assert numbers == {0, 1, 5, 6}
+
+
+def test_labels_that_came_later_are_joined_as_they_were(memory_url: MakeUrl) -> None:
+    place = Place.__new__(Place)
+    place.url = memory_url
+    place.train("one", rows(100, 1))
+    table = rows(30, 5).append_column("id", pa.array(range(30)))
+    put(memory_url("labels"), {"0.parquet": table.select(["id", "y"])})
+    labels = LabelSettings(inbox=memory_url("labels"), key="id")
+    place.drain({"0.parquet": table.drop_columns("y")}, labels=labels)
+    found = place.backtest(OWN)
+    assert (found.same, found.total.shards) == (1, 1)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+def test_shards_that_the_archive_lacks_are_named_before_anything_is_trained(place: Place) -> None:
+    for key in ("01.parquet", "04.parquet"):
+        open_store(place.url("archive")).delete(key)
+    with pytest.raises(NotFound, match=r"lacks 2 of 6 shards \(01.parquet, 04.parquet\): nothing was trained"):
+        place.backtest(OTHER)
+    assert keys(place.url("to")) == []
+
+
+def test_a_shard_of_another_size_is_named_before_anything_is_trained(place: Place) -> None:
+    open_store(place.url("archive")).write("01.parquet", parquet(rows(5, 1)))
+    with pytest.raises(NotFound, match=r"holds other bytes for 1 of 6 shards \(01.parquet\)"):
+        place.backtest(OTHER)
+    assert keys(place.url("to")) == []
+
+
+def test_a_shard_of_other_bytes_is_named_by_its_sha256(place: Place) -> None:
+    archive = open_store(place.url("archive"))
+    data = bytearray(archive.read("01.parquet"))
+    data[10] ^= 1
+    archive.write("01.parquet", bytes(data))
+    with pytest.raises(
+        NotFound, match=r"no shard '01.parquet' with sha256 \w+: .*/01.parquet holds other bytes, with sha256"
+    ):
+        place.backtest(OTHER)
+
+
+def test_a_spec_of_another_target_or_task_is_refused(place: Place) -> None:
+    with pytest.raises(SpecError, match="task 'regression' of target 'y', the other spec for 'regression' of 'b'"):
+        place.backtest(Spec(features=["a"], target="b"))
+    with pytest.raises(SpecError, match="the other spec for 'binary' of 'y'"):
+        place.backtest(Spec(features=["a"], target="y", task="binary"))
+    assert keys(place.url("to")) == []
+
+
+def test_a_start_whose_dataset_has_changed_is_refused_unless_another_is_named(place: Place) -> None:
+    put(place.url("one"), {"more.parquet": rows(10, 3)})
+    with pytest.raises(DatasetChanged, match=r"when it had 1 files and 100 rows.*\(--dataset\)"):
+        place.backtest(OTHER)
+    put(place.url("three"), {"part.parquet": rows(100, 1)})
+    named = place.backtest(OTHER, dataset=place.url("three"))
+    assert place.url("three") in named.notes[0]
+    assert place.backtest(OTHER, dataset=rows(100, 1)).total.shards == 6
+
+
+def test_archived_shards_inside_of_the_dataset_are_no_part_of_the_start(memory_url: MakeUrl) -> None:
+    place = Place.__new__(Place)
+    place.url = lambda name: memory_url("one/archive" if name == "archive" else name)
+    place.train("one", rows(100, 1))
+    place.drain({"00.parquet": rows(30, 50)})
+    assert place.backtest(OTHER).total.shards == 1
+
+
+def test_a_later_batch_training_whose_dataset_is_gone_is_passed_over_and_told(place: Place) -> None:
+    put(place.url("two"), {"more.parquet": rows(10, 3)})
+    found = place.backtest(OTHER)
+    assert any(
+        "Version 5 of the log is a batch training whose dataset is no longer what it was" in n for n in found.notes
+    )
+    assert found.total.shards == 6
+    assert place.backtest(OTHER) == found
+
+
+def test_columns_that_the_shards_lack_and_a_training_that_diverges_are_told(place: Place) -> None:
+    put(place.url("wide"), {"part.parquet": rows(100, 1).append_column("c", pa.array([1.0, 2.0] * 50))})
+    with pytest.raises(ColumnError, match=r"'c' is missing from .*00.parquet"):
+        place.backtest(Spec(features=["a", "c"], target="y"), dataset=place.url("wide"))
+    with pytest.raises(NonFiniteLoss):
+        place.backtest(OTHER.model_copy(update={"learning_rate": 1e30}))
+
+
+def test_results_may_not_lie_in_what_is_read(place: Place) -> None:
+    for to in ("registry", "registry/to", "archive/to", "inbox/to"):
+        with pytest.raises(PlacesOverlap):
+            place.backtest(OTHER, to)
+
+
+def test_a_history_that_was_replaced_is_not_mixed_with_what_was_kept(place: Place) -> None:
+    place.backtest(OTHER)
+    store, last = open_store(place.url("registry")), place.log.head().number
+    for info in list(store.list(f"model/log/{last:08d}")):
+        store.delete(info.key)
+    for key in [info.key for info in store.list("model/head.json")]:
+        store.delete(key)
+    with pytest.raises(CorruptObject, match="not the one there now"):
+        place.backtest(OTHER)
+
+
+def test_a_model_that_was_never_trained_online_has_nothing_to_tell(memory_url: MakeUrl) -> None:
+    place = Place.__new__(Place)
+    place.url = memory_url
+    place.train("one", rows(100, 1))
+    put(memory_url("archive"), {"other.txt": b"-"})
+    found = place.backtest(OWN)
+    assert found.total.shards == 0
+    assert found.verdict == ["No shard has a score of both."]
+    assert isinstance(found, ShownBacktest)
+    assert "No shard has a score of both." in found._repr_html_()
