@@ -136,7 +136,12 @@ def warn_of_hidden_state(learner: Learner, groups: Sequence[RowGroup]) -> None:
 # ---- where a shard may be at fault -----------------------------------------------------------------------------------
 def rows_at_hand(learner: Learner) -> str:
     """On which rows `try_step` takes its step, in words."""
-    return "remembered rows" if _remembers(learner) is not None else "made-up rows"
+    return "remembered rows" if remembers(learner) else "made-up rows"
+
+
+def remembers(learner: Learner) -> bool:
+    """Whether `try_step` takes its step on rows that the learner was trained on before."""
+    return _memory(learner) is not None
 
 
 def try_step(steps: Steps) -> None:
@@ -148,7 +153,7 @@ def try_step(steps: Steps) -> None:
         TrainingError: it cannot. Any other error of memory, an accelerator or the user's own code, too.
     """
     learner = steps.learner
-    if (memory := _remembers(learner)) is None:
+    if (memory := _memory(learner)) is None:
         rows = [made_up(learner.features, learner.spec.batch_size)]
         score(learner, rows)
         train_shard(steps, rows, passes=1)
@@ -163,7 +168,7 @@ def try_step(steps: Steps) -> None:
             raise NonFiniteLoss("a step on remembered rows made the loss or a weight non-finite")
 
 
-def _remembers(learner: Learner) -> ReplayBuffer | None:
+def _memory(learner: Learner) -> ReplayBuffer | None:
     return learner.memory if learner.memory is not None and learner.memory.rows else None
 
 

@@ -1,9 +1,9 @@
 """One shard after the other: scored and trained on, or rejected. What of that is not committed yet lives in memory alone.
 
 Is it the shard or the model? A shard on which the model, the loss or Arrow fails is rejected only if it is shown to be at
-fault: the learner, read anew, fails on it again, and then takes a step on another shard that waits. Where no other waits,
-remembered rows decide, or made-up ones. If the learner fails on these too, or on all of several shards, the model is at fault:
-the run stops and rejects nothing, since a bad deploy must not empty an inbox into quarantine.
+fault: the learner, read anew, fails on it again, and then takes a step on another shard that waits. Where no other waits that
+can be used, remembered rows decide, which are real. Where there are none either, made-up rows decide about a single shard. Else
+the model is at fault: the run stops and rejects nothing, since a bad deploy must not empty an inbox into quarantine.
 """
 
 import logging
@@ -24,7 +24,7 @@ from tidemill.tasks.settings import Limits, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, ModelFails, NonFiniteLoss, described, of_the_machine
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import score, train_shard
-from tidemill.tasks.trial import rows_at_hand, try_step
+from tidemill.tasks.trial import remembers, rows_at_hand, try_step
 
 logger = logging.getLogger("tidemill.online")
 
@@ -42,6 +42,8 @@ class Fault:
     """True: the reason says what is wrong with the rows. False: it may be the model's fault as well."""
     passing: bool = True
     """True: it may not happen again, and the shard has its turn once more."""
+    in_reading: bool = False
+    """True: it happened before the rows were tensors, and what the model does with other tensors says nothing of it."""
 
 
 @dataclass
@@ -193,7 +195,7 @@ def _turn(
     elif isinstance(read, Readable):
         return _train_one(work, read, champion, settings)
     elif read.unforeseen:
-        return Fault(read.shard, read.reason)
+        return Fault(read.shard, read.reason, in_reading=True)
     else:
         work.rejected.append(read.shard.rejected(read.reason))
     return None
@@ -272,7 +274,7 @@ def prove(
         ModelFails: the model fails on everything that there is to try it on.
     """
     learner = work.head.learner
-    if witness is None and len(suspects) > 1:
+    if witness is None and len(suspects) > 1 and not _memory_decides(learner, suspects):
         raise _model_fails(places, suspects, "and no other that waits can be trained on")
     name = rows_at_hand(learner) if witness is None else on_one_line(witness.shard.info.key)
     try:
@@ -285,6 +287,11 @@ def prove(
         if isinstance(error, StorageError) or of_the_machine(error):
             raise
         raise _model_fails(places, suspects, f"and then on {name}: {described(error)}") from error
+
+
+def _memory_decides(learner: Learner, suspects: list[Fault]) -> bool:
+    """Whether a step on remembered rows tells if the model or several shards are at fault. Made-up rows are no proof."""
+    return remembers(learner) and not any(fault.in_reading for fault in suspects)
 
 
 def _model_fails(places: Places, suspects: list[Fault], also: str) -> ModelFails:

@@ -26,6 +26,7 @@ import torch
 
 from tests.data import EveryNinth, parquet
 from tests.storage.faults import Call, act_once, hooked, together
+from tidemill.flows.display import Lines, Shown
 from tidemill.progress import Activity, listening
 from tidemill.storage import retention
 from tidemill.storage.aliases import promote, resolve
@@ -182,10 +183,24 @@ class Watcher:
         self.seen += 1
 
 
+class DrawsAtOnce(Lines):
+    """The display of a run whose stderr is no terminal, at each word that it hears."""
+
+    every = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._due, self.drawn = 0.0, 0
+
+    def draw(self, innermost: Shown) -> None:
+        super().draw(innermost)
+        self.drawn += 1
+
+
 def watched_drain(stores: Stores, inbox: str, registry: str, settings: OnlineSettings, metrics_file: str) -> None:
-    """`tidemill.drain` with everybody who may watch: a listener, metrics in a file, a page."""
-    watcher = Watcher()
-    with listening(watcher):
+    """`tidemill.drain` with everybody who may watch: a listener, a display, metrics in a file, a page."""
+    watcher, display = Watcher(), DrawsAtOnce()
+    with listening(watcher), listening(display):
         doors.drain(
             inbox,
             registry,
@@ -194,6 +209,7 @@ def watched_drain(stores: Stores, inbox: str, registry: str, settings: OnlineSet
             stores=stores,
         )
     assert watcher.seen
+    assert display.drawn
 
 
 def train(

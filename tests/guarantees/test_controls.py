@@ -201,9 +201,9 @@ def begun_anew(protocol: Protocol, stride: int) -> Iterator[World]:
 
 
 def deployed_badly(protocol: Protocol, stride: int) -> Iterator[World]:
-    """From now on the model fails on every shard: none of them is at fault, and all of them stay."""
+    """From now on the model fails on all rows: no shard is at fault, and all of them stay."""
     world = world_of(protocol)
-    with protocol.followed(), patch.object(turns_room, "train_shard", _fails), suppress(ModelFails):
+    with protocol.followed(), patch.object(Steps, "take", _fails), suppress(ModelFails):
         online.step(opened(world))
     for key, data in SHARDS:
         assert data in BAD or world.present(key), f"{key} was rejected, though the model is at fault"

@@ -165,7 +165,7 @@ def test_online_run(sweep: Sweep, backend: str, base: str, make_url: MakeUrl, tm
 
 @pytest.mark.parametrize("backend", ["local"], indirect=True)
 def test_online_run_that_is_watched(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
-    """With a listener, metrics and a page, the bits are those of a run that nobody watches."""
+    """With a listener, a display, metrics and a page, the bits are those of a run that nobody watches."""
 
     def begin(name: str) -> tuple[str, str]:
         fill(make_url(f"{name}/inbox"), SHARDS | REJECTED)

@@ -18,6 +18,7 @@ from tests.tasks.online import failing
 from tests.tasks.online.failing import Backward, Deed, Failing
 from tidemill.storage.audit import audit
 from tidemill.storage.disposal import quarantined
+from tidemill.storage.inbox import Shard
 from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
@@ -264,6 +265,57 @@ def test_where_nothing_else_waits_rows_that_the_model_remembers_show_it(
                 world.drain()
     assert list(world.rejected) == (["2.parquet"] if fails_on == "made-up rows" else [])
     assert world.bits == before, "the step on remembered rows is undone"
+
+
+@pytest.mark.parametrize("fails_on", ["made-up rows", "remembered rows"])
+def test_of_several_shards_that_all_fail_remembered_rows_tell_whose_fault_it_is(
+    fails_on: str, memory_url: Callable[[str], str]
+) -> None:
+    """Two bad shards are left after a good one was committed: they stop no run that remembers rows it was trained on."""
+    world = World(memory_url, REMEMBERING)
+    world.put(shards(1))
+    world.drain()
+    before = world.bits
+    real = {*rows(200, 0)["a"].cast(pa.float32()).to_pylist(), *shard(1)["a"].cast(pa.float32()).to_pylist()}
+
+    def deed(model: Failing, x_BF: Tensor, output: Tensor) -> None:
+        remembered = x_BF[0, 0].item() in real
+        if given(x_BF) in (2, 3) or remembered == (fails_on == "remembered rows"):
+            raise ValueError("cannot have it")
+
+    world.put(shards(2, 3))
+    with failing.failing(deed):
+        if fails_on == "made-up rows":
+            world.drain()
+        else:
+            with pytest.raises(ModelFails, match=r"on each of 2 shards, and then on remembered rows: .*cannot have it"):
+                world.drain()
+    assert sorted(world.rejected) == (["2.parquet", "3.parquet"] if fails_on == "made-up rows" else [])
+    assert world.bits == before, "the step on remembered rows is undone"
+    world.put(shards(4))
+    with failing.failing(on(2, 3)):
+        world.drain()
+    assert sorted(world.rejected) == ["2.parquet", "3.parquet"]
+    assert world.bits == clean_bits(memory_url, 1, 4, spec=REMEMBERING)
+
+
+def test_remembered_rows_say_nothing_of_several_shards_that_cannot_be_decoded(
+    memory_url: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are tensors already: a new version of Arrow that can read nothing must not empty an inbox."""
+    world = World(memory_url, REMEMBERING)
+    world.put(shards(1, 2))
+
+    def undecodable(*_: object) -> None:
+        raise RuntimeError("no such codec")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shard, "row_groups", undecodable)
+        with pytest.raises(ModelFails, match=r"on each of 2 shards, and no other .*no such codec"):
+            world.drain()
+    assert world.rejected == {}
+    world.drain()
+    assert world.bits == clean_bits(memory_url, 1, 2, spec=REMEMBERING)
 
 
 def test_a_step_on_remembered_rows_that_gives_no_number_is_no_proof(memory_url: Callable[[str], str]) -> None:
