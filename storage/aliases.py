@@ -47,8 +47,13 @@ def all_aliases(log: VersionLog) -> dict[str, int]:
 
 
 def find_alias(log: VersionLog, name: str) -> Alias | None:
-    """Where an alias stands, or None if there is no such alias."""
-    return _stored(log, name)[0]
+    """Where an alias stands, or None if there is no such alias. Costs one small request."""
+    if not NAME.fullmatch(name):
+        return None
+    try:
+        return _parsed(log.store.read(_key(log, name)), f"{log.store.url}/{_key(log, name)}")
+    except (NotFound, StoreNotFound):
+        return None
 
 
 def aliased(log: VersionLog, name: str) -> Version:
@@ -90,7 +95,7 @@ def promote(log: VersionLog, alias: str, version: Version, only_from: Alias | No
             raise UnknownVersion(
                 f"{log.url}: the blobs of version {version.number} were removed by retention; it cannot be served."
             ) from None
-    key = f"{log.model}/aliases/{alias}.json"
+    key = _key(log, alias)
     while True:
         try:
             stands, etag = _stored(log, alias)
@@ -111,23 +116,28 @@ def promote(log: VersionLog, alias: str, version: Version, only_from: Alias | No
 
 def _stored(log: VersionLog, name: str) -> tuple[Alias | None, str | None]:
     """(where the alias stands, etag of its object), or (None, None)."""
-    if not NAME.fullmatch(name):
-        return None, None
-    key = f"{log.model}/aliases/{name}.json"
+    key = _key(log, name)
     while True:
         try:
             info = log.store.stat(key)
-            data = log.store.read(key, if_match=info.etag)
+            return _parsed(log.store.read(key, if_match=info.etag), f"{log.store.url}/{key}"), info.etag
         except (NotFound, StoreNotFound):
             return None, None
         except PreconditionFailed:
             continue  # replaced between the two calls
-        try:
-            fields = json.loads(data)
-            alias = Alias(fields["version"], fields["moves"])
-            for number in (alias.version, alias.moves):
-                if type(number) is not int or number < 0:
-                    raise TypeError(f"{str(number)[:20]} is no version or count")
-            return alias, info.etag
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise CorruptObject(f"{log.store.url}/{key} is no alias: {error}. Delete it and promote again.") from error
+
+
+def _key(log: VersionLog, name: str) -> str:
+    return f"{log.model}/aliases/{name}.json"
+
+
+def _parsed(data: bytes, where: str) -> Alias:
+    try:
+        fields = json.loads(data)
+        alias = Alias(fields["version"], fields["moves"])
+        for number in (alias.version, alias.moves):
+            if type(number) is not int or number < 0:
+                raise TypeError(f"{str(number)[:20]} is no version or count")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise CorruptObject(f"{where} is no alias: {error}. Delete it and promote again.") from error
+    return alias

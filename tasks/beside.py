@@ -18,7 +18,7 @@ from tidemill.storage.log import VersionLog
 from tidemill.tasks.training.baseline import baseline
 from tidemill.tasks.training.errors import described
 from tidemill.tasks.training.groups import RowGroup, Subset
-from tidemill.tasks.training.learner import Learner, Predictor
+from tidemill.tasks.training.learner import Learner, Network
 from tidemill.tasks.training.loop import Score, score
 from tidemill.tasks.versions import load_frozen
 
@@ -34,7 +34,7 @@ class Rows:
     schemas: Sequence[tuple[str, pa.Schema]]
     """Each distinct schema of their files, with the name of a row group that has it."""
 
-    def score(self, learner: Learner | Predictor) -> Score:
+    def score(self, learner: Learner | Network) -> Score:
         """Of a learner that was not trained on them. Raises ColumnError and ModelError."""
         for name, schema in self.schemas:
             learner.features.check(schema, name)

@@ -10,7 +10,7 @@ from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject
 from tidemill.storage.log import VersionLog
 from tidemill.tasks.training.imports import ALLOWED_MODULES, check_allowed
-from tidemill.tasks.training.learner import Learner, Predictor
+from tidemill.tasks.training.learner import Learner, Network
 from tidemill.tasks.training.spec import Spec
 
 READ_AS: Final = ("family", "width")
@@ -33,7 +33,7 @@ def load_learner(log: VersionLog, version: Version, device: str = "cpu", *, allo
     return Learner.load(*_stored(log, version, allowed), device)
 
 
-def load_frozen(log: VersionLog, version: Version, device: str = "cpu", *, allowed: Sequence[str] = ()) -> Predictor:
+def load_frozen(log: VersionLog, version: Version, device: str = "cpu", *, allowed: Sequence[str] = ()) -> Network:
     """What a version serves, without what only training needs.
 
     What the spec names by import path must be below `allowed`, or below what the environment allows.
@@ -41,7 +41,7 @@ def load_frozen(log: VersionLog, version: Version, device: str = "cpu", *, allow
     Raises:
         UnknownVersion, CorruptObject, FactoryError, StateMismatch: as `load_learner`.
     """
-    return Predictor.load(*_stored(log, version, allowed), device)
+    return Network.load(*_stored(log, version, allowed), device)
 
 
 def _stored(log: VersionLog, version: Version, allowed: Sequence[str] = ()) -> tuple[Spec, bytes, bytes]:

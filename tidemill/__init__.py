@@ -3,6 +3,7 @@
     spec = tidemill.Spec(features=["distance", "carrier"], target="arr_delay", model={"factory": "mlp"})
     version = tidemill.train("./data", "./registry", "delays", spec)
     report = tidemill.drain("./inbox", "./registry", "delays")
+    tidemill.load("./registry", "delays").predict([{"distance": 2475.0, "carrier": "AA"}])
 
 Nothing is loaded before a name is used: `import tidemill` alone takes no time. Prefect is loaded by `train`, `drain` and `follow`
 alone, and only where a Prefect server is set up: then they are flow runs.
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from tidemill.tasks.choosing.compare import compare as compare
     from tidemill.tasks.history.notebook import history as history
     from tidemill.tasks.online.report import OnlineReport as OnlineReport
+    from tidemill.tasks.serving.following import Following as Following
+    from tidemill.tasks.serving.loading import load as load
+    from tidemill.tasks.serving.predictor import Predictor as Predictor
     from tidemill.tasks.settings import Archive as Archive
     from tidemill.tasks.settings import BatchSettings as BatchSettings
     from tidemill.tasks.settings import GateSettings as GateSettings
@@ -34,11 +38,13 @@ if TYPE_CHECKING:
 _HOME: Final = {
     "Archive": "tidemill.tasks.settings",
     "BatchSettings": "tidemill.tasks.settings",
+    "Following": "tidemill.tasks.serving.following",
     "GateSettings": "tidemill.tasks.settings",
     "LabelSettings": "tidemill.tasks.settings",
     "Limits": "tidemill.tasks.settings",
     "OnlineReport": "tidemill.tasks.online.report",
     "OnlineSettings": "tidemill.tasks.settings",
+    "Predictor": "tidemill.tasks.serving.predictor",
     "Retrain": "tidemill.tasks.settings",
     "Spec": "tidemill.tasks.training.spec",
     "Triggers": "tidemill.tasks.settings",
@@ -48,6 +54,7 @@ _HOME: Final = {
     "drain": "tidemill.flows.calls",
     "follow": "tidemill.flows.calls",
     "history": "tidemill.tasks.history.notebook",
+    "load": "tidemill.tasks.serving.loading",
     "open_log": "tidemill.storage.log",
     "train": "tidemill.flows.calls",
 }
@@ -56,11 +63,13 @@ _HOME: Final = {
 __all__ = [
     "Archive",
     "BatchSettings",
+    "Following",
     "GateSettings",
     "LabelSettings",
     "Limits",
     "OnlineReport",
     "OnlineSettings",
+    "Predictor",
     "Retrain",
     "Spec",
     "Triggers",
@@ -70,6 +79,7 @@ __all__ = [
     "drain",
     "follow",
     "history",
+    "load",
     "open_log",
     "train",
 ]

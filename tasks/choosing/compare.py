@@ -29,7 +29,7 @@ from tidemill.tasks.training.baseline import baseline
 from tidemill.tasks.training.errors import SpecError, TrainingError, described
 from tidemill.tasks.training.fitting import fit
 from tidemill.tasks.training.groups import Split
-from tidemill.tasks.training.learner import Predictor
+from tidemill.tasks.training.learner import Network
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.versions import load_frozen
 
@@ -47,7 +47,7 @@ class _Trained:
     """One spec, trained and scored; its own `row` lacks how it is to the best."""
 
     row: Compared
-    network: Predictor
+    network: Network
     errors_N: Tensor
 
 
@@ -137,7 +137,7 @@ def _listed(targets: tuple[str, ...]) -> str:
     return ", ".join(map(repr, targets))
 
 
-def _measure(specs: Mapping[str, Spec], network: Predictor) -> Measure:
+def _measure(specs: Mapping[str, Spec], network: Network) -> Measure:
     """By what they are compared: one measure for all, whatever the loss that each trains with."""
     if network.spec.task != "regression":
         return "log_loss"
@@ -147,7 +147,7 @@ def _measure(specs: Mapping[str, Spec], network: Predictor) -> Measure:
 # ---- training and scoring --------------------------------------------------------------------------------------------
 def _trained(
     name: str, spec: Spec, data: Snapshot, to: str, settings: BatchSettings, stores: Callable[[str], Store]
-) -> tuple[Predictor, Compared]:
+) -> tuple[Network, Compared]:
     """The model of a spec, trained now or before."""
     model, began = kept_as(name, spec.model_dump(mode="json")), time.monotonic()
     steps = replace(PLAIN, take_snapshot=lambda *_: data)  # all are trained on the dataset as it was when this began
@@ -169,7 +169,7 @@ def _trained(
     )
 
 
-def _held_out(data: Snapshot, network: Predictor, settings: BatchSettings, stores: Callable[[str], Store]) -> Rows:
+def _held_out(data: Snapshot, network: Network, settings: BatchSettings, stores: Callable[[str], Store]) -> Rows:
     if settings.holdout_dataset is not None:
         other = snapshot(settings.holdout_dataset, stores, network.features.types)
         return Rows(other.row_groups, None, other.schemas)
@@ -177,7 +177,7 @@ def _held_out(data: Snapshot, network: Predictor, settings: BatchSettings, store
     return Rows(data.row_groups, Split(settings.holdout, "holdout"), data.schemas)
 
 
-def _scored(network: Predictor, row: Compared, rows: Rows, measure: Measure) -> _Trained:
+def _scored(network: Network, row: Compared, rows: Rows, measure: Measure) -> _Trained:
     """Raises SpecError: no row was held out, or the score is not finite."""
     errors = RowErrors(measure)
     metrics = network.metrics
@@ -215,7 +215,7 @@ def _beside(one: _Trained, best: _Trained, measure: Measure) -> Compared:
     return one.row.model_copy(update={"difference": more, "standard_error": error if math.isfinite(error) else None})
 
 
-def _baseline(network: Predictor, rows: Rows, measure: Measure) -> _Trained | None:
+def _baseline(network: Network, rows: Rows, measure: Measure) -> _Trained | None:
     """The mean of the target, or the base rates; None if a loss or metric of the user's cannot take it."""
     seen = network.features.statistics
     counts = None if seen is None or seen.class_counts is None else [int(count) for count in seen.class_counts]

@@ -24,7 +24,7 @@ from tidemill.tasks.exporting.layout import as_trained, inputs_of
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup, TableGroup
-from tidemill.tasks.training.learner import Predictor
+from tidemill.tasks.training.learner import Network
 from tidemill.tasks.training.loop import predict
 from tidemill.tasks.training.made_up import made_up
 
@@ -107,7 +107,7 @@ def made_up_rows(features: Features) -> Rows:
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------
-def check(run: Run, predictor: Predictor, types: Mapping[str, str], sets: Iterable[Rows]) -> float:
+def check(run: Run, predictor: Network, types: Mapping[str, str], sets: Iterable[Rows]) -> float:
     """Compare what `run` gives with what the version predicts, for batches and for a single row.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tidemill.tasks.exporting.layout import in_float32
 from tidemill.tasks.training.calling import told, usual_types
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.learner import Predictor
+from tidemill.tasks.training.learner import Network
 from tidemill.tasks.training.losses import is_column
 from tidemill.tasks.training.steps import forward_of
 
@@ -26,7 +26,7 @@ class Graph(nn.Module):
     Regression: in the target's unit. Binary: the probability of class 1. Multiclass: the probabilities of all classes.
     """
 
-    def __init__(self, predictor: Predictor, types: Mapping[str, str], example: Mapping[str, Tensor]) -> None:
+    def __init__(self, predictor: Network, types: Mapping[str, str], example: Mapping[str, Tensor]) -> None:
         """The graph of a version.
 
         Args:

@@ -12,7 +12,7 @@ from tidemill.tasks.history.charts import Frozen
 from tidemill.tasks.history.reading import History
 from tidemill.tasks.reproduce import archived_groups
 from tidemill.tasks.training.errors import TrainingError, described
-from tidemill.tasks.training.learner import Predictor
+from tidemill.tasks.training.learner import Network
 from tidemill.tasks.training.loop import score
 from tidemill.tasks.versions import load_frozen
 
@@ -54,7 +54,7 @@ def score_frozen(log: VersionLog, history: History, archives: Sequence[Store]) -
     return Frozen(scores, notes)
 
 
-def _load(log: VersionLog, number: int) -> Predictor | str:
+def _load(log: VersionLog, number: int) -> Network | str:
     """The network of a version, or why there is none."""
     try:
         return load_frozen(log, log.older(number))
@@ -64,7 +64,7 @@ def _load(log: VersionLog, number: int) -> Predictor | str:
         return f"version {number} cannot be loaded ({error})"
 
 
-def _score(network: Predictor | str | None, shard: Consumed, metric: str, archives: Sequence[Store]) -> float | str:
+def _score(network: Network | str | None, shard: Consumed, metric: str, archives: Sequence[Store]) -> float | str:
     """The network's score on a shard, or why there is none."""
     if network is None:
         return "no batch training comes before them"

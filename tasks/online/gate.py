@@ -25,7 +25,7 @@ from tidemill.tasks.scores import Means
 from tidemill.tasks.settings import GateSettings
 from tidemill.tasks.training.errors import TrainingError, described
 from tidemill.tasks.training.groups import RowGroup
-from tidemill.tasks.training.learner import Learner, Predictor
+from tidemill.tasks.training.learner import Learner, Network
 from tidemill.tasks.training.loop import Score, score
 from tidemill.tasks.versions import load_frozen
 
@@ -46,13 +46,13 @@ class Champion:
         """`stores` opens the holdout, and `device` is where networks score, as in `Learner.create`."""
         self.log, self.settings, self._device, self._stores = log, settings, device, stores
         self.alias: Alias | None = None
-        self._network: Predictor | None = None
+        self._network: Network | None = None
         self._number: int | None = None
         self._holdout: Sequence[RowGroup] | None = None
         self._holdout_score: Score | None = None
         self._decided: tuple[int, Gate] | None = None
         """The last decision, and the version that it was about."""
-        self._served: tuple[int, Predictor | None] | None = None
+        self._served: tuple[int, Network | None] | None = None
         """A version that served once, and its network if that can still be read."""
         self._version = lru_cache(maxsize=64)(log.version)
         """Manifests never change; bisections for neighbouring moments ask for the same ones."""
@@ -78,7 +78,7 @@ class Champion:
         self._number, self._network, self._holdout_score = self.alias.version, None, None
         try:
             if self.alias.version == head.number:
-                self._network = learner.predictor()
+                self._network = learner.network()
             else:
                 champion = self.log.version(self.alias.version)
                 self._network = load_frozen(self.log, champion, self._device)
@@ -148,7 +148,7 @@ class Champion:
             self._find(version, learner)
         else:
             self.alias, self._number = moved, version.number
-            self._network, self._holdout_score = learner.predictor(), None
+            self._network, self._holdout_score = learner.network(), None
 
     def _promote(self, version: Version) -> Alias | None:
         gate = version.manifest.gate
@@ -186,7 +186,7 @@ class Champion:
         return newest if alias is None or alias.version > newest.number else self._version(alias.version)
 
 
-def _scored(network: Predictor, groups: Sequence[RowGroup], name: str) -> Score | None:
+def _scored(network: Network, groups: Sequence[RowGroup], name: str) -> Score | None:
     """Scores of a version that is not being trained; None if it cannot score these rows, which is no fault of theirs.
 
     Its spec may name columns that the head's does not, and its code may fail.

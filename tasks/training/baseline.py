@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.learner import Predictor
+from tidemill.tasks.training.learner import Network
 from tidemill.tasks.training.spec import Spec
 
 
@@ -26,7 +26,7 @@ class Constant(nn.Module):
         return self.outputs_O.expand(len(x_BF), -1)
 
 
-def baseline(spec: Spec, features: Features, class_counts: Sequence[int] | None) -> Predictor:
+def baseline(spec: Spec, features: Features, class_counts: Sequence[int] | None) -> Network:
     """The mean of each target for regression; for classification the base rates, and so the majority class.
 
     It reads no input column, and is scored as any other predictor is: `score(baseline(...), groups, split)`.
@@ -50,7 +50,7 @@ def baseline(spec: Spec, features: Features, class_counts: Sequence[int] | None)
         running_statistics=False,
         statistics=replace(seen, nulls=(), mean_F=none, std_F=none, moments=None),
     )
-    return Predictor(spec, blind, Constant(outputs_O))
+    return Network(spec, blind, Constant(outputs_O))
 
 
 def _logits(spec: Spec, mean_T: Tensor, rows: int, class_counts: Sequence[int] | None) -> Tensor:

@@ -63,7 +63,7 @@ class Counters:
 
 
 @dataclass(frozen=True, eq=False)
-class Predictor:
+class Network:
     """A network that is not trained any more, with all that scoring and predicting needs."""
 
     spec: Spec
@@ -145,7 +145,7 @@ class Learner:
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
-        """As in `Predictor`."""
+        """As in `Network`."""
         return metrics_of(self.spec)
 
     @property
@@ -163,14 +163,14 @@ class Learner:
         """Lets predictions reach as far as the targets of `groups`. Raises ColumnError."""
         self.features = self.features.widened(groups)
 
-    def predictor(self) -> Predictor:
+    def network(self) -> Network:
         """A copy of what is served now, which further training does not change."""
         try:
             served = copy.deepcopy(self.served)
         except Exception:  # noqa: BLE001  # of the user's classes, or of a result with a gradient that the model keeps
             served = build(self.spec, self.features).to(self.device)
             served.load_state_dict(self.served.state_dict())
-        return Predictor(self.spec, self.features, served)
+        return Network(self.spec, self.features, served)
 
     def dump(self) -> tuple[bytes, bytes]:
         """(weights, state) as safetensors. Equal learners give equal bytes. The weights are those of `served`.

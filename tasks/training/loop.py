@@ -22,7 +22,7 @@ from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, described
 from tidemill.tasks.training.features import Encoded
 from tidemill.tasks.training.groups import RowGroup, Subset, generator, prefetch, stable_seed
 from tidemill.tasks.training.kept import Kept, KeptStream
-from tidemill.tasks.training.learner import Learner, Predictor
+from tidemill.tasks.training.learner import Learner, Network
 from tidemill.tasks.training.losses import is_column, loss_of
 from tidemill.tasks.training.metrics import number_of
 from tidemill.tasks.training.once import labelled_rows
@@ -140,7 +140,7 @@ def train_pass(
 
 
 def _stream(
-    learner: Learner | Predictor,
+    learner: Learner | Network,
     groups: Sequence[RowGroup] | Kept,
     *,
     batch_size: int,
@@ -220,7 +220,7 @@ def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int, *, labell
 
 
 @torch.no_grad()  # no inference mode: what a model caches meanwhile is used in training too
-def score(learner: Learner | Predictor, groups: Sequence[RowGroup] | Kept, split: Subset | None = None) -> Score:
+def score(learner: Learner | Network, groups: Sequence[RowGroup] | Kept, split: Subset | None = None) -> Score:
     """Loss and metrics of the served network on every labelled row of the groups (of `split`), or on kept rows.
 
     The learner is not changed.
@@ -278,7 +278,7 @@ def _leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
         left_out[name] = described(error)
 
 
-def predict(learner: Learner | Predictor, groups: Sequence[RowGroup]) -> Generator[Tensor]:
+def predict(learner: Learner | Network, groups: Sequence[RowGroup]) -> Generator[Tensor]:
     """One tensor for each row group, rows in file order: nothing is left out, and no target is needed.
 
     Regression: float32 [N] in units of the target. Binary: probability of class 1, float32 [N]. Multiclass:
@@ -301,14 +301,15 @@ def predict(learner: Learner | Predictor, groups: Sequence[RowGroup]) -> Generat
     learner.served.eval()
     done: list[Tensor] = []
     for rows, last in prefetch(encoded()):
-        done.append(_predicted(learner, rows))
+        done.append(predicted(learner, rows))
         if last:
             yield torch.cat(done)
             done = []
 
 
 @torch.no_grad()
-def _predicted(learner: Learner | Predictor, rows: Encoded) -> Tensor:
+def predicted(learner: Learner | Network, rows: Encoded) -> Tensor:
+    """The outputs for encoded rows, as `predict` gives them. The network is in evaluation mode already. Raises ModelError."""
     xs = torch.split(rows.x_NF, EVALUATION_ROWS)
     ids = repeat(None) if rows.ids_NC is None else torch.split(rows.ids_NC, EVALUATION_ROWS)
     device = learner.device
@@ -324,7 +325,7 @@ def zero(device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
-def _outputs(learner: Learner | Predictor, x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
+def _outputs(learner: Learner | Network, x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
     """The served network's outputs, [B] for one output, else [B, O]."""
     with told("the model, in evaluation mode,", x_BF, ids_BC), usual_types():
         output = forward_of(learner.spec, learner.device)(learner.served, x_BF, ids_BC)
@@ -332,7 +333,7 @@ def _outputs(learner: Learner | Predictor, x_BF: Tensor, ids_BC: Tensor | None) 
     return _limited(learner, output) if learner.features.limit_predictions else output
 
 
-def _limited(learner: Learner | Predictor, output: Tensor) -> Tensor:
+def _limited(learner: Learner | Network, output: Tensor) -> Tensor:
     """Outputs for regression, kept between the lowest and the highest target that was trained on."""
     seen = learner.features.statistics
     assert seen is not None, "limits are learned"
@@ -344,7 +345,7 @@ def _limited(learner: Learner | Predictor, output: Tensor) -> Tensor:
     return output.clamp(low_T, high_T)
 
 
-def _in_target_units(learner: Learner | Predictor, output: Tensor) -> Tensor:
+def _in_target_units(learner: Learner | Network, output: Tensor) -> Tensor:
     """Outputs as values (regression, float64) or probabilities (float32)."""
     if learner.spec.task == "regression":
         values, seen = _unscaled(learner, output), learner.features.statistics
@@ -354,7 +355,7 @@ def _in_target_units(learner: Learner | Predictor, output: Tensor) -> Tensor:
     return output.sigmoid() if learner.spec.task == "binary" else output.softmax(1)
 
 
-def _unscaled(learner: Learner | Predictor, values_B: Tensor) -> Tensor:
+def _unscaled(learner: Learner | Network, values_B: Tensor) -> Tensor:
     features, values_B = learner.features, values_B.cpu().double()
     if not features.standardize_target or features.statistics is None:
         return values_B

@@ -85,9 +85,13 @@ def pack(
         # NaN and infinity survive every addition, and a sum is nearly free; one of huge numbers may overflow by itself.
         finite = finite and (math.isfinite(x_BF.sum().item()) or bool(torch.isfinite(x_BF).all()))
         if soft_limit is not None:
-            z_BF = x_BF[:, :limited]
-            z_BF.div_(torch.hypot(z_BF / soft_limit, torch.ones(())))  # no square, which float32 may not hold
+            soften(x_BF[:, :limited], soft_limit)
     return finite
+
+
+def soften(z_BF: Tensor, soft_limit: float) -> None:
+    """Each z becomes z / sqrt(1 + (z / soft_limit)^2), in place."""
+    z_BF.div_(torch.hypot(z_BF / soft_limit, torch.ones(())))  # no square, which float32 may not hold
 
 
 def _is_plain(column: tuple[pa.Array[Any], int | None]) -> bool:

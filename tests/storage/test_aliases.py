@@ -8,7 +8,7 @@ import pytest
 
 from tests.storage.faults import Call, Counting, FaultStore, act_once
 from tests.storage.histories import grow, keys
-from tidemill.storage.aliases import aliased, all_aliases, promote, resolve
+from tidemill.storage.aliases import Alias, aliased, all_aliases, find_alias, promote, resolve
 from tidemill.storage.errors import (
     AlreadyExists,
     CorruptObject,
@@ -135,12 +135,20 @@ def test_an_alias_deleted_while_it_moves_is_made_anew(memory: MemoryStore) -> No
     assert aliased(plain, "champion").number == 1
 
 
-def test_an_alias_is_never_read_torn(memory: MemoryStore) -> None:
+def test_where_an_alias_stands_costs_one_request(memory: MemoryStore) -> None:
+    plain, counting = VersionLog(memory, "taxi"), Counting()
+    promote(plain, "champion", grow(plain, 1))
+    assert find_alias(VersionLog(FaultStore(memory, counting), "taxi"), "champion") == Alias(0, 0)
+    assert counting.calls == {"read": 1}
+
+
+def test_an_alias_that_moves_while_it_is_looked_at_is_looked_at_again(memory: MemoryStore) -> None:
     plain = VersionLog(memory, "taxi")
-    grow(plain, 2)
+    grow(plain, 3)
     promote(plain, "champion", plain.version(0))
     hook = act_once("stat", "champion", "after", lambda: promote(plain, "champion", plain.version(1)))
-    assert aliased(VersionLog(FaultStore(memory, hook), "taxi"), "champion").number == 1
+    promote(VersionLog(FaultStore(memory, hook), "taxi"), "champion", plain.version(2))
+    assert find_alias(plain, "champion") == Alias(2, 2)
 
 
 def test_an_alias_to_nowhere_is_named(log: VersionLog) -> None:

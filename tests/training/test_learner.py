@@ -10,7 +10,7 @@ from safetensors.torch import save as tensor_bytes
 from tests.training.rows import begin, cut, numbers_table, plain_spec
 from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.learner import STATE_FORMAT, Learner, Predictor
+from tidemill.tasks.training.learner import STATE_FORMAT, Learner, Network
 from tidemill.tasks.training.loop import predict, score, train_pass
 from tidemill.tasks.training.optimizers import OPTIMIZERS
 from tidemill.tasks.training.steps import Steps
@@ -66,11 +66,11 @@ def test_what_is_only_served_needs_no_optimizer(name, ema_decay):
     stored = learner.dump()
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(torch.optim.Optimizer, "__init__")
-        frozen = Predictor.load(spec, *stored)
+        frozen = Network.load(spec, *stored)
     assert torch.equal(torch.cat([*predict(frozen, GROUPS)]), torch.cat([*predict(learner, GROUPS)]))
     assert score(frozen, GROUPS) == score(learner, GROUPS)
     with pytest.raises(StateMismatch):
-        Predictor.load(spec, stored[1], stored[0])
+        Network.load(spec, stored[1], stored[0])
 
 
 def test_tied_and_transposed_weights_are_stored_whole():

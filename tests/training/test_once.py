@@ -12,7 +12,7 @@ from tidemill.tasks.training.batches import Stream
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import Split
-from tidemill.tasks.training.learner import Learner, Predictor
+from tidemill.tasks.training.learner import Learner, Network
 from tidemill.tasks.training.loop import score, train_shard
 from tidemill.tasks.training.once import Decoded
 from tidemill.tasks.training.steps import Steps
@@ -89,7 +89,7 @@ def test_two_scores_and_two_passes_encode_a_shard_once(shuffle: bool) -> None:
     columns = table()
     spec = plain_spec(3, standardize_features=True, shuffle=shuffle)
     learner = begin(spec, [Noted("dataset", columns)])
-    champion = Predictor.load(spec, *learner.dump())
+    champion = Network.load(spec, *learner.dump())
     shard = Counted(Noted("shard", columns), columns)
     before = score(learner, [shard])
     assert score(champion, [shard]) == before

@@ -78,7 +78,7 @@ def test_predictions_stay_within_the_targets_that_were_trained_on(scaled: bool) 
     far = pa.table(
         {"x0": pa.array([-1e4, 1e4], pa.float32()), "x1": pa.array([-1e4, 1e4], pa.float32()), "y": [0.0, 0.0]}
     )
-    for served in (learner, Learner.load(spec, *learner.dump()), learner.predictor()):
+    for served in (learner, Learner.load(spec, *learner.dump()), learner.network()):
         [values] = predict(served, [TableGroup(WHERE, far)])
         assert sorted(values.tolist()) == [lowest, highest]
         assert score(served, [TableGroup(WHERE, far)]).metrics["mae"] == pytest.approx((highest - lowest) / 2)

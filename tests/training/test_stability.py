@@ -138,7 +138,7 @@ def test_averaged_weights_follow_the_formula_and_are_what_is_scored_stored_and_s
 
 def test_a_frozen_copy_does_not_move():
     learner = trained(1)
-    frozen, before = learner.predictor(), score(learner, GROUPS)
+    frozen, before = learner.network(), score(learner, GROUPS)
     train_pass(Steps(learner), GROUPS, key=("epoch", 1))
     assert score(frozen, GROUPS) == before != score(learner, GROUPS)
 

@@ -49,7 +49,7 @@ def test_it_is_trained_scored_copied_and_resumed_with_the_same_bits(name: str) -
     steps = Steps(learner)
     first = train_pass(steps, GROUPS, key=("epoch", 0)).loss
     before, stored = score(learner, GROUPS), learner.dump()
-    champion = learner.predictor()
+    champion = learner.network()
     assert next(iter(predict(learner, GROUPS))).shape == (70,)
     assert train_pass(steps, GROUPS, key=("epoch", 1)).loss < first  # scoring has left it able to train
     assert score(champion, GROUPS) == before != score(learner, GROUPS)

@@ -55,7 +55,7 @@ def place(tmp_path: Path) -> Place:
 def test_the_scores_are_those_of_the_batch_version_on_the_archived_shards(place: Place) -> None:
     history = HistoryReader(place.log).read()
     frozen = score_frozen(place.log, history, [place.archive])
-    batch = load_learner(place.log, place.log.version(0)).predictor()
+    batch = load_learner(place.log, place.log.version(0)).network()
     expected = {}
     for number, (_, shard) in enumerate(history.shards, start=1):
         (stored,) = [info.key for info in place.archive.list() if info.key.startswith(shard.key)]

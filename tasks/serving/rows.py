@@ -1,0 +1,141 @@
+"""Rows that are dicts as the tensors of `Features.encode`, bit for bit, without a table between: 100 times faster for one row.
+
+What a row may hold for each family of columns is in `values.py`.
+
+Shape legend: N rows, F numbers and C ids of one row, B rows of a block.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from tidemill.tasks.serving.values import Add, StoredType, category_of, number_of, sequence_of
+from tidemill.tasks.training.errors import ColumnError
+from tidemill.tasks.training.features import Encoded, Features
+from tidemill.tasks.training.packing import TILE_NUMBERS, blocks, soften
+from tidemill.tasks.training.patterns import did_you_mean
+
+Row = Mapping[str, Any]
+"""The values of one row by the names of their columns."""
+
+ROWS_AT_ONCE: Final = 1024
+"""Rows whose values are Python's at one time; a number takes 32 bytes as one, and 4 as a part of a tensor."""
+
+
+class RowError(ColumnError):
+    """A row that cannot be encoded. It is named by its place in the request, from 0, and by the column that is at fault."""
+
+    def __init__(self, row: int, column: str | None, message: str) -> None:
+        super().__init__(message)
+        self.row, self.column = row, column
+
+
+class RowEncoder:
+    """Rows as tensors, for the features of one version. Never changes; threads may share it."""
+
+    def __init__(self, features: Features, types: Mapping[str, str]) -> None:
+        """`types`: the names of the dataset's Arrow types by column. One that is missing is taken for float64."""
+        assert features.fitted, "statistics come before encoding"
+        self._features = features
+        names = [column.name for column in features.columns]
+        values = itemgetter(*names)
+        self._values = values if len(names) > 1 else lambda row: (values(row),)
+        center_F, scale_F = features.scaling
+        self._owners: list[str] = []  # of each of the F numbers
+        self._numbers: list[tuple[int, Add]] = []
+        categories: list[tuple[int, Add]] = []
+        sequences: list[tuple[int, Add]] = []
+        for i, column in enumerate(features.columns):
+            kind = StoredType(types.get(column.name, ""))
+            if column.length:
+                sequences.append((i, sequence_of(column)))
+            elif column.buckets:
+                categories.append((i, category_of(column, kind)))
+            else:
+                here = slice(len(self._owners), len(self._owners) + column.numbers)
+                self._numbers.append((i, number_of(column, kind, center_F[here].tolist(), scale_F[here].tolist())))
+                if not kind.exact_in_float32:  # is scaled in float64, before it is put in its place
+                    center_F[here], scale_F[here] = 0.0, 1.0
+                self._owners += [column.name] * column.numbers
+        self._ids = [*categories, *sequences]
+        self._indicated = [names.index(name) for name in features.indicated]
+        self._owners += features.indicated
+        self._center_F, self._scale_F = center_F.float(), scale_F.float()
+        self._scaling = bool((self._center_F != 0).any() or (self._scale_F != 1).any())
+
+    def encode(self, rows: Sequence[Row]) -> Encoded:
+        """The inputs of rows, as `Features.encode` makes them of a table of the dataset's types that holds the same values.
+
+        A row has a value, or None, for each feature; what else it has is not looked at.
+
+        Raises:
+            RowError: a row is no dict, lacks a column, or holds what the column cannot hold: NaN, infinity, another kind of
+                value.
+        """
+        x_NF, ids_NC = self._features.allocate(len(rows))
+        for at in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[at : at + ROWS_AT_ONCE]
+            numbers, ids = self._read(some, at)
+            here = slice(at, at + len(some))
+            x_NF[here] = torch.from_numpy(np.array(numbers, np.float64).reshape(len(some), x_NF.shape[1]))
+            if ids_NC is not None:
+                ids_NC[here] = torch.from_numpy(np.array(ids, np.int64).reshape(len(some), ids_NC.shape[1]))
+        self._finish(x_NF)
+        return Encoded(x_NF, ids_NC)
+
+    def _read(self, rows: Sequence[Row], first: int) -> tuple[list[float], list[int]]:
+        """(numbers, ids) of rows, row by row; `first` is the number of the first one."""
+        numbers: list[float] = []
+        ids: list[int] = []
+        for number, row in enumerate(rows, first):
+            try:
+                values = self._values(row)
+            except (KeyError, TypeError, IndexError, AttributeError) as error:
+                raise self._no_row(row, number) from error
+            i = 0
+            try:
+                for i, add in self._numbers:
+                    add(values[i], numbers)
+                for i, add in self._ids:
+                    add(values[i], ids)
+            except (ValueError, TypeError, ArithmeticError, pa.ArrowException) as error:
+                name = self._features.columns[i].name
+                raise RowError(number, name, f"column {name!r} of row {number}: {error}") from error
+            numbers.extend([1.0 if values[i] is None else 0.0 for i in self._indicated])
+        return numbers, ids
+
+    def _no_row(self, row: object, number: int) -> RowError:
+        if not isinstance(row, Mapping):
+            return RowError(number, None, f"row {number} is a {type(row).__name__}: give a dict of values by column")
+        name = next((column.name for column in self._features.columns if column.name not in row), None)
+        if name is None:
+            return RowError(number, None, f"row {number} cannot be read: give a dict of values by column")
+        hint = did_you_mean(name, [str(key) for key in row])
+        return RowError(
+            number,
+            name,
+            f"column {name!r} is missing from row {number}: {hint}; or give it, as None where there is no value",
+        )
+
+    def _finish(self, x_NF: torch.Tensor) -> None:
+        """What `packing.pack` does once the numbers are in place: the same operations on the same blocks of rows."""
+        if self._scaling:
+            x_NF.sub_(self._center_F).div_(self._scale_F)
+        if not math.isfinite(x_NF.sum().item()) and not torch.isfinite(x_NF).all():
+            number, at = (~torch.isfinite(x_NF)).nonzero()[0].tolist()
+            name = self._owners[at]
+            raise RowError(
+                number,
+                name,
+                f"column {name!r} of row {number} is NaN, infinity or beyond float32: give None for a missing value",
+            )
+        if (soft_limit := self._features.soft_limit) is not None:
+            columns = len(self._numbers) + len(self._indicated)
+            tile = max(1, TILE_NUMBERS // max(1, x_NF.shape[1]))
+            for _, x_BF in blocks(len(x_NF), x_NF, None, columns=columns, multiple=tile):
+                soften(x_BF[:, : self._features.scaled], soft_limit)

@@ -1,0 +1,302 @@
+"""What one value of a dict adds to the inputs of its row: numbers that are scaled as `packing.pack` does, or ids.
+
+A float of Python does not say whether a table would hold it as float32 or float64, and these are scaled in different ways: the
+Arrow types of the dataset decide, as the version's manifest names them.
+
+Shape legend: K numbers of one column.
+"""
+
+import datetime as dt
+import math
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from tidemill.tasks.training.columns import SECONDS_PER_DAY, TICKS_PER_SECOND, canonical
+from tidemill.tasks.training.inputs import Input
+
+REMEMBERED: Final = 65_536
+"""Categories whose hash is remembered, in this process, over all models."""
+LONGEST: Final = 256
+"""Longer texts, in characters, are hashed each time: what is remembered stays small."""
+_EXACT_IN_FLOAT32: Final = frozenset(("bool", "int8", "uint8", "int16", "uint16", "halffloat", "float"))
+"""`columns.EXACT_IN_FLOAT32` by the names that a manifest has for them."""
+_FLOATS: Final = {"halffloat": pa.float16(), "float": pa.float32()}
+_PLAIN: Final = frozenset((float, int, bool))
+_EPOCH: Final = dt.datetime(1970, 1, 1)
+_EPOCH_UTC: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_FIRST_DAY: Final = _EPOCH.toordinal()
+_MICROSECONDS: Final = {"s": 1_000_000, "ms": 1_000, "us": 1}
+_BELOW_MICROSECONDS: Final = re.compile(r"[.,]\d{6}(\d+)")
+
+Add = Callable[[Any, list[Any]], None]
+"""Appends what one value of a column adds to the numbers, or to the ids, of a row."""
+
+
+class StoredType:
+    """What the name of an Arrow type, as a manifest has it, says of how its values are encoded."""
+
+    def __init__(self, name: str) -> None:
+        self.item = name.partition(">")[0].rpartition(": ")[2].removesuffix(" not null")
+        """The name of the type of a vector's numbers; of another column that of its own."""
+        self.shape = tuple(int(size) for size in reversed(re.findall(r">\[(\d+)\]", name)))
+        """Of a vector: the sizes of its lists, the outermost first."""
+        self.exact_in_float32 = self.item in _EXACT_IN_FLOAT32
+        unit = re.search(r"\[(s|ms|us|ns)\b", name)
+        self.unit = unit[1] if unit else "s" if name.startswith("date32") else "us"
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+def number_of(column: Input, kind: StoredType, center_K: Sequence[float], scale_K: Sequence[float]) -> Add:
+    """Adds numbers that are scaled in float64 already, or are as they came: to be rounded to float32 and scaled there."""
+    if column.width is not None:
+        return _vector(column.width, kind, center_K, scale_K)
+    if column.family == "time":
+        return _scaled(lambda value: _seconds(value, kind.unit), center_K[0], scale_K[0])
+    if column.family == "duration":
+        return _scaled(lambda value: _length(value, kind.unit), center_K[0], scale_K[0])
+    if kind.exact_in_float32:
+        return _exact(_rounded if kind.item == "halffloat" else _as_float, center_K[0])
+    return _float64(center_K[0], scale_K[0])
+
+
+def _float64(center: float, scale: float) -> Add:
+    def add(value: Any, numbers: list[float]) -> None:
+        if value is None:
+            numbers.append(0.0)
+        elif type(value) in _PLAIN:
+            numbers.append((value - center) / scale)
+        else:
+            numbers.append((_as_float(value) - center) / scale)
+
+    return add
+
+
+def _scaled(read: Callable[[Any], float], center: float, scale: float) -> Add:
+    def add(value: Any, numbers: list[float]) -> None:
+        numbers.append(0.0 if value is None else (read(value) - center) / scale)
+
+    return add
+
+
+def _exact(read: Callable[[Any], float], center: float) -> Add:
+    empty = float(np.float32(center))
+
+    def add(value: Any, numbers: list[float]) -> None:
+        numbers.append(empty if value is None else read(value))
+
+    return add
+
+
+def _vector(width: int, kind: StoredType, center_K: Sequence[float], scale_K: Sequence[float]) -> Add:
+    """A list, a tuple or a numpy array of `width` numbers or None, or lists inside each other as in the dataset."""
+    exact = kind.exact_in_float32
+    read = _rounded if kind.item == "halffloat" else _as_float
+    empty_K: list[float] = np.array(center_K, np.float32).tolist() if exact else [0.0] * width
+    shape = kind.shape or (width,)
+
+    def add(value: Any, numbers: list[float]) -> None:
+        if value is None:
+            numbers.extend(empty_K)
+            return
+        items = _items(value)
+        if len(items) != width or (len(shape) > 1 and len(items) == shape[0] and _is_nested(items)):
+            items = _flat(items, shape)
+        plain = _PLAIN.issuperset(map(type, items))
+        if exact:
+            if plain and read is _as_float:
+                numbers.extend(map(float, items))
+            else:
+                numbers.extend(e if v is None else read(v) for v, e in zip(items, empty_K, strict=True))
+        elif plain:
+            numbers.extend([(v - c) / s for v, c, s in zip(items, center_K, scale_K, strict=True)])
+        else:
+            given = zip(items, center_K, scale_K, strict=True)
+            numbers.extend(0.0 if v is None else (read(v) - c) / s for v, c, s in given)
+
+    return add
+
+
+def _is_nested(items: Sequence[Any]) -> bool:
+    return any(isinstance(item, list | tuple | np.ndarray) for item in items)
+
+
+def _flat(items: Sequence[Any], shape: Sequence[int]) -> Sequence[Any]:
+    """The numbers of lists inside each other, row-major; those of a list that is None are None."""
+    if len(items) != shape[0]:
+        raise ValueError(
+            f"holds a list of {len(items)}, but the model takes {' lists of '.join(map(str, shape))} numbers"
+        )
+    if len(shape) == 1:
+        return items
+    inner, found = shape[1:], list[Any]()
+    for item in items:
+        found += [None] * math.prod(inner) if item is None else _flat(_items(item), inner)
+    return found
+
+
+def _items(value: Any) -> Sequence[Any]:
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, np.ndarray):
+        items: list[Any] = value.tolist()
+        return items
+    raise _other(value, "a list")
+
+
+def _as_float(value: Any) -> float:
+    """A number, a boolean (0 or 1), a Decimal, or one of numpy's.
+
+    A Decimal is rounded as Arrow rounds decimals.
+    """
+    if type(value) in _PLAIN:
+        return float(value)
+    if isinstance(value, np.number | np.bool_):
+        return float(value)
+    if isinstance(value, Decimal):
+        found: float = pa.scalar(value).cast(pa.float64()).as_py()
+        return found
+    if isinstance(value, float | int):
+        return float(value)
+    raise _other(value, "a number")
+
+
+def _rounded(value: Any) -> float:
+    return float(np.float16(_as_float(value)))
+
+
+# ---- times -----------------------------------------------------------------------------------------------------------
+def _seconds(value: Any, unit: str) -> float:
+    """Seconds since 1970-01-01T00:00Z of a datetime, a date, or either as ISO 8601 text. What has no time zone is UTC."""
+    below = ""
+    if isinstance(value, str):
+        try:
+            text, value = value, dt.datetime.fromisoformat(value)
+        except ValueError:
+            raise ValueError(
+                f"holds {_shown(value)}, but the model takes a time: give ISO 8601, as 2026-11-28T12:00:00Z"
+            ) from None
+        if (more := _BELOW_MICROSECONDS.search(text)) is not None:
+            below = more[1]
+    if isinstance(value, dt.datetime):
+        since = value - (_EPOCH if value.tzinfo is None else _EPOCH_UTC)
+        return _of_ticks(since, unit, below)
+    if isinstance(value, dt.date):
+        return (value.toordinal() - _FIRST_DAY) * SECONDS_PER_DAY
+    raise _other(value, "a time: give ISO 8601 text")
+
+
+def _length(value: Any, unit: str) -> float:
+    """Seconds of a timedelta, of a time of day, of one as ISO 8601 text, or of a number: this many seconds."""
+    if isinstance(value, str):
+        try:
+            value = dt.time.fromisoformat(value)
+        except ValueError:
+            raise ValueError(
+                f"holds {_shown(value)}, but the model takes a time of day, as 12:30:00, or seconds"
+            ) from None
+    if isinstance(value, dt.time):
+        if value.tzinfo is not None:
+            raise ValueError(f"holds {value}, a time of day with a time zone: give it without one")
+        of_day = dt.timedelta(0, value.second, value.microsecond, 0, value.minute, value.hour)
+        return _of_ticks(of_day, unit, "")
+    if isinstance(value, dt.timedelta):
+        return _of_ticks(value, unit, "")
+    return _as_float(value)
+
+
+def _of_ticks(span: dt.timedelta, unit: str, below: str) -> float:
+    """Seconds as `columns.numbers` has them of a column of this unit: its ticks as a float64, divided by those of a second.
+
+    A span that the unit cannot hold is taken in a finer one. `below`: digits after those of the microseconds.
+    """
+    micros = (span.days * 86_400 + span.seconds) * 1_000_000 + span.microseconds
+    nanos = int(below[:3].ljust(3, "0")) if below else getattr(span, "nanoseconds", 0)  # pandas has them
+    if unit == "ns" or nanos:
+        return float(micros * 1000 + nanos) / TICKS_PER_SECOND["ns"]
+    ticks, rest = divmod(micros, _MICROSECONDS[unit])
+    return float(micros) / TICKS_PER_SECOND["us"] if rest else float(ticks) / TICKS_PER_SECOND[unit]
+
+
+# ---- categories ------------------------------------------------------------------------------------------------------
+def category_of(column: Input, kind: StoredType) -> Add:
+    """Text and bytes for text; for a number an int, a boolean, a float or a Decimal. An int never passes through a float."""
+    buckets = column.buckets
+    digest = _text if column.family == "text" else _number_digest(_FLOATS.get(kind.item, pa.float64()))
+
+    def add(value: Any, ids: list[int]) -> None:
+        ids.append(0 if value is None else 1 + digest(value) % buckets)
+
+    return add
+
+
+def sequence_of(column: Input) -> Add:
+    """A list, a tuple or a numpy array of text, or of ints; the last items count, as many as the spec says."""
+    buckets, length = column.buckets, column.length
+    digest = _text if column.family == "list of text" else _integer
+    padding = [0] * length
+
+    def add(value: Any, ids: list[int]) -> None:
+        if value is None:
+            ids.extend(padding)
+            return
+        items = _items(value)[-length:]
+        ids.extend([0 if item is None else 1 + digest(item) % buckets for item in items])
+        ids.extend(padding[len(items) :])
+
+    return add
+
+
+@lru_cache(REMEMBERED, typed=True)
+def _remembered(value: str | int) -> int:
+    return _digest(value.encode() if isinstance(value, str) else canonical(value, None))
+
+
+def _digest(data: bytes) -> int:
+    """What `columns.hash_bucket` takes modulo the buckets."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
+
+
+def _text(value: Any) -> int:
+    if isinstance(value, str):
+        return _remembered(value) if len(value) <= LONGEST else _digest(value.encode())
+    if isinstance(value, bytes):
+        return _digest(value)
+    raise _other(value, "text")
+
+
+def _integer(value: Any) -> int:
+    if type(value) is int:
+        return _remembered(value)
+    if isinstance(value, np.integer):
+        return _remembered(int(value))
+    raise _other(value, "an integer")
+
+
+def _number_digest(kind: Any) -> Callable[[Any], int]:
+    def digest(value: Any) -> int:
+        if type(value) is int:
+            return _remembered(value)
+        if isinstance(value, np.generic):
+            value = value.item()
+        if not isinstance(value, int | float | Decimal):
+            raise _other(value, "a number")
+        return _digest(canonical(value, kind))
+
+    return digest
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+def _other(value: object, wanted: str) -> ValueError:
+    return ValueError(f"holds {_shown(value)} ({type(value).__name__}), but the model takes {wanted}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
