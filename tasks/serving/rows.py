@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tidemill.tasks.serving.values import Add, StoredType, category_of, number_of, sequence_of
+from tidemill.tasks.serving.values import Add, StoredType, category_of, held, number_of, sequence_of
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Encoded, Features
 from tidemill.tasks.training.packing import TILE_NUMBERS, blocks, soften
@@ -104,8 +104,9 @@ class RowEncoder:
                 for i, add in self._ids:
                     add(values[i], ids)
             except (ValueError, TypeError, ArithmeticError, pa.ArrowException) as error:
-                name = self._features.columns[i].name
-                raise RowError(number, name, f"column {name!r} of row {number}: {error}") from error
+                column = self._features.columns[i]
+                why = f"{held(values[i])}, which no {column.family} is" if isinstance(error, TypeError) else error
+                raise RowError(number, column.name, f"column {column.name!r} of row {number}: {why}") from error
             numbers.extend([1.0 if values[i] is None else 0.0 for i in self._indicated])
         return numbers, ids
 

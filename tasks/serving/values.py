@@ -11,24 +11,25 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from functools import lru_cache
-from hashlib import blake2b
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 
-from tidemill.tasks.training.columns import SECONDS_PER_DAY, TICKS_PER_SECOND, canonical
+from tidemill.tasks.training.columns import SECONDS_PER_DAY, TICKS_PER_SECOND, canonical, hash_bucket
 from tidemill.tasks.training.inputs import Input
 
-REMEMBERED: Final = 65_536
-"""Categories whose hash is remembered, in this process, over all models."""
+REMEMBERED: Final = 32_768
+"""Values of a column whose ids are remembered."""
 LONGEST: Final = 256
-"""Longer texts, in characters, are hashed each time: what is remembered stays small."""
+"""Longer texts, in characters, are hashed each time, as are ints beyond 64 bits: what is remembered stays small."""
+_INT64: Final = 2**63
 _EXACT_IN_FLOAT32: Final = frozenset(("bool", "int8", "uint8", "int16", "uint16", "halffloat", "float"))
 """`columns.EXACT_IN_FLOAT32` by the names that a manifest has for them."""
 _FLOATS: Final = {"halffloat": pa.float16(), "float": pa.float32()}
 _PLAIN: Final = frozenset((float, int, bool))
+_INTEGERS: Final = frozenset((int, type(None)))
 _EPOCH: Final = dt.datetime(1970, 1, 1)
 _EPOCH_UTC: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _FIRST_DAY: Final = _EPOCH.toordinal()
@@ -225,21 +226,53 @@ def _of_ticks(span: dt.timedelta, unit: str, below: str) -> float:
 
 
 # ---- categories ------------------------------------------------------------------------------------------------------
+class _Ids(dict[Any, int]):
+    """The id of each value of a column: as `columns.bucket_ids` has it. Those that were asked for are remembered.
+
+    Equal keys of a dict may be of several types, as 1 and True are: whoever asks has made sure that all of them would do.
+    """
+
+    def __init__(self, buckets: int, data_of: Callable[[Any], bytes]) -> None:
+        """`data_of`: the bytes that stand for a value. Raises ValueError: it is no category."""
+        super().__init__()
+        self._buckets, self._data_of = buckets, data_of
+
+    def __missing__(self, value: Any) -> int:
+        found = self.of(value)
+        small = value is None or (-_INT64 <= value < _INT64 if isinstance(value, int) else len(value) <= LONGEST)
+        if small:
+            if len(self) >= REMEMBERED:
+                self.clear()
+            self[value] = found
+        return found
+
+    def of(self, value: Any) -> int:
+        """The id of a value, not remembered."""
+        return 0 if value is None else 1 + hash_bucket(self._data_of(value), self._buckets)
+
+
 def category_of(column: Input, kind: StoredType) -> Add:
     """Text and bytes for text; for a number an int, a boolean, a float or a Decimal. An int never passes through a float."""
-    buckets = column.buckets
-    digest = _text if column.family == "text" else _number_digest(_FLOATS.get(kind.item, pa.float64()))
+    if column.family == "text":
+        known = _Ids(column.buckets, _text)
 
-    def add(value: Any, ids: list[int]) -> None:
-        ids.append(0 if value is None else 1 + digest(value) % buckets)
+        def add_text(value: Any, ids: list[int]) -> None:
+            ids.append(known[value])
 
-    return add
+        return add_text
+    data_of = partial(_number, kind=_FLOATS.get(kind.item, pa.float64()))
+    numbers = _Ids(column.buckets, data_of)
+
+    def add_number(value: Any, ids: list[int]) -> None:
+        ids.append(numbers[value] if type(value) is int else numbers.of(value))
+
+    return add_number
 
 
 def sequence_of(column: Input) -> Add:
     """A list, a tuple or a numpy array of text, or of ints; the last items count, as many as the spec says."""
-    buckets, length = column.buckets, column.length
-    digest = _text if column.family == "list of text" else _integer
+    length, text = column.length, column.family == "list of text"
+    known = _Ids(column.buckets, _text if text else _integer)
     padding = [0] * length
 
     def add(value: Any, ids: list[int]) -> None:
@@ -247,54 +280,43 @@ def sequence_of(column: Input) -> Add:
             ids.extend(padding)
             return
         items = _items(value)[-length:]
-        ids.extend([0 if item is None else 1 + digest(item) % buckets for item in items])
+        remembered = text or _INTEGERS.issuperset(map(type, items))
+        ids.extend(map(known.__getitem__ if remembered else known.of, items))
         ids.extend(padding[len(items) :])
 
     return add
 
 
-@lru_cache(REMEMBERED, typed=True)
-def _remembered(value: str | int) -> int:
-    return _digest(value.encode() if isinstance(value, str) else canonical(value, None))
-
-
-def _digest(data: bytes) -> int:
-    """What `columns.hash_bucket` takes modulo the buckets."""
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
-
-
-def _text(value: Any) -> int:
+def _text(value: Any) -> bytes:
     if isinstance(value, str):
-        return _remembered(value) if len(value) <= LONGEST else _digest(value.encode())
+        return value.encode()
     if isinstance(value, bytes):
-        return _digest(value)
+        return value
     raise _other(value, "text")
 
 
-def _integer(value: Any) -> int:
-    if type(value) is int:
-        return _remembered(value)
-    if isinstance(value, np.integer):
-        return _remembered(int(value))
+def _integer(value: Any) -> bytes:
+    if type(value) is int or isinstance(value, np.integer):
+        return canonical(int(value), None)
     raise _other(value, "an integer")
 
 
-def _number_digest(kind: Any) -> Callable[[Any], int]:
-    def digest(value: Any) -> int:
-        if type(value) is int:
-            return _remembered(value)
-        if isinstance(value, np.generic):
-            value = value.item()
-        if not isinstance(value, int | float | Decimal):
-            raise _other(value, "a number")
-        return _digest(canonical(value, kind))
-
-    return digest
+def _number(value: Any, kind: Any) -> bytes:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, int | float | Decimal):
+        raise _other(value, "a number")
+    return canonical(value, kind)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
 def _other(value: object, wanted: str) -> ValueError:
-    return ValueError(f"holds {_shown(value)} ({type(value).__name__}), but the model takes {wanted}")
+    return ValueError(f"{held(value)}, but the model takes {wanted}")
+
+
+def held(value: object) -> str:
+    """What a column holds, for a message."""
+    return f"holds {_shown(value)} ({type(value).__name__})"
 
 
 def _shown(value: object) -> str:

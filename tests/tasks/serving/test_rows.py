@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.rows import TableGroup, same_bits
-from tidemill.tasks.serving import values as values_room
 from tidemill.tasks.serving.rows import ROWS_AT_ONCE, RowEncoder, RowError
+from tidemill.tasks.serving.values import LONGEST, REMEMBERED, _Ids
+from tidemill.tasks.training.columns import hash_bucket
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.families import type_name
 from tidemill.tasks.training.features import Encoded, Features
@@ -316,14 +317,29 @@ def test_numbers_of_one_value_are_one_category_whatever_their_type() -> None:
     assert len(set(encoder.encode([{"a": value} for value in same]).ids_NC.flatten().tolist())) == 1
 
 
-def test_categories_that_nobody_has_seen_are_hashed_and_long_texts_are_not_remembered() -> None:
-    dataset = with_target({"a": ["x", "y"]})
-    features, encoder = encoders(dataset, {"a": "category"})
-    values_room._remembered.cache_clear()
+def test_categories_that_nobody_has_seen_are_hashed() -> None:
+    features, encoder = encoders(with_target({"a": ["x", "y"]}), {"a": "category"})
     unseen = with_target({"a": ["never seen", "", "\N{GRINNING FACE}", "e\u0301", "\u00e9", "z" * 10_000]})
-    assert_equal_bits(features, encoder, unseen)
-    assert values_room._remembered.cache_info().currsize == 5
-    assert values_room._remembered.cache_info().maxsize == values_room.REMEMBERED
+    for _ in range(2):  # asked, then remembered
+        assert_equal_bits(features, encoder, unseen)
+
+
+def test_what_is_remembered_of_categories_is_bounded() -> None:
+    hashed: list[object] = []
+
+    def data_of(value: Any) -> bytes:
+        hashed.append(value)
+        return str(value).encode()
+
+    ids = _Ids(1000, data_of)
+    assert [ids[value] for value in ("a", None, 7, "a", None, 7)] == [ids.of("a"), 0, ids.of(7)] * 2
+    hashed.clear()
+    for value in ("a", 7, "z" * (LONGEST + 1), 2**64):
+        assert ids[value] == ids[value]
+    assert hashed == ["z" * (LONGEST + 1)] * 2 + [2**64] * 2
+    for number in range(REMEMBERED + 1):
+        assert ids[number] == 1 + hash_bucket(b"%d" % number, 1000)
+        assert len(ids) <= REMEMBERED
 
 
 def test_arrays_of_numpy_are_lists_and_nested_lists_may_come_flat() -> None:
@@ -374,6 +390,8 @@ WRONG: Final = [
     ("embedding", [1, 2, 3, math.inf], "is NaN, infinity or beyond float32"),
     ("tags", "a", "holds 'a' (str), but the model takes a list"),
     ("tags", [1], "holds 1 (int), but the model takes text"),
+    ("tags", [["a"]], "holds [['a']] (list), which no list of text is"),
+    ("city", {}, "holds {} (dict), which no text is"),
     ("clicks", [1.0], "holds 1.0 (float), but the model takes an integer"),
     ("clicks", [True], "holds True (bool), but the model takes an integer"),
 ]
