@@ -15,7 +15,7 @@ from tidemill.storage.aliases import all_aliases
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject, StorageError, UnknownVersion, UnsupportedFormat
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import BlobRef, consumed_objects
+from tidemill.storage.manifest import BlobRef
 from tidemill.storage.tombstones import WINDOW
 from tidemill.storage.traces import traces_above
 
@@ -77,7 +77,7 @@ def audit(log: VersionLog) -> Audit:
         manifest = version.manifest
         if number and before is not None:
             result.findings += [f"version {number}: {what}" for what in _broken_links(log, before, version)]
-        for shard in consumed_objects(manifest.consumed):
+        for shard in manifest.consumed_objects:
             shards.consumed(number, shard.identity, shard.last_modified.isoformat())
         for rejected in manifest.rejected:
             shards.rejected(number, rejected.identity, rejected.last_modified.isoformat())
@@ -151,6 +151,11 @@ def _broken_links(log: VersionLog, before: Version, version: Version) -> Iterato
             yield f"it counts {manifest.counters.get('shards')} shards after {first} and {len(manifest.consumed)} more"
     elif manifest.consumed or manifest.rejected:
         yield f"a version of kind {manifest.kind!r} consumed shards"
+    # Another run may spell the inbox in another way.
+    known = {(each.key, each.sha256) for each in (*(manifest.open_labels or ()), *(manifest.done_labels or ()))}
+    used = [*(older.open_labels or ()), *(labels for shard in manifest.consumed for labels in shard.joined or ())]
+    if lost := {each.key for each in used if (each.key, each.sha256) not in known}:
+        yield f"it does not say what became of {len(lost)} shards of labels of which rows were used, such as {min(lost)!r}"
     if manifest.kind == "rollback":
         yield from _broken_rollback(log, version)
     if not _carries_on(log, before, version):

@@ -29,7 +29,6 @@ from tidemill.storage.manifest import (
     Manifest,
     Parent,
     TombstonesRef,
-    consumed_objects,
     decode,
     encode,
     sha256,
@@ -101,7 +100,7 @@ class VersionLog(Chain):
             for parent, child in pairwise(since):
                 self.check_link(parent, child)
             for each in since:
-                for shard in consumed_objects(each.manifest.consumed):
+                for shard in each.manifest.consumed_objects:
                     found.add(shard.inbox, shard.key, shard.sha256, shard.etag)
         return found
 
@@ -231,6 +230,7 @@ class VersionLog(Chain):
                 tombstones=self.carried_tombstones(head),
             ),
             owed=head.manifest.owed,
+            open_labels=head.manifest.open_labels,
             new_columns=head.manifest.new_columns,
             metrics=target.manifest.metrics,
             counters=target.manifest.counters,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any, Final, Literal, Self
@@ -10,8 +9,9 @@ from typing import Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from tidemill.storage.errors import CorruptObject, UnsupportedFormat
+from tidemill.storage.formats import from_format_1, parsed_format
 
-FORMAT: Final = "2.1"
+FORMAT: Final = "2.2"
 """What this Tidemill writes, `major.minor`. It reads this and every lower one. A field's meaning never changes; a new field is
 optional, and comes with a higher minor."""
 
@@ -111,6 +111,31 @@ class LabelShard(ShardRef):
     """Its rows that no feature row asked for."""
 
 
+class JoinedLabels(ShardRef):
+    """A shard of labels that come row by row, from which rows of a shard of features have their labels."""
+
+    column: str
+    """The key column by which its rows were joined."""
+    rows: int
+    """Rows of the features whose label is from it."""
+
+
+class OpenLabels(ShardRef):
+    """A shard of labels that come row by row. Some of its rows are settled: features that were consumed have their keys."""
+
+    rows: int
+    settled: str
+    """Which rows: a bit for each, the first one the lowest of the first byte; deflated (RFC 1950), as base64."""
+
+
+class DoneLabels(ShardRef):
+    """A shard of labels that come row by row, and that is of no more use: it is consumed."""
+
+    rows: int
+    unmatched: int
+    """Rows whose keys no features had in time."""
+
+
 class Predicted(Record):
     """How the version that served when the features arrived does on them, now that their labels are known."""
 
@@ -135,15 +160,21 @@ class Consumed(ShardRef):
     passes: int = 1
     """How many times its rows were trained on."""
     labels: tuple[LabelShard, ...] = ()
-    """Where its targets came from, if they arrived later."""
+    """Where its targets came from, if they arrived later, in a shard for this one."""
+    joined: tuple[JoinedLabels, ...] | None = None
+    """Where its targets came from, if they arrived later, row by row: of two labels of a row, the one of the later shard of these
+    counts. Since format 2.2."""
     predicted: Predicted | None = None
 
 
-def consumed_objects(consumed: Iterable[Consumed]) -> Iterator[Consumed | LabelShard]:
-    """The shards, each followed by those of its labels."""
+def consumed_objects(
+    consumed: Iterable[Consumed], done: Iterable[DoneLabels] | None = None
+) -> Iterator[Consumed | LabelShard | DoneLabels]:
+    """The shards, each followed by those of its labels, and the shards of labels that are of no more use."""
     for shard in consumed:
         yield shard
         yield from shard.labels
+    yield from done or ()
 
 
 class Rejected(ShardRef):
@@ -242,6 +273,11 @@ class Entry(Record):
     consumed: tuple[Consumed, ...] = ()
     rejected: tuple[Rejected, ...] = ()
     owed: tuple[Owed, ...] = ()
+    open_labels: tuple[OpenLabels, ...] | None = None
+    """Shards of labels that come row by row, settled in part by this version or one before it. Each version carries them on until
+    they are done. Since format 2.2."""
+    done_labels: tuple[DoneLabels, ...] | None = None
+    """Such shards that this version is done with. Since format 2.2."""
     fired: tuple[str, ...] = ()
     """Why its shards were trained on when they were: names of triggers. Absent if there was nothing to wait for."""
     gate: Gate | None = None
@@ -257,6 +293,11 @@ class Entry(Record):
     rolled_back_to: int | None = None
     code: str | None = None
     environment: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def consumed_objects(self) -> Iterator[Consumed | LabelShard | DoneLabels]:
+        """All objects that this version has consumed."""
+        return consumed_objects(self.consumed, self.done_labels)
 
 
 class Manifest(Entry):
@@ -300,44 +341,11 @@ def decode(data: bytes, where: str) -> Manifest:
                 f"{where} was edited or damaged after it was committed (its checksum does not match). Restore the object, "
                 "for example from a bucket version; Tidemill never continues from altered history."
             )
-        return Manifest.model_validate(_from_format_1(fields) if written == 1 else fields)
+        return Manifest.model_validate(from_format_1(fields) if written == 1 else fields)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptObject(
             f"{where} is no Tidemill manifest: {error!r}. Restore the object, for example from a bucket version."
         ) from error
-
-
-def parsed_format(stated: Any) -> tuple[int, int]:
-    """(major, minor) of a stored `format`: `"2.0"`, or the number 1 of the time before there were minor ones.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if type(stated) is int and stated > 0:
-        return stated, 0
-    if not isinstance(stated, str) or re.fullmatch(r"([2-9]|[1-9]\d{1,8})\.(0|[1-9]\d{0,8})", stated) is None:
-        raise ValueError(f"{str(stated)[:20]!r} is no format")
-    major, _, minor = stated.partition(".")
-    return int(major), int(minor)
-
-
-def _from_format_1(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a manifest of format 1 as format 2.0 names them. Nothing is lost but `gate.then`, which nobody read."""
-    parts = {name: dict(ref) for name, ref in fields["blobs"].items()}
-    for ref in parts.values():
-        ref["bytes"] = ref.pop("size")
-    new = {**fields, "format": "2.0", "blobs": parts}
-    new["consumed"] = [
-        {**shard, "labels": [shard["labels"]]} if "labels" in shard else shard for shard in fields.get("consumed", ())
-    ]
-    renamed = {"then": "action", "to": "destination"}
-    new["owed"] = [{renamed.get(name, name): value for name, value in debt.items()} for debt in fields.get("owed", ())]
-    if "gate" in fields:
-        gate = {name: value for name, value in fields["gate"].items() if name != "then"}
-        new["gate"] = {"recent" if name == "window" else name: value for name, value in gate.items()}
-    metrics = {"window": "recent", "epoch_held_out": "epoch_holdout"}
-    new["metrics"] = {metrics.get(name, name): value for name, value in fields.get("metrics", {}).items()}
-    return new
 
 
 def checked(fields: dict[str, Any]) -> bytes:

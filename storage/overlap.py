@@ -28,7 +28,7 @@ from tidemill.storage.errors import (
     UnknownVersion,
     UnsupportedFormat,
 )
-from tidemill.storage.manifest import IN_MEMORY, consumed_objects, verified
+from tidemill.storage.manifest import IN_MEMORY, verified
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.urls import open_store
 
@@ -202,7 +202,7 @@ def named_inboxes(log: "VersionLog") -> set[str]:
         manifest = log.head().manifest
     except (UnknownModel, StoreNotFound):  # a registry on a disk begins with its first object
         return set()
-    consumed = {shard.inbox for shard in consumed_objects(manifest.consumed)}
+    consumed = {shard.inbox for shard in (*manifest.consumed_objects, *(manifest.open_labels or ()))}
     return consumed | {shard.inbox for shard in manifest.rejected} | {debt.inbox for debt in manifest.owed}
 
 

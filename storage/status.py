@@ -27,7 +27,7 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.inbox import Inbox
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import Gate, Manifest, Owed, consumed_objects
+from tidemill.storage.manifest import Gate, Manifest, Owed
 from tidemill.storage.overlap import spelled_as
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.probe import check_preconditions
@@ -152,7 +152,7 @@ def look(
     """
     head, now = log.head(), datetime.now(UTC)
     manifest, aliases = head.manifest, all_aliases(log)
-    own = {shard.inbox for shard in (*consumed_objects(manifest.consumed), *manifest.rejected)}
+    own = {shard.inbox for shard in (*manifest.consumed_objects, *manifest.rejected)}
     owed_in = dict(Counter(debt.inbox for debt in manifest.owed))
     kept, newest, lately = _quarantine(log, now)
     found = Status(
@@ -325,7 +325,7 @@ def _of_debts(
     found: Status, head: Manifest, behind_seconds: float, stores: Callable[[str], Store]
 ) -> Iterator[Problem]:
     """Removals that an earlier version has left to the head, of objects that are still there."""
-    own = {shard.identity for shard in (*consumed_objects(head.consumed), *head.rejected)}
+    own = {shard.identity for shard in (*head.consumed_objects, *head.rejected)}
     carried = [debt for debt in head.owed if debt.identity not in own]
     fresh = head.kind != "online" and (found.looked - head.created).total_seconds() < behind_seconds
     if not carried or fresh:  # a batch version carries on what the next run with that inbox pays

@@ -255,6 +255,7 @@ def register(run: BatchRun, result: Evaluation) -> Version:
                     tombstones=run.log.carried_tombstones(parent),
                 ),
                 owed=() if parent is None else parent.manifest.owed,
+                open_labels=None if parent is None else parent.manifest.open_labels,
                 metrics={
                     "epoch_loss": losses,
                     **epochs,

@@ -1,6 +1,7 @@
 """A history made again: train again on the archived shards, in the recorded order, and compare all bits."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 from pydantic import BaseModel
@@ -11,9 +12,11 @@ from tidemill.storage.disposal import archive_keys
 from tidemill.storage.errors import CorruptObject, NotFound, ShardRejected, StoreNotFound, UnknownVersion
 from tidemill.storage.inbox import Shard
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import IN_MEMORY, Consumed, LabelShard, sha256
+from tidemill.storage.manifest import IN_MEMORY, Consumed, JoinedLabels, ShardRef, sha256
+from tidemill.storage.parquet import RowGroup as FileGroup
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.tasks.online.labels import Labels
+from tidemill.tasks.online.latest import LabelRows, join_again
 from tidemill.tasks.training.environment import differences, environment
 from tidemill.tasks.training.errors import TrainingError
 from tidemill.tasks.training.features import Features
@@ -103,6 +106,10 @@ def train_again(
         NotFound, ShardRejected: as `archived_groups`.
         TrainingError: the learner is then half trained and must be loaded again.
     """
+    if not consumed.rows:  # no label came in time: it is counted, and that is all
+        steps.learner.counters.shards += 1
+        nothing = PassResult(0, 0, math.nan, consumed.unlabelled)
+        return Score(0, math.nan) if scored else None, nothing
     groups = archived_groups(consumed, archives, steps.learner.features)
     before = score(steps.learner, groups) if scored else None
     labelled = None if before is None else before.rows
@@ -112,6 +119,8 @@ def train_again(
 def archived_groups(consumed: Consumed, archives: Sequence[Store], features: Features) -> Sequence[RowGroup]:
     """What was trained on, labels joined. Raises NotFound, and ShardRejected: they do not fit together any more."""
     groups = _found(consumed, archives).row_groups(features.types)
+    if consumed.joined is not None:
+        return _joined_again(groups, consumed.joined, archives, features)
     if not consumed.labels:
         return groups
     (labels,) = consumed.labels  # Tidemill joins with one shard of labels
@@ -119,7 +128,16 @@ def archived_groups(consumed: Consumed, archives: Sequence[Store], features: Fea
     return Labels(found, labels.column, features.targets).join(groups).groups
 
 
-def _found(consumed: Consumed | LabelShard, archives: Sequence[Store]) -> Shard:
+def _joined_again(
+    groups: Sequence[FileGroup], joined: Sequence[JoinedLabels], archives: Sequence[Store], features: Features
+) -> Sequence[RowGroup]:
+    """The same where labels came row by row. Raises as `archived_groups`."""
+    key = joined[0].column if joined else ""
+    shards = [LabelRows(_found(each, archives).row_groups(features.types), key, features.targets) for each in joined]
+    return join_again(groups, shards, key, features.targets, features.types)
+
+
+def _found(consumed: ShardRef, archives: Sequence[Store]) -> Shard:
     """Raises NotFound: no archive holds exactly these bytes."""
     others: list[str] = []
     for archive in archives:

@@ -88,9 +88,26 @@ class LabelSettings(_Settings):
     """Labels that arrive later than their features."""
 
     inbox: str = Field(
-        description="URL of an inbox of labels that arrive later than their features. The labels of a shard have its key."
+        description="URL of an inbox of labels that arrive later than their features. The labels of a shard have its key, unless "
+        "wait_seconds is set."
     )
     key: str = Field(description="The column by which the rows of features and labels are joined.")
+    wait_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Labels come row by row, in shards of any key: a shard of features is trained on once each of its rows has a "
+        "label, or this long after it arrived.",
+    )
+    corrections: bool = Field(
+        default=False,
+        description="With wait_seconds: wait the whole time though each row has a label, since a later one may correct it.",
+    )
+
+    @model_validator(mode="after")
+    def _corrections(self) -> Self:
+        if self.corrections and self.wait_seconds is None:
+            raise ValueError("corrections needs wait_seconds: without it a shard has one shard of labels")
+        return self
 
 
 class Archive(_Settings):

@@ -219,7 +219,7 @@ class BacktestRun:
                     "score": before.finite,
                     "champion": {},
                     "predicted": None,
-                    "loss": result.loss,
+                    "loss": result.loss if result.rows else None,
                 }
             )
         )

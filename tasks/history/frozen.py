@@ -66,6 +66,8 @@ def _load(log: VersionLog, number: int) -> Network | str:
 
 def _score(network: Network | str | None, shard: Consumed, metric: str, archives: Sequence[Store]) -> float | str:
     """The network's score on a shard, or why there is none."""
+    if not shard.rows:
+        return "no row of them has a label"
     if network is None:
         return "no batch training comes before them"
     if isinstance(network, str):

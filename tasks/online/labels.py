@@ -14,7 +14,7 @@ from __future__ import annotations  # pa.Array[Any] takes its type parameter in 
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -67,8 +67,8 @@ class Labels:
         if key in targets:
             raise SpecError(f"{key!r} is both the key of the labels and a target: join by another column")
         schema, self.file, self.key, self.targets = groups[0].schema, groups[0].file, key, tuple(targets)
-        self.key_type = _key_type(schema, key, self.file)
-        self.fields = [_target_field(schema, target, self.file) for target in targets]
+        self.key_type = key_type(schema, key, self.file)
+        self.fields = [target_field(schema, target, self.file) for target in targets]
         tables, size = [], 0
         for group in groups:
             tables.append(group.read([key, *targets]))
@@ -78,7 +78,7 @@ class Labels:
                     f"{group.name}: the labels up to here take more than {MAX_DECODED_BYTES:,} bytes; write smaller shards"
                 )
         table = pa.concat_tables(tables)
-        self._values_L = {field.name: _values(table.column(field.name), field.type) for field in self.fields}
+        self._values_L = {field.name: values_of(table.column(field.name), field.type) for field in self.fields}
         keys = _Keys.of(table.column(key))
         self._keys_V = keys.values_V
         # Not the index itself: a file's dictionary may hold a value twice.
@@ -129,7 +129,7 @@ class Labels:
 
     def _rows_of(self, group: RowGroup) -> pa.Array[Any]:
         """int32 [N]: the row of the label shard for each row of a feature group, or null."""
-        theirs = _key_type(group.schema, self.key, group.file)
+        theirs = key_type(group.schema, self.key, group.file)
         if (kind := _common_type(theirs, self.key_type)) is None:
             raise ShardRejected(
                 f"{group.file}: column {self.key!r} is {told(theirs)}, but {told(self.key_type)} in {self.file}; "
@@ -150,12 +150,21 @@ class Labels:
         return self._values_L[target].take(rows_N)
 
 
+class Targets(Protocol):
+    """Where the targets of a feature row group are found."""
+
+    targets: tuple[str, ...]
+    fields: list[pa.Field[Any]]
+
+    def values_at(self, target: str, rows_N: pa.Array[Any]) -> pa.Array[Any]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledGroup:
     """A feature row group that has the targets as well (`tidemill.tasks.training.groups.RowGroup`)."""
 
     features: RowGroup
-    labels: Labels
+    labels: Targets
     rows_N: pa.Array[Any]
     """int32: the label of each row."""
 
@@ -195,7 +204,7 @@ class LabelledGroup:
         return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
 
-def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:
+def only_field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:
     found = schema.get_all_field_indices(name)
     if len(found) != 1:
         have = "no column" if not found else f"{len(found)} columns"
@@ -203,14 +212,14 @@ def _field(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:
     return schema.field(found[0])
 
 
-def _values(column: pa.ChunkedArray[Any], kind: Any) -> pa.Array[Any]:
+def values_of(column: pa.ChunkedArray[Any], kind: Any) -> pa.Array[Any]:
     """A target [L] as its field says; text is compared as bytes."""
     array = one_array(stored(column, kind))
     return plain(array) if kind == pa.large_binary() else array
 
 
-def _target_field(schema: pa.Schema, target: str, where: str) -> pa.Field[Any]:
-    kind: Any = _field(schema, target, where).type
+def target_field(schema: pa.Schema, target: str, where: str) -> pa.Field[Any]:
+    kind: Any = only_field(schema, target, where).type
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     elif is_untyped(kind):
@@ -222,9 +231,9 @@ def _target_field(schema: pa.Schema, target: str, where: str) -> pa.Field[Any]:
     return pa.field(target, kind)  # nullable, whatever the file says
 
 
-def _key_type(schema: pa.Schema, key: str, where: str) -> Any:
+def key_type(schema: pa.Schema, key: str, where: str) -> Any:
     """The type of the key's values; ShardRejected if it is none that can be a key."""
-    kind: Any = _field(schema, key, where).type
+    kind: Any = only_field(schema, key, where).type
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     if pa.types.is_dictionary(kind):

@@ -24,7 +24,7 @@ from tidemill.storage.errors import (
     UnsupportedStore,
 )
 from tidemill.storage.inbox import Inbox, Shard
-from tidemill.storage.manifest import LabelShard
+from tidemill.storage.manifest import JoinedLabels, LabelShard
 from tidemill.storage.parquet import RowGroup as FileGroup
 from tidemill.storage.store import ObjectInfo
 from tidemill.tasks.training.errors import ColumnError, described, of_the_machine
@@ -50,6 +50,10 @@ class Readable:
     groups: Sequence[RowGroup]
     labels: LabelShard | None = None
     """Where its targets come from, if not from the shard itself."""
+    joined: tuple[JoinedLabels, ...] | None = None
+    """The same where labels come row by row."""
+    labelled: bool = True
+    """False: labels come row by row, and none came in time for any row of the shard: nothing can be learned of it."""
 
     @property
     def nbytes(self) -> int:

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Final
 
 from tidemill.storage.errors import ShardRejected
-from tidemill.storage.inbox import Inbox, original_key
+from tidemill.storage.inbox import Inbox, Listing, original_key
 from tidemill.storage.manifest import Owed
 from tidemill.storage.store import ObjectInfo
 from tidemill.storage.tombstones import Seen
 from tidemill.tasks.online.delayed import DelayedLabels
+from tidemill.tasks.online.ledger import Reach
 from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.reading import (
     Later,
@@ -23,8 +24,9 @@ from tidemill.tasks.online.reading import (
     may_be_the_shards,
     read_shard,
 )
+from tidemill.tasks.online.rowwise import RowLabels
 from tidemill.tasks.online.triggers import Judged, Reason
-from tidemill.tasks.online.work import Head, Identity, removal
+from tidemill.tasks.online.work import Head, Identity, Work, removal
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.errors import described
 from tidemill.tasks.training.loop import score
@@ -54,10 +56,17 @@ class Selection:
     passed_over: dict[Identity, str]
     """Shards that stay where they are until a person acts -> why."""
     warnings: tuple[str, ...] = ()
+    labels: RowLabels | None = None
+    """The labels that come row by row."""
 
     def __bool__(self) -> bool:
-        """True while shards are left to train on."""
-        return bool(self.reader)
+        """True while shards are left to train on, or labels that nothing waits for."""
+        return bool(self.reader) or bool(self.labels)
+
+    def close(self, work: Work, places: Places) -> None:
+        """Add to the work of a commit what becomes of labels that come row by row."""
+        if self.labels is not None:
+            self.labels.close(work, places.spelled)
 
     @property
     def full(self) -> bool:
@@ -79,41 +88,85 @@ def select(head: Head, places: Places, settings: OnlineSettings, without: Collec
         SpecError: a trigger needs a package that is not installed.
     """
     passed_over: dict[Identity, str] = {}
-    inbox, delayed = places.inbox, None
+    inbox = places.inbox
+    delayed: DelayedLabels | RowLabels | None = None
     seen = Seen(head.tombstones, head.owed, places.spelled)
-    if settings.labels is not None and places.labels is not None:
-        fits = _fits(places.labels, settings, passed_over)
-        known = partial(seen.consumed, places.labels.url)
-        awaited = partial(_awaited, inbox, seen, without)
-        delayed = DelayedLabels(places.labels, settings.labels.key, settings.grace_seconds, known, fits, awaited)
-
     fits = _fits(inbox, settings, passed_over)
 
     def can_be_used(info: ObjectInfo) -> bool:
-        if (inbox.url, info.key, info.etag) in without:
-            return False
-        return fits(info) and (delayed is None or delayed.have(info))
+        return (inbox.url, info.key, info.etag) not in without and fits(info)
 
-    listing = inbox.list(LISTED_AHEAD, partial(seen.consumed, inbox.url), can_be_used)
+    listed = partial(inbox.list, LISTED_AHEAD, partial(seen.consumed, inbox.url))
+    if settings.labels is None or places.labels is None:
+        listing = listed(can_be_used)
+        shards = listing.shards
+    else:
+        known, fit = partial(seen.consumed, places.labels.url), _fits(places.labels, settings, passed_over)
+        if settings.labels.wait_seconds is None:
+            awaited = partial(_awaited, inbox, seen, without)
+            delayed = DelayedLabels(places.labels, settings.labels.key, settings.grace_seconds, known, fit, awaited)
+            have = delayed.have
+            listing = listed(lambda info: can_be_used(info) and have(info))
+            shards = listing.shards
+        else:
+            delayed = RowLabels(
+                (inbox, places.labels),
+                settings.labels,
+                head.learner.features,
+                head.ledger,
+                partial(_with_reach, listed, can_be_used),
+                known,
+                fit,
+                head.has,
+                settings.grace_seconds,
+            )
+            listing, shards = delayed.features, delayed.settled
     passed_over |= {(inbox.url, key, ""): reason for key, reason in listing.passed_over.items()}
     if delayed is not None:
         passed_over |= {(delayed.inbox.url, key, ""): reason for key, reason in delayed.passed_over.items()}
     consumed = {inbox: listing.known} if delayed is None else {inbox: listing.known, delayed.inbox: delayed.consumed}
-    waiting = _Waiting(head, places, settings, delayed, listing.shards)
+    waiting = _Waiting(head, places, settings, delayed, shards)
     why = waiting.why()
     return Selection(
-        reader=Reader(listing.shards if why else [], waiting.read, waiting.size, inbox.store.concurrency),
+        reader=Reader(shards if why else [], waiting.read, waiting.size, inbox.store.concurrency),
         why=why,
         complete=all(len(there) < LISTED_AHEAD for there in consumed.values()),
-        listed=frozenset((inbox.url, info.key, info.etag) for info in listing.shards),
+        listed=frozenset((inbox.url, info.key, info.etag) for info in shards),
         waiting=listing.waiting,
         oldest=listing.oldest,
         duplicates=tuple(
             debt for where, there in consumed.items() for debt in _duplicates(seen, where, there, settings)
-        ),
+        )
+        + (_sent_again(head, delayed, settings) if isinstance(delayed, RowLabels) else ()),
         passed_over=passed_over,
         warnings=() if delayed is None else delayed.warnings,
+        labels=delayed if isinstance(delayed, RowLabels) else None,
     )
+
+
+def _with_reach(
+    listed: Callable[[Callable[[ObjectInfo], bool]], Listing], can_be_used: Callable[[ObjectInfo], bool]
+) -> tuple[Listing, Reach]:
+    """The listing of shards that wait for labels, and what it leaves out."""
+    left_out = list[datetime]()
+
+    def usable(info: ObjectInfo) -> bool:
+        if not (can := can_be_used(info)):
+            left_out.append(info.last_modified)
+        return can
+
+    listing = listed(usable)
+    all_of_them = len(listing.shards) < LISTED_AHEAD
+    return listing, Reach(tuple(left_out), None if all_of_them else listing.shards[-1].last_modified)
+
+
+def _sent_again(head: Head, labels: RowLabels, settings: OnlineSettings) -> tuple[Owed, ...]:
+    """The removal of labels that were consumed before and have come again under another etag; or they are known by it."""
+    if settings.after_commit == "keep":
+        for ref in labels.duplicates:
+            head.tombstones.add(*ref.identity, ref.etag)
+        return ()
+    return tuple(removal(ref, settings) for ref in labels.duplicates)
 
 
 def _awaited(inbox: Inbox, seen: Seen, without: Collection[Identity]) -> set[str]:
@@ -159,7 +212,7 @@ class _Waiting:
         head: Head,
         places: Places,
         settings: OnlineSettings,
-        delayed: DelayedLabels | None,
+        delayed: DelayedLabels | RowLabels | None,
         shards: list[ObjectInfo],
     ) -> None:
         self._head, self._places, self._settings, self._delayed = head, places, settings, delayed
@@ -201,6 +254,8 @@ class _Waiting:
             return None
         if isinstance(read, Unusable):
             raise ShardRejected(read.reason)
+        if not read.labelled:
+            return Judged(0, math.nan)
         self._kept.put(self._identity(info), read)
         try:
             before = score(head.learner, read.groups)

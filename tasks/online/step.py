@@ -244,6 +244,7 @@ class OnlineRun:
         self._head = None
         if self._selection is not None:
             self._selection.reader.close()
+            self._selection = None
 
     def _tell(self, message: str) -> None:
         """Warn, once."""
@@ -291,6 +292,7 @@ def step(run: OnlineRun) -> Step:
             # 5 read and validate, 6 score, then train
             work = train_on(selection.reader, head, run.champion, run.places, run.settings)
             run.take_in(work)
+            selection.close(work, run.places)
             if work:
                 head = commit(work, selection, run.champion, run.places, run.settings)  # 7 blobs, 8 the manifest
                 run.committed(head, work)  # 9 dispose

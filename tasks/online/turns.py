@@ -7,6 +7,8 @@ the model is at fault: the run stops and rejects nothing, since a bad deploy mus
 """
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,8 +24,9 @@ from tidemill.tasks.online.reading import Later, Read, Readable, Reader, may_be_
 from tidemill.tasks.online.work import Head, Identity, Scored, Work, removal
 from tidemill.tasks.settings import Limits, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, ModelFails, NonFiniteLoss, described, of_the_machine
+from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner
-from tidemill.tasks.training.loop import score, train_shard
+from tidemill.tasks.training.loop import PassResult, score, train_shard
 from tidemill.tasks.trial import remembers, rows_at_hand, try_step
 
 logger = logging.getLogger("tidemill.online")
@@ -114,10 +117,10 @@ class _Turns:
                 continue
             if len(self.work.consumed) > before:
                 self.since.append(info)
-                self.unproven = 0
-                if self.point.learner is not None:
-                    assert isinstance(read, Readable), "nothing else is trained on"
-                    self.witness = read
+                assert isinstance(read, Readable), "nothing else is trained on"
+                if read.labelled:
+                    self.unproven = 0
+                    self.witness = self.witness if self.point.learner is None else read
             if self.again:
                 self.again -= 1
                 if not self.again:  # here something failed: what is good so far need not be trained on another time
@@ -131,7 +134,7 @@ class _Turns:
     def _takes_another(self) -> bool:
         upcoming = self.size + self.reader.upcoming.size
         within = _within(self.settings.limits, self.taken, upcoming, self.work.rows)
-        return within or bool(self.suspects and not self.work.consumed)
+        return within or bool(self.suspects and not self.work.rows)
 
     def _go_back(self, fault: Fault, info: ObjectInfo) -> None:
         """To the point, and let the shards since then have their turn again; the shard itself too if it has failed once."""
@@ -214,6 +217,11 @@ def _train_one(work: Work, found: Readable, champion: Champion, settings: Online
     shard, groups, learner = found.shard, found.groups, work.head.learner
     try:
         new_columns = _new_columns(learner, groups[0].schema, shard.info.key, settings)
+        if not found.labelled:
+            work.add(found, learner.counters.shards, Scored({}, {}), _nothing(groups), settings.passes)
+            work.new_columns |= new_columns
+            learner.counters.shards += 1
+            return None
         found_before = score(learner, groups)
     except (ShardRejected, ColumnError) as unusable:  # found before the model was used
         work.rejected.append(shard.rejected(str(unusable)))
@@ -225,7 +233,7 @@ def _train_one(work: Work, found: Readable, champion: Champion, settings: Online
     # The same weights give the same scores.
     same = not work.consumed and champion.is_version(version.number)
     scored = Scored(before, before if same else champion.score(groups))
-    if found.labels is not None:
+    if found.labels is not None or found.joined is not None:
         scored.predicted = champion.predicted(version, shard.info.last_modified, groups)
     try:
         result = train_shard(work.head.steps, groups, settings.passes, labelled=found_before.rows)
@@ -234,6 +242,11 @@ def _train_one(work: Work, found: Readable, champion: Champion, settings: Online
     work.add(found, ordinal, scored, result, settings.passes)
     work.new_columns |= new_columns
     return None
+
+
+def _nothing(groups: Sequence[RowGroup]) -> PassResult:
+    """What a shard has been trained on that has no label."""
+    return PassResult(rows=0, steps=0, loss=math.nan, unlabelled=sum(group.num_rows for group in groups))
 
 
 def _fault(shard: Shard, error: Exception) -> Fault:

@@ -10,8 +10,20 @@ from tidemill.storage.chain import Version
 from tidemill.storage.errors import HeadMoved, UnknownVersion
 from tidemill.storage.inbox import Shard
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import Consumed, Gate, LabelShard, ObjectRef, Owed, Predicted, Rejected, consumed_objects
+from tidemill.storage.manifest import (
+    Consumed,
+    DoneLabels,
+    Gate,
+    LabelShard,
+    ObjectRef,
+    OpenLabels,
+    Owed,
+    Predicted,
+    Rejected,
+    consumed_objects,
+)
 from tidemill.storage.tombstones import Tombstones
+from tidemill.tasks.online.ledger import Ledger
 from tidemill.tasks.online.reading import Kept, Readable
 from tidemill.tasks.online.triggers import Judged, Trigger
 from tidemill.tasks.scores import Summary
@@ -47,6 +59,8 @@ class Head:
     """When to train on what waits: what was found out about it."""
     kept: Kept = field(default_factory=Kept)
     """What was read to be judged by the trigger."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """What was read of labels that come row by row, and of the features that wait for them."""
 
     @property
     def learner(self) -> Learner:
@@ -121,13 +135,17 @@ class Work:
     """To be removed: shards that were consumed before, and have come again under another etag."""
     unreadable: dict[Identity, str] = field(default_factory=dict)
     """Shards that cannot be read -> why."""
+    open_labels: tuple[OpenLabels, ...] | None = None
+    """Shards of labels that come row by row, settled in part from now on; None: those of the head."""
+    done_labels: tuple[DoneLabels, ...] = ()
+    """Such shards that are of no more use."""
     new_columns: dict[str, str] = field(default_factory=dict)
     rows: int = 0
     """That were trained on."""
 
     def __bool__(self) -> bool:
         """True if there is something to commit."""
-        return bool(self.consumed or self.rejected)
+        return bool(self.consumed or self.rejected or self.done_labels)
 
     def add(self, found: Readable, ordinal: int, scored: Scored, result: PassResult, passes: int) -> None:
         """Count a shard that was trained on."""
@@ -142,7 +160,8 @@ class Work:
                 champion=scored.champion,
                 predicted=scored.predicted,
                 labels=() if found.labels is None else (found.labels,),
-                loss=result.loss,
+                joined=found.joined,
+                loss=result.loss if result.rows else None,
                 passes=passes,
             )
         )
@@ -159,9 +178,9 @@ class Work:
         return ", ".join(parts)
 
     @property
-    def consumed_objects(self) -> list[Consumed | LabelShard]:
-        """The shards, and those of their labels."""
-        return list(consumed_objects(self.consumed))
+    def consumed_objects(self) -> list[Consumed | LabelShard | DoneLabels]:
+        """The shards, and those of labels that are of no more use."""
+        return list(consumed_objects(self.consumed, self.done_labels))
 
     def metrics(self) -> dict[str, Any]:
         """Prequential metrics of this commit's shards, and the champion's on the same rows."""

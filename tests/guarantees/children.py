@@ -11,21 +11,23 @@ import random
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import pairwise
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+from unittest.mock import patch
 
 import pyarrow as pa
 import pytest
 import torch
 
 from tests.data import EveryNinth, parquet
-from tests.storage.faults import Call, act_once, hooked, together
+from tests.storage.faults import Call, Dated, act_once, hooked, together
 from tidemill.flows.display import Lines, Shown
 from tidemill.progress import Activity, listening
 from tidemill.storage import retention
@@ -33,7 +35,7 @@ from tidemill.storage.aliases import promote, resolve
 from tidemill.storage.errors import NotFound, PreconditionFailed, UnknownVersion
 from tidemill.storage.inbox import is_shard
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import sha256
+from tidemill.storage.manifest import DoneLabels, sha256
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
@@ -42,6 +44,8 @@ from tidemill.tasks.choosing import backtest
 from tidemill.tasks.choosing.compare import compare
 from tidemill.tasks.online import doors
 from tidemill.tasks.online import step as online
+from tidemill.tasks.online.rowwise import RowLabels
+from tidemill.tasks.online.work import Work
 from tidemill.tasks.search import Clock
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Spec
@@ -166,6 +170,29 @@ def drain(stores: Stores, inbox: str, registry: str, settings: OnlineSettings, c
             dataset, _, _, spec, batch_settings = call(lambda: online.retraining(run))
             train(stores, dataset, registry, spec, batch_settings, call)
             run.forget()
+
+
+def dated_drain(
+    stores: Stores, inbox: str, registry: str, settings: OnlineSettings, dates: Mapping[str, datetime]
+) -> None:
+    """As `drain`, with shards that were written at these times (`Dated`)."""
+    drain(lambda url: Dated(stores(url), dates), inbox, registry, settings)
+
+
+def careless_drain(
+    stores: Stores, inbox: str, registry: str, settings: OnlineSettings, dates: Mapping[str, datetime]
+) -> None:
+    """A broken protocol: a shard of labels is done with once any of its rows is used. What is in memory hides that."""
+    close = RowLabels.close
+
+    def careless(labels: RowLabels, work: Work, spelled: Callable[[str], str]) -> None:
+        close(labels, work, spelled)
+        used = [each for each in work.open_labels or () if not work.head.has(each)]
+        done = [DoneLabels(**each.model_dump(exclude={"settled"}), unmatched=0) for each in used]
+        work.open_labels, work.done_labels = (), (*work.done_labels, *done)
+
+    with patch.object(RowLabels, "close", careless):
+        dated_drain(stores, inbox, registry, settings, dates)
 
 
 class Watcher:

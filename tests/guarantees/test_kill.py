@@ -4,8 +4,10 @@ import io
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -29,9 +31,11 @@ from tests.guarantees.children import (
     MakeUrl,
     backtest_spec,
     bits,
+    careless_drain,
     collect_garbage,
     compare_specs,
     copy,
+    dated_drain,
     drain,
     fill,
     in_child,
@@ -340,6 +344,121 @@ def test_delayed_labels(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None
     sweep(run_and_check, times=0.5)
 
 
+class RowByRow:
+    """Six shards of features, and labels that come row by row, two or three shards of them for each; and what went wrong.
+
+    In shard 0 one row has no label in time, shard 1 has none at all, some of shard 2 are corrected, labels of shard 3 came before
+    it.
+    There are labels too late, of rows that nobody knows, and bad ones.
+    """
+
+    def __init__(self) -> None:
+        tables = {key: classified(data) for key, data in SHARDS.items()}
+        for key, rows in tables.items():
+            tables[key] = rows.drop_columns("id").append_column("id", [[f"{key}-{i}" for i in range(rows.num_rows)]])
+        self.features = {key: parquet(rows.drop_columns("k"), 12) for key, rows in tables.items()}
+        stream = pa.concat_tables([rows.select(["k", "id"]) for key, rows in tables.items() if key != "01.parquet"])
+        cut = [(at, min(at + 19, stream.num_rows)) for at in range(1, stream.num_rows, 19)]
+        wrong = stream.slice(30, 3)
+        wrong = wrong.set_column(0, "k", pc.subtract(1, wrong["k"]))
+        self.labels = {f"l{at:03}.parquet": parquet(stream.slice(at, end - at), 12) for at, end in cut} | {
+            "corrected.parquet": parquet(wrong),
+            "late.parquet": parquet(stream.slice(0, 1)),
+            "unknown.parquet": parquet(pa.table({"id": ["nobody"], "k": [1]})),
+            "bad.parquet": BAD_LABELS_OF_ROWS,
+        }
+        self.rejected = {"late.parquet", "unknown.parquet", "bad.parquet"}
+        seconds = {key: 20_000.0 - 100 * i for i, key in enumerate(sorted(self.features))}
+        self.inbox_seconds = seconds | {"03.parquet": 17_000.0}
+        self.labels_seconds = dict.fromkeys(self.labels, 18_000.0)
+        self.labels_seconds |= {"corrected.parquet": 18_500.0, "late.parquet": 9_000.0, "unknown.parquet": 18_100.0}
+
+    def begin(self, place: Callable[[str], str]) -> dict[str, datetime]:
+        """Fill the two inboxes. Returns when each shard was written: all is over by now."""
+        now, dates = datetime.now(UTC), dict[str, datetime]()
+        for name, shards, seconds in (
+            ("inbox", self.features, self.inbox_seconds),
+            ("labels", self.labels, self.labels_seconds),
+        ):
+            fill(place(name), shards)
+            url = open_store(place(name)).url
+            dates |= {f"{url}/{key}": now - timedelta(seconds=ago) for key, ago in seconds.items()}
+        return dates
+
+    def check(self, log: VersionLog) -> None:
+        """Each shard of features and of labels was consumed or rejected once, and each row has had the label that it should."""
+        history = [version.manifest for version in log.history(log.head())]
+        consumed = [shard for version in history for shard in version.consumed]
+        assert Counter(shard.key for shard in consumed) == Counter(self.features.keys())
+        done = [labels.key for version in history for labels in version.done_labels or ()]
+        rejected = [shard.key for version in history for shard in version.rejected]
+        assert Counter(done) == Counter(self.labels.keys() - self.rejected)
+        assert Counter(rejected) == Counter(self.rejected)
+        unlabelled = {shard.key: shard.unlabelled for shard in consumed if shard.unlabelled}
+        assert unlabelled == {"00.parquet": 1, "01.parquet": 21}
+        assert {key for shard in consumed for key in [each.key for each in shard.joined or ()]} == {
+            key for key in self.labels if key.startswith("l0") or key.startswith("l1")
+        }
+
+
+@pytest.fixture
+def row_by_row(make_url: MakeUrl, tmp_path: Path) -> Callable[..., tuple[VersionLog, list[str] | None]]:
+    """Runs on `RowByRow`, killed or not and then run again; tells the log that they leave, and the moments of one not killed."""
+    rows = RowByRow()
+    fill(make_url("dataset"), {key: parquet(classified(data), 12) for key, data in DATASET.items()})
+    start_server()
+    in_child(train, make_url("dataset"), make_url("base"), CLASSES, BATCH, kill=None, tmp_path=tmp_path)
+
+    def run_all(run: Callable[..., None], kill: Kill | None, name: str) -> tuple[VersionLog, list[str] | None]:
+        inbox, registry = make_url(f"{name}/inbox"), make_url(f"{name}/registry")
+        labels = LabelSettings(inbox=make_url(f"{name}/labels"), key="id", wait_seconds=7200.0)
+        settings = DELAYED.model_copy(
+            update={"labels": labels, "after_commit": Archive(archive_to=make_url(f"{name}/archive"))}
+        )
+        arguments = (inbox, registry, settings, rows.begin(lambda place: make_url(f"{name}/{place}")))
+        copy(make_url("base"), registry)
+        moments = in_child(run, *arguments, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(run, *arguments, kill=None, tmp_path=tmp_path)
+        assert (waiting(inbox), waiting(labels.inbox)) == ([], [])
+        return VersionLog(open_store(registry), "model"), moments
+
+    return run_all
+
+
+def test_labels_row_by_row(
+    sweep: Sweep, row_by_row: Callable[..., tuple[VersionLog, list[str] | None]], make_url: MakeUrl
+) -> None:
+    """Killed anywhere, the rerun joins the same labels with the same rows; each shard of labels has one end."""
+    reference: list[tuple[str, str]] = []
+
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
+        log, moments = row_by_row(dated_drain, kill, name)
+        check_bits(log, open_store(make_url(f"{name}/archive")))
+        RowByRow().check(log)
+        reference.append(bits(log))
+        assert reference[-1] == reference[0]
+        return moments
+
+    sweep(run_and_check, times=0.5)
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_a_run_that_removes_labels_at_their_first_use_is_caught(
+    row_by_row: Callable[..., tuple[VersionLog, list[str] | None]],
+) -> None:
+    """The control of the sweep: what the run has in memory hides that it lacks them, until it is killed."""
+    product, _ = row_by_row(dated_drain, None, "product")
+    careless, moments = row_by_row(careless_drain, None, "careless")
+    assert moments is not None
+    assert bits(careless) == bits(product)
+    second = next(moment for moment in moments if "create" in moment and "log/00000002.json" in moment)
+    killed, _ = row_by_row(careless_drain, Kill(second), "killed")
+    with pytest.raises(AssertionError):
+        RowByRow().check(killed)
+    assert bits(killed) != bits(product)
+
+
 def test_retraining(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
     """Refused twice: a batch training on the dataset and the archive becomes the head, and the rest is trained on it."""
     reference: list[tuple[str, str]] = []
@@ -371,6 +490,7 @@ def classified(data: bytes) -> pa.Table:
     return rows.append_column("k", k).append_column("id", pa.array(range(rows.num_rows)))
 
 
+BAD_LABELS_OF_ROWS = parquet(pa.table({"id": ["00.parquet-0"], "k": [7]}))
 BAD_LABELS = parquet(pa.table({"id": [1, 1], "k": [0, 1]}))
 POISON = {f"{i:02}.parquet": table(20 + i, 10 + i, sign=-1) for i in range(6)}
 

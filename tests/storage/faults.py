@@ -7,8 +7,9 @@ is called in the thread of the call; several may be under way.
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Literal, TypeVar
 
 from tidemill.storage.errors import AlreadyExists, NotFound, PermissionDenied, PreconditionFailed, StorageError
@@ -121,6 +122,27 @@ class FaultStore(Store):
         result = run()
         self._hook(Call(index, name, verb, key, "after", self.url, if_match))
         return result
+
+
+class Dated(FaultStore):
+    """The wrapped store, whose objects were written at the times that `dates` has for their URLs, or when they were."""
+
+    def __init__(
+        self,
+        store: Store,
+        dates: Mapping[str, datetime],
+        hook: Hook = lambda call: None,
+        numbering: Numbering | None = None,
+        concurrency: int | None = None,
+    ) -> None:
+        super().__init__(store, hook, numbering, concurrency)
+        self._dates = dates
+
+    def list(
+        self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False
+    ) -> Iterator[ObjectInfo]:
+        for info in super().list(prefix, after=after, passed_over=passed_over, inside=inside):
+            yield replace(info, last_modified=self._dates.get(f"{self.url}/{info.key}", info.last_modified))
 
 
 def hooked(hook: Hook, concurrency: int | None = None) -> Callable[[str], Store]:
