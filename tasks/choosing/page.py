@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from tidemill.tasks.choosing.results import Backtest, Compared, Comparison, Stretch
+from tidemill.tasks.choosing.results import Backtest, Compared, Comparison, Stretch, signed
 from tidemill.tasks.history.drawing import Chart, beyond, escaped, limits, short
 from tidemill.tasks.history.page import cards, framed
 from tidemill.tasks.history.style import PAGE
@@ -50,11 +50,7 @@ def _difference(row: Compared) -> str:
     if row.difference is None:
         return "best"
     error = "" if row.standard_error is None else f" ± {short(row.standard_error, 2)}"
-    return f"{_signed(row.difference, 3)}{error}"
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{'+' if value >= 0 else ''}{short(value, digits)}"
+    return f"{signed(row.difference, 3)}{error}"
 
 
 def backtest_table(result: Backtest) -> Table:

@@ -4,6 +4,8 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
+from tidemill.tasks.history.drawing import short
+
 TOLD_APART: Final = 2.0
 """A difference of fewer standard errors may well be chance: at most one in twenty goes so far by itself."""
 
@@ -11,6 +13,11 @@ TOLD_APART: Final = 2.0
 COMPARED_IN: Final = "./tidemill-compare"
 BACKTESTED_IN: Final = "./tidemill-backtest"
 """Where what is trained and the report are kept if nobody says where."""
+
+
+def signed(value: float, digits: int) -> str:
+    """A difference, with its sign."""
+    return f"{'+' if value >= 0 else ''}{short(value, digits)}"
 
 
 class _Result(BaseModel):
@@ -149,13 +156,16 @@ class Backtest(_Result):
             return ["No shard has a score of both."]
         if self.same == self.total.shards:
             return ["Every score of every shard is that of the log, exactly."]
-        error = self.standard_error
-        if error is None or abs(self.difference) <= TOLD_APART * error:
-            return [
-                f"They are not told apart: the difference is less than {TOLD_APART:.0f} standard errors over the shards."
-            ]
+        error, told = (
+            self.standard_error,
+            f"The other spec's {self.metric} is {signed(self.difference, 3)} to the learner's",
+        )
+        if error is None:
+            return [f"{told}, on one shard: too few to tell them apart."]
+        told = f"{told}, ± {short(error, 2)} (standard error over the shards)"
+        if abs(self.difference) <= TOLD_APART * error:
+            return [f"{told}: they are not told apart."]
         better = (self.difference < 0) == self.lower_is_better
         return [
-            f"The other spec is {'better' if better else 'worse'}, by {abs(self.difference) / error:.1f} standard errors over "
-            "the shards. Neighbouring shards are alike, so this is less certain than it looks."
+            f"{told}: it is {'better' if better else 'worse'}. Neighbouring shards are alike: this is less certain than it looks."
         ]

@@ -565,7 +565,7 @@ def test_compare(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
         assert reference[-1] == reference[0]
         return moments
 
-    sweep(run_and_check, times=0.5)
+    sweep(run_and_check, times=0.3)
 
 
 def test_backtest(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
@@ -589,7 +589,7 @@ def test_backtest(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) ->
         assert reference[-1] == reference[0]
         return moments
 
-    sweep(run_and_check, times=0.5)
+    sweep(run_and_check, times=0.3)
     assert {info.key: info.etag for info in open_store(registry).list()} == before
     in_child(
         backtest_spec, registry, archive, make_url("own"), SPEC, str(tmp_path / "own"), kill=None, tmp_path=tmp_path

@@ -15,11 +15,12 @@ from tidemill.storage.retention import collect_garbage
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch, online
 from tidemill.tasks.choosing.backtest import backtest
+from tidemill.tasks.choosing.compare import compare
 from tidemill.tasks.choosing.page import ShownBacktest
 from tidemill.tasks.choosing.results import Backtest
 from tidemill.tasks.settings import LabelSettings, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, SpecError
-from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.spec import Model, Spec
 
 MakeUrl = Callable[[str], str]
 
@@ -118,12 +119,17 @@ def test_another_spec_is_scored_on_each_shard_before_it_is_trained_on_it(place: 
 
 
 def test_a_spec_that_knows_less_is_found_to_be_worse(place: Place) -> None:
+    """And how sure that is: of 6 shards alone, by their standard error."""
     found = place.backtest(BLIND)
     good = place.backtest(OTHER)
     assert found.total.spec is not None
     assert good.total.spec is not None
     assert found.total.spec > 2 * good.total.spec
     assert found.kept_as != good.kept_as
+    assert found.difference is not None
+    assert found.standard_error is not None
+    worse = found.difference > 2 * found.standard_error
+    assert ("it is worse" if worse else "not told apart") in found.verdict[0]
 
 
 def test_run_again_it_tells_the_same_and_trains_nothing(place: Place) -> None:
@@ -169,6 +175,13 @@ def test_weights_that_nothing_goes_on_from_are_removed(place: Place) -> None:
         *("batch", "online", "online", "rollback", "online", "batch", "online")
     ]
     assert numbers == {0, 1, 5, 6}
+
+
+def test_a_spec_that_names_its_users_own_code_needs_no_other_leave(place: Place) -> None:
+    own = OTHER.model_copy(update={"model": Model(factory="tests.tasks.own_models:Plain")})
+    assert place.backtest(own).total.spec is not None
+    found = compare(place.url("one"), {"own": own}, place.url("compared"))
+    assert found.best.failed is None
 
 
 def test_labels_that_came_later_are_joined_as_they_were(memory_url: MakeUrl) -> None:
