@@ -1,8 +1,9 @@
 """Calls of the user's own code: what it may change of torch, and how its errors are told."""
 
 import os
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -19,15 +20,54 @@ _NOT_THEIRS: Final = tuple(
 )
 
 
+_drawing: Final = threading.RLock()
+"""Held by whoever uses torch's global random numbers, which belong to the whole process."""
+
+
+@contextmanager
+def random_numbers_kept(devices: Sequence[int] = ()) -> Iterator[None]:
+    """torch's global random numbers are this thread's alone for a while, and go on as before after it.
+
+    A model may be trained in one thread, with dropout, while another loads a version, whose network begins with random weights.
+
+    Args:
+        devices: CUDA devices whose random numbers are kept too.
+    """
+    with _drawing, torch.random.fork_rng(devices=devices):
+        yield
+
+
+class _UsualTypes:
+    """The default type as it was, while some threads need float32. It belongs to the whole process."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, torch.float32
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.get_default_dtype()
+            self._inside += 1
+            torch.set_default_dtype(torch.float32)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.set_default_dtype(self._before)
+
+
+_types: Final = _UsualTypes()
+
+
 @contextmanager
 def usual_types() -> Iterator[None]:
-    """float32 is the default type, whatever the user's modules have set; then as it was before."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
+    """float32 is the default type, whatever the user's modules have set; as it was before, once no thread is in here."""
+    _types.enter()
     try:
         yield
     finally:
-        torch.set_default_dtype(default)
+        _types.leave()
 
 
 @contextmanager

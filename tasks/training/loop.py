@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidemill.progress import NOBODY, Activity
 from tidemill.tasks.training.batches import Stream
-from tidemill.tasks.training.calling import told, usual_types
+from tidemill.tasks.training.calling import random_numbers_kept, told, usual_types
 from tidemill.tasks.training.cutting import Batch, Blocks, joined
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, described, of_the_machine
 from tidemill.tasks.training.features import Encoded
@@ -366,7 +366,7 @@ def _unscaled(learner: Learner | Network, values_B: Tensor) -> Tensor:
 def _seeded(device: torch.device, *key: str | int) -> Iterator[None]:
     """Seeds torch's global generators (dropout uses them) for a while, and puts them back as they were."""
     seed = stable_seed(*key)
-    with torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
+    with random_numbers_kept([device.index or 0] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace each time: 0.2 ms
         if device.type == "cuda":
             torch.cuda.manual_seed(seed)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
-from tidemill.tasks.training.calling import first_line, frames_of, importing, told
+from tidemill.tasks.training.calling import first_line, frames_of, importing, random_numbers_kept, told
 from tidemill.tasks.training.errors import FactoryError, ModelError
 from tidemill.tasks.training.features import Features, SequenceInput
 from tidemill.tasks.training.imports import imported
@@ -218,7 +218,7 @@ def build(spec: Spec, features: Features) -> nn.Module:
         arguments["inputs"] = Inputs(
             features.numbers, features.buckets, spec.outputs, features.sequences, features.base_logits
         )
-    with torch.random.fork_rng(devices=[]), importing():
+    with random_numbers_kept(), importing():
         torch.manual_seed(spec.seed)
         try:
             model = factory(**arguments)
