@@ -29,7 +29,7 @@ HEAD: Final = """# Reference
 Made by `make reference` from the flags, the settings and the docstrings: change those, not this page.
 
 [Command line](#command-line) · [the spec](#the-spec) · [settings of a batch run](#settings-of-a-batch-run) ·
-[settings of an online run](#settings-of-an-online-run) · [Python](#python)
+[settings of an online run](#settings-of-an-online-run) · [settings of a server](#settings-of-a-server) · [Python](#python)
 """
 SPEC: Final = (
     "Fields of the spec: flags of `train`, keys of the file behind `--spec`, and arguments of `tidemill.Spec`."
@@ -42,6 +42,7 @@ def page() -> str:
     parts += [f"## The spec\n\n{SPEC}\n", *_tables(spec.Spec)]
     parts += ["## Settings of a batch run\n", *_tables(settings.BatchSettings)]
     parts += ["## Settings of an online run\n", *_tables(settings.OnlineSettings)]
+    parts += ["## Settings of a server\n", *_tables(settings.ServeSettings)]
     parts += ["## Python\n\nNames of the package `tidemill`.\n", *(_name(name) for name in tidemill.__all__)]
     return "\n".join(parts)
 
@@ -50,7 +51,10 @@ def page() -> str:
 def _command(name: str) -> str:
     """Its docstring, and the flags that are not settings of the spec or of a run, which have tables of their own."""
     command = app[name]
-    fields = {*_flags(spec.Spec), *_flags(settings.BatchSettings), *_flags(settings.OnlineSettings)}
+    fields = {
+        *(*_flags(spec.Spec), *_flags(settings.BatchSettings)),
+        *(*_flags(settings.OnlineSettings), *_flags(settings.ServeSettings)),
+    }
     rows = []
     for argument in command.assemble_argument_collection():
         if not argument.show or argument.name in fields or argument.name.removeprefix("--").partition(".")[0] in fields:

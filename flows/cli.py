@@ -13,7 +13,7 @@ from gc import freeze
 from cyclopts import App, Parameter
 
 from tidemill.flows import launch, terminal
-from tidemill.flows.commands import changing, choosing, exporting, reading, running
+from tidemill.flows.commands import changing, choosing, exporting, reading, running, serving
 from tidemill.flows.flags import called
 
 app = App(
@@ -43,6 +43,7 @@ app.command(reading.status)
 app.command(reading.history, name="log")
 app.command(reading.show)
 app.command(running.predict)
+app.command(serving.serve)
 app.command(exporting.export)
 app.command(reading.report)
 app.command(reading.audit)

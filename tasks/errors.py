@@ -16,6 +16,10 @@ class MissingExtra(Exception):
     """Packages that only a part of Tidemill needs are not installed."""
 
 
+class PortTaken(Exception):
+    """A server cannot listen where it was told to."""
+
+
 @contextmanager
 def of_extra(extra: str, what: str) -> Iterator[None]:
     """For the imports of packages that an extra of pyproject.toml names. `what` needs them, in words.

@@ -275,3 +275,31 @@ class OnlineSettings(_Settings):
     def archive_to(self) -> str | None:
         """Where consumed shards are moved, or None."""
         return self.after_commit.archive_to if isinstance(self.after_commit, Archive) else None
+
+
+class ServeSettings(_Settings):
+    """Where predictions are served, what a request may cost, and where answers are logged."""
+
+    alias: str = Field(default="champion", description="The alias whose version is served. It is followed.")
+    host: str = Field(
+        default="127.0.0.1", description="The address to listen on. 0.0.0.0: all of this machine; set a token then."
+    )
+    port: int = Field(default=8000, ge=0, le=65_535, description="The port to listen on. 0: one that is free.")
+    workers: int = Field(
+        default=1, ge=1, le=256, description="Processes that answer, each with the model and one thread of torch."
+    )
+    poll_seconds: float = Field(default=1.0, gt=0, description="Seconds between two looks at the alias.")
+    max_body_bytes: int = Field(default=16 * 2**20, ge=1, description="A request with a larger body is refused.")
+    max_rows: int = Field(default=10_000, ge=1, description="A request with more rows is refused.")
+    max_seconds: float = Field(
+        default=30.0, gt=0, description="A request whose body takes longer to arrive is refused."
+    )
+    log_to: str | None = Field(
+        default=None, description="URL of an inbox, to which what was asked and answered is written as Parquet shards."
+    )
+    log_rows: int = Field(default=10_000, ge=1, description="A shard is written once it has this many rows.")
+    log_seconds: float = Field(
+        default=5.0,
+        gt=0,
+        description="An answer is in a stored shard after this time, where the store takes at most half of it.",
+    )

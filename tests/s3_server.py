@@ -182,7 +182,7 @@ def _weed(binary: str, folder: Path) -> Server:
             }
         )
     )
-    master, volume, filer, s3 = _free_ports(4)
+    master, volume, filer, s3 = free_ports(4)
     command = [
         binary, "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
@@ -196,7 +196,7 @@ def _weed(binary: str, folder: Path) -> Server:
 
 
 def _minio(binary: str, folder: Path) -> Server:
-    s3, console = _free_ports(2)
+    s3, console = free_ports(2)
     command = [
         binary, "server", str(folder / "data"),
         "--address", f"127.0.0.1:{s3}", "--console-address", f"127.0.0.1:{console}",
@@ -210,7 +210,7 @@ def _identity(name: str, credentials: Credentials, actions: list[str]) -> dict[s
     return {"name": name, "credentials": [keys], "actions": actions}
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that are free now, and so are the ports 10,000 above them, where SeaweedFS puts gRPC."""
     ports: list[int] = []
     for port in range(20_000 + os.getpid() * 7 % 10_000, 50_000):

@@ -36,6 +36,8 @@ class Following:
     def __init__(self, log: VersionLog, alias: str, first: Predictor, every: float) -> None:
         """`every`: seconds between two looks at the alias, each one small request to the store."""
         self.now = first
+        self.looked = time.time()
+        """When the alias was last looked up, in seconds since 1970."""
         self._log, self._alias, self._every = log, alias, every
         self._seen: Alias | None = None  # where the alias stood when `now` was found to be what it names
         self._failed: tuple[Alias | None, type[Exception]] | None = None
@@ -65,6 +67,7 @@ class Following:
             alias: Alias | None = None
             try:
                 alias = self._look()
+                self.looked = time.time()
                 if alias == self._seen:
                     self._failed = None
                 elif not self._is_pausing(alias):

@@ -86,7 +86,7 @@ class Predictor:
             ModelError: the user's own model raised.
         """
         if isinstance(rows, pa.Table):
-            fields, arrays = zip(*predicted_columns(self._of_table(rows), self.labels), strict=True)
+            fields, arrays = zip(*predicted_columns(self.outputs(rows), self.labels), strict=True)
             return pa.Table.from_arrays(list(arrays), schema=pa.schema(fields))
         if not isinstance(rows, Sequence):
             raise TypeError(
@@ -95,11 +95,17 @@ class Predictor:
             )
         if not rows:
             return []
-        outputs = predicted(self.network, self._ready.encoder.encode(rows))
+        outputs = self.outputs(rows)
         if self.labels is None:
             return [{PREDICTED[0]: value} for value in outputs.tolist()]
         labels, probabilities = (array.to_pylist() for _, array in predicted_columns(outputs, self.labels))
         return [dict(zip(PREDICTED, values, strict=True)) for values in zip(labels, probabilities, strict=True)]
+
+    def outputs(self, rows: pa.Table | Sequence[Row]) -> Tensor:
+        """Values or probabilities for one or more rows, as `predict` takes them: float32 [N] or [N, O]. Raises the same."""
+        if isinstance(rows, pa.Table):
+            return self._of_table(rows)
+        return predicted(self.network, self._ready.encoder.encode(rows))
 
     def _of_table(self, table: pa.Table) -> Tensor:
         """As `loop.predict` has them of a row group: encoded in slices of at most `window_bytes`."""

@@ -22,7 +22,7 @@ from tests.conftest import BUCKET
 from tests.docs import warm
 from tests.docs.pages import PARSED, RUN, Block, blocks, pages
 from tests.docs.session import Session, not_printed
-from tests.s3_server import wait_until
+from tests.s3_server import free_ports, wait_until
 from tidemill.storage.urls import open_store
 
 # One worker: one warm command, one folder of data. A page may have many commands, and the machine other work.
@@ -128,7 +128,9 @@ def read(
 
     def reader(page: list[Block]) -> None:
         folder = shutil.copytree(prepared, tmp_path / "reader")
+        (port,) = free_ports(1)
         stand_ins = {"/var/lib/node_exporter": str(folder), "--port 9400": "--port 0"}
+        stand_ins |= {"--port 8000": f"--port {port}", "http://127.0.0.1:8000": f"http://127.0.0.1:{port}"}
         if any(MY_BUCKET in block.text for block in page if runs(block)):
             request.getfixturevalue("s3_server")
             place = f"{BUCKET}/{uuid.uuid4().hex}"

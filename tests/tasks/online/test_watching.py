@@ -34,6 +34,7 @@ from tidemill.tasks.online.events import Committed, Looked, Stepped
 from tidemill.tasks.online.metrics import METRICS, Numbers
 from tidemill.tasks.predict import predict
 from tidemill.tasks.reproduce import reproduce
+from tidemill.tasks.serving import metrics as serving
 from tidemill.tasks.settings import Archive, Limits, OnlineSettings
 
 MakeUrl = Callable[[str], str]
@@ -391,7 +392,8 @@ RULES: Final = ROOT / "examples/prometheus/tidemill.rules.yml"
 
 
 def test_every_metric_problem_and_event_has_its_entry() -> None:
-    shown = {name if told.kind != "counter" else f"{name}_total" for name, told in METRICS.items()}
+    both = METRICS | serving.METRICS
+    shown = {name if told.kind != "counter" else f"{name}_total" for name, told in both.items()}
     assert set(re.findall(r"^\| `(tidemill_\w+)` \|", OPERATIONS, re.MULTILINE)) == shown
     problems = OPERATIONS.partition("## Problems")[2].partition("\n## ")[0]
     assert re.findall(r"^### (\w+)$", problems, re.MULTILINE) == list(get_args(ProblemName))

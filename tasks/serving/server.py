@@ -1,0 +1,281 @@
+"""The HTTP server of one worker: what it answers, and what it refuses. To serve in another way, start from this file.
+
+`POST /predict` takes rows as JSON, as an Arrow stream or as a Parquet file, and answers with their predictions and the version
+that made them. One version does the whole of a request, wherever the alias moves meanwhile. A small body is predicted where it
+arrives; a large one in a thread, and not too many of those at once, so that it holds up nobody.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Final
+
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from torch import Tensor
+
+from tidemill.storage.store import Store
+from tidemill.storage.urls import open_store
+from tidemill.tasks.serving.answers import AnswerLog
+from tidemill.tasks.serving.bodies import JSON, KINDS, rows_of
+from tidemill.tasks.serving.errors import Refused
+from tidemill.tasks.serving.following import Following
+from tidemill.tasks.serving.loading import load
+from tidemill.tasks.serving.metrics import Numbers
+from tidemill.tasks.serving.openapi import document
+from tidemill.tasks.serving.predictor import Predictor
+from tidemill.tasks.serving.served import Served
+from tidemill.tasks.serving.tables import Answered, fault_of
+from tidemill.tasks.settings import ServeSettings
+from tidemill.tasks.training.classes import predicted_columns
+from tidemill.tasks.training.errors import ColumnError, ModelError
+
+logger = logging.getLogger("tidemill.serve")
+
+SMALL_BYTES: Final = 64 * 1024
+"""A body of at most this size is predicted at once, which takes a few milliseconds."""
+LARGE_AT_ONCE: Final = 4
+"""Larger bodies that are read and predicted at a time. Others wait, unread."""
+CLOSING_SECONDS: Final = 10.0
+"""How long a server that ends waits for the log of answers."""
+_ID: Final = re.compile(rb"[!-~]{1,128}")
+
+
+class Service:
+    """What the routes share."""
+
+    def __init__(self, settings: ServeSettings, token: str | None, numbers: Numbers) -> None:
+        self.settings, self.numbers = settings, numbers
+        self.served: Served | None = None
+        self.log: AnswerLog | None = None
+        self._authorization = None if token is None else f"Bearer {token}".encode()
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
+
+    @property
+    def now(self) -> Predictor | None:
+        """The version to answer with; None: there is none yet."""
+        return None if self.served is None else self.served.now
+
+    def close(self) -> None:
+        """Store the log of answers, and follow the alias no longer."""
+        if self.log is not None:
+            self.log.close(CLOSING_SECONDS)
+        if self.served is not None:
+            self.served.close()
+
+    # ---- predictions -------------------------------------------------------------------------------------------------
+    async def predict(self, request: Request) -> Response:
+        """POST /predict."""
+        began = time.perf_counter()
+        headers = dict(request.scope["headers"])
+        asked = headers.get(b"x-request-id", b"")
+        has_id = _ID.fullmatch(asked) is not None
+        told = {"x-request-id": asked.decode() if has_id else uuid.uuid4().hex}
+        try:
+            self._check_token(headers)
+            if asked and not has_id:
+                raise Refused(400, "x-request-id takes 1 to 128 characters of ASCII, without spaces")
+            answer = await self._predicted(request, headers, told)
+        except Refused as refused:
+            answer = refusal(refused, told)
+        except ClientDisconnect:
+            answer = Response(status_code=499)  # which nobody reads; nginx counts them so too
+        self.numbers.answered(answer.status_code, time.perf_counter() - began)
+        return answer
+
+    async def _predicted(self, request: Request, headers: Mapping[bytes, bytes], told: dict[str, str]) -> Response:
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
+        if kind not in KINDS or b"content-encoding" in headers:
+            raise Refused(415, f"send a body, not compressed, whose content-type is one of {', '.join(KINDS)}")
+        length = int(headers.get(b"content-length", -1))  # digits, or the parser had refused it
+        if length > self.settings.max_body_bytes:
+            raise self._too_large()
+        if 0 <= length <= SMALL_BYTES:
+            return self._answer(await self._body(request), kind, told)
+        try:
+            await asyncio.wait_for(self._large.acquire(), self.settings.max_seconds)
+        except TimeoutError as error:
+            raise Refused(503, "too many large requests are under way: try again later") from error
+        try:
+            return await asyncio.to_thread(self._answer, await self._body(request), kind, told)
+        finally:
+            self._large.release()
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, whole, if it is not too large and comes in time."""
+        most, seconds = self.settings.max_body_bytes, self.settings.max_seconds
+        body = bytearray()
+        try:
+            async with asyncio.timeout(seconds):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > most:
+                        raise self._too_large()
+        except TimeoutError as error:
+            raise Refused(408, f"the body did not arrive within {seconds:g} seconds") from error
+        return bytes(body)
+
+    def _answer(self, body: bytes, kind: str, told: dict[str, str]) -> Response:
+        """The predictions for a body. Threads may call it at once."""
+        predictor = self.now  # once: the alias may move at any time
+        if predictor is None:
+            raise Refused(503, "there is no version to serve yet")
+        told["x-tidemill-version"] = str(predictor.version.number)
+        rows = rows_of(body, kind, predictor.network.features.names(labelled=False), self.settings.max_rows)
+        try:
+            outputs = predictor.outputs(rows)
+        except ColumnError as error:
+            if isinstance(rows, pa.Table):
+                row, column = fault_of(rows, predictor.network.features.columns)
+            else:
+                row, column = getattr(error, "row", None), getattr(error, "column", None)
+            raise Refused(422, str(error), row=row, column=column) from error
+        except ModelError as error:
+            raise Refused(500, str(error)) from error
+        self.numbers.rows.inc(len(outputs))
+        if self.log is not None:
+            asked = {"table": rows} if isinstance(rows, pa.Table) else {"body": body}
+            self.log.add(Answered(predictor, told["x-request-id"], time.time(), outputs, **asked))
+        return answer(predictor, outputs, told)
+
+    def _check_token(self, headers: Mapping[bytes, bytes]) -> None:
+        if self._authorization is not None and not hmac.compare_digest(
+            headers.get(b"authorization", b""), self._authorization
+        ):
+            raise Refused(401, "send the header authorization: Bearer TOKEN, with the token of this server")
+
+    def _too_large(self) -> Refused:
+        return Refused(413, f"the body has more than {self.settings.max_body_bytes:,} bytes: send fewer rows at once")
+
+    # ---- what else there is ------------------------------------------------------------------------------------------
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 as long as the server answers at all."""
+        return json_of(200, {"alive": True})
+
+    async def ready(self, request: Request) -> Response:
+        """GET /ready: 503 until there is a version to serve."""
+        predictor = self.now
+        if predictor is None:
+            return json_of(503, {"ready": False, "version": None})
+        return json_of(200, {"ready": True, "version": predictor.version.number})
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics, for Prometheus."""
+        return self._guarded(request, lambda: self._metrics(request))
+
+    async def openapi(self, request: Request) -> Response:
+        """GET /openapi.json: what the version that is served takes and gives."""
+        return self._guarded(request, lambda: json_of(200, document(self.now, self.settings)))
+
+    async def tell(self) -> None:
+        """Until it is cancelled: say each second what is served. Of several workers, any may be asked for the metrics of all."""
+        while True:
+            self._tell()
+            await asyncio.sleep(1)
+
+    def _tell(self) -> None:
+        if self.served is not None and (predictor := self.served.now) is not None:
+            self.numbers.version.set(predictor.version.number)
+            self.numbers.last_look.set(self.served.looked)
+
+    def _metrics(self, request: Request) -> Response:
+        self._tell()
+        body, content_type = self.numbers.shown(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    def _guarded(self, request: Request, make: Callable[[], Response]) -> Response:
+        try:
+            self._check_token(dict(request.scope["headers"]))
+            return make()
+        except Refused as refused:
+            return refusal(refused, {})
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/predict", self.predict, methods=["POST"]),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/metrics", self.metrics),
+            Route("/openapi.json", self.openapi),
+        ]
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+def answer(predictor: Predictor, outputs: Tensor, headers: dict[str, str]) -> Response:
+    """Predictions, one for each row in order, beside the version that made them and the id of the request."""
+    found: dict[str, Any] = {"version": predictor.version.number, "request": headers["x-request-id"]}
+    if predictor.labels is None:
+        found["predictions"] = outputs.numpy()
+    else:
+        labels, probabilities = (array for _, array in predicted_columns(outputs, predictor.labels))
+        found |= {"predictions": labels.to_pylist(), "labels": predictor.labels}
+        found["probabilities"] = pc.list_flatten(probabilities).to_numpy().reshape(len(outputs), -1)
+    return json_of(200, found, headers)
+
+
+def refusal(refused: Refused, headers: Mapping[str, str]) -> Response:
+    """Why a request was refused, and which row and column are at fault, if one is."""
+    found = {"detail": refused.reason, "row": refused.row, "column": refused.column}
+    headers = dict(headers)
+    if refused.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if refused.status in (408, 413):  # what else is on its way is not read
+        headers["connection"] = "close"
+    return json_of(refused.status, {name: value for name, value in found.items() if value is not None}, headers)
+
+
+def json_of(status: int, content: object, headers: Mapping[str, str] | None = None) -> Response:
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, headers, media_type=JSON)
+
+
+# ---- the application -------------------------------------------------------------------------------------------------
+def application(
+    registry: str,
+    model: str,
+    settings: ServeSettings,
+    token: str | None = None,
+    url: str = "",
+    *,
+    stores: Callable[[str], Store] = open_store,
+) -> Starlette:
+    """What uvicorn runs in each worker.
+
+    Args:
+        registry: URL below which models live.
+        model: Name of the model.
+        settings: What to serve, and what a request may cost.
+        token: Who asks for predictions or numbers must send it; None: nobody need.
+        url: Where the server listens, for its log line.
+        stores: Opens the store at a URL.
+    """
+    service = Service(settings, token, Numbers(model))
+
+    def follow() -> Following:
+        return load(registry, model, settings.alias, follow=settings.poll_seconds, stores=stores)
+
+    @contextlib.asynccontextmanager
+    async def running(_: Starlette) -> AsyncIterator[None]:
+        # Before the first connection is taken: the worker in place of a killed one must not answer that it has no version
+        service.served = await asyncio.to_thread(Served, follow, settings.poll_seconds)
+        if settings.log_to is not None:
+            service.log = AnswerLog(stores(settings.log_to), settings.log_rows, settings.log_seconds, service.numbers)
+        logger.info("%s/predict answers for %s of %s", url, settings.alias, model)
+        telling = asyncio.create_task(service.tell())
+        try:
+            yield
+        finally:
+            telling.cancel()
+            await asyncio.to_thread(service.close)
+
+    return Starlette(routes=service.routes(), lifespan=running)
