@@ -33,6 +33,7 @@ BATCH: Final = "batch"
 """The name of the first dimension of inputs and output, which may have any size."""
 OPSET: Final = 20
 """Of ONNX. ONNX Runtime 1.17 and all newer ones run it (https://onnxruntime.ai/docs/reference/compatibility.html)."""
+_NOISY: Final = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes")
 _MOST_BYTES: Final = 2**31 - 1
 """Of one message of Protocol Buffers."""
 
@@ -52,6 +53,8 @@ def traced(graph: Graph, example: Mapping[str, Tensor]) -> "ExportedProgram":
     Raises:
         CannotExport: torch cannot trace the network.
     """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in graph.modules()):
+        raise CannotExport("torch.export cannot trace the model: it has a module of torch.jit, which is no Python any more")
     batch = torch.export.Dim(BATCH, min=1)
     shapes = {name: {0: batch} for name in example}
     with _quiet(), _refused("torch.export cannot trace the model"):
@@ -136,27 +139,27 @@ def _refused(what: str) -> Iterator[None]:
     """Tells an error of torch or ONNX in one line: its last cause, and the frames in the user's files."""
     try:
         yield
-    except (ImportError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        where = "; ".join(frames_of(cause) or frames_of(error))
-        raise CannotExport(
-            f"{what}: {type(cause).__name__}: {first_line(cause)}{f' ({where})' if where else ''}"
-        ) from error
+        theirs = [frame for frame in frames_of(cause) or frames_of(error) if "site-packages" not in frame]
+        where = f" ({'; '.join(theirs)})" if theirs else ""
+        raise CannotExport(f"{what}: {type(cause).__name__}: {first_line(cause)}{where}") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the warnings of torch's exporter, which are about its own code and about packages that it does not need."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+    levels = {logger: logger.level for logger in map(logging.getLogger, _NOISY)}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        exporter.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)

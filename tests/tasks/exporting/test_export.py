@@ -124,6 +124,7 @@ def test_a_model_of_ones_own_is_exported(monkeypatch: pytest.MonkeyPatch) -> Non
     ("factory", "said"),
     [
         ("Careful", r"torch.export cannot trace the model: .*data-dependent.*models\.py:\d+ in forward"),
+        ("scripted", r"torch.export cannot trace the model: it has a module of torch\.jit"),
         ("Fixed", r"torch.export cannot trace the model: .*batch"),
         (
             "Otherwise",
@@ -132,7 +133,7 @@ def test_a_model_of_ones_own_is_exported(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_a_model_that_cannot_be_exported_is_refused_in_one_line(
-    factory: str, said: str, monkeypatch: pytest.MonkeyPatch
+    factory: str, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(ALLOWED_MODULES, OWN)
     where = f"memory://{uuid.uuid4().hex}"
@@ -141,6 +142,7 @@ def test_a_model_that_cannot_be_exported_is_refused_in_one_line(
     with pytest.raises(CannotExport, match=said) as caught:
         export(registry, "model", f"{where}/out/model", "torch")
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
     assert open_store(f"{where}/out").read("model") == b"the one before"
 
 
