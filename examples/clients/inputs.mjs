@@ -44,6 +44,10 @@ export function inputsOf(layout, rows) {
     });
     inputs.ids = { type: "int64", data, dims };
   }
+  if (layout.nulls.length) {
+    const data = Uint8Array.from(rows.flatMap((row) => layout.nulls.map((column) => valueOf(row, column) === null)));
+    inputs.nulls = { type: "bool", data, dims: [rows.length, layout.nulls.length] };
+  }
   return inputs;
 }
 

@@ -48,6 +48,8 @@ def inputs_of(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> dict[str, np
             for column in columns:
                 _fill_ids(ids[i, column["at"] :], column, row[column["column"]])
         inputs["ids"] = ids
+    if columns := layout["nulls"]:
+        inputs["nulls"] = np.array([[row[column["column"]] is None for column in columns] for row in rows], np.bool_)
     return inputs
 
 

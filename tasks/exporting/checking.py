@@ -107,12 +107,12 @@ def made_up_rows(features: Features) -> Rows:
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------
-def check(run: Run, predictor: Network, types: Mapping[str, str], sets: Iterable[Rows]) -> float:
+def check(run: Run, network: Network, types: Mapping[str, str], sets: Iterable[Rows]) -> float:
     """Compare what `run` gives with what the version predicts, for batches and for a single row.
 
     Args:
         run: The exported version.
-        predictor: The version itself.
+        network: The version itself, in evaluation mode.
         types: Of the columns it was trained on: the rows are taken as these (`layout.as_trained`).
         sets: Rows.
 
@@ -122,10 +122,10 @@ def check(run: Run, predictor: Network, types: Mapping[str, str], sets: Iterable
     Raises:
         CannotExport: a row's difference is larger than `TOLERANCE`. The worst one is named.
     """
-    features, worst = predictor.features, 0.0
+    features, worst = network.features, 0.0
     for rows in sets:
         tables = [as_trained(features, types, table) for table in rows.tables]
-        with closing(predict(predictor, [TableGroup(rows.name, table) for table in tables])) as predicted:
+        with closing(predict(network, [TableGroup(rows.name, table) for table in tables])) as predicted:
             for table, want in zip(tables, predicted, strict=True):
                 inputs = inputs_of(features, table, rows.name)
                 found = run(inputs)

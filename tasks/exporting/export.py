@@ -6,7 +6,6 @@ from typing import Final
 
 from pydantic import BaseModel
 
-from tidemill.storage.aliases import resolve
 from tidemill.storage.chain import Version
 from tidemill.storage.log import VersionLog
 from tidemill.storage.overlap import keep_apart
@@ -16,8 +15,8 @@ from tidemill.tasks.exporting import checking, formats
 from tidemill.tasks.exporting.formats import Format
 from tidemill.tasks.exporting.graph import Graph
 from tidemill.tasks.exporting.layout import inputs_of, layout_of
+from tidemill.tasks.serving.loading import load
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.versions import load_frozen
 
 EXAMPLE_ROWS: Final = 7
 """Made-up rows that the network is traced with. torch takes a batch of 0 or 1 for a constant."""
@@ -73,13 +72,13 @@ def export(
         DatasetError, ColumnError: `rows` cannot be read.
     """
     formats.check_packages(format)
-    log = VersionLog(stores(registry), model)
-    chosen = resolve(log, version)
     store, key = open_object(to, stores)
+    log = VersionLog(stores(registry), model)
     place = f"{store.url.removesuffix('/')}/{key}"
     keep_apart(log, "the exported model", place)
-    frozen = load_frozen(log, chosen)
-    features = frozen.features
+    predictor = load(registry, model, version, stores=stores)
+    chosen, network = predictor.version, predictor.network
+    features = network.features
     made_up = checking.made_up_rows(features)
     real = (
         checking.rows_of_lineage(log, chosen.number, features, stores)
@@ -87,13 +86,13 @@ def export(
         else checking.rows_of_dataset(rows, features, stores)
     )
     example = inputs_of(features, made_up.tables[0].slice(0, EXAMPLE_ROWS), made_up.name)
-    graph = Graph(frozen, chosen.manifest.columns, example)
+    graph = Graph(network, chosen.manifest.columns, example)
     program = formats.traced(graph, example)
     about = about_of(chosen, features)
     data = formats.as_onnx(program, about) if format == "onnx" else formats.as_torch(program, about)
     run = formats.run_onnx(data) if format == "onnx" else formats.run_torch(data)
     sets = [made_up] if real is None else [made_up, real]
-    difference = checking.check(run, frozen, chosen.manifest.columns, sets)
+    difference = checking.check(run, network, chosen.manifest.columns, sets)
     store.write(key, data)
     return Exported(
         model=model,

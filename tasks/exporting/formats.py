@@ -54,7 +54,9 @@ def traced(graph: Graph, example: Mapping[str, Tensor]) -> "ExportedProgram":
         CannotExport: torch cannot trace the network.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in graph.modules()):
-        raise CannotExport("torch.export cannot trace the model: it has a module of torch.jit, which is no Python any more")
+        raise CannotExport(
+            "torch.export cannot trace the model: it has a module of torch.jit, which is no Python any more"
+        )
     batch = torch.export.Dim(BATCH, min=1)
     shapes = {name: {0: batch} for name in example}
     with _quiet(), _refused("torch.export cannot trace the model"):

@@ -3,7 +3,8 @@
 What `Features.encode` and `loop.predict` do, without shapes or branches that depend on the data. That both give the same
 numbers is checked for each version that is exported (`checking.py`).
 
-Shape legend: B rows, S numbers of one row without null indicators, F with them, C ids, I null indicators, T targets, O outputs.
+Shape legend: B rows, S numbers of one row without null indicators, F with them, C ids, I null indicators, V those of vectors,
+T targets, O outputs.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tidemill.tasks.exporting.layout import in_float32
+from tidemill.tasks.exporting.layout import in_float32, indicated_vectors
 from tidemill.tasks.training.calling import told, usual_types
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.learner import Network
@@ -21,16 +22,16 @@ from tidemill.tasks.training.steps import forward_of
 
 
 class Graph(nn.Module):
-    """Numbers, float64 [B, S] with NaN for null, and ids, int64 [B, C], to predictions, float32 [B] or [B, O].
+    """The inputs that `layout.py` names to predictions, float32 [B] or [B, O].
 
     Regression: in the target's unit. Binary: the probability of class 1. Multiclass: the probabilities of all classes.
     """
 
-    def __init__(self, predictor: Network, types: Mapping[str, str], example: Mapping[str, Tensor]) -> None:
+    def __init__(self, network: Network, types: Mapping[str, str], example: Mapping[str, Tensor]) -> None:
         """The graph of a version.
 
         Args:
-            predictor: Of the version. Its network is put into evaluation mode.
+            network: Of the version, in evaluation mode.
             types: Of the columns it was trained on, by Arrow's names: see `layout.in_float32`.
             example: Inputs of a few rows, which tell the shape of the output.
 
@@ -38,8 +39,8 @@ class Graph(nn.Module):
             ModelError: the network fails on them.
         """
         super().__init__()
-        self._spec, features = predictor.spec, predictor.features
-        self.network = predictor.served.eval()
+        self._spec, features = network.spec, network.features
+        self.network = network.served
         self.numbers = _Numbers(features, types) if features.scaled else None
         self.target = _Target(features)
         with torch.no_grad():
@@ -47,13 +48,15 @@ class Graph(nn.Module):
             output = self._forward(x_BF, ids_BC)
         self._column = is_column(self._spec, output, len(x_BF))
 
-    def forward(self, numbers: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
-        output = self._forward(*self._inputs(numbers, ids))
+    def forward(self, numbers: Tensor | None = None, ids: Tensor | None = None, nulls: Tensor | None = None) -> Tensor:
+        output = self._forward(*self._inputs(numbers, ids, nulls))
         return cast(Tensor, self.target(output.squeeze(1) if self._column else output))
 
-    def _inputs(self, numbers: Tensor | None = None, ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def _inputs(
+        self, numbers: Tensor | None = None, ids: Tensor | None = None, nulls: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.numbers is not None:
-            return self.numbers(numbers), ids
+            return self.numbers(numbers, nulls), ids
         assert ids is not None, "a row has numbers or ids"
         return ids.new_zeros((ids.shape[0], 0), dtype=torch.float32), ids
 
@@ -80,25 +83,28 @@ class _Numbers(nn.Module):
         self.register_buffer("float32_S", torch.tensor(float32))
         self._some_float32 = any(float32)
         self._limit = features.soft_limit
-        places, at = dict[str, slice](), 0
+        places, at = dict[str, int](), 0
         for column in features.columns:
-            places[column.name] = slice(at, at + column.numbers)
+            places[column.name] = at
             at += column.numbers
-        widths = {column.name: column.width for column in features.columns}
-        plain = [name for name in features.indicated if widths[name] is None]
-        vectors = [name for name in features.indicated if widths[name] is not None]
-        self.register_buffer("plain_I", torch.tensor([places[name].start for name in plain], dtype=torch.int64))
-        self._vectors = [places[name] for name in vectors]
+        vectors = [column.name for column in indicated_vectors(features)]
+        plain = [name for name in features.indicated if name not in vectors]
+        self.register_buffer("plain_I", torch.tensor([places[name] for name in plain], dtype=torch.int64))
         order = [(plain + vectors).index(name) for name in features.indicated]
         self.register_buffer("order_I", torch.tensor(order, dtype=torch.int64))
 
-    def forward(self, numbers_BS: Tensor) -> Tensor:
+    def forward(self, numbers_BS: Tensor, nulls_BV: Tensor | None) -> Tensor:
         null_BS = numbers_BS.isnan()
         x_BS = torch.where(null_BS, 0.0, self._scaled(numbers_BS))
         if self._limit is not None:  # in float64, which holds the square of any float32
             z_BS = x_BS.double()
             x_BS = (z_BS / ((z_BS / self._limit).square() + 1).sqrt()).float()
-        return torch.cat([x_BS, self._indicators(null_BS)], 1) if len(self.order_I) else x_BS
+        if not len(self.order_I):
+            return x_BS
+        null_BI = null_BS.index_select(1, self.plain_I)
+        if nulls_BV is not None:
+            null_BI = torch.cat([null_BI, nulls_BV], 1).index_select(1, self.order_I)
+        return torch.cat([x_BS, null_BI.float()], 1)
 
     def _scaled(self, numbers_BS: Tensor) -> Tensor:
         whole_BS = ((numbers_BS - self.center_S) / self.scale_S).float()
@@ -106,13 +112,6 @@ class _Numbers(nn.Module):
             return whole_BS
         half_BS = (numbers_BS.float() - self.center_S.float()) / self.scale_S.float()
         return torch.where(self.float32_S, half_BS, whole_BS)
-
-    def _indicators(self, null_BS: Tensor) -> Tensor:
-        """[B, I]: 1 where a column is null. A vector counts as null if all its numbers are."""
-        found = [null_BS.index_select(1, self.plain_I)] if len(self.plain_I) else []
-        found += [null_BS[:, place].all(1, keepdim=True) for place in self._vectors]
-        null_BI = torch.cat(found, 1) if len(found) > 1 else found[0]
-        return (null_BI.index_select(1, self.order_I) if self._vectors else null_BI).float()
 
 
 class _Target(nn.Module):

@@ -2,12 +2,11 @@
 
 Text is hashed outside of the graph: ONNX has no operator for it. All else that Tidemill does to a column is inside.
 
-Shape legend: N rows, S numbers of one row without null indicators, C ids of one row.
+Shape legend: N rows, S numbers of one row without null indicators, C ids of one row, V vectors with null indicators.
 """
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -15,7 +14,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from tidemill.tasks.training.columns import EXACT_IN_FLOAT32, as_tensor, one_array
+from tidemill.tasks.serving.values import StoredType
+from tidemill.tasks.training.columns import as_tensor, from_arrow, one_array
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.inputs import Input
 
@@ -23,11 +23,11 @@ NUMBERS: Final = "numbers"
 """Input of a graph, float64 [N, S]: the number columns in spec order, NaN for null. Absent if there are none."""
 IDS: Final = "ids"
 """Input of a graph, int64 [N, C]: one id of each category, then `length` ids of each sequence. Absent if there are none."""
+NULLS: Final = "nulls"
+"""Input of a graph, bool [N, V]: whether a vector is null, of each vector column with a null indicator. That all its numbers are
+null is another thing. Absent if there are none."""
 PREDICTION: Final = "prediction"
 """Output of a graph, float32 [N] or [N, O]: what `tidemill.tasks.training.loop.predict` gives."""
-_EXACT: Final = frozenset(map(str, EXACT_IN_FLOAT32))
-_ITEM: Final = re.compile(r": (\w+)(?: not null)?>")
-"""The type of the numbers in Arrow's name of a (nested) fixed-size list."""
 
 
 def in_float32(column: Input, types: Mapping[str, str]) -> bool:
@@ -38,16 +38,19 @@ def in_float32(column: Input, types: Mapping[str, str]) -> bool:
         types: Arrow's name of the type of each column of the dataset of the last batch training, as manifests have them. A column
             that is missing there, as all are from manifests of format 1, counts as float64.
     """
-    kind = types.get(column.name, "")
-    item = _ITEM.search(kind)
-    return (kind if item is None else item[1]) in _EXACT
+    return StoredType(types.get(column.name, "")).exact_in_float32
+
+
+def indicated_vectors(features: Features) -> list[Input]:
+    """The vector columns that have a null indicator, in spec order."""
+    return [column for column in features.columns if column.width is not None and column.name in features.indicated]
 
 
 def layout_of(features: Features) -> dict[str, Any]:
     """The inputs and the output of a graph, for whoever makes the one and reads the other: JSON.
 
-    `numbers` and `ids` name their columns in the order of their places, each with its first place `at`. `family` is what the
-    column holds: number, time (seconds since 1970-01-01T00:00Z), duration (seconds), text, list of integers, list of text. A
+    `numbers`, `ids` and `nulls` name their columns in the order of their places, each with its first place `at`. `family` is what
+    the column holds: number, time (seconds since 1970-01-01T00:00Z), duration (seconds), text, list of integers, list of text. A
     column with a `width` is a list of that many numbers, one with a `length` is a list of which the last `length` items are
     used. An id is 1 + the hash of the value modulo `buckets`, and 0 for a null and behind the last item.
     """
@@ -64,6 +67,7 @@ def layout_of(features: Features) -> dict[str, Any]:
             one["length"] = column.length
         found[where].append(one)
         at[where] += column.length or column.numbers or 1
+    found[NULLS] = [{"column": column.name, "at": i} for i, column in enumerate(indicated_vectors(features))]
     output: dict[str, Any] = {"name": PREDICTION, "task": features.task, "targets": list(features.targets)}
     if features.classes is not None:
         output["classes"] = features.classes
@@ -106,6 +110,9 @@ def inputs_of(features: Features, table: pa.Table, where: str) -> dict[str, Tens
         inputs[NUMBERS] = torch.cat([_numbers(array, width) for array, width in columns], 1)
     if encoded.ids_NC is not None:
         inputs[IDS] = encoded.ids_NC
+    if vectors := indicated_vectors(features):
+        nulls = [from_arrow(one_array(table.column(c.name)).is_null().cast(pa.uint8())).bool() for c in vectors]
+        inputs[NULLS] = torch.stack(nulls, 1)
     return inputs
 
 

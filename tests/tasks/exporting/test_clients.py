@@ -166,6 +166,7 @@ def test_rows_become_the_inputs_that_the_table_becomes(features: Features) -> No
     assert {name: (one["type"], one["dims"]) for name, one in told.items()} == {
         "numbers": ("float64", [200, 18]),
         "ids": ("int64", [200, 12]),
+        "nulls": ("bool", [200, 1]),
     }
     assert {name: one["data"] for name, one in told.items()} == {
         name: [number for row in _nulls(values) for number in row] for name, values in wanted.items()
@@ -187,7 +188,7 @@ TIMES: Final = {
 
 
 def test_times_are_read_alike() -> None:
-    layout = {"numbers": [{"column": "t", "family": "time", "at": 0}], "ids": []}
+    layout = {"numbers": [{"column": "t", "family": "time", "at": 0}], "ids": [], "nulls": []}
     wanted = [
         (moment - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(microseconds=1) / 1e6 for moment in TIMES.values()
     ]
@@ -207,7 +208,7 @@ def test_times_are_read_alike() -> None:
 )
 def test_a_value_that_cannot_be_an_input_is_refused_with_its_column(row: dict[str, Any], said: str) -> None:
     columns = [{"column": "x", "family": "number", "at": 0}, {"column": "v", "family": "number", "at": 1, "width": 2}]
-    layout = {"numbers": columns, "ids": []}
+    layout = {"numbers": columns, "ids": [], "nulls": []}
     with pytest.raises((ValueError, KeyError), match="x" if said == "missing" else said):
         client.inputs_of(layout, [row])
     tried = "try { client.inputsOf(given[0], [given[1]]); } catch (error) { return error.message; }"

@@ -71,12 +71,18 @@ def test_an_onnx_file_says_what_it_is_and_what_it_is_fed(place: str) -> None:
         {"column": "tags", "family": "list of text", "at": 4, "buckets": 50, "length": 3},
         {"column": "items", "family": "list of integers", "at": 7, "buckets": 1000, "length": 5},
     ]
+    assert layout["nulls"] == [{"column": "vector", "at": 0}]
     assert layout["output"] == {"name": "prediction", "task": "regression", "targets": ["y"]}
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*model.graph.input, *model.graph.output)
     }
-    assert shapes == {"numbers": ["batch", 18], "ids": ["batch", 12], "prediction": ["batch"]}
+    assert shapes == {
+        "numbers": ["batch", 18],
+        "ids": ["batch", 12],
+        "nulls": ["batch", 1],
+        "prediction": ["batch"],
+    }
     # An embedding bag as a loop over the rows takes 16 times as long for 100 of them.
     assert not {"Loop", "If", "Scan"} & {node.op_type for node in model.graph.node}
 

@@ -82,7 +82,7 @@ def table(rows: int, seed: int = 0) -> pa.Table:
         "time": pa.array(draw.integers(0, 86_400, rows).astype(np.int32), pa.time32("s")),
         "duration": pa.array(draw.integers(0, 10**6, rows), pa.duration("ms")),
         "vector": pa.FixedSizeListArray.from_arrays(
-            pa.array(draw.standard_normal(3 * rows).astype(np.float32), mask=draw.random(3 * rows) < 0.05), 3
+            pa.array(draw.standard_normal(3 * rows).astype(np.float32), mask=draw.random(3 * rows) < 0.3), 3
         ),
         "image": pa.FixedSizeListArray.from_arrays(
             pa.FixedSizeListArray.from_arrays(pa.array(draw.integers(0, 256, 4 * rows).astype(np.uint8)), 2), 2
