@@ -115,6 +115,8 @@ def _page(data: bytes) -> dict[str, Any]:
     try:
         root = ElementTree.fromstring(data)
     except ElementTree.ParseError as error:
+        if data.lstrip()[:9].lower() == b"<!doctype":  # whatever its content type says; XML of S3 has none
+            raise NoS3Server("a web page came in place of a listing") from error
         raise Transient(f"half a page of a listing came, or none ({error})") from error
     namespace = root.tag[: root.tag.rfind("}") + 1]
     if root.tag == f"{namespace}Error":  # S3 may begin a success and end it so

@@ -102,7 +102,8 @@ class Bucket:
     anonymous: bool = False
     """Requests without a signature are answered."""
     malformed: bool = False
-    """A request for another region is told so by 400, the region in the body alone, as AWS may; else by 301 and a header."""
+    """A request for another region is told so by 400, the region in the body alone, as AWS may; else by 301 and a header, as a
+    HEAD of the bucket always is."""
     etag: Callable[[bytes], str] = lambda body: hashlib.md5(body).hexdigest()
     checksums: Callable[[bytes], dict[str, str]] = lambda body: {}
     """Headers that go with the body of a whole object."""
@@ -163,7 +164,7 @@ class Bucket:
         if asked.headers.get("x-amz-security-token") != token:
             return error(400, "InvalidToken")
         if asked.region != self.region:
-            if self.malformed:
+            if self.malformed and (asked.method != "HEAD" or asked.target.count("/") > 1):
                 return error(400, "AuthorizationHeaderMalformed", f"<Region>{self.region}</Region>")
             return error(301, "PermanentRedirect", x_amz_bucket_region=self.region)
         if signature(asked, secret) != asked.headers["authorization"].rpartition("Signature=")[2]:

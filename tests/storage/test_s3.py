@@ -461,12 +461,12 @@ def test_a_web_server_is_told_at_once(monkeypatch: pytest.MonkeyPatch, verb: Cal
     assert len(script.requests) == 1
 
 
-def test_another_xml_is_no_listing(monkeypatch: pytest.MonkeyPatch):
-    with (
-        scripted(monkeypatch, Answer(200, b"<rss></rss>")) as (store, _),
-        pytest.raises(InvalidURL, match="<rss> came"),
-    ):
+@pytest.mark.parametrize(("body", "told"), [(b"<rss></rss>", "<rss> came"), (WEB_PAGE.body, "a web page came")])
+def test_what_says_that_it_is_xml_may_be_no_listing(monkeypatch: pytest.MonkeyPatch, body: bytes, told: str):
+    answer = Answer(200, body, {"Content-Type": "application/xml"})
+    with scripted(monkeypatch, answer) as (store, script), pytest.raises(InvalidURL, match=told):
         [*store.list()]
+    assert len(script.requests) == 1
 
 
 def test_the_error_page_of_a_proxy_may_go_away(monkeypatch: pytest.MonkeyPatch):

@@ -247,12 +247,16 @@ def test_a_bucket_in_another_region_is_found_once(monkeypatch: pytest.MonkeyPatc
     assert [asked.region for asked in bucket.asked].count("us-east-1") == 1
 
 
-def test_a_bucket_in_another_region_is_found_by_a_head_too(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("malformed", "asked_wrongly"), [(False, 1), (True, 2)])
+def test_a_bucket_in_another_region_is_found_by_a_head_too(
+    monkeypatch: pytest.MonkeyPatch, malformed: bool, asked_wrongly: int
+):
+    """The answer to a HEAD has no body: where its headers say nothing, the bucket is asked."""
     keys(monkeypatch)
-    bucket = Bucket(region="eu-central-1", objects={"place/a": b"data"})
+    bucket = Bucket(region="eu-central-1", malformed=malformed, objects={"place/a": b"data"})
     with bucket_at(monkeypatch, bucket):
         assert opened().stat("a").size == 4
-    assert [asked.region for asked in bucket.asked] == ["us-east-1", "eu-central-1"]
+    assert [asked.region for asked in bucket.asked] == ["us-east-1"] * asked_wrongly + ["eu-central-1"]
 
 
 # ---- https
@@ -354,6 +358,7 @@ def test_a_proxy_sees_nothing_of_https(monkeypatch: pytest.MonkeyPatch, authorit
         use_all_verbs(opened())
     assert [method for method, *_ in proxy.seen] == ["CONNECT"]
     assert proxy.seen[0][1] == endpoint.removeprefix("https://")
+    assert all(asked.target.startswith("/bucket") for asked in bucket.asked)
 
 
 def test_no_proxy_is_asked_for_what_no_proxy_names(monkeypatch: pytest.MonkeyPatch):
