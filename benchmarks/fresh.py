@@ -17,6 +17,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -37,12 +38,19 @@ POLL: Final = "0.2"
 def command(*words: str) -> Iterator[subprocess.Popen[bytes]]:
     """A command of tidemill, ended by SIGTERM."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "tidemill", *words], env=environment, stderr=subprocess.DEVNULL)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait(60)
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tidemill", *words], env=environment, stdout=said, stderr=said
+        )
+        try:
+            yield process
+        except BaseException:
+            said.seek(0)
+            sys.stderr.write(said.read().decode())
+            raise
+        finally:
+            process.terminate()
+            process.wait(60)
 
 
 def free_port() -> int:
@@ -62,7 +70,7 @@ class Client(threading.Thread):
         self._port, self._pause, self._ending = port, pause, threading.Event()
 
     def run(self) -> None:
-        body = json.dumps({"rows": [dict.fromkeys(NAMES, 0.5)]})
+        body = json.dumps(dict.fromkeys(NAMES, 0.5))
         connection, newest = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60), -1
         while not self._ending.wait(self._pause):
             try:
@@ -72,9 +80,9 @@ class Client(threading.Thread):
             except OSError as error:
                 self.failure = repr(error)
                 return
-            number = int(answer.headers["x-tidemill-version"]) if answer.status == 200 else -1
-            if number < newest:
-                self.failure = f"an answer of {number} after {newest}: {said[:200]!r}"
+            number = int(answer.headers.get("x-tidemill-version", -1))
+            if answer.status != 200 or number < newest:
+                self.failure = f"{answer.status}, of version {number} after {newest}: {said[:200]!r}"
                 return
             newest = number
             self.first.setdefault(number, time.time())
@@ -101,7 +109,8 @@ def measure(options: argparse.Namespace, bucket: str) -> None:
         client = Client(port, options.pause)
         client.start()
         store.write("first.parquet", contents[0])
-        wait_until(lambda: 1 in client.first, seconds=120, what="the first version is served")
+        wait_until(lambda: 1 in client.first or client.failure != "", seconds=120, what="the first version is served")
+        assert not client.failure, client.failure
         begun = time.monotonic()
         for number in range(options.shards):
             time.sleep(max(0.0, begun + number * options.every - time.monotonic()))
