@@ -28,6 +28,7 @@ from tidemill.tasks.choosing.page import ShownBacktest, backtested
 from tidemill.tasks.choosing.places import check_archived, check_place, dataset_of
 from tidemill.tasks.choosing.results import BACKTESTED_IN, Backtest, Stretch
 from tidemill.tasks.choosing.stretches import cut, difference, paired, same, whole
+from tidemill.tasks.code import code_of
 from tidemill.tasks.history.points import POINTS
 from tidemill.tasks.history.reading import History, HistoryReader
 from tidemill.tasks.reproduce import train_again
@@ -106,7 +107,10 @@ def open_run(
     history = HistoryReader(log, _ALL).read()
     start = dataset if dataset is None or isinstance(dataset, str) else table_snapshot(dataset)
     named = start.ref.fingerprint if isinstance(start, Snapshot) else start
-    name = kept_as(model, log.store.url, history.versions[0].sha256, spec.model_dump(mode="json"), named)
+    code = code_of(spec)
+    code.load()  # what goes on must be what began
+    identity = log.store.url, history.versions[0].sha256, spec.model_dump(mode="json"), named, code.identity
+    name = kept_as(model, *identity)
     targets = {made.rolled_back_to for made in history.versions if made.rolled_back_to is not None}
     kept = Kept(VersionLog(stores(to), name), targets)
     run = BacktestRun(log, history, spec, [stores(url) for url in archives], kept, start, device, stores)

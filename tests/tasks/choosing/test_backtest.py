@@ -1,6 +1,10 @@
 """Another spec on what a model was trained on: with the log's own spec it is the log, with another it is an honest model."""
 
+import importlib
+import sys
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +22,7 @@ from tidemill.tasks.choosing.backtest import backtest
 from tidemill.tasks.choosing.compare import compare
 from tidemill.tasks.choosing.page import ShownBacktest
 from tidemill.tasks.choosing.results import Backtest
+from tidemill.tasks.code import StaleCode
 from tidemill.tasks.settings import LabelSettings, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, SpecError
 from tidemill.tasks.training.spec import Model, Spec
@@ -184,6 +189,24 @@ def test_a_spec_that_names_its_users_own_code_needs_no_other_leave(place: Place)
     assert found.best.failed is None
 
 
+def test_edited_code_of_the_user_begins_another_backtest(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / f"own_{uuid.uuid4().hex}.py"
+    module.write_text("import torch\nNet = lambda: torch.nn.Linear(2, 1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    own = OTHER.model_copy(update={"model": Model(factory=f"{module.stem}:Net")})
+    first = place.backtest(own)
+    assert place.backtest(own) == first
+    module.write_text("import torch\nNet = lambda: torch.nn.Linear(2, 1, bias=False)\n")
+    with pytest.raises(StaleCode, match="has changed since this process imported it"):
+        place.backtest(own)
+    importlib.reload(sys.modules[module.stem])
+    second = place.backtest(own)
+    assert second.kept_as != first.kept_as
+    assert second.total.spec != first.total.spec
+
+
 def test_labels_that_came_later_are_joined_as_they_were(memory_url: MakeUrl) -> None:
     place = Place.__new__(Place)
     place.url = memory_url
@@ -194,6 +217,30 @@ def test_labels_that_came_later_are_joined_as_they_were(memory_url: MakeUrl) -> 
     place.drain({"0.parquet": table.drop_columns("y")}, labels=labels)
     found = place.backtest(OWN)
     assert (found.same, found.total.shards) == (1, 1)
+
+
+def test_classes_are_compared_by_the_loss_or_by_the_accuracy_where_the_losses_differ(memory_url: MakeUrl) -> None:
+    def table(count: int, seed: int) -> pa.Table:
+        found = rows(count, seed)
+        return found.append_column("late", pa.array([value > 0 for value in found["y"].to_pylist()]))
+
+    place = Place.__new__(Place)
+    place.url = memory_url
+    own = Spec(features=["a", "b"], target="late", epochs=10, learning_rate=0.5, batch_size=16)
+    place.train("one", table(100, 1), own)
+    place.drain({f"{i}.parquet": table(40, 10 + i) for i in range(3)})
+    found = place.backtest(own.model_copy(update={"learning_rate": 0.1}))
+    assert (found.metric, found.lower_is_better) == ("loss", True)
+    found = place.backtest(
+        Spec(features=["b"], target="late", task="binary", class_weights="balanced", learning_rate=0.1)
+    )
+    assert (found.metric, found.lower_is_better) == ("accuracy", False)
+    assert found.total.spec is not None
+    assert found.total.learner is not None
+    assert found.total.spec < found.total.learner
+    assert "better" not in found.verdict[0]
+    with pytest.raises(SpecError, match="is for task 'binary' of target 'late', the other spec for 'regression'"):
+        place.backtest(Spec(features=["a"], target="late", task="regression"))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
