@@ -1,6 +1,6 @@
 """What the commands print: for each, the facts for `--json` and the same in words for people."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,11 @@ def followed(report: "OnlineReport") -> View:
         lines.append(("score", f"{_numbers(report.score)} on these shards, each before it was trained on"))
     if report.champion:
         lines.append(("champion", f"{_numbers(report.champion)} on the same shards"))
+    if report.served:
+        lines.append(("answers", f"{_numbers(report.served)}: what was answered when these rows were asked"))
+    if report.unlabelled or report.unmatched:
+        unknown = f", {count(report.unmatched, 'label')} of no rows that came in time" if report.unmatched else ""
+        lines.append(("labels", f"{count(report.unlabelled, 'row')} without one, not trained on{unknown}"))
     if report.recent:
         lines.append(("recent", f"{_numbers(report.recent)} on the last shards, earlier runs included"))
     if report.promoted or report.refused:
@@ -100,6 +105,7 @@ def status(found: "Status") -> View:
     lines += [
         ("head", f"version {found.head}, {found.kind}, {since}"),
         ("score", _measured(found.metrics)),
+        *_late(found.metrics),
         ("aliases", _aliases(found.aliases) or "none"),
         ("trained on", _counted(found.counters)),
     ]
@@ -229,6 +235,16 @@ def _counted(counters: Mapping[str, int]) -> str:
     compiled = counters.get("compiled_steps", 0)
     told = ", ".join(f"{number:,} {name}" for name, number in plain.items())
     return f"{told} ({compiled:,} of them compiled)" if compiled else told
+
+
+def _late(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the head says of answers that were given, and of labels that came row by row."""
+    if served := metrics.get("served"):
+        yield "answers", f"{_numbers(served)} on its shards: what was answered when these rows were asked"
+    if labels := metrics.get("labels"):
+        said = f"{count(labels['rows'], 'row')} of its shards had one in time, {labels['unlabelled']:,} had none"
+        unmatched = labels["unmatched"]
+        yield "labels", said + (f"; {count(unmatched, 'label')} of no rows that came in time" if unmatched else "")
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:

@@ -143,6 +143,15 @@ class Predicted(Record):
     score: dict[str, float]
 
 
+class Served(Record):
+    """How the answers that a version gave do, as they stand in a log of requests, now that their labels are known."""
+
+    version: int
+    rows: int
+    """Rows that it has answered and that have a label."""
+    score: dict[str, float]
+
+
 class Consumed(ShardRef):
     """A shard that this version was trained on."""
 
@@ -165,6 +174,9 @@ class Consumed(ShardRef):
     """Where its targets came from, if they arrived later, row by row: of two labels of a row, the one of the later shard of these
     counts. Since format 2.2."""
     predicted: Predicted | None = None
+    """Absent where the shard itself says what was answered (`served`)."""
+    served: tuple[Served, ...] | None = None
+    """One for each version whose answers stand in the shard. Since format 2.2."""
 
 
 def consumed_objects(

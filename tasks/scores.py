@@ -47,3 +47,11 @@ class Summary(BaseModel):
             self.shards, self.rows = self.shards + 1, self.rows + shard.rows
             self.score.add(shard.score, shard.rows)
             self.champion.add(shard.champion, shard.rows)
+
+
+def add_served(means: Means, shards: Iterable[Consumed]) -> Means:
+    """Count the scores of the answers that were given, of whichever version, as they stand in shards."""
+    for shard in shards:
+        for served in shard.served or ():
+            means.add(served.score, served.rows)
+    return means

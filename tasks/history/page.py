@@ -115,6 +115,9 @@ def _scores(history: History, metric: str, since: Mapping[str, Any] | None) -> I
         champion = Means.model_validate(since["champion"] if since else {})
         if (theirs := champion.mean.get(metric, 0.0)) > 0 and champion.rows.get(metric) == means.rows[metric]:
             yield f"{means.mean[metric] / theirs - 1:+.1%}", "against the champion", "on the same rows, so far"
+    served = history.head.metrics.get("served")
+    if isinstance(served, dict) and isinstance(score := served.get(metric), int | float):
+        yield short(score), f"{metric} of the answers", "that were given, on the head's shards"
     batch = history.batch
     holdout = batch.metrics.get("holdout") if batch is not None else None
     if batch is not None and isinstance(holdout, dict) and isinstance(score := holdout.get(metric), int | float):

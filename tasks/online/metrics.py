@@ -47,12 +47,16 @@ METRICS: Final = {
     "tidemill_score": Told("gauge", "Scores of the last commit's shards, each before it was trained on."),
     "tidemill_versions": Told("counter", "Versions committed."),
     "tidemill_rows": Told("counter", "Rows trained on."),
+    "tidemill_unlabelled_rows": Told(
+        "counter", "Rows of consumed shards that no label came for in time: not trained on."
+    ),
+    "tidemill_unmatched_labels": Told("counter", "Labels row by row whose rows no shard had in time."),
     "tidemill_rejected_shards": Told("counter", "Shards rejected, to quarantine."),
     "tidemill_commit_lag_seconds": Told("histogram", "From the writing of a shard to the commit that contains it."),
     "tidemill_step_seconds": Told("summary", "Time of a step that committed."),
 }
-"""All of them; each has the label `model`, `tidemill_score` also `who` (learner, champion) and `metric`, `tidemill_versions` also
-`kind`."""
+"""All of them; each has the label `model`, `tidemill_score` also `who` (learner, champion, or served: what was answered) and
+`metric`, `tidemill_versions` also `kind`."""
 
 LAG_BUCKETS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0, 21_600.0, float("inf"))
 """Seconds. The largest but one is of a drain that is scheduled four times a day."""
@@ -75,6 +79,8 @@ class Numbers:
         for name, labels in (
             ("tidemill_versions_total", {"kind": "online"}),
             ("tidemill_rows_total", {}),
+            ("tidemill_unlabelled_rows_total", {}),
+            ("tidemill_unmatched_labels_total", {}),
             ("tidemill_rejected_shards_total", {}),
         ):
             self._add(name, 0.0, **labels)  # there from the start: what appears with 1 has never increased
@@ -116,9 +122,12 @@ class Numbers:
         self._set("tidemill_owed_objects", made.owed)
         self._add("tidemill_versions_total", 1, kind=manifest.kind)
         self._add("tidemill_rows_total", sum(shard.rows for shard in manifest.consumed))
+        self._add("tidemill_unlabelled_rows_total", sum(shard.unlabelled for shard in manifest.consumed))
+        self._add("tidemill_unmatched_labels_total", sum(each.unmatched for each in manifest.done_labels or ()))
         self._add("tidemill_rejected_shards_total", len(manifest.rejected))
         self._observe_lag([(manifest.created - shard.last_modified).total_seconds() for shard in manifest.consumed])
-        for who, scores in (("learner", manifest.metrics), ("champion", manifest.metrics.get("champion", {}))):
+        own = manifest.metrics
+        for who, scores in (("learner", own), ("champion", own.get("champion", {})), ("served", own.get("served", {}))):
             for metric, score in scores.items():
                 if isinstance(score, int | float):
                     self._set("tidemill_score", score, who=who, metric=metric)

@@ -13,7 +13,7 @@ from tidemill.storage.aliases import Alias
 from tidemill.storage.errors import on_one_line
 from tidemill.storage.manifest import Manifest
 from tidemill.tasks.online.events import Committed, Looked
-from tidemill.tasks.scores import Summary
+from tidemill.tasks.scores import Means, Summary, add_served
 
 logger = logging.getLogger("tidemill.online")
 
@@ -33,10 +33,15 @@ class OnlineReport(BaseModel):
     shards: int = 0
     rows: int = 0
     unlabelled: int = 0
+    """Rows without a label, that were not trained on."""
+    unmatched: int = 0
+    """Labels that came row by row, of rows that no shard had in time."""
     score: dict[str, float] = {}
     """Prequential: of each shard before training on it, weighted by rows."""
     champion: dict[str, float] = {}
     """Of the champion, on the same shards."""
+    served: dict[str, float] = {}
+    """Of the answers that were given, where the shards say which (`tidemill serve --log-to`)."""
     recent: dict[str, float] = {}
     """As `score`, of the last `recent_shards` shards, those of earlier runs included."""
     recent_champion: dict[str, float] = {}
@@ -61,6 +66,7 @@ class OnlineReport(BaseModel):
     last_passed_over: dict[str, str] = {}
     """URL -> reason of the last few."""
     _scored: Summary = PrivateAttr(default_factory=Summary)
+    _served: Means = PrivateAttr(default_factory=Means)
     _logged_at: float = PrivateAttr(default_factory=time.monotonic)
 
     def look(self, waiting: int, oldest: datetime | None) -> None:
@@ -114,11 +120,14 @@ class OnlineReport(BaseModel):
         self.first_version = version.version if self.first_version is None else self.first_version
         self._scored.add(version.consumed)
         self.score, self.champion = self._scored.score.mean, self._scored.champion.mean
+        add_served(self._served, version.consumed)
+        self.served = self._served.mean
         recent = Summary.model_validate(version.metrics["recent"])
         self.recent, self.recent_champion = recent.score.mean, recent.champion.mean
         for shard in version.consumed:
             self.shards, self.rows = self.shards + 1, self.rows + shard.rows
             self.unlabelled += shard.unlabelled
+        self.unmatched += sum(labels.unmatched for labels in version.done_labels or ())
         if version.gate is not None:
             self.promoted += version.gate.decision == "promoted"
             self.refused += version.gate.decision == "refused"

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from tidemill.storage.errors import ShardRejected, StorageError, on_one_line
 from tidemill.storage.inbox import Shard
-from tidemill.storage.manifest import ObjectRef
+from tidemill.storage.manifest import ObjectRef, Served
 from tidemill.storage.store import ObjectInfo
 from tidemill.tasks.online.gate import Champion
 from tidemill.tasks.online.places import Places
@@ -24,6 +24,7 @@ from tidemill.tasks.online.reading import Later, Read, Readable, Reader, may_be_
 from tidemill.tasks.online.work import Head, Identity, Scored, Work, removal
 from tidemill.tasks.settings import Limits, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, ModelFails, NonFiniteLoss, described, of_the_machine
+from tidemill.tasks.training.given import has_answers, score_answers
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import PassResult, score, train_shard
@@ -233,7 +234,9 @@ def _train_one(work: Work, found: Readable, champion: Champion, settings: Online
     # The same weights give the same scores.
     same = not work.consumed and champion.is_version(version.number)
     scored = Scored(before, before if same else champion.score(groups))
-    if found.labels is not None or found.joined is not None:
+    if has_answers(groups[0].schema):
+        scored.served = _served(learner, groups, shard.info.key)
+    elif found.labels is not None or found.joined is not None:
         scored.predicted = champion.predicted(version, shard.info.last_modified, groups)
     try:
         result = train_shard(work.head.steps, groups, settings.passes, labelled=found_before.rows)
@@ -242,6 +245,18 @@ def _train_one(work: Work, found: Readable, champion: Champion, settings: Online
     work.add(found, ordinal, scored, result, settings.passes)
     work.new_columns |= new_columns
     return None
+
+
+def _served(learner: Learner, groups: Sequence[RowGroup], key: str) -> tuple[Served, ...] | None:
+    """How the answers do that stand in a shard; None if they cannot be scored, which is no fault of its rows."""
+    try:
+        found = score_answers(learner, groups)
+    except Exception as error:
+        if not may_be_the_shards(error):
+            raise
+        logger.warning("the answers that stand in %s cannot be scored: %s", on_one_line(key), described(error))
+        return None
+    return tuple(Served(version=version, rows=score.rows, score=score.finite) for version, score in found.items())
 
 
 def _nothing(groups: Sequence[RowGroup]) -> PassResult:

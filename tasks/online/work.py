@@ -20,13 +20,14 @@ from tidemill.storage.manifest import (
     Owed,
     Predicted,
     Rejected,
+    Served,
     consumed_objects,
 )
 from tidemill.storage.tombstones import Tombstones
 from tidemill.tasks.online.ledger import Ledger
 from tidemill.tasks.online.reading import Kept, Readable
 from tidemill.tasks.online.triggers import Judged, Trigger
-from tidemill.tasks.scores import Summary
+from tidemill.tasks.scores import Means, Summary, add_served
 from tidemill.tasks.settings import OnlineSettings, Triggers
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import PassResult
@@ -122,6 +123,7 @@ class Scored:
     learner: dict[str, float]
     champion: dict[str, float]
     predicted: Predicted | None = None
+    served: tuple[Served, ...] | None = None
 
 
 @dataclass
@@ -159,6 +161,7 @@ class Work:
                 score=scored.learner,
                 champion=scored.champion,
                 predicted=scored.predicted,
+                served=scored.served,
                 labels=() if found.labels is None else (found.labels,),
                 joined=found.joined,
                 loss=result.loss if result.rows else None,
@@ -183,7 +186,25 @@ class Work:
         return list(consumed_objects(self.consumed, self.done_labels))
 
     def metrics(self) -> dict[str, Any]:
-        """Prequential metrics of this commit's shards, and the champion's on the same rows."""
+        """Prequential metrics of this commit's shards, the champion's on the same rows, and those of what was answered."""
         summary = Summary.of(self.consumed)
         champion = {"champion": summary.champion.mean} if summary.champion.mean else {}
-        return summary.score.mean | champion
+        served = add_served(Means(), self.consumed).mean
+        labels = self._labels()
+        return (
+            summary.score.mean
+            | champion
+            | ({"served": served} if served else {})
+            | ({"labels": labels} if labels else {})
+        )
+
+    def _labels(self) -> dict[str, int]:
+        """How many labels came in time, where they come row by row."""
+        joined = [shard for shard in self.consumed if shard.joined is not None]
+        if not (joined or self.done_labels):
+            return {}
+        return {
+            "rows": sum(shard.rows for shard in joined),
+            "unlabelled": sum(shard.unlabelled for shard in joined),
+            "unmatched": sum(labels.unmatched for labels in self.done_labels),
+        }

@@ -18,15 +18,15 @@ from tidemill.progress import NOBODY, Activity
 from tidemill.tasks.training.batches import Stream
 from tidemill.tasks.training.calling import random_numbers_kept, told, usual_types
 from tidemill.tasks.training.cutting import Batch, Blocks, joined
-from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, described, of_the_machine
+from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss
 from tidemill.tasks.training.features import Encoded
 from tidemill.tasks.training.groups import RowGroup, Subset, generator, prefetch, stable_seed
 from tidemill.tasks.training.kept import Kept, KeptStream
 from tidemill.tasks.training.learner import Learner, Network
-from tidemill.tasks.training.losses import is_column, loss_of
-from tidemill.tasks.training.metrics import number_of
+from tidemill.tasks.training.losses import is_column
 from tidemill.tasks.training.once import labelled_rows
 from tidemill.tasks.training.replay import ReplayBuffer, mixed
+from tidemill.tasks.training.scoring import Scoring, unscaled
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps, forward_of, moved
 
@@ -230,52 +230,19 @@ def score(learner: Learner | Network, groups: Sequence[RowGroup] | Kept, split: 
     loss, not in the metrics. A metric that cannot be computed, as R2 of one row, is left out with a warning. A
     non-finite loss is returned, not raised. Raises ColumnError and ModelError.
     """
-    spec, device = learner.spec, learner.device
+    device = learner.device
     stream = _stream(learner, groups, batch_size=EVALUATION_ROWS, split=split)
-    loss_function, metrics = loss_of(spec, learner.features), learner.metrics
-    left_out: dict[str, str] = {}
-    for metric in metrics.values():
-        metric.reset()
-    total = zero(device)
+    scoring = Scoring(learner, zero(device))
     learner.served.eval()
     with closing(iter(stream)) as batches:
         for batch in batches:
             x_BF, ids_BC, y_B, w_B = moved(batch, device)
             output = _outputs(learner, x_BF, ids_BC)
-            with told(f"loss {spec.loss_name!r}", output, y_B):
-                total.add_(loss_function(output, y_B, w_B), alpha=len(y_B))
-            predicted, actual = _in_target_units(learner, output).cpu(), batch.y_B
-            if spec.task == "regression":
-                actual = _unscaled(learner, actual)
-            elif spec.task == "binary":
-                actual = actual.long()
-            for name, metric in metrics.items():
-                if name not in left_out:
-                    with _leaving_out(name, left_out):
-                        metric.update(predicted, actual)
+            scoring.add(output, y_B, w_B, _in_target_units(learner, output).cpu(), batch.y_B)
     if not stream.rows:
         return Score(0, float("nan"))
-    numbers: dict[str, float] = {}
-    for name, metric in metrics.items():
-        if name not in left_out:
-            with _leaving_out(name, left_out):
-                numbers[name] = number_of(metric)
-    for name, reason in left_out.items():
-        logger.warning("metric %s of %s (%d rows) is left out: %s", name, _named(groups), stream.rows, reason)
-    if math.isnan(numbers.get("auroc", 0.0)):  # the area under the curve needs both classes
-        del numbers["auroc"]
-    return Score(stream.rows, total.item() / stream.rows, numbers, left_out)
-
-
-@contextmanager
-def _leaving_out(name: str, left_out: dict[str, str]) -> Iterator[None]:
-    """Notes why a metric fails: the code of a metric may raise anything, and it only tells of the model."""
-    try:
-        yield
-    except Exception as error:
-        if of_the_machine(error):
-            raise
-        left_out[name] = described(error)
+    loss, metrics = scoring.result(_named(groups))
+    return Score(stream.rows, loss, metrics, scoring.left_out)
 
 
 def predict(learner: Learner | Network, groups: Sequence[RowGroup]) -> Generator[Tensor]:
@@ -348,18 +315,11 @@ def _limited(learner: Learner | Network, output: Tensor) -> Tensor:
 def _in_target_units(learner: Learner | Network, output: Tensor) -> Tensor:
     """Outputs as values (regression, float64) or probabilities (float32)."""
     if learner.spec.task == "regression":
-        values, seen = _unscaled(learner, output), learner.features.statistics
+        values, seen = unscaled(learner, output), learner.features.statistics
         if seen is None or seen.target_range is None:
             return values
         return values.clamp(*seen.target_range)  # scaled and back, a limit is no longer exactly what it was
     return output.sigmoid() if learner.spec.task == "binary" else output.softmax(1)
-
-
-def _unscaled(learner: Learner | Network, values_B: Tensor) -> Tensor:
-    features, values_B = learner.features, values_B.cpu().double()
-    if not features.standardize_target or features.statistics is None:
-        return values_B
-    return values_B * features.statistics.target_std + features.statistics.target_mean
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Registries of every format that was ever written are read, audited and gone on from.
 
-`tests/storage/formats/1` was written by the last Tidemill before format 2.0, `2.0` and `2.1` by the first ones with these. Each
-has a batch version, an online version that archived its shard, one that rejected, a rollback, and one with delayed labels that
-the gate refused.
+`tests/storage/formats/1` was written by the last Tidemill before format 2.0, `2.0`, `2.1` and `2.2` by the first ones with these.
+Each has a batch version, an online version that archived its shard, one that rejected, a rollback, and one with delayed labels
+that the gate refused.
 """
 
 import json
@@ -16,6 +16,7 @@ from tidemill.storage.audit import audit
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.manifest import FORMAT, Compared, decode
+from tidemill.tasks.online.settled import decoded
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.versions import load_learner
@@ -59,6 +60,22 @@ def test_what_format_2_1_has_more_is_there(tmp_path: Path) -> None:
     assert [column["name"] for column in first.resolved_spec["features"]] == ["a", "b"]
     assert (first.spec["task"], first.resolved_spec["task"]) == (None, "regression")
     assert set(first.metrics["baseline"]) == {"loss", "mae", "rmse"}
+
+
+def test_what_format_2_2_has_more_is_there(tmp_path: Path) -> None:
+    shutil.copytree(FORMATS / "2.2", tmp_path / "registry")
+    log = open_log(str(tmp_path / "registry"), "model")
+    versions = [log.version(number).manifest for number in range(6)]
+    (first,), (second,) = versions[1].consumed, versions[3].consumed
+    assert [(each.key, each.rows, each.column) for each in first.joined or ()] == [("l.parquet", 30, "id")]
+    assert [(each.key, each.rows) for each in second.joined or ()] == [("l.parquet", 20), ("m.parquet", 10)]
+    assert [(each.version, each.rows) for each in first.served or ()] == [(0, 30)]
+    for version in versions[1:3]:
+        assert [decoded(each).tolist() for each in version.open_labels or ()] == [[True] * 30 + [False] * 20]
+    assert [(each.key, each.rows, each.unmatched) for each in versions[3].done_labels or ()] == [
+        ("l.parquet", 50, 0),
+        ("m.parquet", 10, 0),
+    ]
 
 
 def test_a_history_of_any_format_is_gone_on_from(log: VersionLog, tmp_path: Path) -> None:
