@@ -7,9 +7,8 @@ its own, with a version every few seconds. Killed and started again, it goes on 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 from tidemill.progress import under_way
@@ -17,7 +16,7 @@ from tidemill.storage.chain import Version
 from tidemill.storage.dataset import Snapshot
 from tidemill.storage.errors import CorruptObject, DatasetChanged, DatasetError, StoreNotFound, UnknownVersion
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import Consumed, consumed_objects
+from tidemill.storage.manifest import Consumed, ShardRef
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
@@ -158,8 +157,8 @@ class BacktestRun:
                 self._check_spec(made.number, self.spec.stated_task)
         self.kept.read()
         self._check_kept()
-        objects = (consumed_objects(version.manifest.consumed) for version in self._versions(self.kept.at + 1))
-        check_archived(chain.from_iterable(objects), self.archives)
+        versions = self._versions(self.kept.at + 1)
+        check_archived((ref for version in versions for ref in _read_again(version.manifest.consumed)), self.archives)
 
     def _check_spec(self, number: int, task: str | None) -> None:
         theirs = spec_of(self.log, self.log.older(number))
@@ -300,6 +299,13 @@ class BacktestRun:
             )
         self.kept.go_back(version.number, found)
         self.steps = self._loaded()
+
+
+def _read_again(consumed: Iterable[Consumed]) -> Iterator[ShardRef]:
+    """What must be in an archive, so that these can be trained on again."""
+    for shard in consumed:
+        if shard.rows:  # else no label came in time, and it was only counted
+            yield from (shard, *shard.labels, *(shard.joined or ()))
 
 
 # ---- what comes of it ------------------------------------------------------------------------------------------------

@@ -219,6 +219,30 @@ def test_labels_that_came_later_are_joined_as_they_were(memory_url: MakeUrl) -> 
     assert (found.same, found.total.shards) == (1, 1)
 
 
+def test_labels_that_came_row_by_row_are_joined_as_they_were(memory_url: MakeUrl) -> None:
+    """Of two shards, and of one whose labels never came, which was counted alone."""
+    place = Place.__new__(Place)
+    place.url = memory_url
+    place.train("one", rows(100, 1))
+    table = rows(30, 5).append_column("id", pa.array(range(30)))
+    both = table.select(["id", "y"])
+    put(memory_url("labels"), {"x.parquet": both.slice(20), "y.parquet": both.slice(0, 20)})
+    labels = LabelSettings(inbox=memory_url("labels"), key="id", wait_seconds=3600)
+    place.drain({"0.parquet": table.drop_columns("y")}, labels=labels)
+    never = rows(20, 6).append_column("id", pa.array(range(100, 120)))
+    place.drain({"1.parquet": never.drop_columns("y")}, labels=labels.model_copy(update={"wait_seconds": 1e-6}))
+    log = open_log(memory_url("registry"), "model")
+    assert [shard.rows for shard in consumed(log)] == [30, 0]
+    open_store(memory_url("archive")).delete("1.parquet")
+    found = place.backtest(OWN)
+    assert (found.same, found.total.shards) == (2, 2)
+    assert place.kept(found).head().manifest.blobs.state.sha256 == log.head().manifest.blobs.state.sha256
+    assert place.backtest(OTHER).total.rows == 30
+    open_store(memory_url("archive")).delete("x.parquet")
+    with pytest.raises(NotFound, match=r"lacks 1 of 3 shards \(x.parquet\)"):
+        place.backtest(BLIND)
+
+
 def test_classes_are_compared_by_the_loss_or_by_the_accuracy_where_the_losses_differ(memory_url: MakeUrl) -> None:
     def table(count: int, seed: int) -> pa.Table:
         found = rows(count, seed)
