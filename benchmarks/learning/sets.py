@@ -79,13 +79,14 @@ def load(name: str) -> pd.DataFrame:
 
     which = SETS[name]
     data = _read(*which.source)
-    data = data.drop(columns=[c for c in (*which.without, "rownames") if c in data]).rename(columns={which.target: "y"})
+    data = data.drop(columns=[c for c in (*which.without, "rownames") if c in data])
+    data = data.rename(columns={"y": "y (feature)"}).rename(columns={which.target: "y"})  # diamonds has a feature y
     data = _RARE[name](data) if name in _RARE else data
     data = data[data["y"].notna()].reset_index(drop=True)
     if which.task == "regression":
         data["y"] = data["y"].astype(float)
-    elif not pd.api.types.is_numeric_dtype(data["y"]):
-        data["y"] = data["y"].astype(str)
+    else:
+        data["y"] = data["y"].astype("int64" if pd.api.types.is_numeric_dtype(data["y"]) else str)
     for column in data:
         if column != "y" and not pd.api.types.is_numeric_dtype(data[column]) and data[column].dtype.kind not in "Mm":
             text = data[column].astype(object)
