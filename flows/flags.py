@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError, UnusedCliTokensError
 from cyclopts.config import Dict as ConfigDict
 from cyclopts.help import format_usage
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError
 
 from tidemill.flows import terminal
 from tidemill.tasks.settings import TAGS, OnlineSettings
@@ -33,6 +33,25 @@ def _mapping(given: object) -> object:
 
 def _listed(given: object) -> object:
     return (given,) if isinstance(given, str) else given
+
+
+def _weights(given: tuple[object, ...] | None) -> object:
+    """A list of flags as the spec has it: the word, or numbers."""
+    if given is not None and len(given) > 1 and "balanced" in given:
+        raise ValueError("balanced stands alone: give it, or a number for each class")
+    return "balanced" if given == ("balanced",) else given
+
+
+def _weight(given: object) -> object:
+    if given == "balanced":
+        return given
+    try:
+        weight = float(given)  # type: ignore[arg-type]  # whatever it is
+    except (TypeError, ValueError):
+        weight = -1.0
+    if not weight >= 0:
+        raise ValueError(f"give balanced, or a number of at least 0 for each class, not {given}")
+    return weight
 
 
 # cyclopts takes Any as one JSON value. Of dict[str, JsonValue] it would make flags out of the insides of JsonValue.
@@ -70,6 +89,13 @@ class SpecFlags(Spec):
     target: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)] = Field(
         min_length=1, description=Spec.model_fields["target"].description
     )
+    class_weights: Annotated[
+        tuple[Annotated[Any, BeforeValidator(_weight)], ...] | None,
+        BeforeValidator(_listed),
+        AfterValidator(_weights),
+        PlainSerializer(lambda given: given),
+        Parameter(metavar="balanced|NUMBER"),
+    ] = Field(default=None, description=Spec.model_fields["class_weights"].description)
     model: _ModelFlags = Field(default_factory=_ModelFlags)
     optimizer: _OptimizerFlags = Field(default_factory=_OptimizerFlags)
     schedule: _ScheduleFlags | None = Field(default=None)

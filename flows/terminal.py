@@ -14,6 +14,7 @@ from types import FrameType
 from typing import IO, Final, NoReturn
 
 from tidemill.flows.display import StderrHandler, shown
+from tidemill.progress import IN_RESULT
 
 
 class Terminated(KeyboardInterrupt):
@@ -81,6 +82,8 @@ def attached(command: str, translate: Callable[[Exception], str | None]) -> Iter
     handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.addFilter(_for_terminal)
+    if command == "train":
+        handler.addFilter(lambda record: not hasattr(record, IN_RESULT))
     logging.getLogger().addHandler(handler)
     logging.getLogger("tidemill").setLevel(logging.INFO)
     came: list[KeyboardInterrupt] = []

@@ -21,13 +21,13 @@ View = tuple[Any, str]
 
 # ---- the flows -------------------------------------------------------------------------------------------------------
 def trained(info: "VersionInfo") -> View:
-    """The end of a batch run."""
+    """The end of a batch run. What was decided for it, its log has said before it was trained."""
     made = (
         "trained"
         if info.trained
         else "made before, from the same data, spec and code; nothing to do (--again trains it anew)"
     )
-    said = "".join(f"\n  {told}" for told in (*info.chosen, *info.notes))
+    said = "".join(f"\n  {told}" for told in (*([] if info.trained else info.chosen), *info.notes))
     return info, f"version {info.version} of {info.model}: {made}\nscore: {_measured(info.metrics)}{said}"
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import pyarrow as pa
 from pydantic import BaseModel
 
-from tidemill.progress import under_way
+from tidemill.progress import IN_RESULT, under_way
 from tidemill.storage.aliases import promote
 from tidemill.storage.chain import Version
 from tidemill.storage.dataset import Snapshot, snapshot
@@ -282,7 +282,7 @@ def finish(run: BatchRun, version: Version) -> None:
     then the alias stays where it is.
     """
     for told in notes(version, run.settings.alias):
-        logger.info("%s", told)
+        logger.info("%s", told, extra={IN_RESULT: True})
     try:
         promote(run.log, run.settings.alias, version)
     except UnknownVersion as error:
@@ -362,14 +362,15 @@ def train_by(
             steps.train_epoch(run, epoch)
         version = steps.register(run, steps.evaluate(run))
         steps.finish(run, version)
-        return _described(run, version, trained=True)
+        return _described(run, version, trained=True, moved=True)
     version, finished = run.registered
     if not finished:
         steps.finish(run, version)
-    return _described(run, version, trained=False)
+    return _described(run, version, trained=False, moved=not finished)
 
 
-def _described(run: BatchRun, version: Version, *, trained: bool) -> VersionInfo:
+def _described(run: BatchRun, version: Version, *, trained: bool, moved: bool) -> VersionInfo:
+    """What the run ends with; `moved`: it is this call that has moved the alias."""
     return VersionInfo(
         registry=run.log.store.url,
         model=run.log.model,
@@ -378,5 +379,5 @@ def _described(run: BatchRun, version: Version, *, trained: bool) -> VersionInfo
         metrics=version.manifest.metrics,
         passed_over=[str(kind) for kind in run.dataset.passed_over],
         chosen=chosen(version),
-        notes=notes(version, run.settings.alias) if trained else [],
+        notes=notes(version, run.settings.alias) if moved else [],
     )

@@ -19,6 +19,9 @@ logger = logging.getLogger("tidemill")
 
 T = TypeVar("T")
 
+IN_RESULT: Final = "in_result"
+"""Attribute of log records that say what the result of `train` says too: who prints that need not show them."""
+
 
 class Listener(Protocol):
     """Whoever wants to know."""

@@ -122,14 +122,23 @@ def _scores(history: History, metric: str, since: Mapping[str, Any] | None) -> I
     holdout = batch.metrics.get("holdout") if batch is not None else None
     if batch is not None and isinstance(holdout, dict) and isinstance(score := holdout.get(metric), int | float):
         rows = batch.metrics.get("holdout_rows", 0)
-        yield short(score), f"{metric} of the batch model", f"on {rows:,} held-out rows{_baseline(batch, metric)}"
+        yield short(score), f"{metric} of the batch model", f"on {rows:,} held-out rows{_beside(batch, metric)}"
 
 
-def _baseline(batch: Manifest, metric: str) -> str:
-    """What a model that always says the same would score there, if the manifest has that."""
+def _beside(batch: Manifest, metric: str) -> str:
+    """What a model that always says the same scores there, and the version that this one replaced, if the manifest has that."""
+    told = ""
     baseline = batch.metrics.get("baseline")
-    score = baseline.get(metric) if isinstance(baseline, dict) else None
-    return f"; baseline {short(score)}" if isinstance(score, int | float) else ""
+    if isinstance(score := baseline.get(metric) if isinstance(baseline, dict) else None, int | float):
+        told += f"; baseline {short(score)}"
+    replaced = batch.metrics.get("replaced")
+    if isinstance(replaced, dict) and isinstance(number := replaced.get("version"), int):
+        scores = replaced.get("score")
+        if isinstance(score := scores.get(metric) if isinstance(scores, dict) else None, int | float):
+            told += f"; version {number:,}, which it replaced: {short(score)}"
+        else:
+            told += f"; not compared with version {number:,}, which it replaced: {_cut(str(replaced.get('reason')))}"
+    return told
 
 
 # ---- charts ----------------------------------------------------------------------------------------------------------

@@ -514,21 +514,36 @@ def test_whoever_says_what_a_recipe_would_choose_gets_no_recipe(
     assert [call[3].recipe for call in batch_calls] == [None, 1]
 
 
-def test_what_was_decided_and_how_the_score_stands_is_printed_below_it(
-    tidemill: Run, folders: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("trained", "decided"), [(True, []), (False, ["  task: binary"])])
+def test_how_the_score_stands_is_printed_below_it_and_what_was_decided_where_no_log_line_has_said_it(
+    tidemill: Run, folders: None, monkeypatch: pytest.MonkeyPatch, trained: bool, decided: list[str]
 ) -> None:
     info = VersionInfo(
         registry="r",
         model="m",
         version=3,
-        trained=True,
+        trained=trained,
         metrics={"holdout_rows": 40, "holdout": {"loss": 0.25}},
         chosen=["task: binary"],
         notes=["alias champion names version 3"],
     )
     monkeypatch.setattr(launch, "train", lambda *_, **__: info)
     printed = tidemill("train", "d", "r", "m", "--target", "y").out.splitlines()
-    assert printed[1:] == ["score: loss 0.25 on 40 held-out rows", "  task: binary", "  alias champion names version 3"]
+    assert printed[1:] == ["score: loss 0.25 on 40 held-out rows", *decided, "  alias champion names version 3"]
+
+
+@pytest.mark.parametrize("by", ["flags", "a list", "a word", "a word in a list"])
+def test_weights_of_classes_are_a_list_or_a_word(
+    tidemill: Run, batch_calls: list[tuple[Any, ...]], tmp_path: Path, by: str
+) -> None:
+    (tmp_path / "spec.yaml").write_text({"a list": "class_weights: [1, 0.5, 0]"}.get(by, "class_weights: balanced"))
+    flags = {
+        "flags": ("--class-weights", "1", "0.5", "0"),
+        "a word in a list": ("--class-weights", "balanced"),
+    }.get(by, ("--spec", str(tmp_path / "spec.yaml")))
+    result = tidemill("train", "d", "r", "m", "--target", "y", *flags)
+    assert result.code == 0, result.err
+    assert batch_calls[0][3].class_weights == ((1, 0.5, 0) if by in ("flags", "a list") else "balanced")
 
 
 @pytest.mark.parametrize("write", [json.dumps, yaml.safe_dump])
@@ -624,6 +639,11 @@ FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
         (("train", "d", "r", "m"), "--target is missing: give it as a flag, or in the file that --spec names"),
         ((*FLAGS, "--epochs", "0"), "--epochs: input should be greater than or equal to 1, not '0'"),
         ((*FLAGS, "--task", "x"), "--task: input should be 'regression', 'binary' or 'multiclass', not 'x'"),
+        (
+            (*FLAGS, "--class-weights", "1", "-1"),
+            "--class-weights.1: give balanced, or a number of at least 0 for each class",
+        ),
+        ((*FLAGS, "--class-weights", "1", "balanced"), "--class-weights: balanced stands alone"),
         ((*FLAGS, "--holdout", "2"), "--holdout: input should be less than 1, not '2'"),
         ((*FLAGS, "--epoch", "1"), "Unknown option: --epoch. Did you mean --epochs?"),
         ((*FLAGS, "--model", "mlp"), "--model is set by its parts, such as --model.factory"),
@@ -1004,7 +1024,8 @@ def test_training_in_processes_of_their_own(place: Place, tmp_path: Path) -> Non
     told = list(dict.fromkeys(line.split(maxsplit=1)[1].split(":")[0] for line in lines))
     assert [words for words in told if words.startswith("epoch")] == ["epoch 1 of 2", "epoch 2 of 2"]
     assert "task" in told
-    assert told[-1] == "alias champion names version 0"
+    assert told[-1] == "epoch 2 of 2", "how it stands is told by the result"
+    assert info.notes[-1] == "alias champion names version 0"
 
     result = ended(bad)
     assert (result.code, result.out) == (1, "")

@@ -99,6 +99,14 @@ def test_the_baseline_stands_beside_the_score_where_the_manifest_has_one() -> No
     assert "baseline 3.25" in told(story)
 
 
+def test_the_version_that_was_replaced_stands_beside_the_score_or_why_it_was_not_compared() -> None:
+    story = Story()
+    story.batch(replaced={"alias": "champion", "version": 1204, "score": {"mae": 3.25, "rmse": 4.5}})
+    assert "version 1,204, which it replaced: 3.25" in told(story)
+    story.batch(replaced={"alias": "champion", "version": 0, "reason": "it is for <another> target"})
+    assert "not compared with version 0, which it replaced: it is for <another> target" in told(story)
+
+
 def test_a_page_tells_the_errors_the_decisions_and_the_rejected_shards() -> None:
     story = Story()
     story.batch()
