@@ -1,22 +1,28 @@
 """Automations on a real server: events reach a webhook, and an uploaded shard begins a run."""
 
 import json
+import math
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Final
 from uuid import uuid4
 
 import httpx
 import pytest
+from prefect.automations import AutomationCore, EventTrigger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from tests.s3_server import wait_until
 from tidemill.flows import automations, events
 from tidemill.flows.events import resource
 from tidemill.flows.online import online_training
+
+SHORTEST: Final = timedelta(seconds=10)
+"""Prefect takes no shorter time for what does not happen."""
 
 pytestmark = pytest.mark.xdist_group("flows")
 
@@ -93,6 +99,30 @@ def test_a_rejected_shard_reaches_the_webhook(client: SyncPrefectClient, prefect
             "event": events.REJECTED,
             "payload": about,
         }
+
+
+def test_a_model_that_has_committed_and_commits_nothing_more_reaches_the_webhook(
+    client: SyncPrefectClient, prefect_api: str
+) -> None:
+    with listening() as (url, heard):
+        automations.create(webhook=url, quiet_minutes=1)
+        (quiet,) = client.read_automations_by_name("tidemill: no commit")
+        assert isinstance(quiet.trigger, EventTrigger)
+        assert quiet.trigger.within == timedelta(minutes=1)
+        quiet.trigger.within = SHORTEST  # a minute is long
+        client.update_automation(quiet.id, AutomationCore.model_validate(quiet.model_dump(exclude={"id"})))
+        posted = -math.inf
+
+        def told() -> bool:
+            nonlocal posted  # seldom, for a commit is what ends the quiet; and the server takes a moment to know of an automation
+            if time.monotonic() > posted + 2 * SHORTEST.total_seconds():
+                post(prefect_api, events.COMMITTED, resource("s3://r", "quiet"), {"version": 1})
+                posted = time.monotonic()
+            return bool(heard)
+
+        wait_until(told, seconds=90, what="the webhook's call")
+        assert time.monotonic() > posted + SHORTEST.total_seconds() - 1
+        assert (heard[0]["automation"], heard[0]["model"]) == ("tidemill: no commit", "tidemill.model.quiet")
 
 
 def test_an_uploaded_shard_begins_one_run_for_many(client: SyncPrefectClient, prefect_api: str) -> None:
