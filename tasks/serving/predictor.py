@@ -38,13 +38,16 @@ class _Ready:
         self.encoder = RowEncoder(self.network.features, version.manifest.columns)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Predictor:
     """One version of a model, in memory and ready to predict: it never changes, and threads may share it. `load` makes it."""
 
     version: Version
     """Its `number`, its `manifest`, and that one's `sha256`, which tells it from a version of the same number elsewhere."""
     _ready: _Ready
+
+    def __repr__(self) -> str:
+        return f"<Predictor of {self.version.manifest.model!r}, version {self.version.number}>"
 
     @property
     def spec(self) -> Spec:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from functools import partial
 from typing import Any, Final
+from uuid import UUID
 
 import numpy as np
 import pyarrow as pa
@@ -239,8 +240,7 @@ class _Ids(dict[Any, int]):
 
     def __missing__(self, value: Any) -> int:
         found = self.of(value)
-        small = value is None or (-_INT64 <= value < _INT64 if isinstance(value, int) else len(value) <= LONGEST)
-        if small:
+        if _is_small(value):
             if len(self) >= REMEMBERED:
                 self.clear()
             self[value] = found
@@ -251,8 +251,14 @@ class _Ids(dict[Any, int]):
         return 0 if value is None else 1 + hash_bucket(self._data_of(value), self._buckets)
 
 
+def _is_small(value: object) -> bool:
+    if isinstance(value, str | bytes):
+        return len(value) <= LONGEST
+    return not isinstance(value, int) or -_INT64 <= value < _INT64
+
+
 def category_of(column: Input, kind: StoredType) -> Add:
-    """Text and bytes for text; for a number an int, a boolean, a float or a Decimal. An int never passes through a float."""
+    """Text, bytes or UUIDs; for a number an int, a boolean, a float or a Decimal. An int never passes through a float."""
     if column.family == "text":
         known = _Ids(column.buckets, _text)
 
@@ -292,6 +298,8 @@ def _text(value: Any) -> bytes:
         return value.encode()
     if isinstance(value, bytes):
         return value
+    if isinstance(value, UUID):
+        return value.bytes
     raise _other(value, "text")
 
 

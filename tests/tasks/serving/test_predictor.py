@@ -62,6 +62,7 @@ def test_tables_and_dicts_are_answered_with_what_predict_writes(memory_url: Make
     assert predictor.predict(table.select(["a", "b"]).to_pylist()) == written.to_pylist()
     assert predictor.version.number == 0
     assert predictor.spec.features[0].name == "a"
+    assert repr(predictor) == "<Predictor of 'model', version 0>"
 
 
 def pq_bytes(table: pa.Table) -> bytes:

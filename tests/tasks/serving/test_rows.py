@@ -233,6 +233,21 @@ def test_mixed_rows_have_the_bits_of_their_table(how: str, rows: list[dict[str, 
     assert_equal_bits(features, encoder, mixed_table(rows))
 
 
+def test_extension_types_are_read_as_what_they_are_stored_as() -> None:
+    images = np.arange(18, dtype=np.float32).reshape(3, 2, 3) / 7
+    users = pa.array([bytes(range(i, 16 + i)) for i in range(3)], pa.binary(16))
+    table = with_target(
+        {
+            "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
+            "flag": pa.ExtensionArray.from_storage(pa.bool8(), pa.array([1, 0, None], pa.int8())),
+            "user": pa.ExtensionArray.from_storage(pa.uuid(), users),
+            "note": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{}", None, "[1]"])),
+        }
+    )
+    features, encoder = encoders(table, {"image": "number", "flag": "number", "user": "category", "note": "category"})
+    assert_equal_bits(features, encoder, table)
+
+
 def test_many_rows_have_the_bits_of_their_table() -> None:
     dataset = mixed_dataset()
     many = pa.concat_tables([dataset] * (2 * ROWS_AT_ONCE // dataset.num_rows + 7))
