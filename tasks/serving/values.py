@@ -184,7 +184,7 @@ def _seconds(value: Any, unit: str) -> float:
             raise ValueError(
                 f"holds {_shown(value)}, but the model takes a time: give ISO 8601, as 2026-11-28T12:00:00Z"
             ) from None
-        if (more := _BELOW_MICROSECONDS.search(text)) is not None:
+        if ("." in text or "," in text) and (more := _BELOW_MICROSECONDS.search(text)) is not None:
             below = more[1]
     if isinstance(value, dt.datetime):
         since = value - (_EPOCH if value.tzinfo is None else _EPOCH_UTC)
