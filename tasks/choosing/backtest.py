@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from tidemill.progress import under_way
+from tidemill.storage.aliases import promote
 from tidemill.storage.chain import Version
 from tidemill.storage.dataset import Snapshot
 from tidemill.storage.errors import CorruptObject, DatasetChanged, DatasetError, StoreNotFound, UnknownVersion
@@ -118,9 +119,10 @@ def open_run(
 
 
 def told(run: "BacktestRun") -> Backtest:
-    """What has come of a run that has gone through; the page is written."""
+    """What has come of a run that has gone through; the page is written, and the alias that other commands go by is set."""
     result, points = _result(run)
     log = run.kept.log
+    promote(log, BatchSettings().alias, log.head())
     log.store.write(f"{log.model}.html", backtested(result, points).encode())
     return result
 

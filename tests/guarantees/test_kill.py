@@ -549,6 +549,7 @@ def test_garbage_collection(sweep: Sweep, trained: str, make_url: MakeUrl, tmp_p
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
 def test_compare(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
     """Two specs, each of some epochs; killed and started again, the table is the same."""
     fill(make_url("dataset"), DATASET)

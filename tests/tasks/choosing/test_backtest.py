@@ -1,5 +1,6 @@
 """Another spec on what a model was trained on: with the log's own spec it is the log, with another it is an honest model."""
 
+import copy
 import importlib
 import sys
 import uuid
@@ -23,6 +24,7 @@ from tidemill.tasks.choosing.compare import compare
 from tidemill.tasks.choosing.page import ShownBacktest
 from tidemill.tasks.choosing.results import Backtest
 from tidemill.tasks.code import StaleCode
+from tidemill.tasks.predict import predict
 from tidemill.tasks.settings import LabelSettings, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, SpecError
 from tidemill.tasks.training.spec import Model, Spec
@@ -74,8 +76,11 @@ class Place:
         )
         online.drain(self.url("inbox"), self.url("registry"), "model", settings)
 
-    def backtest(self, spec: Spec, to: str = "to", **more: Any) -> Backtest:
-        return backtest(self.url("registry"), "model", spec, [self.url("archive")], self.url(to), **more)
+    to = "to"
+    """Where backtests are kept."""
+
+    def backtest(self, spec: Spec, to: str | None = None, **more: Any) -> Backtest:
+        return backtest(self.url("registry"), "model", spec, [self.url("archive")], self.url(to or self.to), **more)
 
     def kept(self, found: Backtest) -> VersionLog:
         return open_log(found.kept_in, found.kept_as)
@@ -86,16 +91,30 @@ def place(memory_url: MakeUrl) -> Place:
     return Place(memory_url)
 
 
+@pytest.fixture(scope="module")
+def same_for_all() -> Place:
+    unique = uuid.uuid4().hex
+    return Place(lambda name: f"memory://{unique}/{name}")
+
+
+@pytest.fixture
+def shared(same_for_all: Place) -> Place:
+    """The same, made once, for tests that only read it."""
+    mine = copy.copy(same_for_all)
+    mine.to = uuid.uuid4().hex
+    return mine
+
+
 def consumed(log: VersionLog) -> list[Consumed]:
     return [shard for version in list(log.history(log.head()))[::-1] for shard in version.manifest.consumed]
 
 
-def test_with_the_logs_own_spec_the_scores_and_the_bits_are_the_logs(place: Place) -> None:
-    found = place.backtest(OWN)
+def test_with_the_logs_own_spec_the_scores_and_the_bits_are_the_logs(shared: Place) -> None:
+    found = shared.backtest(OWN)
     assert found.same == found.total.shards == 6
     assert found.verdict == ["Every score of every shard is that of the log, exactly."]
-    assert [shard.score for shard in consumed(place.kept(found))] == [shard.score for shard in consumed(place.log)]
-    theirs, mine = place.log.head().manifest.blobs, place.kept(found).head().manifest.blobs
+    assert [shard.score for shard in consumed(shared.kept(found))] == [shard.score for shard in consumed(shared.log)]
+    theirs, mine = shared.log.head().manifest.blobs, shared.kept(found).head().manifest.blobs
     assert (mine.weights.sha256, mine.state.sha256) == (theirs.weights.sha256, theirs.state.sha256)
 
 
@@ -106,16 +125,16 @@ def test_with_the_logs_own_spec_it_is_the_log_even_where_the_start_must_be_train
     assert "trained anew" in found.notes[0]
 
 
-def test_another_spec_is_scored_on_each_shard_before_it_is_trained_on_it(place: Place) -> None:
+def test_another_spec_is_scored_on_each_shard_before_it_is_trained_on_it(shared: Place) -> None:
     """As a model of that spec would have been, had it run in the place of the log's."""
-    found = place.backtest(OTHER)
-    place.log, theirs = place.log, consumed(place.log)
-    assert [shard.key for shard in consumed(place.kept(found))] == [shard.key for shard in theirs]
-    batch.train(place.url("one"), place.url("really"), "model", OTHER)
-    put(place.url("again"), {f"0{i}.parquet": rows(30 + i, 50 + i) for i in (0, 1)})
-    online.drain(place.url("again"), place.url("really"), "model", OnlineSettings(passes=2))
-    really = consumed(open_log(place.url("really"), "model"))
-    assert [shard.score for shard in consumed(place.kept(found))][:2] == [shard.score for shard in really]
+    found = shared.backtest(OTHER)
+    theirs = consumed(shared.log)
+    assert [shard.key for shard in consumed(shared.kept(found))] == [shard.key for shard in theirs]
+    batch.train(shared.url("one"), shared.url("really"), "model", OTHER)
+    put(shared.url("again"), {f"0{i}.parquet": rows(30 + i, 50 + i) for i in (0, 1)})
+    online.drain(shared.url("again"), shared.url("really"), "model", OnlineSettings(passes=2))
+    really = consumed(open_log(shared.url("really"), "model"))
+    assert [shard.score for shard in consumed(shared.kept(found))][:2] == [shard.score for shard in really]
     assert found.total.learner == pytest.approx(
         sum(shard.rows * shard.score["rmse"] for shard in theirs) / sum(shard.rows for shard in theirs)
     )
@@ -123,10 +142,10 @@ def test_another_spec_is_scored_on_each_shard_before_it_is_trained_on_it(place: 
     assert 0 < found.same + 1 <= found.total.shards
 
 
-def test_a_spec_that_knows_less_is_found_to_be_worse(place: Place) -> None:
+def test_a_spec_that_knows_less_is_found_to_be_worse(shared: Place) -> None:
     """And how sure that is: of 6 shards alone, by their standard error."""
-    found = place.backtest(BLIND)
-    good = place.backtest(OTHER)
+    found = shared.backtest(BLIND)
+    good = shared.backtest(OTHER)
     assert found.total.spec is not None
     assert good.total.spec is not None
     assert found.total.spec > 2 * good.total.spec
@@ -137,12 +156,12 @@ def test_a_spec_that_knows_less_is_found_to_be_worse(place: Place) -> None:
     assert ("it is worse" if worse else "not told apart") in found.verdict[0]
 
 
-def test_run_again_it_tells_the_same_and_trains_nothing(place: Place) -> None:
-    first = place.backtest(OTHER)
-    there, page = keys(place.url("to")), open_store(place.url("to")).read(f"{first.kept_as}.html")
-    assert place.backtest(OTHER) == first
-    assert keys(place.url("to")) == there
-    assert open_store(place.url("to")).read(f"{first.kept_as}.html") == page
+def test_run_again_it_tells_the_same_and_trains_nothing(shared: Place) -> None:
+    first = shared.backtest(OTHER)
+    there, page = keys(shared.url(shared.to)), open_store(shared.url(shared.to)).read(f"{first.kept_as}.html")
+    assert shared.backtest(OTHER) == first
+    assert keys(shared.url(shared.to)) == there
+    assert open_store(shared.url(shared.to)).read(f"{first.kept_as}.html") == page
 
 
 def test_when_the_log_has_grown_it_goes_on_from_where_it_was(place: Place) -> None:
@@ -154,55 +173,66 @@ def test_when_the_log_has_grown_it_goes_on_from_where_it_was(place: Place) -> No
     assert place.kept(found).head().number == before + 1
 
 
-def test_the_model_is_only_read(place: Place) -> None:
-    store = open_store(place.url("registry"))
-    before = {info.key: info.etag for info in store.list()}, keys(place.url("archive")), keys(place.url("inbox"))
-    place.backtest(OTHER)
+def test_the_model_is_only_read(shared: Place) -> None:
+    store = open_store(shared.url("registry"))
+    before = {info.key: info.etag for info in store.list()}, keys(shared.url("archive")), keys(shared.url("inbox"))
+    shared.backtest(OTHER)
     assert (
         {info.key: info.etag for info in store.list()},
-        keys(place.url("archive")),
-        keys(place.url("inbox")),
+        keys(shared.url("archive")),
+        keys(shared.url("inbox")),
     ) == before
 
 
 @pytest.mark.parametrize("spec", [OWN, OTHER])
-def test_what_is_kept_is_a_sound_history_of_its_own(place: Place, spec: Spec) -> None:
-    found = audit(place.kept(place.backtest(spec)))
+def test_what_is_kept_is_a_sound_history_of_its_own(shared: Place, spec: Spec) -> None:
+    found = audit(shared.kept(shared.backtest(spec)))
     assert found.findings == []
     assert found.consumed == 6
 
 
-def test_weights_that_nothing_goes_on_from_are_removed(place: Place) -> None:
+def test_what_is_kept_predicts_as_any_model_does(shared: Place) -> None:
+    """By its last version, which had seen the whole stream."""
+    found = shared.backtest(OWN)
+    put(shared.url("new"), {"1.parquet": rows(5, 7)})
+    out = shared.url(f"{shared.to}-predictions")
+    mine = predict(found.kept_in, found.kept_as, shared.url("new"), out, "champion")
+    assert mine.version == shared.kept(found).head().number
+    predict(shared.url("registry"), "model", shared.url("new"), f"{out}-log", "head")
+    assert open_store(out).read("1.parquet") == open_store(f"{out}-log").read("1.parquet")
+
+
+def test_weights_that_nothing_goes_on_from_are_removed(shared: Place) -> None:
     """Those of batch trainings, of what the log went back to and of the head are kept."""
-    log = place.kept(place.backtest(OTHER))
-    numbers = {int(key.split("/")[2].split("-")[0]) for key in keys(place.url("to")) if "/blobs/" in key}
+    log = shared.kept(shared.backtest(OTHER))
+    numbers = {int(key.split("/")[2].split("-")[0]) for key in keys(shared.url(shared.to)) if "/blobs/" in key}
     assert [version.manifest.kind for version in log.history(log.head())][::-1] == [
         *("batch", "online", "online", "rollback", "online", "batch", "online")
     ]
     assert numbers == {0, 1, 5, 6}
 
 
-def test_a_spec_that_names_its_users_own_code_needs_no_other_leave(place: Place) -> None:
+def test_a_spec_that_names_its_users_own_code_needs_no_other_leave(shared: Place) -> None:
     own = OTHER.model_copy(update={"model": Model(factory="tests.tasks.own_models:Plain")})
-    assert place.backtest(own).total.spec is not None
-    found = compare(place.url("one"), {"own": own}, place.url("compared"))
+    assert shared.backtest(own).total.spec is not None
+    found = compare(shared.url("one"), {"own": own}, shared.url("compared"))
     assert found.best.failed is None
 
 
 def test_edited_code_of_the_user_begins_another_backtest(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = tmp_path / f"own_{uuid.uuid4().hex}.py"
     module.write_text("import torch\nNet = lambda: torch.nn.Linear(2, 1)\n")
     monkeypatch.syspath_prepend(tmp_path)
     own = OTHER.model_copy(update={"model": Model(factory=f"{module.stem}:Net")})
-    first = place.backtest(own)
-    assert place.backtest(own) == first
+    first = shared.backtest(own)
+    assert shared.backtest(own) == first
     module.write_text("import torch\nNet = lambda: torch.nn.Linear(2, 1, bias=False)\n")
     with pytest.raises(StaleCode, match="has changed since this process imported it"):
-        place.backtest(own)
+        shared.backtest(own)
     importlib.reload(sys.modules[module.stem])
-    second = place.backtest(own)
+    second = shared.backtest(own)
     assert second.kept_as != first.kept_as
     assert second.total.spec != first.total.spec
 
@@ -294,12 +324,12 @@ def test_a_shard_of_other_bytes_is_named_by_its_sha256(place: Place) -> None:
         place.backtest(OTHER)
 
 
-def test_a_spec_of_another_target_or_task_is_refused(place: Place) -> None:
+def test_a_spec_of_another_target_or_task_is_refused(shared: Place) -> None:
     with pytest.raises(SpecError, match="task 'regression' of target 'y', the other spec for 'regression' of 'b'"):
-        place.backtest(Spec(features=["a"], target="b"))
+        shared.backtest(Spec(features=["a"], target="b"))
     with pytest.raises(SpecError, match="the other spec for 'binary' of 'y'"):
-        place.backtest(Spec(features=["a"], target="y", task="binary"))
-    assert keys(place.url("to")) == []
+        shared.backtest(Spec(features=["a"], target="y", task="binary"))
+    assert keys(shared.url(shared.to)) == []
 
 
 def test_a_start_whose_dataset_has_changed_is_refused_unless_another_is_named(place: Place) -> None:
@@ -330,18 +360,18 @@ def test_a_later_batch_training_whose_dataset_is_gone_is_passed_over_and_told(pl
     assert place.backtest(OTHER) == found
 
 
-def test_columns_that_the_shards_lack_and_a_training_that_diverges_are_told(place: Place) -> None:
-    put(place.url("wide"), {"part.parquet": rows(100, 1).append_column("c", pa.array([1.0, 2.0] * 50))})
+def test_columns_that_the_shards_lack_and_a_training_that_diverges_are_told(shared: Place) -> None:
+    put(shared.url("wide"), {"part.parquet": rows(100, 1).append_column("c", pa.array([1.0, 2.0] * 50))})
     with pytest.raises(ColumnError, match=r"'c' is missing from .*00.parquet"):
-        place.backtest(Spec(features=["a", "c"], target="y"), dataset=place.url("wide"))
+        shared.backtest(Spec(features=["a", "c"], target="y"), dataset=shared.url("wide"))
     with pytest.raises(NonFiniteLoss):
-        place.backtest(OTHER.model_copy(update={"learning_rate": 1e30}))
+        shared.backtest(OTHER.model_copy(update={"learning_rate": 1e30}))
 
 
-def test_results_may_not_lie_in_what_is_read(place: Place) -> None:
+def test_results_may_not_lie_in_what_is_read(shared: Place) -> None:
     for to in ("registry", "registry/to", "archive/to", "inbox/to"):
         with pytest.raises(PlacesOverlap):
-            place.backtest(OTHER, to)
+            shared.backtest(OTHER, to)
 
 
 def test_a_history_that_was_replaced_is_not_mixed_with_what_was_kept(place: Place) -> None:
