@@ -11,6 +11,7 @@ from tests.docs.pages import pages
 from tidemill.flows.cli import app
 from tidemill.storage import tombstones
 from tidemill.tasks import telling
+from tidemill.tasks.exporting import checking
 from tidemill.tasks.online import delayed, reading, selection
 from tidemill.tasks.settings import BatchSettings, GateSettings, Limits, OnlineSettings
 from tidemill.tasks.training import classes, resolving, survey
@@ -75,6 +76,8 @@ NUMBERS = [
         "docs/data-and-models.md",
         f"of at least {survey.LEAST_NUMBERED}. The first {survey.JUDGED_ROWS:,} rows are judged.",
     ),
+    ("docs/how-to/export.md", f"on {checking.MADE_UP_ROWS} made-up rows"),
+    ("docs/how-to/export.md", f"the first {checking.CHECKED_ROWS:,} rows of a dataset"),
     ("docs/learning.md", f"fell by more than {telling.SETTLED:.0%} in the last epoch"),
     ("docs/deployment.md", f"each of the last {tombstones.WINDOW:,} shards once"),
 ]

@@ -27,6 +27,7 @@ from tidemill.storage.log import open_log
 from tidemill.storage.probe import check_inbox
 from tidemill.storage.retention import collect_garbage
 from tidemill.storage.urls import open_store
+from tidemill.tasks.exporting.export import export
 from tidemill.tasks.predict import predict
 
 NAMES: Final = sorted(path.stem for path in POLICIES.glob("*.json"))
@@ -80,6 +81,7 @@ class Place:
         collect_garbage(log, keep=1)
         predict(self.url("registry"), "m", self.url("dataset"), self.url("predictions"), "head", [])
         predict(self.url("registry"), "m", self.url("dataset"), self.url("predictions"), "head", [])
+        export(self.url("registry"), "m", f"{self.url('predictions')}/m.pt2", "torch")
 
 
 @pytest.fixture
