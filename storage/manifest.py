@@ -121,10 +121,10 @@ class JoinedLabels(ShardRef):
 
 
 class OpenLabels(ShardRef):
-    """A shard of labels that come row by row. Some of its rows are settled: features that were consumed have their keys."""
+    """A shard of labels that come row by row. Some of its rows are used: features that were consumed have their keys."""
 
     rows: int
-    settled: str
+    used: str
     """Which rows: a bit for each, the first one the lowest of the first byte; deflated (RFC 1950), as base64."""
 
 
@@ -286,7 +286,7 @@ class Entry(Record):
     rejected: tuple[Rejected, ...] = ()
     owed: tuple[Owed, ...] = ()
     open_labels: tuple[OpenLabels, ...] | None = None
-    """Shards of labels that come row by row, settled in part by this version or one before it. Each version carries them on until
+    """Shards of labels that come row by row, used in part by this version or one before it. Each version carries them on until
     they are done. Since format 2.2."""
     done_labels: tuple[DoneLabels, ...] | None = None
     """Such shards that this version is done with. Since format 2.2."""

@@ -19,6 +19,7 @@ from tidemill.storage.manifest import ShardRef
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.store import ObjectInfo
 from tidemill.tasks.online.latest import LabelRows, keys_of
+from tidemill.tasks.online.matching import Match, matches
 from tidemill.tasks.online.reading import AHEAD_BYTES, Later, fetched, may_be_the_shards, unfinished
 from tidemill.tasks.training.errors import ColumnError, described
 from tidemill.tasks.training.features import Features
@@ -87,6 +88,8 @@ class Ledger:
     _labels: dict[Known, Came] = field(default_factory=dict)
     _denied: dict[Known, tuple[float, str]] = field(default_factory=dict)
     """What could not be read: when that was found (`time.monotonic`), and why."""
+    _matched: tuple[tuple[Any, ...], list[Match]] | None = None
+    """The last answer of `matches`, and what it is about: an idle run looks again and again."""
 
     def features(
         self,
@@ -160,6 +163,15 @@ class Ledger:
 
         return self._held(self._labels, read, inbox, listed, reach, LABELS_BYTES)
 
+    def matches(self, waits: Sequence[Keys], labels: Sequence[Came], wait: timedelta) -> list[Match]:
+        """How shards of features, whose keys are known, and shards of labels belong together; found anew where any differs."""
+        found = [(each.ref.last_modified, each.keys_N) for each in waits if each.keys_N is not None]
+        came = [(each.ref.last_modified, each.rows.keys_L) for each in labels if each.rows is not None]
+        which = (*(_of(each.ref) for each in waits), None, *(_of(each.ref) for each in labels), wait)
+        if self._matched is None or self._matched[0] != which:
+            self._matched = which, matches(found, came, wait)
+        return self._matched[1]
+
     def _held(
         self,
         held: dict[Known, T],
@@ -200,6 +212,10 @@ class Ledger:
         now = time.monotonic()
         self._denied = {known: about for known, about in self._denied.items() if now - about[0] < READ_AGAIN_SECONDS}
         return {key: why for (url, key), (_, why) in self._denied.items() if url == inbox.url}
+
+
+def _of(ref: ShardRef) -> tuple[str, str, datetime]:
+    return ref.key, ref.etag, ref.last_modified
 
 
 def _known(info: ObjectInfo) -> Known:

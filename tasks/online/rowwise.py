@@ -1,7 +1,7 @@
-"""Labels that come row by row: which shards of features are settled, by which labels, and which labels are of no more use.
+"""Labels that come row by row: which shards of features are ready, with which labels, and which labels are of no more use.
 
 The rule (docs/learning.md, "Labels that come row by row"): a shard of labels counts for a shard of features if they were written
-within `wait_seconds` of each other, by the clocks of their stores. The features are settled once each of their rows has a label,
+within `wait_seconds` of each other, by the clocks of their stores. The features are ready once each of their rows has a label,
 or when that time is over; and the last label of a row counts. This process's clock tells only that a time is over.
 
 No label goes that may still be needed: a shard of labels stays in its inbox until features that were consumed have the key of
@@ -25,9 +25,9 @@ from tidemill.storage.parquet import RowGroup
 from tidemill.storage.store import ObjectInfo
 from tidemill.tasks.online.latest import Latest, keys_of, labelled
 from tidemill.tasks.online.ledger import LABELS_BYTES, Ledger, Reach
-from tidemill.tasks.online.matching import Match, matches
+from tidemill.tasks.online.matching import Match
 from tidemill.tasks.online.reading import Later, Read, Readable
-from tidemill.tasks.online.settled import decoded, encoded
+from tidemill.tasks.online.used import decoded, encoded
 from tidemill.tasks.online.work import Work
 from tidemill.tasks.settings import LabelSettings
 from tidemill.tasks.training.features import Features
@@ -37,7 +37,7 @@ LISTED: Final = 100_000
 
 
 class RowLabels:
-    """What one look has found: labels, and the shards of features that are settled by them."""
+    """What one look has found: labels, and the shards of features that are ready with them."""
 
     def __init__(
         self,
@@ -102,29 +102,25 @@ class RowLabels:
         """Keys of the labels that are in the inbox; None: not all of them are known."""
         at_once = [each.ref for each in waits if each.keys_N is None or was_consumed(each.ref)]
         waits = [each for each in waits if each.keys_N is not None and not was_consumed(each.ref)]
-        found = matches(
-            [(each.ref.last_modified, each.keys_N) for each in waits if each.keys_N is not None],
-            [(each.ref.last_modified, each.rows.keys_L) for each in self._labels if each.rows is not None],
-            self._wait,
-        )
+        found = ledger.matches(waits, self._labels, self._wait)
         self._matches = {(each.ref.key, each.ref.etag): match for each, match in zip(waits, found, strict=True)}
         self._needed = Counter(shard for match in found for shard in self._shards_of(match.touched))
         """For each of the labels, by its place, how many shards of features wait for it."""
-        settled = [(ref.last_modified, ref.key, ref.etag) for ref in at_once]
+        ready = [(ref.last_modified, ref.key, ref.etag) for ref in at_once]
         for each, match in zip(waits, found, strict=True):
-            if (when := self._settled_at(each.ref, match, settings.corrections, now)) is not None:
-                settled.append((when, each.ref.key, each.ref.etag))
+            if (when := self._ready_at(each.ref, match, settings.corrections, now)) is not None:
+                ready.append((when, each.ref.key, each.ref.etag))
         infos = {(info.key, info.etag): info for info in self.features.shards}
-        self.settled = [infos[key, etag] for _, key, etag in sorted(settled)]
-        """The shards of features that have their turn now. In the order in which they were settled, whenever that is seen."""
+        self.ready = [infos[key, etag] for _, key, etag in sorted(ready)]
+        """The shards of features that have their turn now. In the order in which they became ready, whenever that is seen."""
         self._over = [shard for shard, each in enumerate(self._labels) if self._is_over(each.ref, shard, now)]
 
     def _shards_of(self, labels: Any) -> list[int]:
         """Which shards these labels are in, each once."""
         return np.unique(np.searchsorted(self._begins, labels, "right") - 1).tolist()  # type: ignore[no-any-return]
 
-    def _settled_at(self, ref: ShardRef, match: Match, corrections: bool, now: datetime) -> datetime | None:
-        """When a shard of features was settled; None: it waits."""
+    def _ready_at(self, ref: ShardRef, match: Match, corrections: bool, now: datetime) -> datetime | None:
+        """When a shard of features became ready; None: it waits."""
         if match.complete_at is not None and not corrections:
             return match.complete_at
         limit = ref.last_modified + self._wait
@@ -148,7 +144,7 @@ class RowLabels:
         return hashlib.sha256(repr(labels).encode(errors="surrogatepass")).hexdigest()
 
     def completed(self, shard: Shard, groups: Sequence[RowGroup], features: Features) -> Read:
-        """A settled shard of features with its labels.
+        """A shard of features that is ready, with its labels.
 
         Raises:
             ShardRejected: it has a target already, or no keys.
@@ -184,7 +180,7 @@ class RowLabels:
         """Add to the work of a commit what becomes of the labels. For whatever it takes of this look, once.
 
         Those that can never be used are rejected. So are those whose time is over, if no row of them was of any use. The others
-        are done with when it is over, or when each of their rows is settled and no features that wait have a key of them; until
+        are done with when it is over, or when each of their rows is used and no features that wait have a key of them; until
         then they are open, and the work carries them on.
 
         Args:
@@ -194,42 +190,42 @@ class RowLabels:
         before = {
             (spelled(each.inbox), each.key, each.sha256): each for each in work.head.version.manifest.open_labels or ()
         }
-        settled: dict[int, Any] = {}
+        used: dict[int, Any] = {}
         for place, came in enumerate(self._labels):
             if (earlier := before.pop(came.ref.identity, None)) is not None:
-                settled[place] = decoded(earlier)
+                used[place] = decoded(earlier)
         for shard in (*work.consumed, *work.rejected):
             if (match := self._matches.pop((shard.key, shard.etag), None)) is None:
                 continue
             self._needed.subtract(self._shards_of(match.touched))
             if isinstance(shard, Consumed):
-                self._settle(match.touched, settled)
+                self._use(match.touched, used)
         still_open, done = list[OpenLabels](), list[DoneLabels]()
-        for place, settled_L in sorted(settled.items()):
-            ref, rows, left = self._labels[place].ref, len(settled_L), int((~settled_L).sum())
+        for place, used_L in sorted(used.items()):
+            ref, rows, left = self._labels[place].ref, len(used_L), int((~used_L).sum())
             if place in self._over or not (left or self._needed[place]):
                 done.append(DoneLabels(**dict(ref), rows=rows, unmatched=left))
             else:
-                still_open.append(OpenLabels(**dict(ref), rows=rows, settled=encoded(settled_L)))
+                still_open.append(OpenLabels(**dict(ref), rows=rows, used=encoded(used_L)))
         for each in before.values():
             if self._is_gone(each, spelled):
                 left = int((~decoded(each)).sum())
-                done.append(DoneLabels(**each.model_dump(exclude={"settled"}), unmatched=left))
+                done.append(DoneLabels(**each.model_dump(exclude={"used"}), unmatched=left))
             else:
                 still_open.append(each)
         work.open_labels, work.done_labels = tuple(still_open), tuple(done)
         work.rejected += self._unusable
         work.rejected += [
-            _useless(self._labels[place].ref, self._wait, self._key) for place in self._over if place not in settled
+            _useless(self._labels[place].ref, self._wait, self._key) for place in self._over if place not in used
         ]
         self._unusable, self._over = [], []
 
-    def _settle(self, touched: Any, settled: dict[int, Any]) -> None:
+    def _use(self, touched: Any, used: dict[int, Any]) -> None:
         """Note that features that were consumed have the keys of these labels."""
         for place in self._shards_of(touched):
             begin, end = self._begins[place : place + 2].tolist()
-            settled_L = settled.setdefault(place, np.zeros(end - begin, dtype=bool))
-            settled_L[touched[(touched >= begin) & (touched < end)] - begin] = True
+            used_L = used.setdefault(place, np.zeros(end - begin, dtype=bool))
+            used_L[touched[(touched >= begin) & (touched < end)] - begin] = True
 
     def _is_gone(self, labels: OpenLabels, spelled: Callable[[str], str]) -> bool:
         """Whether somebody has removed or replaced a shard of labels that is still open."""

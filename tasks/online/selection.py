@@ -120,7 +120,7 @@ def select(head: Head, places: Places, settings: OnlineSettings, without: Collec
                 head.has,
                 settings.grace_seconds,
             )
-            listing, shards = delayed.features, delayed.settled
+            listing, shards = delayed.features, delayed.ready
     passed_over |= {(inbox.url, key, ""): reason for key, reason in listing.passed_over.items()}
     if delayed is not None:
         passed_over |= {(delayed.inbox.url, key, ""): reason for key, reason in delayed.passed_over.items()}

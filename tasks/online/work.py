@@ -138,7 +138,7 @@ class Work:
     unreadable: dict[Identity, str] = field(default_factory=dict)
     """Shards that cannot be read -> why."""
     open_labels: tuple[OpenLabels, ...] | None = None
-    """Shards of labels that come row by row, settled in part from now on; None: those of the head."""
+    """Shards of labels that come row by row, used in part from now on; None: those of the head."""
     done_labels: tuple[DoneLabels, ...] = ()
     """Such shards that are of no more use."""
     new_columns: dict[str, str] = field(default_factory=dict)

@@ -188,7 +188,7 @@ def careless_drain(
     def careless(labels: RowLabels, work: Work, spelled: Callable[[str], str]) -> None:
         close(labels, work, spelled)
         used = [each for each in work.open_labels or () if not work.head.has(each)]
-        done = [DoneLabels(**each.model_dump(exclude={"settled"}), unmatched=0) for each in used]
+        done = [DoneLabels(**each.model_dump(exclude={"used"}), unmatched=0) for each in used]
         work.open_labels, work.done_labels = (), (*work.done_labels, *done)
 
     with patch.object(RowLabels, "close", careless):

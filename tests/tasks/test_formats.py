@@ -16,8 +16,8 @@ from tidemill.storage.audit import audit
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.manifest import FORMAT, Compared, decode
-from tidemill.tasks.online.settled import decoded
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
+from tidemill.tasks.online.used import decoded
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.versions import load_learner
 

@@ -20,8 +20,8 @@ from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.online import ledger, rowwise
 from tidemill.tasks.online.report import OnlineReport
-from tidemill.tasks.online.settled import decoded, encoded
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
+from tidemill.tasks.online.used import decoded, encoded
 from tidemill.tasks.reproduce import reproduce
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 
@@ -128,7 +128,7 @@ def test_features_are_trained_on_once_each_row_has_a_label_as_if_all_had_come_to
     assert other.bits == world.bits
 
 
-def test_a_shard_of_labels_stays_until_each_of_its_rows_is_settled(world: World) -> None:
+def test_a_shard_of_labels_stays_until_each_of_its_rows_is_used(world: World) -> None:
     for at, key in enumerate("abc"):
         world.put("inbox", f"{key}.parquet", features(10 * at, 10 * at + 10), ago=90 - at)
     world.put("labels", "most.parquet", labels(*range(25)), ago=50)
@@ -165,7 +165,7 @@ def test_the_last_label_of_a_row_counts(world: World) -> None:
         ("b.parquet", 2),
         ("c.parquet", 1),
     ]
-    assert world.left == ([], []), "labels that another has overtaken are settled too"
+    assert world.left == ([], []), "labels that another has overtaken are used too"
     again = reproduce(world.log, [open_store(world.url("archive"))])
     assert (again.reproduced, again.findings) == (1, [])
 
@@ -235,8 +235,8 @@ def test_numbers_and_the_text_that_writes_them_are_the_same_key_and_labels_may_h
     assert reproduce(world.log, [open_store(world.url("archive"))]).findings == []
 
 
-def test_the_order_of_training_is_that_in_which_shards_were_settled_whenever_that_is_seen(world: World) -> None:
-    """One that waits in vain for a row is settled when its time is over, after those that were complete before."""
+def test_the_order_of_training_is_that_in_which_shards_became_ready_whenever_that_is_seen(world: World) -> None:
+    """One that waits in vain for a row is ready when its time is over, after those that were complete before."""
 
     def fill(some: World) -> None:
         some.put("inbox", "in-vain.parquet", features(0, 10), ago=HOUR + 100)
@@ -306,7 +306,7 @@ def test_labels_that_others_remove_or_replace_are_carried_on_no_longer(world: Wo
 
 
 @pytest.mark.parametrize("change", ["rollback", "batch"])
-def test_what_is_settled_is_carried_on_by_versions_of_every_kind(world: World, change: str) -> None:
+def test_what_is_used_is_carried_on_by_versions_of_every_kind(world: World, change: str) -> None:
     world.put("inbox", "a.parquet", features(0, 10), ago=90)
     world.put("labels", "l.parquet", labels(*range(20)), ago=50)
     world.drain()
@@ -322,7 +322,7 @@ def test_what_is_settled_is_carried_on_by_versions_of_every_kind(world: World, c
     assert world.left == ([], [])
 
 
-def test_an_audit_finds_a_version_that_forgets_what_is_settled(world: World) -> None:
+def test_an_audit_finds_a_version_that_forgets_what_is_used(world: World) -> None:
     world.put("inbox", "a.parquet", features(0, 10), ago=90)
     world.put("labels", "l.parquet", labels(*range(20)), ago=50)
     world.drain()
@@ -440,13 +440,13 @@ def test_another_run_takes_a_step_at_any_call_and_no_label_is_lost(full: bool) -
         assert [about["key"] for about in quarantined(world.log).values()] == ["orphan.parquet"]
 
 
-def test_what_is_settled_is_read_back_as_it_was_written_or_refused() -> None:
+def test_what_is_used_is_read_back_as_it_was_written_or_refused() -> None:
     import numpy as np
 
-    settled = np.random.default_rng(0).random(1001) < 0.3
+    used = np.random.default_rng(0).random(1001) < 0.3
     record = {"inbox": "i", "key": "k", "sha256": "s", "etag": "e", "size": 1, "last_modified": datetime.now(UTC)}
-    labels = OpenLabels(**record, rows=1001, settled=encoded(settled))
-    assert (decoded(labels) == settled).all()
-    for bad in ("", "no base64!", encoded(settled[:900]), encoded(np.zeros(10**7, dtype=bool)), labels.settled[:-8]):
+    labels = OpenLabels(**record, rows=1001, used=encoded(used))
+    assert (decoded(labels) == used).all()
+    for bad in ("", "no base64!", encoded(used[:900]), encoded(np.zeros(10**7, dtype=bool)), labels.used[:-8]):
         with pytest.raises(CorruptObject, match="i/k"):
-            decoded(labels.model_copy(update={"settled": bad}))
+            decoded(labels.model_copy(update={"used": bad}))

@@ -1,4 +1,4 @@
-"""Which rows of a shard of labels are settled: features that were consumed have their keys. Kept in the manifests, bit by bit.
+"""Which rows of a shard of labels are used: features that were consumed have their keys. Kept in the manifests, bit by bit.
 
 Shape legend: L rows of a shard of labels.
 """
@@ -14,13 +14,13 @@ from tidemill.storage.errors import CorruptObject
 from tidemill.storage.manifest import OpenLabels
 
 
-def encoded(settled_L: Any) -> str:
-    """bool [L] as the field `settled` of a manifest."""
-    return base64.b64encode(zlib.compress(np.packbits(settled_L, bitorder="little").tobytes())).decode()
+def encoded(used_L: Any) -> str:
+    """bool [L] as the field `used` of a manifest."""
+    return base64.b64encode(zlib.compress(np.packbits(used_L, bitorder="little").tobytes())).decode()
 
 
 def decoded(labels: OpenLabels) -> Any:
-    """bool [L] of the rows of a shard of labels that earlier versions have settled.
+    """bool [L] of the rows of a shard of labels that earlier versions have used.
 
     Raises:
         CorruptObject: the field is not what Tidemill wrote.
@@ -28,13 +28,13 @@ def decoded(labels: OpenLabels) -> Any:
     size = (labels.rows + 7) // 8
     try:
         unpacker = zlib.decompressobj()
-        data = unpacker.decompress(base64.b64decode(labels.settled, validate=True), size + 1)
+        data = unpacker.decompress(base64.b64decode(labels.used, validate=True), size + 1)
     except (binascii.Error, ValueError, zlib.error) as error:
         raise CorruptObject(
-            f"{labels.inbox}/{labels.key}: the manifest does not say which rows are settled: {error}"
+            f"{labels.inbox}/{labels.key}: the manifest does not say which rows are used: {error}"
         ) from error
     if len(data) != size or not unpacker.eof:
         raise CorruptObject(
-            f"{labels.inbox}/{labels.key}: the manifest does not say which of its {labels.rows} rows are settled"
+            f"{labels.inbox}/{labels.key}: the manifest does not say which of its {labels.rows} rows are used"
         )
     return np.unpackbits(np.frombuffer(data, dtype=np.uint8), count=labels.rows, bitorder="little").astype(bool)
