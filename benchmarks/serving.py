@@ -114,7 +114,7 @@ class Server:
 
     def _wait(self) -> None:
         told: object = None
-        for _ in range(300):
+        for _ in range(600):
             if self._process.poll() is not None:
                 break
             try:

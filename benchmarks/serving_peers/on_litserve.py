@@ -18,7 +18,7 @@ class Api(litserve.LitAPI):
         torch.set_num_threads(1)
         self.predictor = tidemill.load(self.registry, self.model)
 
-    def decode_request(self, request: Any) -> Any:
+    def decode_request(self, request):  # a type would make it a parameter of the query
         return request
 
     def predict(self, given: Any) -> Any:

@@ -37,6 +37,6 @@ if __name__ == "__main__":
     os.environ["PYTHONPATH"] = f"{HERE.parent}:{os.environ['PYTHONPATH']}"
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     folder = f"{tempfile.mkdtemp()}/model"
-    mlflow.pyfunc.save_model(folder, loader_module=HERE.stem)
+    mlflow.pyfunc.save_model(folder, loader_module=HERE.stem, pip_requirements=[])
     serve = ["models", "serve", "-m", folder, "--env-manager", "local", "--workers", "1", "-h", "127.0.0.1", "-p", port]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", *serve])
