@@ -16,8 +16,8 @@ class MissingExtra(Exception):
     """Packages that only a part of Tidemill needs are not installed."""
 
 
-class PortTaken(Exception):
-    """A server cannot listen where it was told to."""
+class CannotServe(Exception):
+    """A server cannot start: it cannot listen where it was told to, or its token is empty."""
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tidemill.storage.inbox import open_inbox
 from tidemill.storage.log import VersionLog
 from tidemill.storage.overlap import keep_out_of_dataset, keep_out_of_registry, named_datasets
 from tidemill.storage.urls import open_store
-from tidemill.tasks.errors import PortTaken, of_extra
+from tidemill.tasks.errors import CannotServe, of_extra
 from tidemill.tasks.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def serve(registry: str, model: str, settings: ServeSettings) -> None:
 
     Raises:
         MissingExtra: the packages of tidemill[serve] are not installed.
-        PortTaken: the port cannot be had.
+        CannotServe: the port cannot be had, or the token is empty.
         InvalidURL: there is no such store.
         PlacesOverlap: answers would be logged into the registry or a dataset of the model.
     """
@@ -62,6 +62,8 @@ def serve(registry: str, model: str, settings: ServeSettings) -> None:
         import uvloop  # noqa: F401
         from uvicorn.supervisors import Multiprocess
 
+    if os.environ.get(TOKEN) == "":  # a secret that was not filled in must not open the server to everybody
+        raise CannotServe(f"{TOKEN} is set, and empty: give it a token, or unset it to let everybody ask")
     log = VersionLog(open_store(registry), model)
     if settings.log_to is not None:
         _check_place(log, open_inbox(settings.log_to).url)
@@ -110,7 +112,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens.
 
     Raises:
-        PortTaken: it cannot, and why.
+        CannotServe: it cannot, and why.
     """
     try:
         ((family, _, _, _, address), *_) = socket.getaddrinfo(
@@ -121,7 +123,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(BACKLOG)  # now: two that are bound and do not listen yet may have one port
     except OSError as error:
-        raise PortTaken(
+        raise CannotServe(
             f"port {port} of {host} cannot be listened on: {error.strerror or error}. Choose another one: --port, --host"
         ) from error
     return listening

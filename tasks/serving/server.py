@@ -81,17 +81,22 @@ class Service:
         asked = headers.get(b"x-request-id", b"")
         has_id = _ID.fullmatch(asked) is not None
         told = {"x-request-id": asked.decode() if has_id else uuid.uuid4().hex}
+        status = 500  # of whatever is not foreseen here
         try:
             self._check_token(headers)
             if asked and not has_id:
                 raise Refused(400, "x-request-id takes 1 to 128 characters of ASCII, without spaces")
             answer = await self._predicted(request, headers, told)
+            status = answer.status_code
+            return answer
         except Refused as refused:
-            answer = refusal(refused, told)
+            status = refused.status
+            return refusal(refused, told)
         except ClientDisconnect:
-            answer = Response(status_code=499)  # which nobody reads; nginx counts them so too
-        self.numbers.answered(answer.status_code, time.perf_counter() - began)
-        return answer
+            status = 499  # as nginx counts those that went away
+            return Response(status_code=status)
+        finally:
+            self.numbers.answered(status, time.perf_counter() - began)
 
     async def _predicted(self, request: Request, headers: Mapping[bytes, bytes], told: dict[str, str]) -> Response:
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
@@ -144,8 +149,8 @@ class Service:
             raise Refused(500, str(error)) from error
         self.numbers.rows.inc(len(outputs))
         if self.log is not None:
-            asked = {"table": rows} if isinstance(rows, pa.Table) else {"body": body}
-            self.log.add(Answered(predictor, told["x-request-id"], time.time(), outputs, **asked))
+            table = rows if isinstance(rows, pa.Table) else None
+            self.log.add(Answered(predictor, told["x-request-id"], time.time(), outputs, body, table))
         return answer(predictor, outputs, told)
 
     def _check_token(self, headers: Mapping[bytes, bytes]) -> None:

@@ -44,10 +44,10 @@ class Answered:
     """When it was answered, in seconds since 1970."""
     outputs: Tensor
     """[N] or [N, O]."""
-    body: bytes = b""
-    """JSON, unless the rows came as a table: Python's objects would take ten times as much memory."""
+    body: bytes
+    """As it came: of JSON, Python's objects would take ten times as much memory."""
     table: pa.Table | None = None
-    """Of the model's features only."""
+    """Its rows, if it is no JSON: the model's features only, which may lie in the memory of the body."""
 
     @property
     def rows(self) -> int:
@@ -56,8 +56,8 @@ class Answered:
     @property
     def size(self) -> int:
         """Bytes in memory."""
-        rows = len(self.body) if self.table is None else self.table.nbytes
-        return _OVERHEAD + rows + 4 * self.outputs.numel()
+        decoded = 0 if self.table is None else self.table.nbytes
+        return _OVERHEAD + len(self.body) + decoded + 4 * self.outputs.numel()
 
 
 def table_of_answers(answers: Sequence[Answered]) -> pa.Table:

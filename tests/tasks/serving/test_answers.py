@@ -132,17 +132,17 @@ def test_the_log_holds_what_was_asked_and_answered_as_the_model_reads_it(memory_
     assert by_id["one/0"]["city"] == 2**60 + 1
 
 
-def test_labels_stand_in_the_log_with_their_probabilities(memory_url: MakeUrl) -> None:
+def test_labels_stand_in_the_log_with_their_probabilities(make_url: MakeUrl) -> None:
     table = rows(50, 0)
     kinds = pa.array(["yes" if y > 0 else "no" for y in table.column("y").to_pylist()])
-    put(memory_url("dataset"), {"part.parquet": table.set_column(2, "y", kinds)})
-    batch.train(memory_url("dataset"), memory_url("registry"), "model", Spec(features=["a", "b"], target="y"))
+    put(make_url("dataset"), {"part.parquet": table.set_column(2, "y", kinds)})
+    batch.train(make_url("dataset"), make_url("registry"), "model", Spec(features=["a", "b"], target="y"))
     with (
-        serving(memory_url("registry"), QUICK.model_copy(update={"log_to": memory_url("inbox")})) as port,
+        serving(make_url("registry"), QUICK.model_copy(update={"log_to": make_url("inbox")})) as port,
         Client(port) as asking,
     ):
         answer = asking.predict(table.select(["a", "b"]).slice(0, 5).to_pylist()).json
-    found = logged(memory_url("inbox"))
+    found = logged(make_url("inbox"))
     assert found.column(PREDICTION).to_pylist() == answer["predictions"]
     probabilities = pa.array(answer["probabilities"], found.schema.field(PROBABILITIES).type)
     assert found.column(PROBABILITIES).to_pylist() == probabilities.to_pylist()
