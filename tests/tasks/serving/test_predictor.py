@@ -35,6 +35,8 @@ TARGETS = {
     "classes": ({"task": "multiclass", "classes": 3}, lambda y: 0 if y < -1 else 1 if y < 1 else 2),
     "labels of classes": ({"task": "multiclass"}, lambda y: "low" if y < -1 else "mid" if y < 1 else "high"),
 }
+DROPPING = {"factory": "mlp", "arguments": {"hidden": [8], "dropout": 0.5}}
+"""Another model in training than in evaluation."""
 
 
 def train(url: MakeUrl, seed: int = 7) -> None:
@@ -50,7 +52,7 @@ def test_tables_and_dicts_are_answered_with_what_predict_writes(memory_url: Make
     table = table.set_column(2, "y", pa.array([value_of(y) for y in table["y"].to_pylist()]))
     put(memory_url("dataset"), {"a.parquet": pq_bytes(table)})
     asked = {name: value for name, value in SPEC.model_dump().items() if name not in ("target", "task", "classes")}
-    spec = Spec.model_validate(asked | {"target": "y"} | about)
+    spec = Spec.model_validate(asked | {"target": "y", "model": DROPPING} | about)
     batch.train(memory_url("dataset"), memory_url("registry"), "model", spec, BatchSettings(holdout=0))
     predict(memory_url("registry"), "model", memory_url("dataset"), memory_url("out"))
     written = pq.read_table(io.BytesIO(open_store(memory_url("out")).read("a.parquet")))
