@@ -7,12 +7,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.data import put
+from tests.data import put, rows
 from tests.tasks.test_label_kinds import KINDS, SPEC, table
+from tidemill.flows import views
 from tidemill.storage.log import open_log
 from tidemill.storage.manifest import Consumed
+from tidemill.storage.status import look
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
+from tidemill.tasks.history.page import page
+from tidemill.tasks.history.reading import HistoryReader
 from tidemill.tasks.online.doors import drain
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.reproduce import reproduce
@@ -95,6 +99,39 @@ def test_the_score_of_the_answers_is_that_of_the_version_that_gave_them(kind: st
     assert world.log.head().manifest.metrics["served"] == served[0].score
     assert world.consumed.predicted is None, "it need not be guessed who served"
     assert reproduce(world.log, [open_store(memory_url("archive"))]).findings == []
+
+
+def test_several_targets_and_weights_of_rows_count_as_they_do_in_training(memory_url: Any) -> None:
+    made = rows(200, 0).append_column("w", pa.array([1.0 + i % 3 for i in range(200)]))
+    made = made.append_column("z", made["a"])
+    spec = SPEC.model_copy(update={"target": ("y", "z"), "sample_weight": "w", "standardize_target": True})
+    put(memory_url("dataset"), {"a.parquet": made})
+    batch.train(memory_url("dataset"), memory_url("registry"), "model", spec)
+    log = open_log(memory_url("registry"), "model")
+    frozen = load_frozen(log, log.version(0))
+    shard = asked(frozen, 0, made.slice(0, 70).drop_columns(["y", "z"]))
+    put(memory_url("inbox"), {"a.parquet": shard})
+    known = pa.table({REQUEST: shard[REQUEST], "y": made["y"].slice(0, 70), "z": made["z"].slice(0, 70)})
+    put(memory_url("labels"), {"a.parquet": known.slice(0, 30), "b.parquet": known.slice(30)})
+    labels = {"inbox": memory_url("labels"), "key": REQUEST, "wait_seconds": 3600.0}
+    drain(memory_url("inbox"), memory_url("registry"), "model", OnlineSettings.model_validate({"labels": labels}))
+    (served,) = log.head().manifest.consumed[0].served or ()
+    put(memory_url("same"), {"a.parquet": made.slice(0, 70)})
+    expected = score(frozen, batch.take_snapshot(memory_url("same")).row_groups).finite
+    assert served.score == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_who_looks_is_told(memory_url: Any) -> None:
+    world = World(memory_url)
+    world.shard("a.parquet", 0, 60, 1)
+    report = world.drain()
+    mae = f"mae {report.served['mae']:.4g}"
+    assert mae in next(line for line in views.followed(report)[1].splitlines() if "answers" in line)
+    _, told = views.status(look(world.log, behind_seconds=900.0))
+    assert mae in next(line for line in told.splitlines() if "answers" in line)
+    assert "60 rows of its shards had one in time, 0 had none" in told
+    history = HistoryReader(world.log).read()
+    assert f"{history.metric} of the answers" in page(history)
 
 
 def test_answers_of_several_versions_are_scored_apart(memory_url: Any) -> None:
