@@ -64,7 +64,11 @@ def traced(graph: Graph, example: Mapping[str, Tensor]) -> "ExportedProgram":
 
 
 def as_torch(program: "ExportedProgram", about: Mapping[str, str]) -> bytes:
-    """What `torch.export.load` reads, with `about` as its `extra_files`."""
+    """What `torch.export.load` reads, with `about` as its `extra_files`.
+
+    Raises:
+        CannotExport: torch cannot store the program.
+    """
     data = io.BytesIO()
     with _quiet(), _refused("torch.export cannot store the model"):
         torch.export.save(program, data, extra_files={PREFIX + name: text for name, text in about.items()})
@@ -103,8 +107,12 @@ def as_onnx(program: "ExportedProgram", about: Mapping[str, str]) -> bytes:
 
 
 def run_torch(data: bytes) -> Run:
-    """The program that `as_torch` has stored."""
-    with _quiet():
+    """The program that `as_torch` has stored.
+
+    Raises:
+        CannotExport: torch cannot load it.
+    """
+    with _quiet(), _refused("torch.export cannot load the model again"):
         module = torch.export.load(io.BytesIO(data)).module()
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -46,7 +46,9 @@ class Inputs:
             return ids_BC.unbind(1), ()
         lengths = [sequence.length for sequence in self.sequences]
         categories_BC, *sequences = torch.split(ids_BC, [len(self.buckets), *lengths], 1)
-        return categories_BC.unbind(1), sequences
+        return categories_BC.unbind(
+            1
+        ) if self.buckets else (), sequences  # torch cannot load a program with an empty unbind
 
 
 class _Items(nn.Embedding):

@@ -117,6 +117,14 @@ def test_a_version_is_chosen_as_for_predict(memory_url: Callable[[str], str]) ->
     assert export(registry, "model", memory_url("out/a"), "torch", "0").version == 0
 
 
+@pytest.mark.parametrize("features", [["tags"], ["text"], ["vector"]])
+def test_a_model_of_one_kind_of_inputs_is_exported(features: list[str]) -> None:
+    """Sequences, categories or numbers alone."""
+    where = f"memory://{uuid.uuid4().hex}"
+    registry = zoo.trained(where, zoo.spec("regression", features), zoo.table(100))
+    assert export(registry, "model", f"{where}/out/model.pt2", "torch").difference <= checking.TOLERANCE
+
+
 # ---- users' own models -----------------------------------------------------------------------------------------------
 def test_a_model_of_ones_own_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALLOWED_MODULES, OWN)
