@@ -20,6 +20,24 @@ from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatc
 from tidemill.tasks.training.spec import OptimizerName, ScheduleName, Spec
 
 
+def _uncompiled(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """One of torch's optimizers, whose methods do not import `torch._dynamo`: that takes more than a second of CPU time.
+
+    torch marks them on their first use as what its compiler is to leave alone. Ours never comes upon them: a compiled step calls
+    the optimizer's arithmetic (`Kind.update`). What they do is torch's own code.
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+    own = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    take_step = inspect.unwrap(optimizer.step)
+
+    def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            loss: float | None = take_step(self, closure)
+        return loss
+
+    return type(optimizer.__name__, (optimizer,), own | {"step": step})
+
+
 class Kind(NamedTuple):
     """One of torch's optimizers."""
 
@@ -32,15 +50,17 @@ class Kind(NamedTuple):
 
 _ADAM: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")
 OPTIMIZERS: Final[dict[OptimizerName, Kind]] = {
-    "sgd": Kind(torch.optim.SGD, sgd.sgd, ("momentum_buffer",)),
-    "adam": Kind(torch.optim.Adam, adam.adam, _ADAM),
-    "adamw": Kind(torch.optim.AdamW, adam.adam, _ADAM),
-    "adagrad": Kind(torch.optim.Adagrad, adagrad.adagrad, ("sum", "step")),
-    "rmsprop": Kind(torch.optim.RMSprop, rmsprop.rmsprop, ("square_avg", "grad_avg", "momentum_buffer", "step")),
-    "adadelta": Kind(torch.optim.Adadelta, adadelta.adadelta, ("square_avg", "acc_delta", "step")),
-    "adamax": Kind(torch.optim.Adamax, adamax.adamax, ("exp_avg", "exp_inf", "step")),
-    "nadam": Kind(torch.optim.NAdam, nadam.nadam, ("exp_avg", "exp_avg_sq", "mu_product", "step")),
-    "radam": Kind(torch.optim.RAdam, radam.radam, ("exp_avg", "exp_avg_sq", "step")),
+    "sgd": Kind(_uncompiled(torch.optim.SGD), sgd.sgd, ("momentum_buffer",)),
+    "adam": Kind(_uncompiled(torch.optim.Adam), adam.adam, _ADAM),
+    "adamw": Kind(_uncompiled(torch.optim.AdamW), adam.adam, _ADAM),
+    "adagrad": Kind(_uncompiled(torch.optim.Adagrad), adagrad.adagrad, ("sum", "step")),
+    "rmsprop": Kind(
+        _uncompiled(torch.optim.RMSprop), rmsprop.rmsprop, ("square_avg", "grad_avg", "momentum_buffer", "step")
+    ),
+    "adadelta": Kind(_uncompiled(torch.optim.Adadelta), adadelta.adadelta, ("square_avg", "acc_delta", "step")),
+    "adamax": Kind(_uncompiled(torch.optim.Adamax), adamax.adamax, ("exp_avg", "exp_inf", "step")),
+    "nadam": Kind(_uncompiled(torch.optim.NAdam), nadam.nadam, ("exp_avg", "exp_avg_sq", "mu_product", "step")),
+    "radam": Kind(_uncompiled(torch.optim.RAdam), radam.radam, ("exp_avg", "exp_avg_sq", "step")),
 }
 SCHEDULES: Final[dict[ScheduleName, Callable[..., lr_scheduler.LRScheduler]]] = {
     "constant": partial(lr_scheduler.ConstantLR, factor=1.0),

@@ -45,7 +45,6 @@ def serve(path: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet
     import torch
-    import torch._dynamo  # optimizers import it on their first use
 
     import tidemill.flows.cli
     import tidemill.storage.s3

@@ -5,7 +5,6 @@ Nothing here may start a thread: a fork does not take threads along.
 
 import pyarrow as pa
 import torch
-import torch._dynamo  # optimizers import it on their first use
 
 import tests.guarantees.children
 import tidemill.storage.s3
