@@ -87,7 +87,7 @@ class Shard:
                 raise ShardRejected(f"{self.info.key}: its footer points outside of the file; it is corrupt.")
             return self.data[start : start + length]
 
-        groups = row_groups(ParquetFile(self.info.key, len(self.data), fetch, ShardRejected, types))
+        groups = row_groups(ParquetFile(self.info.key, len(self.data), fetch, ShardRejected, types, whole=self.data))
         if not groups:
             raise ShardRejected(f"{self.info.key} holds no rows.")
         return groups

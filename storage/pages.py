@@ -6,6 +6,7 @@ Thrift's compact protocol, as far as page headers need it.
 from typing import Any
 
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
+_NUMBERS = (4, 5, 6)  # i16, i32, i64
 _SIZE, _STORED = 2, 3  # uncompressed_page_size, compressed_page_size
 _DATA, _DATA_V2 = 5, 8  # data_page_header, data_page_header_v2: their first field is num_values
 
@@ -67,10 +68,18 @@ def _value(kind: int, data: bytes | memoryview, at: int) -> tuple[Any, int]:
 
 
 def _struct(data: bytes | memoryview, at: int) -> tuple[dict[int, Any], int]:
+    """Most fields of a header are numbers or texts whose first byte says all: these are read here, since each call takes time."""
     fields: dict[int, Any] = {}
     number = 0
-    while data[at]:
-        kind, step, at = data[at] & 0x0F, data[at] >> 4, at + 1
+    while head := data[at]:
+        kind, step, at = head & 0x0F, head >> 4, at + 1
         number, at = (number + step, at) if step else _zigzag(data, at)
-        fields[number], at = (None, at) if kind in (_TRUE, _FALSE) else _value(kind, data, at)
+        if kind in (_TRUE, _FALSE):
+            fields[number] = None
+        elif kind in _NUMBERS and (byte := data[at]) < 0x80:
+            fields[number], at = (byte >> 1) ^ -(byte & 1), at + 1
+        elif kind == _BINARY and (byte := data[at]) < 0x80:
+            fields[number], at = None, at + 1 + byte
+        else:
+            fields[number], at = _value(kind, data, at)
     return fields, at + 1

@@ -130,6 +130,7 @@ class ParquetFile:
         concurrency: int = 1,
         readers: int = 1,
         findings: Findings | None = None,
+        whole: bytes | None = None,
     ) -> None:
         """Fetch and parse the footer.
 
@@ -141,6 +142,7 @@ class ParquetFile:
             types: Types of the partition columns that the folders of the name add, where they are known (`partitions`).
             concurrency, readers: Of the `Store` that `fetch` calls.
             findings: What is known of a dataset's files; it learns.
+            whole: All of the file where it is in memory: Arrow then reads it there, and nothing is fetched.
 
         Raises:
             NotReady: the magic bytes are missing at either end: not a Parquet file, or not a whole one yet.
@@ -161,7 +163,7 @@ class ParquetFile:
         if head != MAGIC or tail[-4:] != MAGIC:
             raise NotReady(f"{name} does not begin and end with {MAGIC.decode()}: not Parquet, or not fully written.")
         footer = int.from_bytes(tail[-8:-4], "little") + 8
-        self._size, self._fetch = size, fetch
+        self._size, self._fetch, self._whole = size, fetch, whole
         with self._decoding("its footer"):
             if footer > size - 4:
                 raise ValueError(f"the footer claims {footer} bytes in a file of {size}")
@@ -169,7 +171,7 @@ class ParquetFile:
                 tail = fetch(size - footer, footer - len(tail)) + tail
             self.footer_sha256 = hashlib.sha256(tail[-footer:]).hexdigest()
             """Of what the file says of its columns: their sizes, places and, mostly, least and greatest values."""
-            self._metadata = pq.read_metadata(_stream(self._file(size - len(tail), tail)))
+            self._metadata = pq.read_metadata(self._stream(self._file(size - len(tail), tail)))
             # Not `metadata.schema`: the two would refer to each other, and footers wait for the garbage collector.
             self._leaves = pq.ParquetSchema(self._metadata)
             # Dictionaries keep a repeated string once; expanded it would cost its length for every row.
@@ -245,9 +247,11 @@ class ParquetFile:
         # makes an ordinary exception of the same mistake when it is asked for the ranges.
         ranges = list(coalesced(self._ranges(indices, chosen.leaves))) if chosen.leaves else []
         decoded, delta = 8 * sum(self.group_rows[i] for i in indices) * len(chosen.added), dict[str, int]()
+        chunks = []
         for index, i in product(indices, chosen.leaves):
             group, leaf = self._metadata.row_group(index), self._leaves.column(i)
             chunk, width = group.column(i), _WIDTH.get(leaf.physical_type) or int(leaf.length or 0)
+            chunks.append(chunk)
             decoded += max(chunk.num_values * width, group.num_rows * width, chunk.total_uncompressed_size)
             if leaf.path in self._strings and _DELTA.intersection(chunk.encodings):
                 if leaf.path not in chosen.stored:
@@ -255,12 +259,13 @@ class ParquetFile:
                 delta[leaf.path] = delta.get(leaf.path, 0) + chunk.total_uncompressed_size
         _refuse_beyond_bound(decoded)
         file.load(ranges, self._concurrency)
-        decoded += sum(self._hidden(file, index, i) for index, i in product(indices, chosen.leaves))
+        decoded += sum(_hidden(file, chunk) for chunk in chunks)
         _refuse_beyond_bound(decoded)
         return _Checked(array("q", chain.from_iterable(ranges)), delta)
 
     def _ranges(self, indices: range, leaves: list[int]) -> list[tuple[int, int]]:
-        """What Arrow will read to decode these columns: it opens them on a file of zeros that notes what is asked for."""
+        """What Arrow will read to decode these columns, where it is not in memory: it opens them on a file of zeros that notes
+        what is asked for."""
         ranges: list[tuple[int, int]] = []
 
         def note(start: int, length: int) -> Any:
@@ -270,14 +275,6 @@ class ParquetFile:
         for _ in self._parquet(RangesFile(self._size, note), []).reader.iter_batches(0, list(indices), leaves, False):
             pass  # batches of no rows: nothing is decoded
         return ranges
-
-    def _hidden(self, file: RangesFile, index: int, leaf: int) -> int:
-        """How many more bytes the pages of a column have than the footer says. Arrow believes each page, not the footer."""
-        chunk = self._metadata.row_group(index).column(leaf)
-        offsets = (chunk.dictionary_page_offset, chunk.data_page_offset)
-        file.seek(min(offset for offset in offsets if offset))
-        data = file.read(chunk.total_compressed_size)
-        return max(0, decoded_bytes(data, chunk.num_values) - max(0, chunk.total_uncompressed_size))
 
     def _delta(self, parquet: pq.ParquetFile, indices: range, column: str, size: int) -> "pa.ChunkedArray[Any]":
         """A string column that Arrow cannot decode into a dictionary by itself.
@@ -297,15 +294,22 @@ class ParquetFile:
 
     def _file(self, start: int = 0, held: bytes = b"") -> RangesFile:
         file = RangesFile(self._size, self._fetch)
-        file.hold(start, held)
+        if self._whole is None:
+            file.hold(start, held)
+        else:
+            file.hold(0, self._whole)
         return file
+
+    def _stream(self, file: RangesFile) -> IO[bytes]:
+        """What Arrow reads: the file, which has all that it calls; the bytes themselves, without a call, if all are in memory."""
+        return cast(IO[bytes], file if self._whole is None else pa.BufferReader(self._whole))
 
     def _parquet(self, file: RangesFile, dictionaries: list[str]) -> pq.ParquetFile:
         options: dict[str, Any] = {
             "arrow_extensions_enabled": False
         }  # or JSON would be no dictionary; the stubs lack it
         return pq.ParquetFile(
-            _stream(file),
+            self._stream(file),
             metadata=self._metadata,
             read_dictionary=dictionaries,
             page_checksum_verification=True,
@@ -348,8 +352,12 @@ def _named(indices: range) -> str:
     return f"row group {indices[0]}" if len(indices) == 1 else f"row groups {indices[0]} to {indices[-1]}"
 
 
-def _stream(file: RangesFile) -> IO[bytes]:
-    return cast(IO[bytes], file)  # it has all that Arrow calls of it
+def _hidden(file: RangesFile, chunk: pq.ColumnChunkMetaData) -> int:
+    """How many more bytes the pages of a column have than the footer says. Arrow believes each page, not the footer."""
+    offsets = (chunk.dictionary_page_offset, chunk.data_page_offset)
+    file.seek(min(offset for offset in offsets if offset))
+    data = file.read(chunk.total_compressed_size)
+    return max(0, decoded_bytes(data, chunk.num_values) - max(0, chunk.total_uncompressed_size))
 
 
 def _refuse_beyond_bound(decoded: int) -> None:

@@ -134,38 +134,38 @@ class Features:
             dataset_columns=tuple(schema.names),
         )
 
-    @property
+    @cached_property
     def numbers(self) -> int:
         """F, the width of x_NF: the number columns in spec order, then the null indicators."""
         return self.scaled + len(self.indicated)
 
-    @property
+    @cached_property
     def scaled(self) -> int:
         """How many of the F numbers come from columns, and have statistics: the first ones."""
         return sum(column.numbers for column in self.columns)
 
-    @property
+    @cached_property
     def buckets(self) -> tuple[int, ...]:
         """Hash buckets of each category column; ids run from 0 (null) to this number, inclusive."""
         return tuple(column.buckets for column in self.columns if column.buckets and not column.length)
 
-    @property
+    @cached_property
     def sequences(self) -> tuple[SequenceInput, ...]:
         """Length and hash buckets of each sequence column."""
         return tuple(SequenceInput(column.length, column.buckets) for column in self.columns if column.length)
 
-    @property
+    @cached_property
     def ids(self) -> int:
         """C, the width of ids_NC: first one id of each category, then `length` ids of each sequence, in spec order."""
         return len(self.buckets) + sum(sequence.length for sequence in self.sequences)
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one encoded row, targets and weight included."""
         target = 8 if self.task == "multiclass" else 4 * len(self.targets)
         return 4 * self.numbers + 8 * self.ids + target + (0 if self.sample_weight is None else 4)
 
-    @property
+    @cached_property
     def fitted(self) -> bool:
         """Whether rows can be encoded: `fit` has run, or nothing is learned from the dataset."""
         learned = self.standardize_features or self.standardize_target or self.class_weighting == "balanced"

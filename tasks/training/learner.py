@@ -70,7 +70,7 @@ class Network:
     features: Features
     served: nn.Module
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.served.parameters()).device
@@ -138,7 +138,7 @@ class Learner:
             resting=resting,
         )
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device

@@ -118,9 +118,10 @@ def train_pass(
             )
         block: Batch | None = None
         for block, count in blocks:
-            total.add_(steps.take(block, count), alpha=len(block.y_B))
-            rows += len(block.y_B)
-            activity.advance(len(block.y_B), loss=mean_so_far)
+            of_block = block.y_B.shape[0]  # `len` of a tensor takes 1% of a small step
+            total.add_(steps.take(block, count), alpha=of_block)
+            rows += of_block
+            activity.advance(of_block, loss=mean_so_far)
         if block is not None:  # the last step is followed by no loss that would show what it has done
             after = steps.loss_after(block, count)
     mean = total.item() / rows if rows else float("nan")

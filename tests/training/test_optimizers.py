@@ -14,6 +14,9 @@ from tidemill.tasks.training.spec import OptimizerName
 CASES: list[tuple[OptimizerName, dict[str, Any]]] = [
     *((name, {}) for name in OPTIMIZERS),
     ("sgd", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    ("sgd", {"momentum": 0.9}),
+    ("sgd", {"weight_decay": 0.01}),
+    ("sgd", {"maximize": True}),
     ("adam", {"amsgrad": True, "betas": (0.8, 0.95)}),
     ("adamw", {"weight_decay": 0.1}),
     ("rmsprop", {"centered": True, "momentum": 0.5}),
