@@ -6,6 +6,7 @@ progress and errors to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 import atexit
 import importlib.metadata
+import os
 import sys
 from collections.abc import Iterable
 from gc import freeze
@@ -60,6 +61,9 @@ def main(tokens: Iterable[str] | None = None) -> None:
     # Else the interpreter, when it ends, searches all that torch and Prefect have made for cycles: more than a second.
     # Registered before Prefect registers what it sends at exit, this runs after it
     atexit.register(freeze)
+    # Before torch is loaded. Else its threads spin while they wait for each other: on a busy machine a small net then takes
+    # many times the CPU. How they wait changes no bit
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = list(sys.argv[1:] if tokens is None else tokens)
     try:
         with terminal.attached(arguments[0] if arguments else "", launch.explained):

@@ -8,8 +8,6 @@ from typing import Final
 
 import pytest
 
-from tests.data import put, rows
-
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 NOT_PREFECT: Final = ", ".join(
@@ -47,25 +45,3 @@ def brought_along(modules: str, unwanted: Sequence[str], folder: Path = ROOT) ->
 @pytest.mark.parametrize(("modules", "unwanted"), UNWANTED)
 def test_imports(modules: str, unwanted: list[str]) -> None:
     assert brought_along(modules, unwanted) == []
-
-
-TRAINED: Final = """
-import sys
-from tests.data import SPEC
-from tidemill.tasks import batch, online
-from tidemill.tasks.settings import BatchSettings, OnlineSettings
-data, inbox, registry = sys.argv[1:]
-batch.train(data, registry, "m", SPEC, BatchSettings())
-assert online.drain(inbox, registry, "m", OnlineSettings()).shards == 1
-print(*[name for name in ("torch._dynamo", "sympy", "pandas", "torchmetrics", "prefect") if name in sys.modules])
-"""
-
-
-def test_a_training_and_a_drain_import_nothing_that_they_do_not_use(tmp_path: Path) -> None:
-    """torch's compiler and pandas take two seconds, and libraries import them at the first call of something else."""
-    places = [str(tmp_path / name) for name in ("data", "inbox", "registry")]
-    for url in places[:2]:
-        put(url, {"0.parquet": rows(100, seed=0)})
-    code = [sys.executable, "-c", TRAINED, *places]
-    done = subprocess.run(code, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []

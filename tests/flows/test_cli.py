@@ -159,6 +159,15 @@ def test_version(tidemill: Run) -> None:
     assert tidemill("--version").out == f"{stated}\n"
 
 
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(tidemill: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, found in ((None, "passive"), ("active", "active")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+        if given is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        tidemill("--version")
+        assert os.environ["OMP_WAIT_POLICY"] == found
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 @memory
 def test_status_of_a_registry(tidemill: Run, model: Place) -> None:
@@ -930,7 +939,10 @@ def in_process(*arguments: str, cwd: Path, environment: dict[str, str] | None = 
     return ended(start(*arguments, cwd=cwd, environment=environment))
 
 
-HEAVY = ("torch", "torchmetrics", "prefect", "pyarrow", "numpy", "pandas", "s3fs", "aiobotocore", "botocore", "aiohttp")
+HEAVY = (
+    *("torch", "torch._dynamo", "torchmetrics", "prefect", "pyarrow", "numpy", "pandas"),
+    *("s3fs", "aiobotocore", "botocore", "aiohttp"),
+)
 
 
 def imported(*arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> set[str]:
@@ -972,8 +984,8 @@ def test_light_commands_import_nothing_heavy(model: Place, tmp_path: Path) -> No
     assert "prefect" not in imported("predict", model.registry, "model", model.dataset, model.archive, cwd=tmp_path)
 
 
-def test_training_does_not_wait_for_pandas_where_that_is_installed(tmp_path: Path) -> None:
-    """Arrow imports it for any array that is made of Python or NumPy values."""
+def test_training_waits_neither_for_pandas_nor_for_torchs_compiler(tmp_path: Path) -> None:
+    """Arrow imports the first for any array that is made of Python or NumPy values, torch the second for any optimizer."""
     (tmp_path / "pandas").mkdir()
     (tmp_path / "pandas" / "__init__.py").write_text('__version__ = "3.0.0"')
     table = pa.table({"x": [i / 7 for i in range(100)], "y": [["small", "large"][i > 50] for i in range(100)]})
@@ -984,7 +996,7 @@ def test_training_does_not_wait_for_pandas_where_that_is_installed(tmp_path: Pat
         ("train", "rows.parquet", "registry", "model", "--target", "y", "--epochs", "1", "--batch-size", "32"),
         ("follow", "inbox", "registry", "model", "--mode", "drain", "--grace-seconds", "0"),
     ):
-        assert not imported(*command, cwd=tmp_path) & {"pandas", "prefect"}, command
+        assert not imported(*command, cwd=tmp_path) & {"pandas", "prefect", "torch._dynamo"}, command
 
 
 @pytest.mark.parametrize("make_url", ["s3"], indirect=True)
