@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/serving.py peers --litserve VENV/bin/python --mlflow VENV/bin/python
     .venv/bin/python benchmarks/serving.py peers --seconds 2 --rounds 1       # ours alone, quickly
     .venv/bin/python benchmarks/serving.py swaps
+    .venv/bin/python benchmarks/serving.py freshness
 
 A peer has an environment of its own, in which tidemill can be imported too: litserve==0.2.19; mlflow-skinny==3.17.2, and
 mlflow==3.17.2 with --no-deps, as it asks for an older pyarrow. The client is `wrk`, which must be on the PATH. The model is an
@@ -123,6 +124,7 @@ class Server:
             except OSError as error:
                 told = error.read() if isinstance(error, urllib.error.HTTPError) else error
                 time.sleep(0.2)
+        self.close()
         self._log.seek(0)
         raise SystemExit(f"{self.name} does not answer: {told!r}\n{self._log.read().decode()[-4000:]}")
 
@@ -149,7 +151,10 @@ class Server:
     def close(self) -> None:
         import psutil
 
-        processes = self._all()
+        try:
+            processes = self._all()
+        except psutil.NoSuchProcess:
+            return
         for process in processes:
             try:
                 process.terminate()
@@ -329,6 +334,86 @@ def swaps(options: argparse.Namespace) -> None:
     )
 
 
+# ---- freshness -------------------------------------------------------------------------------------------------------
+def freshness(options: argparse.Namespace) -> None:
+    """From the upload of a shard to the first answer of a version that contains it. `follow` and `serve` are on S3."""
+    import http.client
+    import io
+    import threading
+
+    import pyarrow.parquet as pq
+
+    from tests.s3_server import running_server
+    from tidemill.storage.log import VersionLog
+    from tidemill.storage.urls import open_store
+
+    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder, "s3")) as s3:
+        os.environ |= s3.s3.environment()
+        with s3.s3.client() as client:
+            client.create_bucket(Bucket="benchmark")
+        begin(Path(folder))
+        registry, inbox = open_store("s3://benchmark/registry"), open_store("s3://benchmark/inbox")
+        for file in Path(folder, "registry").rglob("*"):
+            if file.is_file():
+                registry.write(file.relative_to(f"{folder}/registry").as_posix(), file.read_bytes())
+        sink = io.BytesIO()
+        pq.write_table(pq.read_table(f"{folder}/data/part.parquet").slice(0, 1000), sink)
+        poll = ["--poll-seconds", "0.2"]
+        port = free_port()
+        command = ["serve", registry.url, MODEL, "--port", str(port), *poll]
+        server = Server("tidemill", [sys.executable, "-m", "tidemill", *command], port, "/predict")
+        command = ["follow", inbox.url, registry.url, MODEL, *poll, "--gate.tolerance", "100"]
+        follower = subprocess.Popen([sys.executable, "-m", "tidemill", *command], stderr=subprocess.DEVNULL)
+        body, over, seen = server.body(1).encode(), threading.Event(), dict[int, float]()
+
+        def ask() -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            while not over.wait(0.01):  # how exactly a version's time is seen
+                connection.request("POST", "/predict", body, {"content-type": "application/json"})
+                answer = connection.getresponse()
+                answer.read()
+                seen.setdefault(int(answer.headers["x-tidemill-version"]), time.time())
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        inbox.write("first.parquet", sink.getvalue())
+        while max(seen, default=0) < 1:
+            time.sleep(0.1)
+        put, began = dict[str, float](), time.monotonic()
+        for number in range(options.shards):
+            time.sleep(max(0.0, began + number * options.every - time.monotonic()))
+            key = f"{number:06}.parquet"
+            inbox.write(key, sink.getvalue())
+            put[key] = time.time()
+        log = VersionLog(registry, MODEL)
+        while sum(len(each.manifest.consumed) for each in log.history(log.head())) <= options.shards:
+            time.sleep(0.5)
+        while max(seen) < log.head().number:
+            time.sleep(0.1)
+        over.set()
+        asking.join()
+        follower.terminate()
+        follower.wait()
+        server.close()
+        waited = sorted(
+            min(when for version, when in seen.items() if version >= each.number) - put[shard.key]
+            for each in log.history(log.head())
+            for shard in each.manifest.consumed
+            if shard.key in put
+        )
+        print(
+            json.dumps(
+                {
+                    "shards": len(waited),
+                    "versions": log.head().number,
+                    "p50_seconds": round(statistics.median(waited), 3),
+                    "p99_seconds": round(waited[-1 - len(waited) // 100], 3),
+                    "max_seconds": round(waited[-1], 3),
+                }
+            )
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     suites = parser.add_subparsers(dest="suite", required=True)
@@ -342,8 +427,11 @@ def main() -> None:
     suite.add_argument("--workers", type=int, default=2)
     suite.add_argument("--connections", type=int, default=8)
     suite.add_argument("--pause", type=float, default=0.3, help="seconds between two swaps")
+    suite = suites.add_parser("freshness")
+    suite.add_argument("--shards", type=int, default=200)
+    suite.add_argument("--every", type=float, default=1.0, help="seconds between two shards")
     options = parser.parse_args()
-    {"peers": peers, "swaps": swaps}[options.suite](options)
+    {"peers": peers, "swaps": swaps, "freshness": freshness}[options.suite](options)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,8 @@ class Service:
                 row, column = getattr(error, "row", None), getattr(error, "column", None)
             raise Refused(422, str(error), row=row, column=column) from error
         except ModelError as error:
-            raise Refused(500, str(error)) from error
+            logger.error("%s", error)  # it names files of this machine, which are nobody else's business
+            raise Refused(500, "the model failed on these rows: the log of the server says how") from error
         self.numbers.rows.inc(len(outputs))
         if self.log is not None:
             table = rows if isinstance(rows, pa.Table) else None

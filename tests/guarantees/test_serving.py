@@ -174,12 +174,14 @@ def test_a_killed_worker_takes_seconds_of_the_log_with_it_and_fails_hardly_a_req
         assert at.process.wait(60) == 0, at.log.read_text()
 
     found = logged(inbox)
-    assert len(found) == len(set(found))
-    assert "late" in found
-    missing = [when for request, when in answered.items() if request not in set(found)]
+    stored = set(found)
+    assert len(found) == len(stored)
+    assert "late" in stored
+    missing = [when for request, when in answered.items() if request not in stored]
     assert all(killed - log_seconds <= when <= killed + 0.5 for when in missing)
     assert len(answered) > 0.9 * rate * seconds
     assert failed <= 0.01 * (len(answered) + failed)
+    print(f"{len(answered)} answered, {failed} failed, {len(missing)} of them in no shard")
 
 
 def listens(port: int) -> bool:
