@@ -11,14 +11,14 @@ from __future__ import annotations  # pa.Array[Any] takes its type parameter in 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from tidemill.storage.errors import ShardRejected
 from tidemill.storage.parquet import MAX_DECODED_BYTES, RowGroup
 from tidemill.tasks.online.labels import LabelledGroup, key_type, target_field, values_of
-from tidemill.tasks.training.columns import one_array
+from tidemill.tasks.training.columns import one_array, to_arrow
 from tidemill.tasks.training.errors import SpecError
 from tidemill.tasks.training.families import family_of, stored
 
@@ -135,11 +135,11 @@ def _together(parts: Sequence[tuple[LabelRows, pa.Array[Any] | None]], target: s
         pa.nulls(len(array), common) if array.null_count == len(array) else array.cast(common, safe=False)
         for array in arrays
     ]
-    return pa.concat_arrays(arrays) if arrays else pa.array([], common)
+    return pa.concat_arrays(arrays) if arrays else pa.nulls(0, common)
 
 
 def labelled(groups: Sequence[RowGroup], labels: Latest, rows_N: pa.Array[Any]) -> list[LabelledGroup]:
-    """Row groups of features with their labels; `rows_N` (int32): the row of the labels for each row, or null.
+    """Row groups of features with their labels; `rows_N` (whole numbers): the row of the labels for each row, or null.
 
     Raises:
         ShardRejected: the features have a target already.
@@ -172,7 +172,7 @@ def join_again(
     if not shards:
         return labelled(groups, labels, pa.nulls(sum(group.num_rows for group in groups), pa.int32()))
     keys_G = pa.concat_arrays([shard.keys_L for shard in shards])
-    backwards: Any = pa.array(np.arange(len(keys_G) - 1, -1, -1))
+    backwards = to_arrow(torch.arange(len(keys_G) - 1, -1, -1))
     backwards_G = keys_G.take(backwards)
     from_end_N = pc.index_in(keys_of(groups, key), value_set=backwards_G, skip_nulls=True)
-    return labelled(groups, labels, pc.subtract(pa.scalar(len(keys_G) - 1, pa.int32()), from_end_N))
+    return labelled(groups, labels, backwards.take(from_end_N))

@@ -14,6 +14,8 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from tidemill.tasks.training.columns import from_arrow
+
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -41,11 +43,9 @@ def matches(
         labels: The same of the shards of labels, the one that counts more after the one that counts less.
         wait: Shards that were written further apart do not count for each other.
     """
-    keys = [pa.array([], pa.large_binary()), *(keys for _, keys in labels), *(keys for _, keys in features)]
-    # The same key has the same number, whichever shard it is in; null has none.
-    numbers = pa.concat_arrays(keys).dictionary_encode().indices.fill_null(-1)
+    keys = [pa.nulls(0, pa.large_binary()), *(keys for _, keys in labels), *(keys for _, keys in features)]
     sizes_of_labels, sizes = (np.array([len(keys) for _, keys in some], dtype=np.int64) for some in (labels, features))
-    key_G, key_M = np.split(np.asarray(numbers, dtype=np.int64), [int(sizes_of_labels.sum())])
+    key_G, key_M = np.split(_numbered(pa.concat_arrays(keys)), [int(sizes_of_labels.sum())])
     order_G = np.argsort(key_G, kind="stable")
     sorted_G = key_G[order_G]
     low_M, high_M = np.searchsorted(sorted_G, key_M, "left"), np.searchsorted(sorted_G, key_M, "right")
@@ -72,6 +72,18 @@ def matches(
         pairs = slice(*np.searchsorted(row_P, [begin, end]))
         found.append(Match(complete_at, last_M[begin:end], np.unique(label_P[pairs])))
     return found
+
+
+def _numbered(keys: pa.Array[Any]) -> Any:
+    """int64: the same number for the same key, whichever shard it is in; -1 for null."""
+    if not len(keys):
+        return np.zeros(0, dtype=np.int64)
+    encoded: Any = keys.dictionary_encode("encode")
+    numbers = from_arrow(encoded.indices).long().numpy()
+    if encoded.dictionary.null_count:
+        null = int(from_arrow(encoded.dictionary.is_null().cast(pa.uint8())).argmax())
+        numbers[numbers == null] = -1
+    return numbers
 
 
 def _ticks(moments: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from tidemill.storage.inbox import Inbox, Listing, Shard
 from tidemill.storage.manifest import Consumed, DoneLabels, JoinedLabels, ObjectRef, OpenLabels, Rejected, ShardRef
@@ -30,6 +31,7 @@ from tidemill.tasks.online.reading import Later, Read, Readable
 from tidemill.tasks.online.used import decoded, encoded
 from tidemill.tasks.online.work import Work
 from tidemill.tasks.settings import LabelSettings
+from tidemill.tasks.training.columns import to_arrow
 from tidemill.tasks.training.features import Features
 
 LISTED: Final = 100_000
@@ -162,12 +164,12 @@ class RowLabels:
         parts, joined = list[Any](), list[JoinedLabels]()
         for place, some in zip(places.tolist(), np.split(rows, np.searchsorted(shard_of, places[1:])), strict=False):
             came = self._labels[place]
-            parts.append((came.rows, pa.array(last_N[some] - self._begins[place])))
+            parts.append((came.rows, to_arrow(torch.from_numpy(last_N[some] - self._begins[place]))))
             joined.append(JoinedLabels(**dict(came.ref), column=self._key, rows=len(some)))
-        rows_N = np.zeros(len(last_N), dtype=np.int32)
+        rows_N = np.zeros(len(last_N), dtype=np.int64)
         rows_N[rows] = np.arange(len(rows))
         labels = Latest(parts, features.targets, features.types)
-        found = labelled(groups, labels, pa.array(rows_N, mask=last_N < 0))
+        found = labelled(groups, labels, _nullable(rows_N, last_N >= 0))
         any_label = any(features.labelled(group.read(features.targets)) for group in found)
         return Readable(shard, found, joined=tuple(joined), labelled=any_label)
 
@@ -232,6 +234,12 @@ class RowLabels:
         if spelled(labels.inbox) != self.inbox.url or self._there is None:
             return False
         return labels.key not in self._there or any(each.ref.key == labels.key for each in self._labels)
+
+
+def _nullable(values_N: Any, valid_N: Any) -> pa.Array[Any]:
+    """int64 [N], null where they are not valid. By hand: `pa.array` imports pandas where that is installed."""
+    buffers = [np.packbits(valid_N, bitorder="little"), values_N]
+    return pa.Array.from_buffers(pa.int64(), len(values_N), [pa.py_buffer(each.data) for each in buffers])
 
 
 def _useless(ref: ShardRef, wait: timedelta, key: str) -> Rejected:

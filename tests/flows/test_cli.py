@@ -992,11 +992,19 @@ def test_training_waits_neither_for_pandas_nor_for_torchs_compiler(tmp_path: Pat
     pq.write_table(table, tmp_path / "rows.parquet")
     (tmp_path / "inbox").mkdir()
     pq.write_table(table, tmp_path / "inbox" / "a.parquet")
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "labels").mkdir()
+    named = table.append_column("id", pa.array([None, *(f"r{i}" for i in range(1, 100))]))
+    pq.write_table(named.drop_columns("y").slice(1), tmp_path / "asked" / "a.parquet")
+    pq.write_table(named.select(["id", "y"]), tmp_path / "labels" / "b.parquet")
+    row_by_row = ("--labels.inbox", "labels", "--labels.key", "id", "--labels.wait-seconds", "3600")
     for command in (
         ("train", "rows.parquet", "registry", "model", "--target", "y", "--epochs", "1", "--batch-size", "32"),
         ("follow", "inbox", "registry", "model", "--mode", "drain", "--grace-seconds", "0"),
+        ("follow", "asked", "registry", "model", "--mode", "drain", *row_by_row),
     ):
         assert not imported(*command, cwd=tmp_path) & {"pandas", "prefect", "torch._dynamo"}, command
+    assert not list((tmp_path / "asked").glob("*.parquet")), "trained on"
 
 
 @pytest.mark.parametrize("make_url", ["s3"], indirect=True)
