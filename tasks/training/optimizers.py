@@ -73,6 +73,10 @@ SCHEDULES: Final[dict[ScheduleName, Callable[..., lr_scheduler.LRScheduler]]] = 
     "polynomial": lr_scheduler.PolynomialLR,
 }
 
+TABLE: Final = 2**15
+"""Numbers of a matrix from which on it is worth a look whether few of its rows are in use."""
+
+_adam: Final[Callable[..., None]] = adam.adam
 _engine: Final = torch.autograd.Variable._execution_engine  # what `Tensor.backward` calls in the end
 
 
@@ -200,17 +204,92 @@ def next_shares(
     return torch.tensor(shares, dtype=torch.float32, device=device)
 
 
+class _Table:
+    """A large table of which few rows are in use, as the weights of categories: most buckets of a hash never occur.
+
+    All that Adam and AdamW do to a row that has never had a gradient is the decay: its moments are 0, and stay so. The rows in
+    use are updated as copies. The bits are those of an update of all rows, in a fraction of its time.
+
+    Shape legend: R rows, E columns, U rows in use.
+    """
+
+    def __init__(
+        self, group: dict[str, Any], table_RE: Tensor, state: dict[str, Tensor], arguments: dict[str, Any]
+    ) -> None:
+        """Of a group of the optimizer, which has made its first step; `arguments`: what `arguments_of` finds there."""
+        self._group, self.table_RE, self._state = group, table_RE, state
+        self._arguments = arguments | {"weight_decay": 0.0}
+        self.look()
+
+    def look(self) -> None:
+        """Find the rows in use: those that have moments."""
+        moments = (self._state["exp_avg"], self._state["exp_avg_sq"])
+        in_use = [moment_RE.view(torch.int32).any(1) for moment_RE in moments]  # a negative 0 does not stay as it is
+        self._used_R = in_use[0] | in_use[1]
+        self._rows_U = self._used_R.nonzero().squeeze(1)
+
+    @staticmethod
+    def serves(group: dict[str, Any], name: OptimizerName, parameter: Tensor) -> bool:
+        """Whether rows without a gradient are left alone but for the decay, and there may be enough of them to matter."""
+        return (
+            name in ("adam", "adamw")
+            and (parameter.ndim, parameter.dtype) == (2, torch.float32)
+            and parameter.numel() >= TABLE
+            and group["eps"] > 0
+            and (not group["weight_decay"] or group["decoupled_weight_decay"])
+            and not (group["amsgrad"] or group["maximize"])
+        )
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether few of its rows are in use: of many, the copies cost more than they save."""
+        return 2 * len(self._rows_U) < len(self._used_R)
+
+    def step(self, gradient_RE: Tensor) -> None:
+        """A step of the optimizer, as of all rows."""
+        used_R = self._used_R | (gradient_RE.abs().amax(1) != 0)
+        if int(used_R.count_nonzero()) > len(self._rows_U):
+            self._used_R, self._rows_U = used_R, used_R.nonzero().squeeze(1)
+        rate, decay = self._group["lr"], self._group["weight_decay"]
+        if decay:
+            self.table_RE.mul_(1 - rate * decay)
+        whole = [self.table_RE, self._state["exp_avg"], self._state["exp_avg_sq"]]
+        parts = [tensor.index_select(0, self._rows_U) for tensor in whole]
+        values_UE, average_UE, square_UE = parts
+        gradient_UE = gradient_RE.index_select(0, self._rows_U)
+        count = [self._state["step"]]
+        _adam([values_UE], [gradient_UE], [average_UE], [square_UE], [], count, lr=rate, **self._arguments)
+        for tensor, part in zip(whole, parts, strict=True):
+            tensor.index_copy_(0, self._rows_U, part)
+
+
 class Update:
     """A step of an optimizer that has made its first step on all of the parameters."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, name: OptimizerName, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        name: OptimizerName,
+        parameters: Sequence[Tensor],
+        *,
+        alone: bool = True,
+    ) -> None:
+        """`alone`: nothing else makes steps of this optimizer."""
         self._optimizer, self._function = optimizer, OPTIMIZERS[name].update
         trained = {id(parameter) for parameter in parameters}
+        self._tables: list[_Table] = []
         self._groups = []  # (settings, parameters, their state, arguments)
         for group in optimizer.param_groups:
-            of_group = [parameter for parameter in group["params"] if id(parameter) in trained]
-            states = states_of(optimizer, name, of_group)
-            self._groups.append((group, of_group, states, arguments_of(group, self._function)))
+            arguments = arguments_of(group, self._function)
+            of_group = []
+            for parameter in (one for one in group["params"] if id(one) in trained):
+                if alone and _Table.serves(group, name, parameter):
+                    table = _Table(group, parameter, optimizer.state[parameter], arguments)
+                    if table.is_sparse:
+                        self._tables.append(table)
+                        continue
+                of_group.append(parameter)
+            self._groups.append((group, of_group, states_of(optimizer, name, of_group), arguments))
 
     @staticmethod
     def serves(optimizer: torch.optim.Optimizer) -> bool:
@@ -225,12 +304,18 @@ class Update:
     def step(self) -> None:
         """As `Optimizer.step`: changes the parameters by their gradients."""
         gradients = [[p.grad for p in parameters] for _, parameters, _, _ in self._groups]
+        of_tables = [table.table_RE.grad for table in self._tables]
         if any(
-            gradient is None for of_group in gradients for gradient in of_group
+            gradient is None for of_group in (*gradients, of_tables) for gradient in of_group
         ):  # what was not used, torch leaves out
             self._optimizer.step()
+            for table in self._tables:
+                table.look()
             return
         with torch.no_grad():
+            for table, gradient in zip(self._tables, of_tables, strict=True):
+                assert gradient is not None
+                table.step(gradient)
             for (group, parameters, states, arguments), of_group in zip(self._groups, gradients, strict=True):
                 self._function(parameters, of_group, *states, lr=group["lr"], **arguments)
 

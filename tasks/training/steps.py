@@ -221,7 +221,8 @@ class Steps:
             optimizer.step()
             # torch skips parameters without a gradient, and which ones may change from step to step, so all must have one.
             if Update.serves(optimizer) and all(p.grad is not None and not p.grad.is_sparse for p in self._trainable):
-                self._update = Update(optimizer, learner.spec.optimizer.name, self._trainable)
+                name, alone = learner.spec.optimizer.name, self._compiled is None
+                self._update = Update(optimizer, name, self._trainable, alone=alone)
         if learner.schedule is not None:
             learner.schedule.step()
         if learner.averaged is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.training.rows import same_bits
+from tidemill.tasks.training import optimizers
 from tidemill.tasks.training.optimizers import OPTIMIZERS, Update, backward
 from tidemill.tasks.training.spec import OptimizerName
 
@@ -48,34 +49,99 @@ def test_same_bits_as_torchs_step(name: OptimizerName, settings: dict[str, Any])
     make = OPTIMIZERS[name].make
     torchs_own = getattr(torch.optim, make.__name__)
     assert torchs_own is not make
-    optimizers = [
-        kind(net.parameters(), lr=0.1, **settings) for kind, net in zip((make, torchs_own), nets, strict=True)
-    ]
+    both = [kind(net.parameters(), lr=0.1, **settings) for kind, net in zip((make, torchs_own), nets, strict=True)]
     update: Update | None = None
     for step in range(8):
         x, rate = torch.randn(16, 4), 0.1 / (step + 1)
-        for net, optimizer in zip(nets, optimizers, strict=True):
+        for net, optimizer in zip(nets, both, strict=True):
             optimizer.param_groups[0]["lr"] = rate  # as a schedule does
             optimizer.zero_grad()
             net(x).square().mean().backward()
             if step == 5:
                 net[2].bias.grad = None  # a parameter that one step does not use
-        optimizers[1].step()
+        both[1].step()
         if update is None:
-            optimizers[0].step()
-            update = Update(optimizers[0], name, list(ours.parameters()))
+            both[0].step()
+            update = Update(both[0], name, list(ours.parameters()))
         else:
             update.step()
         if step == 3:  # as a run does that goes on from a stored version
-            for optimizer in optimizers:
+            for optimizer in both:
                 optimizer.load_state_dict(optimizer.state_dict())
             update = None
     assert all(same_bits(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    mine, torchs = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    mine, torchs = (optimizer.state_dict()["state"] for optimizer in both)
     assert mine.keys() == torchs.keys()
     for index, values in torchs.items():
         for key, value in values.items():
             assert same_bits(mine[index][key], value) if isinstance(value, torch.Tensor) else mine[index][key] == value
+
+
+@pytest.mark.parametrize("width", [64, 37])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("adamw", {"weight_decay": 0.3}),
+        ("adam", {}),
+        ("adam", {"weight_decay": 0.1}),  # moves all rows
+        ("adamw", {"amsgrad": True}),
+        ("adamw", {"maximize": True}),
+    ],
+    ids=str,
+)
+def test_a_table_of_which_few_rows_are_in_use_has_the_bits_of_torchs_step(
+    name: OptimizerName, settings: dict[str, Any], width: int
+) -> None:
+    """More and more rows come into use, one step passes a parameter over, and the training goes on from stored state."""
+    torch.manual_seed(0)
+    ours = nn.ModuleDict({"table": nn.EmbeddingBag(1001, width, mode="sum"), "out": nn.Linear(width, 1)})
+    theirs = copy.deepcopy(ours)
+    nets = (ours, theirs)
+    make = OPTIMIZERS[name].make
+    both = [
+        kind(net.parameters(), lr=0.01, **settings)
+        for kind, net in zip((make, getattr(torch.optim, make.__name__)), nets, strict=True)
+    ]
+    update: Update | None = None
+    for step in range(60):
+        rows = torch.randint(0, 3 + step * step // 2, (16, 2)).clamp(max=1000)
+        target = torch.randn(16, 1)
+        for net, optimizer in zip(nets, both, strict=True):
+            optimizer.param_groups[0]["lr"] = 0.01 / (step + 1)
+            optimizer.zero_grad()
+            (net["out"](net["table"](rows)) - target).square().mean().backward()
+            if step == 7:
+                net["out"].bias.grad = None
+        both[1].step()
+        if update is None:
+            both[0].step()
+        else:
+            update.step()
+        if step in (0, 20, 50):  # begun anew, as by a run that goes on
+            update = Update(both[0], name, list(ours.parameters()))
+        assert all(same_bits(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)), step
+    mine, torchs = (optimizer.state_dict()["state"] for optimizer in both)
+    for index, values in torchs.items():
+        assert all(same_bits(mine[index][key], value) for key, value in values.items())
+
+
+def test_of_a_table_only_the_rows_in_use_are_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = nn.EmbeddingBag(1001, 64, mode="sum")
+    optimizer = torch.optim.AdamW(table.parameters())
+    seen: list[int] = []
+    adam = optimizers._adam
+    monkeypatch.setattr(
+        optimizers, "_adam", lambda *lists, **given: (seen.append(len(lists[0][0])), adam(*lists, **given))
+    )
+    for rows in ([[3, 4]], [[3, 5]], [[900, 4]]):
+        optimizer.zero_grad()
+        table(torch.tensor(rows)).sum().backward()
+        if not seen and not optimizer.state:
+            optimizer.step()
+            update = Update(optimizer, "adamw", list(table.parameters()))
+        else:
+            update.step()
+    assert seen == [3, 4]
 
 
 def test_backward_adds_the_gradients_that_torch_adds() -> None:
