@@ -67,8 +67,9 @@ def _is_iceberg(key: str) -> bool:
 
 
 def _refused(system: str, url: str) -> UnsupportedTable:
+    article = "an" if system == "Iceberg" else "a"
     return UnsupportedTable(
-        f"{url} is a {system} table: which of its files count stands in its own log, and files that it has removed or "
+        f"{url} is {article} {system} table: which of its files count stands in its own log, and files that it has removed or "
         f"rewritten still lie there. Write its rows as plain Parquet files to another folder (with Spark: "
         f'spark.read.format("{system.lower()}").load(...).write.parquet(...)) and name that one'
     )

@@ -164,13 +164,14 @@ def test_auto_compiles_long_runs_only() -> None:
     assert Steps(learner, AUTO_STEPS).per_call == STEPS_PER_CALL
 
 
-def test_shards_of_many_sizes_share_one_compiled_code() -> None:
+@pytest.mark.parametrize("first", [3 * BATCH, 100], ids=["full batches first", "others first"])
+def test_shards_of_many_sizes_share_one_compiled_code(first: int) -> None:
     """Full batches have another, since an open size costs time; nothing is compiled anew for every shard."""
     learner = begin(plain_spec(compile="on", batch_size=BATCH), cut(numbers_table(ROWS)))
     steps = Steps(learner, per_call=COUNT, backend="aot_eager")
     train_shard(steps, cut(numbers_table(COUNT * BATCH)), 1)  # eager: it makes the optimizer's state
     torch._dynamo.utils.counters.clear()
-    for rows in (3 * BATCH, 100, 93, 90, 6 * BATCH, 170, 84):
+    for rows in (first, 3 * BATCH, 100, 93, 90, 6 * BATCH, 170, 84):
         before = learner.counters.compiled_steps
         train_shard(steps, cut(numbers_table(rows)), 1)
         assert learner.counters.compiled_steps > before
