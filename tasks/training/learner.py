@@ -82,7 +82,7 @@ class Network:
 
     @classmethod
     def load(cls, spec: Spec, weights: bytes, state: bytes, device: str = "cpu") -> Self:
-        """What `Learner.load` would serve, without an optimizer: torch's first one takes more than a second of CPU time.
+        """What `Learner.load` would serve, without an optimizer and its state.
 
         Raises:
             StateMismatch, FactoryError: as there.
