@@ -3,8 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo quick test test-browser test-notebook test-newest prove chaos bench bench-quick bench-learning lint reference dist \
-  system clean
+KERAS := .venv-keras
+
+.PHONY: demo quick test test-browser test-notebook test-keras test-newest prove chaos bench bench-quick bench-learning lint reference \
+  dist system clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/flights/demo.py
@@ -23,6 +25,11 @@ test-browser: $(VENV)/installed
 # examples/notebook.ipynb, executed cell by cell: tests marked `notebook`, which `test` leaves out.
 test-notebook: $(VENV)/installed
 	$(BIN)/python -m pytest -m notebook $(ARGS)
+
+# Keras models, trained on torch and loaded by TensorFlow: tests marked `keras`, which `test` leaves out. Not in .ci/run: TensorFlow
+# takes more than a gigabyte.
+test-keras: $(KERAS)/installed
+	KERAS_BACKEND=torch $(KERAS)/bin/python -m pytest -m keras $(or $(ARGS),tests/keras)
 
 # The suite with the newest versions that pyproject.toml allows, in an environment without constraints.txt. Not in .ci/run: what is
 # newest changes from day to day, with no change of ours. ARGS chooses a part.
@@ -85,6 +92,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	.venv-bench/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
+# TensorFlow 2.21 asks for an older h5py than the pin of constraints.txt; it is an environment of its own for that, and for its size.
+$(KERAS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(KERAS)
+	grep -v '^h5py==' constraints.txt > $(KERAS)/constraints.txt
+	$(KERAS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(KERAS)/constraints.txt torch
+	$(KERAS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(KERAS)/constraints.txt --editable '.[keras]' \
+	  tensorflow-cpu==2.21.0 pytest pytest-timeout hypothesis
+	touch $@
+
 # prefect here too: of its range in pyproject.toml, the newest.
 .venv-newest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
@@ -92,4 +108,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench .venv-newest demo-data bench-data dist
+	rm -rf $(VENV) $(KERAS) .venv-bench .venv-newest demo-data bench-data dist

@@ -15,9 +15,11 @@ def export(
     *,
     to: Annotated[str, Parameter(help="URL of the file to write. An earlier one is replaced.")],
     file_format: Annotated[
-        Literal["onnx", "torch"],
+        Literal["onnx", "torch", "keras"],
         Parameter(
-            "--format", help="onnx, which needs the extra onnx; or torch, a program that torch.export.load reads."
+            "--format",
+            help="onnx, which needs the extra onnx; torch, a program that torch.export.load reads; or keras, a .keras file of a "
+            "Keras model.",
         ),
     ] = "onnx",
     version: Which = "champion",
@@ -29,7 +31,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a version with its preprocessing as one file, for ONNX Runtime or torch.
+    """Write a version with its preprocessing as one file, for ONNX Runtime, torch or Keras.
 
     Before it is written it is run on rows of a dataset and on made-up ones, and compared with what predict gives for them.
     Where they differ, or where the network cannot be translated, nothing is written. Text is hashed outside of the file: see

@@ -23,7 +23,7 @@ from tidemill.tasks.training.calling import first_line, frames_of
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-Format = Literal["onnx", "torch"]
+Format = Literal["onnx", "torch", "keras"]
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 """Inputs by name to predictions."""
 
@@ -45,6 +45,9 @@ def check_packages(wanted: Format) -> None:
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
+    if wanted == "keras":
+        with of_extra("keras", "--format keras"):
+            import keras  # noqa: F401
 
 
 def traced(graph: Graph, example: Mapping[str, Tensor]) -> "ExportedProgram":
@@ -59,7 +62,7 @@ def traced(graph: Graph, example: Mapping[str, Tensor]) -> "ExportedProgram":
         )
     batch = torch.export.Dim(BATCH, min=1)
     shapes = {name: {0: batch} for name in example}
-    with _quiet(), _refused("torch.export cannot trace the model"):
+    with _quiet(), refused("torch.export cannot trace the model"):
         return torch.export.export(graph, (), dict(example), dynamic_shapes=shapes)
 
 
@@ -70,7 +73,7 @@ def as_torch(program: "ExportedProgram", about: Mapping[str, str]) -> bytes:
         CannotExport: torch cannot store the program.
     """
     data = io.BytesIO()
-    with _quiet(), _refused("torch.export cannot store the model"):
+    with _quiet(), refused("torch.export cannot store the model"):
         torch.export.save(program, data, extra_files={PREFIX + name: text for name, text in about.items()})
     return data.getvalue()
 
@@ -81,7 +84,7 @@ def as_onnx(program: "ExportedProgram", about: Mapping[str, str]) -> bytes:
     Raises:
         CannotExport: an operator has no translation, or the model is too large for one file.
     """
-    with _quiet(), _refused("torch.onnx cannot translate the model"):
+    with _quiet(), refused("torch.onnx cannot translate the model"):
         made = torch.onnx.export(
             program,
             output_names=[PREDICTION],
@@ -112,7 +115,7 @@ def run_torch(data: bytes) -> Run:
     Raises:
         CannotExport: torch cannot load it.
     """
-    with _quiet(), _refused("torch.export cannot load the model again"):
+    with _quiet(), refused("torch.export cannot load the model again"):
         module = torch.export.load(io.BytesIO(data)).module()
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -133,11 +136,11 @@ def run_onnx(data: bytes) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
-    with _refused("ONNX Runtime cannot load the model"):
+    with refused("ONNX Runtime cannot load the model"):
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        with _refused("ONNX Runtime cannot run the model"):
+        with refused("ONNX Runtime cannot run the model"):
             (found,) = session.run([PREDICTION], {name: tensor.numpy() for name, tensor in inputs.items()})
         return torch.from_numpy(found)
 
@@ -145,7 +148,7 @@ def run_onnx(data: bytes) -> Run:
 
 
 @contextmanager
-def _refused(what: str) -> Iterator[None]:
+def refused(what: str) -> Iterator[None]:
     """Tells an error of torch or ONNX in one line: its last cause, and the frames in the user's files."""
     try:
         yield

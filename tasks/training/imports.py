@@ -17,6 +17,12 @@ from tidemill.tasks.training.spec import Spec
 ALLOWED_MODULES: Final = "TIDEMILL_FACTORIES"
 """Environment variable: modules, separated by commas, that specs read from storage may import from."""
 
+_KERAS: Final = {
+    "keras": "pip install 'tidemill[keras]', and set KERAS_BACKEND=torch in the environment",
+    **dict.fromkeys(("tensorflow", "jax"), "if Keras asks for it, set KERAS_BACKEND=torch in the environment"),
+}
+"""By a module that is missing: what to do."""
+
 
 def check_allowed(spec: Spec, modules: Sequence[str]) -> None:
     """Refuse a model, loss or metric that is neither built in nor defined in one of `modules` or below. Imports nothing else.
@@ -74,9 +80,8 @@ def imported(name: str, setting: str) -> Callable[..., Any]:
         with importing():
             found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise FactoryError(
-            f"{setting} {name!r}: no module named {error.name!r}: install its package, or start from its folder"
-        ) from error
+        remedy = _KERAS.get(error.name or "", "install its package, or start from its folder")
+        raise FactoryError(f"{setting} {name!r}: no module named {error.name!r}: {remedy}") from error
     except (
         Exception,
         SystemExit,

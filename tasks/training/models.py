@@ -26,6 +26,7 @@ from tidemill.tasks.training.calling import first_line, frames_of, importing, ra
 from tidemill.tasks.training.errors import FactoryError, ModelError
 from tidemill.tasks.training.features import Features, SequenceInput
 from tidemill.tasks.training.imports import imported
+from tidemill.tasks.training.keras_models import KerasModule, is_keras
 from tidemill.tasks.training.spec import Spec
 
 
@@ -231,8 +232,12 @@ def build(spec: Spec, features: Features) -> nn.Module:
                 f"model.factory {name!r} raised {type(error).__name__}: {first_line(error)} (arguments given: {given}"
                 f"{f'; {where}' if where else ''})"
             ) from error
+        if is_keras(model):
+            model = _of_keras(spec, lambda: factory(**arguments), features)
         if not isinstance(model, nn.Module):
-            raise FactoryError(f"model.factory {name!r} returned {type(model).__name__}: return a torch.nn.Module")
+            raise FactoryError(
+                f"model.factory {name!r} returned {type(model).__name__}: return a torch.nn.Module, or a keras.Model"
+            )
         if any(is_lazy(value) for value in (*model.parameters(), *model.buffers())):
             _give_shapes(model, name, features)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -246,6 +251,18 @@ def build(spec: Spec, features: Features) -> nn.Module:
                 "dense, or with persistent=False"
             )
     return model
+
+
+def _of_keras(spec: Spec, make: Callable[[], Any], features: Features) -> KerasModule:
+    """Keras draws from other random numbers than torch: the model is made again, from the spec's seed. Raises FactoryError."""
+    name = spec.model.factory
+    if spec.compile == "on":
+        raise FactoryError(
+            f"compile: on: a Keras model, as model.factory {name!r} returns, cannot be compiled: leave compile out, or set it to "
+            "off"
+        )
+    x_BF, ids_BC, *_ = features.allocate(2)
+    return KerasModule(name, make, spec.seed, (x_BF.zero_(), None if ids_BC is None else ids_BC.zero_()))
 
 
 def _give_shapes(model: nn.Module, name: str, features: Features) -> None:

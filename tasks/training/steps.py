@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tidemill.tasks.training.calling import model_error, told, torch_as_usual
 from tidemill.tasks.training.cutting import Batch, Blocks, even, in_batches
 from tidemill.tasks.training.errors import ModelError, TrainingError, of_the_machine
+from tidemill.tasks.training.keras_models import KerasModule
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.losses import LossFunction, is_column, loss_of
 from tidemill.tasks.training.optimizers import (
@@ -104,7 +105,7 @@ class Steps:
         """
         spec, model = learner.spec, learner.model
         self.learner = learner
-        compiles = wanted(spec.compile, expected)
+        compiles = wanted(spec.compile, expected) and not isinstance(model, KerasModule)  # it holds its weights itself
         self.per_call = per_call if compiles else 1
         """Steps that one block may hold."""
         self._device = learner.device

@@ -1,10 +1,12 @@
 """Which import paths of a spec from storage are followed."""
 
+import sys
+
 import pytest
 
 from tests.training.rows import plain_spec
 from tidemill.tasks.training.errors import FactoryError
-from tidemill.tasks.training.imports import check_allowed
+from tidemill.tasks.training.imports import check_allowed, imported
 
 
 def naming(factory: str):
@@ -99,3 +101,15 @@ def test_all_that_need_leave_are_named_at_once():
     for name in ("'one:Net'", "'two.losses:odd'", "'one:Metric'"):
         assert name in str(found.value)
     assert str(found.value).endswith("set TIDEMILL_FACTORIES=mine,one,two.losses")
+
+
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [("keras", r"pip install 'tidemill\[keras\]', and set"), ("tensorflow", "if Keras asks for it, set")],
+)
+def test_without_keras_or_its_backend_the_remedy_is_named(missing, remedy, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(
+        FactoryError, match=f"no module named '{missing}': {remedy} KERAS_BACKEND=torch in the environment"
+    ):
+        imported(f"{missing}:Model", "model.factory")

@@ -164,7 +164,10 @@ def test_a_missing_package_is_told_with_its_extra(place: str, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(MissingExtra, match=r"needs the package 'onnxscript'.*pip install 'tidemill\[onnx\]'"):
         export(f"{place}/registry", "model", f"{place}/out/missing.onnx")
-    assert "missing.onnx" not in keys(f"{place}/out")
+    monkeypatch.setitem(sys.modules, "keras", None)
+    with pytest.raises(MissingExtra, match=r"needs the package 'keras'.*pip install 'tidemill\[keras\]'"):
+        export(f"{place}/registry", "model", f"{place}/out/missing.keras", "keras")
+    assert not [key for key in keys(f"{place}/out") if key.startswith("missing")]
 
 
 # ---- what it is compared on ------------------------------------------------------------------------------------------
