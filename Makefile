@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 
 KERAS := .venv-keras
 
-.PHONY: demo quick test test-browser test-notebook test-keras test-newest prove chaos bench bench-quick bench-learning lint reference \
-  dist system clean
+.PHONY: demo quick test test-browser test-keras test-mlflow test-notebook test-newest prove chaos bench bench-quick bench-learning lint \
+  reference dist system clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/flights/demo.py
@@ -30,6 +30,11 @@ test-notebook: $(VENV)/installed
 # takes more than a gigabyte.
 test-keras: $(KERAS)/installed
 	KERAS_BACKEND=torch $(KERAS)/bin/python -m pytest -m keras $(or $(ARGS),tests/keras)
+
+# `tidemill publish` against a real server of MLflow: tests marked `mlflow`, which `test` leaves out. The server has an environment
+# of its own: its packages do not go with ours.
+test-mlflow: $(VENV)/installed .venv-mlflow/installed
+	$(BIN)/python -m pytest -m mlflow $(ARGS)
 
 # The suite with the newest versions that pyproject.toml allows, in an environment without constraints.txt. Not in .ci/run: what is
 # newest changes from day to day, with no change of ours. ARGS chooses a part.
@@ -101,6 +106,11 @@ $(KERAS)/installed: pyproject.toml constraints.txt
 	  tensorflow-cpu==2.21.0 pytest pytest-timeout hypothesis
 	touch $@
 
+.venv-mlflow/installed:
+	$(PYTHON) -m venv .venv-mlflow
+	.venv-mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
+	touch $@
+
 # prefect here too: of its range in pyproject.toml, the newest.
 .venv-newest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
@@ -108,4 +118,4 @@ $(KERAS)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(KERAS) .venv-bench .venv-newest demo-data bench-data dist
+	rm -rf $(VENV) $(KERAS) .venv-bench .venv-mlflow .venv-newest demo-data bench-data dist

@@ -14,7 +14,7 @@ from gc import freeze
 from cyclopts import App, Parameter
 
 from tidemill.flows import launch, terminal
-from tidemill.flows.commands import changing, choosing, exporting, reading, running, serving
+from tidemill.flows.commands import changing, choosing, exporting, publishing, reading, running, serving
 from tidemill.flows.flags import called
 
 app = App(
@@ -46,6 +46,7 @@ app.command(reading.show)
 app.command(running.predict)
 app.command(serving.serve)
 app.command(exporting.export)
+app.command(publishing.publish)
 app.command(reading.report)
 app.command(reading.audit)
 app.command(choosing.compare)

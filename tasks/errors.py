@@ -12,6 +12,10 @@ class CannotExport(Exception):
     """A version cannot be written in a format of others: it cannot be translated, or what came of it predicts otherwise."""
 
 
+class CannotPublish(Exception):
+    """MLflow refuses what it is told, cannot be reached, or has another model of the same name."""
+
+
 class MissingExtra(Exception):
     """Packages that only a part of Tidemill needs are not installed."""
 

@@ -47,11 +47,15 @@ def load_frozen(log: VersionLog, version: Version, device: str = "cpu", *, allow
 def _stored(log: VersionLog, version: Version, allowed: Sequence[str] = ()) -> tuple[Spec, bytes, bytes]:
     """(spec, weights, state), verified."""
     spec = spec_of(log, version)
-    check_allowed(
-        spec, [*allowed, *(name for part in os.environ.get(ALLOWED_MODULES, "").split(",") if (name := part.strip()))]
-    )
+    check_environment_allows(spec, allowed)
     blobs = version.manifest.blobs
     return spec, log.read_blob(blobs.weights), log.read_blob(blobs.state)
+
+
+def check_environment_allows(spec: Spec, allowed: Sequence[str] = ()) -> None:
+    """Raises FactoryError: the spec names code that is neither below `allowed` nor below what the environment allows."""
+    named = (part.strip() for part in os.environ.get(ALLOWED_MODULES, "").split(","))
+    check_allowed(spec, [*allowed, *filter(None, named)])
 
 
 def resolved_spec(learner: Learner) -> dict[str, Any]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tidemill.tasks.choosing.compare import compare as compare
     from tidemill.tasks.history.notebook import history as history
     from tidemill.tasks.online.report import OnlineReport as OnlineReport
+    from tidemill.tasks.publishing.publish import publish as publish
     from tidemill.tasks.serving.following import Following as Following
     from tidemill.tasks.serving.loading import load as load
     from tidemill.tasks.serving.predictor import Predictor as Predictor
@@ -56,6 +57,7 @@ _HOME: Final = {
     "history": "tidemill.tasks.history.notebook",
     "load": "tidemill.tasks.serving.loading",
     "open_log": "tidemill.storage.log",
+    "publish": "tidemill.tasks.publishing.publish",
     "train": "tidemill.flows.calls",
 }
 """Where each public name lives."""
@@ -81,6 +83,7 @@ __all__ = [
     "history",
     "load",
     "open_log",
+    "publish",
     "train",
 ]
 

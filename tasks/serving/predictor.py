@@ -7,7 +7,7 @@ somebody uses them, and in any case those of the version that was loaded last, o
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, overload
+from typing import Any, Final, Self, overload
 from weakref import WeakValueDictionary
 
 import pyarrow as pa
@@ -32,8 +32,8 @@ _REQUEST: Final = "the table"
 class _Ready:
     """What is read of a version. Threads and predictors share it."""
 
-    def __init__(self, log: VersionLog, version: Version) -> None:
-        self.network = load_frozen(log, version)
+    def __init__(self, version: Version, network: Network) -> None:
+        self.network = network
         self.network.served.eval()
         self.encoder = RowEncoder(self.network.features, version.manifest.columns)
 
@@ -45,6 +45,11 @@ class Predictor:
     version: Version
     """Its `number`, its `manifest`, and that one's `sha256`, which tells it from a version of the same number elsewhere."""
     _ready: _Ready
+
+    @classmethod
+    def of(cls, version: Version, network: Network) -> Self:
+        """A predictor of a network that was loaded already, and is not used otherwise from here on."""
+        return cls(version, _Ready(version, network))
 
     def __repr__(self) -> str:
         return f"<Predictor of {self.version.manifest.model!r}, version {self.version.number}>"
@@ -135,7 +140,7 @@ def predictor_of(log: VersionLog, version: Version) -> Predictor:
     with _locks.setdefault(log.url, threading.Lock()):
         ready = _in_use.get(version.sha256)
         if ready is None:
-            ready = _in_use[version.sha256] = _Ready(log, version)
+            ready = _in_use[version.sha256] = _Ready(version, load_frozen(log, version))
         with _keeping:
             _last.pop(log.url, None)
             _last[log.url] = ready

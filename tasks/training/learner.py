@@ -236,6 +236,17 @@ class Learner:
             return learner
 
 
+def serving_state(state: bytes) -> bytes:
+    """Of a state that `Learner.dump` wrote, what `Network.load` needs: no optimizer, no old rows.
+
+    Raises:
+        StateMismatch: it is no such state.
+    """
+    about = {name: value for name, value in _about(state).items() if name in ("format", "features")}
+    tensors = {name: tensor for name, tensor in parse_tensors(state).items() if name.startswith("features.")}
+    return tensor_bytes(tensors, metadata={METADATA_KEY: json.dumps(about)})
+
+
 # ---- what is stored --------------------------------------------------------------------------------------------------
 class _Stored(NamedTuple):
     """What `Learner.dump` wrote, parsed and found to be for a spec."""
