@@ -103,7 +103,7 @@ $(KERAS)/installed: pyproject.toml constraints.txt
 	grep -v '^h5py==' constraints.txt > $(KERAS)/constraints.txt
 	$(KERAS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(KERAS)/constraints.txt torch
 	$(KERAS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(KERAS)/constraints.txt --editable '.[keras]' \
-	  tensorflow-cpu==2.21.0 pytest pytest-timeout hypothesis
+	  tensorflow-cpu==2.21.0 pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 .venv-mlflow/installed:
