@@ -47,9 +47,9 @@ class Inputs:
             return ids_BC.unbind(1), ()
         lengths = [sequence.length for sequence in self.sequences]
         categories_BC, *sequences = torch.split(ids_BC, [len(self.buckets), *lengths], 1)
-        return categories_BC.unbind(
-            1
-        ) if self.buckets else (), sequences  # torch cannot load a program with an empty unbind
+        if not self.buckets:  # torch cannot load a program that unbinds nothing
+            return (), sequences
+        return categories_BC.unbind(1), sequences
 
 
 class _Items(nn.Embedding):
