@@ -44,6 +44,8 @@ logger = logging.getLogger("tidemill.serve")
 
 SMALL_BYTES: Final = 64 * 1024
 """A body of at most this size is predicted at once, which takes a few milliseconds."""
+DROPPED_BYTES: Final = 16 * 2**20
+"""Of a body that is too large, this many bytes more are read."""
 LARGE_AT_ONCE: Final = 4
 """Larger bodies that are read and predicted at a time. Others wait, unread."""
 CLOSING_SECONDS: Final = 10.0
@@ -103,7 +105,7 @@ class Service:
         if kind not in KINDS or b"content-encoding" in headers:
             raise Refused(415, f"send a body, not compressed, whose content-type is one of {', '.join(KINDS)}")
         length = int(headers.get(b"content-length", -1))  # digits, or the parser had refused it
-        if length > self.settings.max_body_bytes:
+        if length > self.settings.max_body_bytes + DROPPED_BYTES:
             raise self._too_large()
         if 0 <= length <= SMALL_BYTES:
             return self._answer(await self._body(request), kind, told)
@@ -117,17 +119,25 @@ class Service:
             self._large.release()
 
     async def _body(self, request: Request) -> bytes:
-        """The body, whole, if it is not too large and comes in time."""
+        """The body, whole, if it is not too large and comes in time.
+
+        What is too large is read to its end and dropped, up to `DROPPED_BYTES`: who still sends when the connection is closed may
+        never see the answer.
+        """
         most, seconds = self.settings.max_body_bytes, self.settings.max_seconds
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             async with asyncio.timeout(seconds):
                 async for part in request.stream():
-                    body += part
-                    if len(body) > most:
-                        raise self._too_large()
+                    size += len(part)
+                    if size <= most:
+                        body += part
+                    elif size > most + DROPPED_BYTES:
+                        break
         except TimeoutError as error:
             raise Refused(408, f"the body did not arrive within {seconds:g} seconds") from error
+        if size > most:
+            raise self._too_large()
         return bytes(body)
 
     def _answer(self, body: bytes, kind: str, told: dict[str, str]) -> Response:

@@ -180,7 +180,8 @@ def test_a_killed_worker_takes_seconds_of_the_log_with_it_and_fails_hardly_a_req
     missing = [when for request, when in answered.items() if request not in stored]
     assert all(killed - log_seconds <= when <= killed + 0.5 for when in missing)
     assert len(answered) > 0.9 * rate * seconds
-    assert failed <= 0.01 * (len(answered) + failed)
+    # Each connection of the killed worker loses the request in hand; for a few seconds that may be more than 1%.
+    assert failed <= max(0.01 * (len(answered) + failed), len(asking))
     print(f"{len(answered)} answered, {failed} failed, {len(missing)} of them in no shard")
 
 

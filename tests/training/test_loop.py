@@ -12,6 +12,7 @@ from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, OutputSha
 from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import predict, score, train_pass
+from tidemill.tasks.training.optimizers import OPTIMIZERS
 from tidemill.tasks.training.steps import Steps
 
 NET = {"factory": "tests.training.rows:Net"}
@@ -115,8 +116,9 @@ def test_a_diverging_loss_is_an_error_that_says_what_to_do():
 def test_another_implementation_of_the_optimizer_makes_every_step(monkeypatch):
     """Not the first one of a pass only."""
     calls = []
-    plain = torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: calls.append(self) or plain(self))
+    sgd = OPTIMIZERS["sgd"].make
+    plain = sgd.step
+    monkeypatch.setattr(sgd, "step", lambda self: calls.append(self) or plain(self))
     groups = cut(numbers_table(ROWS))
     spec = plain_spec(optimizer={"arguments": {"fused": True}})
     assert train_pass(Steps(begin(spec, groups)), groups, key=("epoch", 0)).steps == len(calls) > 1

@@ -28,7 +28,7 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.inbox import open_inbox
 from tidemill.storage.log import open_log
-from tidemill.storage.manifest import Entry, Owed, encode, sha256
+from tidemill.storage.manifest import FORMAT, Entry, Owed, encode, sha256
 from tidemill.storage.probe import check_inbox
 from tidemill.storage.retention import collect_garbage
 from tidemill.storage.status import look
@@ -609,8 +609,10 @@ def test_an_edited_blob_is_refused_and_the_inbox_untouched(blob: str, registry: 
 
 def test_a_manifest_of_a_newer_format_is_refused(memory_registry: str, memory_url: MakeUrl) -> None:
     store = open_store(memory_registry)
+    major, minor = FORMAT.split(".")
+    newer = f"{major}.{int(minor) + 1}"
     fields = json.loads(store.read("model/log/00000000.json"))
-    store.write("model/log/00000000.json", json.dumps(fields | {"format": "2.2"}).encode())
+    store.write("model/log/00000000.json", json.dumps(fields | {"format": newer}).encode())
     with pytest.raises(UnsupportedFormat, match="Upgrade"):
         open_run(memory_url("inbox"), memory_registry)
 
