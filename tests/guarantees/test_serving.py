@@ -125,7 +125,7 @@ def test_a_killed_worker_takes_seconds_of_the_log_with_it_and_fails_hardly_a_req
     make_url: MakeUrl, tmp_path: Path, full: bool
 ) -> None:
     """And the server ends as it should: what is under way is answered, and the log is stored."""
-    rate, seconds, log_seconds = (1000, 300, 5) if full else (150, 6, 1)
+    rate, seconds, log_seconds = (1000, 300, 5) if full else (300, 6, 1)
     begin(make_url("registry"), make_url("dataset"))
     inbox = make_url("inbox")
     with served(
@@ -180,8 +180,7 @@ def test_a_killed_worker_takes_seconds_of_the_log_with_it_and_fails_hardly_a_req
     missing = [when for request, when in answered.items() if request not in stored]
     assert all(killed - log_seconds <= when <= killed + 0.5 for when in missing)
     assert len(answered) > 0.9 * rate * seconds
-    # Each connection of the killed worker loses the request in hand; for a few seconds that may be more than 1%.
-    assert failed <= max(0.01 * (len(answered) + failed), len(asking))
+    assert failed <= 0.01 * (len(answered) + failed)
     print(f"{len(answered)} answered, {failed} failed, {len(missing)} of them in no shard")
 
 
