@@ -67,9 +67,9 @@ def publish(
     head = log.head()
     mirror = Mirror(to, name or model, log.url, log.older(0).sha256)
     known = mirror.published()
-    first = max(
-        (number for number, sha256 in known if log.has(number) and log.older(number).sha256 == sha256), default=-1
-    )
+    # The newest that is there and of this history, which a restore may have cut: what follows it is lacking.
+    newest_first = sorted(known, reverse=True)
+    last = next((number for number, sha256 in newest_first if _is_version(log, number, sha256)), -1)
     made, present, gone = dict[int, int](), len(known), list[int]()
 
     def put(publication: Publication) -> None:
@@ -80,7 +80,7 @@ def publish(
             made[number] = mirror.put(log, publication)
             known[number, publication.version.sha256] = made[number]
 
-    for publication in _publications(log, first + 1, head.number):
+    for publication in _publications(log, last + 1, head.number):
         put(publication)
     named = {alias: log.older(number) for alias, number in all_aliases(log).items() if log.has(number)}
     for version in sorted(named.values(), key=lambda named: named.number):
@@ -115,6 +115,10 @@ def _publications(log: VersionLog, first: int, last: int) -> Iterator[Publicatio
             if version.manifest.kind == "batch" or (gate is not None and gate.decision == "promoted"):
                 yield Publication(version, values, inputs)
                 values, inputs = [], []
+
+
+def _is_version(log: VersionLog, number: int, sha256: str) -> bool:
+    return log.has(number) and log.older(number).sha256 == sha256
 
 
 def _is_gone(log: VersionLog, version: Version) -> bool:
