@@ -146,14 +146,14 @@ def remembers(learner: Learner) -> bool:
 
 
 def try_step(steps: Steps) -> None:
-    """Let a learner be scored and take a step where no shard can be trained on. It is used up.
+    """Let a learner be scored and take a step where no shard can be trained on. It is used up. No other rank takes part.
 
     On rows that it remembers, which are real, if the spec has a replay memory; else on made-up ones.
 
     Raises:
         TrainingError: it cannot. Any other error of memory, an accelerator or the user's own code, too.
     """
-    learner = steps.learner
+    learner, steps = steps.learner, steps.alone()
     if (memory := _memory(learner)) is None:
         rows = [made_up(learner.features, learner.spec.batch_size)]
         score(learner, rows)

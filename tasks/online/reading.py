@@ -27,7 +27,7 @@ from tidemill.storage.inbox import Inbox, Shard
 from tidemill.storage.manifest import JoinedLabels, LabelShard
 from tidemill.storage.parquet import RowGroup as FileGroup
 from tidemill.storage.store import ObjectInfo
-from tidemill.tasks.training.errors import ColumnError, described, of_the_machine
+from tidemill.tasks.training.errors import ColumnError, ModelFails, described, of_the_machine
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.once import Decoded
@@ -160,9 +160,12 @@ def count_rows(inbox: Inbox, grace_seconds: float, info: ObjectInfo) -> int | No
 def may_be_the_shards(error: Exception) -> bool:
     """Whether an error met on a shard's rows may be the fault of these rows.
 
-    Errors of a store, of memory or of an accelerator never are. All others may be: of the model, the loss, a metric, Arrow.
+    Errors of a store, of memory or of an accelerator never are, nor is ModelFails. All others may be: of the model, the loss, a
+    metric, Arrow.
     """
-    return isinstance(error, ShardRejected) or not (isinstance(error, StorageError) or of_the_machine(error))
+    return isinstance(error, ShardRejected) or not (
+        isinstance(error, StorageError | ModelFails) or of_the_machine(error)
+    )
 
 
 def _decoded(groups: Sequence[RowGroup], features: Features, size: int) -> Sequence[RowGroup]:

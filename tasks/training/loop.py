@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidemill.progress import NOBODY, Activity
 from tidemill.tasks.training.batches import Stream
-from tidemill.tasks.training.calling import random_numbers_kept, told, usual_types
+from tidemill.tasks.training.calling import random_numbers_kept, seed_random_numbers, told, usual_types
 from tidemill.tasks.training.cutting import Batch, Blocks, joined
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss
 from tidemill.tasks.training.features import Encoded
@@ -107,7 +107,7 @@ def train_pass(
         return total.item() / rows
 
     # Closed whatever happens: the traceback of an error would keep its threads alive.
-    with closing(iter(stream)) as batches, _seeded(learner.device, spec.seed, "pass", *key), steps.training():
+    with closing(iter(stream)) as batches, _seeded(learner.device, spec.seed, "pass", *key), steps.training(*key):
         blocks: Iterator[tuple[Batch, int]]
         if memory is None:
             held = chain.from_iterable(repeat(part.held, part.blocks) for part in plan)
@@ -326,13 +326,8 @@ def _in_target_units(learner: Learner | Network, output: Tensor) -> Tensor:
 @contextmanager
 def _seeded(device: torch.device, *key: str | int) -> Iterator[None]:
     """Seeds torch's global generators (dropout uses them) for a while, and puts them back as they were."""
-    seed = stable_seed(*key)
     with random_numbers_kept([device.index or 0] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace each time: 0.2 ms
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        elif device.type == "mps":
-            torch.mps.manual_seed(seed)
+        seed_random_numbers(device, stable_seed(*key))
         yield
 
 

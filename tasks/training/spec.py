@@ -243,6 +243,12 @@ class Spec(_Settings):
         default=None, description="Memory of old rows for online training; left out: only new rows are trained on."
     )
     batch_size: int = Field(default=64, ge=1, description="Rows in one gradient step.")
+    parts: int | None = Field(
+        default=None,
+        ge=1,
+        description="Parts of a batch, a power of two, whose gradients are added up in a fixed order: 1, 2, 4 or so on ranks, up "
+        "to this many, train the same bits. Left out: each rank has one part, and other numbers of ranks give other bits.",
+    )
     epochs: Epochs = Field(
         default=10,
         description="Passes over the dataset in batch training; auto: as many as are best for held-out rows, which then are "
@@ -311,6 +317,10 @@ class Spec(_Settings):
             if not is_import_path(name):
                 raise ValueError(f"metrics holds {name!r}: name them as package.module:attribute")
         self._check_classes()
+        if self.parts is not None and self.parts & (self.parts - 1):
+            raise ValueError(
+                f"parts is {self.parts}: choose a power of two, as 4 or 8, which 1, 2, 4 ... ranks can share out"
+            )
         if self.standardize_target and task != "regression":
             raise ValueError(f"standardize_target is for task 'regression', not {task!r}: switch it off")
         if self.running_statistics and not (self.standardize_features or self.standardize_target):
