@@ -92,6 +92,8 @@ class Snapshot:
     """What lies below the URL and is not read, by reason."""
     folder: str = ""
     """URL of the folder that the names of the row groups are relative to."""
+    files: tuple[ObjectInfo, ...] = ()
+    """In order of their keys; none of a table in memory."""
 
     @property
     def schemas(self) -> list[tuple[str, pa.Schema]]:
@@ -151,7 +153,36 @@ def snapshot(
     store, infos, passed_over = _listed(there, stores, without)
     refuse_parts_of_tables(store.url, stores)
     _tell(store.url, passed_over)
-    opener = _Opener(store, infos, types or {})
+    return _opened(there.url, store, infos, types or {}, passed_over)
+
+
+def pinned(
+    ref: DatasetRef, folder: str, files: Sequence[ObjectInfo], stores: Callable[[str], Store] = open_store
+) -> Snapshot:
+    """The snapshot that another process has taken, of these files in this folder: nothing is listed, all footers are read.
+
+    Raises:
+        DatasetChanged: a file is no longer what it was then.
+        DatasetError: a file cannot be read.
+    """
+    found = _opened(ref.url, stores(folder), list(files), {}, ())
+    if found.ref != ref:
+        raise DatasetChanged(
+            f"{ref.url}: its {len(files)} files are not those that another process has read there. Nothing was registered; run "
+            "again when its writer has finished, and let writers add files instead of replacing them."
+        )
+    return found
+
+
+def _opened(
+    url: str,
+    store: Store,
+    infos: list[ObjectInfo],
+    types: Mapping[str, pa.DataType],
+    passed_over: tuple[LeftOut, ...],
+) -> Snapshot:
+    """The snapshot of these files. Raises as `snapshot`."""
+    opener = _Opener(store, infos, types)
     groups: list[RowGroup] = []
     schemas: list[pa.Schema] = []
     footers: list[str] = []
@@ -167,13 +198,13 @@ def snapshot(
             groups += row_groups(file, functools.partial(opener.cached, number))
     rows = sum(group.num_rows for group in groups)
     if not rows:
-        raise DatasetError(f"{there.url}: its {len(infos)} Parquet files hold no rows.")
+        raise DatasetError(f"{url}: its {len(infos)} Parquet files hold no rows.")
     # Not the etags, locally, where `chmod` and hard links change them: a run that is resumed would begin anew.
     identity = json.dumps(
         [[i.key, i.size, i.fingerprint_etag, f] for i, f in zip(infos, footers, strict=True)]
     ).encode()
-    ref = DatasetRef(url=there.url, fingerprint=hashlib.sha256(identity).hexdigest(), files=len(infos), rows=rows)
-    return Snapshot(ref, groups, passed_over, store.url)
+    ref = DatasetRef(url=url, fingerprint=hashlib.sha256(identity).hexdigest(), files=len(infos), rows=rows)
+    return Snapshot(ref, groups, passed_over, store.url, tuple(infos))
 
 
 def peek(url: str, stores: Callable[[str], Store] = open_store) -> tuple[str, pa.Schema]:

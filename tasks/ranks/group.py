@@ -8,15 +8,11 @@ from typing import Final, Protocol
 from torch import Tensor
 
 
-class RankLost(BaseException):
-    """Another rank cannot be reached: this process can only end, and all be started again. As after a kill, no work is stored.
-
-    No Exception, so that nothing which looks for a fault in a model or in a shard takes it for one.
-    """
-
-
 class Group(Protocol):
-    """The processes, and how tensors are added up and sent among them. Each method raises RankLost."""
+    """The processes, and how tensors are added up and sent among them.
+
+    No error leaves these methods: a rank that cannot reach another one ends at once, as if it had been killed.
+    """
 
     @property
     def rank(self) -> int:

@@ -136,6 +136,10 @@ def _of_the_task(spec: Spec) -> dict[str, Metric]:
     return {"accuracy": Mean(_is_right)}
 
 
+def _never() -> bool:
+    return False
+
+
 def _users(name: str) -> tuple[str, Metric]:
     make = imported(name, "metrics")
     try:
@@ -150,4 +154,7 @@ def _users(name: str) -> tuple[str, Metric]:
 
     if not isinstance(metric, TorchMetric):
         raise FactoryError(f"metrics {name!r} returned {type(metric).__name__}: name a class of torchmetrics.Metric")
+    for part in metric.modules():  # one metric may hold others
+        if isinstance(part, TorchMetric):  # one of several ranks scores: it would wait for the others to add theirs
+            part.distributed_available_fn = _never
     return name.rpartition(":")[2].rpartition(".")[2].lower(), metric
