@@ -137,10 +137,19 @@ def _stopped(by: KeyboardInterrupt, kept: str) -> NoReturn:
 def _message(error: Exception) -> str | None:
     """All that a user needs to know of an error of ours; None for other errors."""
     from tidemill.storage.errors import StorageError
-    from tidemill.tasks.errors import CannotExport, CannotPublish, CannotServe, GateClosed, MissingExtra
+    from tidemill.tasks.errors import (
+        CannotExport,
+        CannotPublish,
+        CannotServe,
+        GateClosed,
+        MissingExtra,
+        RanksDiffer,
+        RanksRefused,
+    )
     from tidemill.tasks.training.errors import TrainingError
 
     ours = StorageError | TrainingError | GateClosed | CannotExport | CannotPublish | CannotServe | MissingExtra
+    ours |= RanksDiffer | RanksRefused
     if isinstance(error, ours):
         return str(error)
     if isinstance(error, FileNotFoundError) and not _folder_is_there():

@@ -20,6 +20,14 @@ class MissingExtra(Exception):
     """Packages that only a part of Tidemill needs are not installed."""
 
 
+class RanksRefused(Exception):
+    """Processes cannot train together in the way in which they were started."""
+
+
+class RanksDiffer(Exception):
+    """One of the processes that train together holds other bits than the rest. Nothing was committed."""
+
+
 class CannotServe(Exception):
     """A server cannot start: it cannot listen where it was told to, or its token is empty."""
 

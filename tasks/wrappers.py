@@ -15,12 +15,11 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, TaskRunNameValueOrCallable, exponential_backoff
 
 from tidemill.storage import retention
-from tidemill.storage.errors import Unavailable
 from tidemill.tasks import batch
 from tidemill.tasks.batch_run import BatchRun
 from tidemill.tasks.online import step as online
 from tidemill.tasks.online.doors import OnlineSteps
-from tidemill.tasks.retrying import BACKOFF_SECONDS, RETRIES
+from tidemill.tasks.retrying import BACKOFF_SECONDS, PASSING, RETRIES
 
 logger = logging.getLogger("tidemill")
 if logger.level == logging.NOTSET:
@@ -30,10 +29,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _store_was_away(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Retry only what waiting can mend; every other error comes back the same."""
+def _may_pass(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Retry only what another try may mend; every other error comes back the same."""
     error = state.result(raise_on_failure=False)
-    if isinstance(error, Unavailable):
+    if isinstance(error, PASSING):
         logger.warning("to be tried again: %s", error)
         return True
     return False
@@ -59,7 +58,7 @@ def _task(function: Callable[P, R], name: str, run_name: str | Callable[[dict[st
         persist_result=False,
         retries=RETRIES,
         retry_delay_seconds=exponential_backoff(backoff_factor=BACKOFF_SECONDS),
-        retry_condition_fn=_store_was_away,
+        retry_condition_fn=_may_pass,
     )(function)
 
 

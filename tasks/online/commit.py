@@ -13,6 +13,7 @@ from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.reading import Kept
 from tidemill.tasks.online.selection import Selection
 from tidemill.tasks.online.work import Head, Work, removal, trigger_on
+from tidemill.tasks.ranks.leader import agree
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.environment import code_revision, environment
@@ -24,6 +25,7 @@ def commit(work: Work, selection: Selection, champion: Champion, places: Places,
 
     Raises:
         HeadMoved: another run was faster; nothing of this work counts.
+        RanksDiffer: of several processes that have trained together, one holds other bits. Nothing was written.
     """
     log, head = places.log, work.head
     learner, parent, number = head.learner, head.version.manifest, head.version.number + 1
@@ -31,6 +33,7 @@ def commit(work: Work, selection: Selection, champion: Champion, places: Places,
     for shard in work.consumed_objects:
         head.tombstones.add(shard.inbox, shard.key, shard.sha256, shard.etag)
     weights, state = learner.dump()
+    agree(head.steps, weights, state)
     recent = head.recent.copy()
     recent.extend(work.consumed)
     cumulative = head.cumulative.model_copy(deep=True)

@@ -15,6 +15,7 @@ from tidemill.tasks.online.events import Stepped
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.step import OnlineRun, Outcome, Step, retrained, retraining
 from tidemill.tasks.online.watching import watched
+from tidemill.tasks.ranks.leader import leading
 from tidemill.tasks.retrying import retried
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.stopping import stop_on_signals
@@ -87,6 +88,7 @@ def run_by(
     """One body for `drain`, `follow` and the flow: whoever runs the steps, their order is this."""
     run = steps.open_run(inbox, registry, model, settings, stores)
     with (
+        leading(),
         stop_on_signals(settings.stop_after_seconds) as stop,
         watched(run.places.log, run.places.inbox, settings),
         under_way(f"{settings.mode} {model}", unit="shards"),

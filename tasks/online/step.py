@@ -29,12 +29,12 @@ from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.selection import Selection, select
 from tidemill.tasks.online.turns import train_on
 from tidemill.tasks.online.work import Head, Identity, Work, read_learner, trigger_on
+from tidemill.tasks.ranks.leader import steps_of
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import BatchSettings, GateSettings, OnlineSettings
 from tidemill.tasks.training.environment import differences, environment
 from tidemill.tasks.training.made_up import made_up
 from tidemill.tasks.training.spec import Spec
-from tidemill.tasks.training.steps import Steps
 from tidemill.tasks.trial import try_metrics, warn_of_hidden_state
 from tidemill.tasks.versions import asked_of, spec_of
 
@@ -135,7 +135,7 @@ class OnlineRun:
         recent, gate = _recent(log, version, settings)
         return Head(
             version,
-            Steps(learner),
+            steps_of(learner),
             tombstones,
             owed,
             time.monotonic(),

@@ -22,12 +22,13 @@ from tidemill.tasks.online.gate import Champion
 from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.reading import Later, Read, Readable, Reader, may_be_the_shards
 from tidemill.tasks.online.work import Head, Identity, Scored, Work, removal
+from tidemill.tasks.ranks.leader import agree, train_shard
 from tidemill.tasks.settings import Limits, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, ModelFails, NonFiniteLoss, described, of_the_machine
 from tidemill.tasks.training.given import has_answers, score_answers
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner
-from tidemill.tasks.training.loop import PassResult, score, train_shard
+from tidemill.tasks.training.loop import PassResult, score
 from tidemill.tasks.trial import remembers, rows_at_hand, try_step
 
 logger = logging.getLogger("tidemill.online")
@@ -175,7 +176,9 @@ class _Turns:
     def _make_point(self) -> None:
         work = self.work
         if work.consumed:
-            self.point = _Point(work.head.learner.dump(), len(work.consumed), work.rows, work.new_columns.copy())
+            learner = work.head.learner.dump()
+            agree(work.head.steps, *learner)
+            self.point = _Point(learner, len(work.consumed), work.rows, work.new_columns.copy())
             self.since = []
 
 

@@ -27,6 +27,7 @@ from tidemill.storage.tombstones import Tombstones
 from tidemill.tasks.online.ledger import Ledger
 from tidemill.tasks.online.reading import Kept, Readable
 from tidemill.tasks.online.triggers import Judged, Trigger
+from tidemill.tasks.ranks.leader import steps_of
 from tidemill.tasks.scores import Means, Summary, add_served
 from tidemill.tasks.settings import OnlineSettings, Triggers
 from tidemill.tasks.training.learner import Learner
@@ -70,11 +71,11 @@ class Head:
 
     def read_again(self, log: VersionLog, device: str) -> None:
         """Go back to the learner as it was committed. Raises what `read_learner` raises."""
-        self.steps = Steps(read_learner(log, self.version, device))
+        self.steps = steps_of(read_learner(log, self.version, device))
 
     def go_back(self, stored: tuple[bytes, bytes], device: str) -> None:
         """Go back to the learner that `Learner.dump` gave."""
-        self.steps = Steps(Learner.load(self.learner.spec, *stored, device))
+        self.steps = steps_of(Learner.load(self.learner.spec, *stored, device))
 
     def consumed(self, shard: Shard) -> bool:
         """Whether a shard was consumed before: the same key and the same bytes, whatever its etag is now."""

@@ -291,10 +291,10 @@ def test_every_task_tries_again_and_stores_nothing() -> None:
     for task in tasks:
         assert task.retries == 3
         assert task.retry_delay_seconds == [10, 20, 40]
-        assert task.retry_condition_fn is wrappers._store_was_away
+        assert task.retry_condition_fn is wrappers._may_pass
         assert task.persist_result is False
     state = Failed(data=Unavailable("away"))
-    assert wrappers._store_was_away(online.step, None, state)  # type: ignore[arg-type]
+    assert wrappers._may_pass(online.step, None, state)  # type: ignore[arg-type]
 
 
 @memory

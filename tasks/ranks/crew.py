@@ -1,0 +1,104 @@
+"""Every rank but the first: it holds the like of the leader's learner, and trains as it is told until it is told to stop.
+
+It reads no store, scores nothing and commits nothing, and needs neither credentials nor Prefect.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import pyarrow as pa
+
+from tidemill.tasks.ranks import launched
+from tidemill.tasks.ranks.alike import digest, together
+from tidemill.tasks.ranks.ending import end_here
+from tidemill.tasks.ranks.group import Group
+from tidemill.tasks.ranks.joining import joined
+from tidemill.tasks.ranks.messages import Order, gathered, receive
+from tidemill.tasks.training.groups import TableGroup
+from tidemill.tasks.training.learner import Counters, Learner
+from tidemill.tasks.training.loop import train_shard
+from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.steps import Steps
+
+
+def serve(place: launched.Place) -> None:
+    """Do what the leader says, until it says that this is the end.
+
+    Signals are for the leader, which then stops after the step in hand, and says so.
+
+    Raises:
+        Exception: this rank cannot do what the leader asks of it. The launcher then ends or restarts all of them.
+    """
+    crew = Crew(joined(place, launched.timeout_seconds()))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    while (order := receive(crew.group)).name != "stop":
+        crew.obey(order)
+
+
+class Crew:
+    """One rank of the crew, and what it holds."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self._steps: Steps | None = None
+        """Of the like of the leader's learner; None: the leader sends one before it is needed."""
+
+    def obey(self, order: Order) -> None:
+        """Carry out an order that is not the last one."""
+        if (obeyed := ORDERS.get(order.name)) is None:
+            end_here(f"the leader gave an order that this rank does not know: {order.name[:40]!r}")
+        obeyed(self, order)
+
+    def ping(self, order: Order) -> None:
+        """The leader lives."""
+
+    def load(self, order: Order) -> None:
+        """Hold this learner."""
+        folder = order.about["folder"]
+        if folder not in sys.path and os.path.isdir(folder):
+            sys.path.append(folder)  # where the leader finds modules of the user's
+        weights, state = (bytes(part) for part in order.parts)
+        spec = Spec.model_validate(order.about["spec"])
+        learner = Learner.load(spec, weights, state, order.about["device"])
+        self._steps = Steps(learner, group=self.group)
+
+    def shard(self, order: Order) -> None:
+        """Train on the rows that follow, as all ranks do."""
+        about, steps = order.about, self.held
+        groups = []
+        for name in about["groups"]:
+            table = pa.ipc.open_stream(pa.py_buffer(receive(self.group).parts[0])).read_all()
+            groups.append(TableGroup(name, table))
+        steps.learner.counters.shards = about["ordinal"]
+        outcome = together(
+            self.group, lambda: train_shard(steps, groups, about["passes"], labelled=about["labelled"])
+        )
+        if isinstance(outcome, Exception):
+            self._steps = None  # half trained; the leader goes back too
+
+    def agree(self, order: Order) -> None:
+        """Tell which bits this rank holds."""
+        learner = self.held.learner
+        learner.counters = Counters(**order.about["counters"])  # the leader counts shards without labels too
+        digests = gathered(self.group, digest(*learner.dump()))
+        if len(set(digests)) > 1:
+            self._steps = None
+
+    @property
+    def held(self) -> Steps:
+        """What the leader has had this rank load."""
+        if self._steps is None:
+            end_here("the leader has this rank train before it has sent a learner: the ranks are not at the same place")
+        return self._steps
+
+
+ORDERS: Final[Mapping[str, Callable[[Crew, Order], None]]] = {
+    "ping": Crew.ping,
+    "load": Crew.load,
+    "shard": Crew.shard,
+    "agree": Crew.agree,
+}

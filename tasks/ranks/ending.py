@@ -1,0 +1,27 @@
+"""How a rank ends that has lost another one: at once, as if it had been killed."""
+
+import logging
+import os
+import sys
+from typing import Final, NoReturn
+
+logger = logging.getLogger("tidemill")
+
+LOST: Final = os.EX_TEMPFAIL
+"""The exit code of a rank that has lost another one. Whoever starts all ranks again goes on from the head."""
+
+
+def end_here(why: str) -> NoReturn:
+    """End this process without undoing or telling anything. That is "killed between two calls", which the protocol survives.
+
+    No exception: on its way out it would meet code that takes it for the fault of a shard, and Prefect, to which a run that ended
+    in an error is over.
+    """
+    logger.error(
+        "this rank ends, as if it had been killed: %s. Nothing half done is stored; started again, all ranks go on from the "
+        "head",
+        " ".join(why.split()),
+    )
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(LOST)

@@ -1,0 +1,102 @@
+"""Whether this process is one of several that a launcher has started, such as torchrun: asked without torch.
+
+A process is a rank only if it was entered as one: by `tidemill train`, by `tidemill follow`, or as a run of a work pool. A
+script of the user's that torchrun starts, and that calls Tidemill in each of its processes, has as many runs of their own.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from tidemill.tasks.errors import RanksRefused
+
+ENTERED: Final = "TIDEMILL_RANK"
+"""Set in a process that was entered as a rank, and in what it executes in its place."""
+TIMEOUT: Final = "TIDEMILL_RANK_TIMEOUT_SECONDS"
+"""The variable that says how long a rank waits for another one."""
+TIMEOUT_SECONDS: Final = 60.0
+"""A rank that has not answered for so long has gone."""
+SHARED_STORE: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""The variable of torch's launcher that must be 1, or ranks that are started again never find each other."""
+_OF_TORCH: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SET_PDEATHSIG: Final = 1  # of prctl(2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of how many processes this is."""
+
+    rank: int
+    """From 0, who is the leader."""
+    size: int
+    """How many there are; at least 2."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the leader, whose protocol is that of a single process."""
+        return self.rank == 0
+
+
+def place(variables: Mapping[str, str] = os.environ) -> Place | None:
+    """Which rank this process was entered as; None: it was not, or it is alone."""
+    return _said(variables) if ENTERED in variables else None
+
+
+def enter() -> Place | None:
+    """Be the rank that the launcher's variables say, and end when the launcher does. None: no launcher started several.
+
+    Raises:
+        RanksRefused: torch's launcher would let ranks that are started again wait for each other in vain.
+    """
+    found = _said(os.environ)
+    if found is None:
+        return None
+    _refuse_shared_store(os.environ)
+    os.environ[ENTERED] = str(found.rank)
+    end_with_parent()
+    return found
+
+
+def _said(variables: Mapping[str, str]) -> Place | None:
+    if any(name not in variables for name in _OF_TORCH):
+        return None
+    found = Place(int(variables["RANK"]), int(variables["WORLD_SIZE"]))
+    return found if found.size > 1 else None
+
+
+def _refuse_shared_store(variables: Mapping[str, str]) -> None:
+    """torch 2.13 hands the store of its agents to the workers, and hands it to restarted ones with what the dead had written
+    (https://github.com/pytorch/pytorch/issues/135712)."""
+    shares = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = int(variables.get("TORCHELASTIC_MAX_RESTARTS", 0)) or int(variables.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if shares and restarts:
+        raise RanksRefused(
+            f"torchrun was started with --max-restarts, and without {SHARED_STORE}=1: ranks that it starts again would wait "
+            f"for each other until they give up. Set {SHARED_STORE}=1 in the environment of torchrun"
+        )
+
+
+def timeout_seconds() -> float:
+    """How long a rank waits for another one.
+
+    Raises:
+        RanksRefused: the variable holds no number of seconds.
+    """
+    given = os.environ.get(TIMEOUT, "")
+    try:
+        seconds = float(given or TIMEOUT_SECONDS)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise RanksRefused(f"{TIMEOUT} is {given!r}: give a number of seconds above 0")
+    return seconds
+
+
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Have the kernel send this process a signal when the one that started it ends, however that ends. On Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, int(number))

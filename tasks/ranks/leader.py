@@ -1,0 +1,201 @@
+"""What rank 0 does with the others: it has them train on the same shards, and asks before a commit whether all have equal bits.
+
+The leader is a run as ever: it alone lists, reads, scores, commits and disposes. Where there is no crew, each function here is
+the plain one.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Final
+
+import pyarrow as pa
+
+from tidemill.tasks.errors import RanksDiffer, RanksRefused
+from tidemill.tasks.ranks import launched
+from tidemill.tasks.ranks.alike import digest, together
+from tidemill.tasks.ranks.ending import end_here
+from tidemill.tasks.ranks.group import ALONE, Group
+from tidemill.tasks.ranks.joining import joined
+from tidemill.tasks.ranks.messages import gathered, send
+from tidemill.tasks.training import loop
+from tidemill.tasks.training.groups import RowGroup
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.loop import PassResult
+from tidemill.tasks.training.steps import Steps
+
+PINGS: Final = 4
+"""An idle crew hears of the leader this often in the time that a rank waits for another."""
+
+
+class Leader:
+    """The leader's hold on its crew. Orders are given one at a time; between them the crew hears that the leader lives."""
+
+    def __init__(self, group: Group, timeout_seconds: float) -> None:
+        self.group = group
+        self._holds: Steps | None = None
+        """Whose learner the crew has the like of."""
+        self._held_steps = 0
+        """How many steps that learner had taken when it was last the like of theirs."""
+        self._broken = False
+        """The crew is in the middle of an order, and this rank no more."""
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
+        self._pinging = threading.Thread(
+            target=self._ping, args=(timeout_seconds / PINGS,), name="tidemill-ranks", daemon=True
+        )
+        self._pinging.start()
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.group.size
+
+    @contextmanager
+    def ordered(self, name: str, about: Mapping[str, Any], *parts: bytes | memoryview) -> Iterator[None]:
+        """Send an order; the body of the context is the leader's share of it, with the same calls of the group as the crew's.
+
+        An error that leaves the body leaves the crew where it cannot be reached.
+        """
+        with self._lock:
+            if self._broken:
+                end_here("it was interrupted in an order to the others, and cannot give another one")
+            try:
+                send(self.group, name, dict(about), *parts)
+                yield
+            except BaseException:
+                self._broken = True
+                raise
+
+    def train_shard(self, steps: Steps, groups: Sequence[RowGroup], passes: int, labelled: int | None) -> PassResult:
+        """As `loop.train_shard`, which all ranks do with these rows. Raises what that raises, here or on another rank."""
+        learner = steps.learner
+        names = learner.features.names(labelled=True)
+        about = {
+            "ordinal": learner.counters.shards,
+            "passes": passes,
+            "labelled": labelled,
+            "groups": [group.name for group in groups],
+        }
+        with self._lock:
+            self._load(steps)
+            self._holds = None  # until it is known that all went through the same
+            with self.ordered("shard", about):
+                for group in groups:
+                    send(self.group, "rows", {}, _written(group.read(names)))
+                outcome = together(self.group, lambda: loop.train_shard(steps, groups, passes, labelled=labelled))
+            if isinstance(outcome, Exception):
+                raise outcome
+            self._holds, self._held_steps = steps, learner.counters.steps
+            return outcome
+
+    def _load(self, steps: Steps) -> None:
+        """Have the crew hold the like of this learner, if it does not yet."""
+        learner = steps.learner
+        if self._holds is steps and self._held_steps == learner.counters.steps:
+            return
+        about = {
+            "spec": learner.spec.model_dump(mode="json"),
+            "device": learner.device.type,
+            "folder": os.getcwd(),
+        }
+        with self.ordered("load", about, *learner.dump()):
+            pass
+
+    def agree(self, steps: Steps, weights: bytes, state: bytes) -> None:
+        """Make sure that all ranks hold these bytes.
+
+        Raises:
+            RanksDiffer: one does not.
+        """
+        if self._holds is not steps:
+            return  # what all ranks trained on was taken back, or nothing was trained on
+        with self.ordered("agree", {"counters": asdict(steps.learner.counters)}):
+            digests = gathered(self.group, digest(weights, state))
+        others = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if others:
+            self._holds = None
+            raise RanksDiffer(
+                f"rank {', '.join(map(str, others))} of {self.size} has other weights or another state than rank 0 after the "
+                "same rows: nothing was committed, and all ranks read the head again. If it happens again, their machines, their "
+                "versions or the code of the model differ, or the model draws random numbers of its own"
+            )
+
+    def _ping(self, seconds: float) -> None:
+        while not self._closed.wait(seconds):
+            with self._lock:
+                if not (self._closed.is_set() or self._broken):
+                    send(self.group, "ping", {})
+
+    def close(self) -> None:
+        """Tell the crew that this is the end, if it is where it can hear that."""
+        self._closed.set()
+        with self._lock:
+            if not self._broken:
+                send(self.group, "stop", {})
+        self._pinging.join()
+
+
+def _written(table: pa.Table) -> memoryview:
+    """A table as an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return memoryview(sink.getvalue())
+
+
+# ---- what the rooms of a run call ------------------------------------------------------------------------------------
+_leader: Leader | None = None
+"""Of this process, while it leads."""
+
+
+@contextmanager
+def leading() -> Iterator[None]:
+    """While the context is open, this process leads the others that its launcher has started; it is as ever if there are none.
+
+    Raises:
+        RanksRefused: this process is one of the others.
+    """
+    global _leader
+    place = launched.place()
+    if place is None:
+        yield
+        return
+    if not place.leads:
+        raise RanksRefused(f"this process is rank {place.rank} of {place.size}, and only rank 0 leads a run")
+    seconds = launched.timeout_seconds()
+    leader = _leader = Leader(joined(place, seconds), seconds)
+    try:
+        yield
+    finally:
+        _leader = None
+        leader.close()
+
+
+def leader() -> Leader | None:
+    """Of this process; None: it has no crew."""
+    return _leader
+
+
+def steps_of(learner: Learner) -> Steps:
+    """Gradient steps of a learner, which all ranks make together if there are several. Raises what `Steps` raises."""
+    return Steps(learner, group=ALONE if _leader is None else _leader.group)
+
+
+def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int, *, labelled: int | None = None) -> PassResult:
+    """As `loop.train_shard`, by all ranks together if there are several."""
+    if _leader is None:
+        return loop.train_shard(steps, groups, passes, labelled=labelled)
+    return _leader.train_shard(steps, groups, passes, labelled)
+
+
+def agree(steps: Steps, weights: bytes, state: bytes) -> None:
+    """Make sure that all ranks hold what this one is about to commit: the dump of the learner of these steps.
+
+    Raises:
+        RanksDiffer: one does not.
+    """
+    if _leader is not None:
+        _leader.agree(steps, weights, state)

@@ -1,0 +1,98 @@
+"""Tensors among the ranks by torch's process groups: gloo for those in memory, NCCL for those on CUDA devices.
+
+The groups are Tidemill's own, and none is torch's default one: to whatever else runs in the process, as a user's metric that
+would add up over all ranks by itself, it is a single process (`torch.distributed.is_initialized()` is False).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Final
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import PrefixStore, ProcessGroup, ReduceOp, Store
+
+from tidemill.tasks.ranks.ending import end_here
+from tidemill.tasks.ranks.launched import Place
+
+JOIN_SECONDS: Final = 600.0
+"""How long a rank waits for the others to start. Whoever cannot start ends, and the launcher ends or restarts the others."""
+
+
+class TorchGroup:
+    """A `Group` (`tasks/ranks/group.py`). A rank that cannot reach another one ends at once, as if it had been killed."""
+
+    def __init__(self, store: Store, place: Place, timeout_seconds: float) -> None:
+        """`store` is the same for all ranks. Waits until all of them are here."""
+        self.rank, self.size = place.rank, place.size
+        self._store, self._timeout = store, timedelta(seconds=timeout_seconds)
+        self._pairs: dict[int, ProcessGroup] = {}
+        """By the distance of the two ranks."""
+        with _or_end("the others have not all started"):
+            store.set(f"here/{self.rank}", "")
+            store.wait([f"here/{rank}" for rank in range(self.size)], timedelta(seconds=JOIN_SECONDS))
+        with _or_end("no group could be made with the others"):
+            self._all = _process_group(PrefixStore("all", store), self.rank, self.size, self._timeout)
+
+    def sum_(self, flat: Tensor) -> None:
+        """As in `Group`."""
+        with _or_end("another rank has gone, or cannot be reached"):
+            self._all.allreduce(flat, ReduceOp.SUM).wait()
+
+    def sum_pair_(self, flat: Tensor, distance: int) -> None:
+        """As in `Group`."""
+        with _or_end("another rank has gone, or cannot be reached"):
+            if distance not in self._pairs:
+                low = self.rank & ~distance
+                store = PrefixStore(f"pair/{low}/{distance}", self._store)
+                self._pairs[distance] = _process_group(store, int(low != self.rank), 2, self._timeout)
+            self._pairs[distance].allreduce(flat, ReduceOp.SUM).wait()
+
+    def broadcast_(self, tensor: Tensor) -> None:
+        """As in `Group`."""
+        with _or_end("another rank has gone, or cannot be reached"):
+            self._all.broadcast(tensor, 0).wait()
+
+
+def connected(place: Place, timeout_seconds: float) -> TorchGroup:
+    """The group of all ranks that the launcher has started; of those of torch's default group where that is there already, as
+    Ray Train makes it."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return TorchGroup(_store(place), place, timeout_seconds)
+
+
+def _store(place: Place) -> Store:
+    if distributed.is_initialized():
+        return PrefixStore("tidemill", distributed.distributed_c10d._get_default_store())
+    with _or_end("the leader's store cannot be reached"):
+        store, _, _ = next(
+            distributed.rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=JOIN_SECONDS))
+        )
+    return store
+
+
+def _process_group(store: Store, rank: int, size: int, timeout: timedelta) -> ProcessGroup:
+    """A process group that no other part of torch knows of."""
+    group = ProcessGroup(store, rank, size)
+    kinds = ProcessGroup.BackendType
+    gloo = distributed.ProcessGroupGloo(store, rank, size, timeout)
+    group._set_default_backend(kinds.GLOO)
+    group._register_backend(torch.device("cpu"), kinds.GLOO, gloo)
+    if torch.cuda.is_available() and distributed.is_nccl_available():
+        options = distributed.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        nccl = distributed.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
+        group._register_backend(torch.device("cuda"), kinds.NCCL, nccl)
+    return group
+
+
+@contextmanager
+def _or_end(what: str) -> Iterator[None]:
+    """torch raises RuntimeError, and classes below it, whatever keeps a rank from another."""
+    try:
+        yield
+    except RuntimeError as error:
+        end_here(f"{what}: {error}")
