@@ -13,7 +13,7 @@ from gc import freeze
 
 from cyclopts import App, Parameter
 
-from tidemill.flows import launch, terminal
+from tidemill.flows import launch, terminal, torchrun
 from tidemill.flows.commands import changing, choosing, exporting, publishing, reading, running, serving
 from tidemill.flows.flags import called
 
@@ -70,5 +70,6 @@ def main(tokens: Iterable[str] | None = None) -> None:
         with terminal.attached(arguments[0] if arguments else "", launch.explained):
             called(app, arguments)
     except SystemExit as end:
-        launch.part(end.code if isinstance(end.code, int) else 0)
-        raise
+        code = torchrun.left_for_launcher(end.code if isinstance(end.code, int) else 0)
+        launch.part(code)
+        raise SystemExit(code) from None

@@ -4,6 +4,7 @@ import difflib
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError, UnusedCliTokensError
@@ -157,8 +158,13 @@ def spec_file(tokens: Sequence[str]) -> list[Callable[..., Any]]:
     return [ConfigDict({"train": fields}, source=path)]
 
 
+given: ContextVar[tuple[str, ...]] = ContextVar("given")
+"""The command line, for a command that is run by other processes."""
+
+
 def called(app: App, arguments: list[str]) -> None:
     """Run the command that a command line asks for. What is wrong with it is told, with how it should look: exit code 2."""
+    given.set(tuple(arguments))
     try:
         app.config = spec_file(arguments)
         app(arguments, print_error=False, exit_on_error=False)

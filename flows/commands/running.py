@@ -1,13 +1,16 @@
 """The commands that train and predict."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
-from tidemill.flows import launch, views
+from tidemill.flows import flags, launch, torchrun, views
 from tidemill.flows.commands.shared import AsJson, Dataset, Inbox, Name, Registry, Which, opened, tell
 from tidemill.flows.flags import FollowFlags, SpecFlags
+from tidemill.tasks.ranks.launched import Place
 from tidemill.tasks.settings import BatchSettings
 
 _FOLLOWING = FollowFlags()
@@ -19,6 +22,29 @@ ByPrefect = Annotated[
         "profile); where none is, a temporary server starts first, which takes up to a minute.",
     ),
 ]
+Ranks = Annotated[
+    int,
+    Parameter(
+        validator=Number(gte=1),
+        help="Train by this many processes of this machine, each of which computes its share of every batch; torchrun starts "
+        "them. Where torchrun has started this command itself, there are as many as it says (docs/scale.md).",
+    ),
+]
+
+
+def _serve(place: Place) -> None:
+    """Be one of a leader's crew, to the end."""
+    from tidemill.tasks.ranks.crew import serve
+
+    logging.getLogger("tidemill").setLevel(logging.WARNING)  # what goes on, the leader tells
+    launch.find_own_modules()
+    serve(place)
+
+
+def _run_by_ranks(ranks: int, place: Place | None) -> None:
+    """Have ranks run this command, and end with its exit code, if several were asked for and this is none of them."""
+    if ranks > 1 and place is None:
+        raise SystemExit(torchrun.run(ranks, flags.given.get()))
 
 
 def train(
@@ -33,6 +59,7 @@ def train(
         Path | None, Parameter("--spec", help="JSON or YAML file of the spec's settings; flags override it.")
     ] = None,
     prefect: ByPrefect = False,
+    ranks: Ranks = 1,
     as_json: AsJson = False,
 ) -> None:
     """Train MODEL from a Parquet DATASET, register it as the new head, and move the alias to it.
@@ -53,8 +80,12 @@ def train(
             --features distance '{"name": "carrier", "kind": "category"}' \\
             --model.factory mymodels:Net --model.arguments '{"width": 32}'
     """
+    if (place := torchrun.entered(ranks)) is not None and not place.leads:
+        _serve(place)
+        return
     asked = spec.spec(from_file=file is not None)
     launch.before_training(dataset, registry, model, asked, settings)
+    _run_by_ranks(ranks, place)
     launch.find_own_modules()
     by_prefect = launch.by_prefect(prefect)
     tell(views.trained(launch.train(dataset, registry, model, asked, settings, by_prefect=by_prefect)), as_json)
@@ -68,6 +99,7 @@ def follow(
     *,
     settings: Annotated[FollowFlags, Parameter(name="*")] = _FOLLOWING,
     prefect: ByPrefect = False,
+    ranks: Ranks = 1,
     as_json: AsJson = False,
 ) -> None:
     """Train MODEL on the shards that arrive in INBOX; commit new versions; remove what they contain.
@@ -82,8 +114,12 @@ def follow(
         tidemill follow s3://bucket/inbox s3://bucket/registry flights \\
             --after-commit.archive-to s3://bucket/data/archive
     """
+    if (place := torchrun.entered(ranks)) is not None and not place.leads:
+        _serve(place)
+        return
     given = settings.settings()
     launch.before_following(inbox, registry, model, given)
+    _run_by_ranks(ranks, place)
     launch.find_own_modules()
     by_prefect = launch.by_prefect(prefect)
     tell(views.followed(launch.train_online(inbox, registry, model, given, by_prefect=by_prefect)), as_json)

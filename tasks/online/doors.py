@@ -86,9 +86,21 @@ def run_by(
     stores: Callable[[str], Store] = open_store,
 ) -> OnlineReport:
     """One body for `drain`, `follow` and the flow: whoever runs the steps, their order is this."""
+    with leading():
+        return _run_alone(steps, inbox, registry, model, settings, stores)
+
+
+def _run_alone(
+    steps: OnlineSteps,
+    inbox: str,
+    registry: str,
+    model: str,
+    settings: OnlineSettings,
+    stores: Callable[[str], Store],
+) -> OnlineReport:
+    """The same, of one process or of a leader."""
     run = steps.open_run(inbox, registry, model, settings, stores)
     with (
-        leading(),
         stop_on_signals(settings.stop_after_seconds) as stop,
         watched(run.places.log, run.places.inbox, settings),
         under_way(f"{settings.mode} {model}", unit="shards"),

@@ -74,9 +74,7 @@ class Crew:
             table = pa.ipc.open_stream(pa.py_buffer(receive(self.group).parts[0])).read_all()
             groups.append(TableGroup(name, table))
         steps.learner.counters.shards = about["ordinal"]
-        outcome = together(
-            self.group, lambda: train_shard(steps, groups, about["passes"], labelled=about["labelled"])
-        )
+        outcome = together(self.group, lambda: train_shard(steps, groups, about["passes"], labelled=about["labelled"]))
         if isinstance(outcome, Exception):
             self._steps = None  # half trained; the leader goes back too
 

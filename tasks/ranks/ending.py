@@ -5,6 +5,8 @@ import os
 import sys
 from typing import Final, NoReturn
 
+from tidemill.tasks.ranks.launched import ENTERED
+
 logger = logging.getLogger("tidemill")
 
 LOST: Final = os.EX_TEMPFAIL
@@ -18,8 +20,8 @@ def end_here(why: str) -> NoReturn:
     in an error is over.
     """
     logger.error(
-        "this rank ends, as if it had been killed: %s. Nothing half done is stored; started again, all ranks go on from the "
-        "head",
+        "rank %s ends, as if it had been killed: %s. Nothing half done is stored; started again, all ranks go on from there",
+        os.environ.get(ENTERED, "0"),
         " ".join(why.split()),
     )
     for stream in (sys.stdout, sys.stderr):

@@ -11,7 +11,7 @@ from torch import Tensor
 class Group(Protocol):
     """The processes, and how tensors are added up and sent among them.
 
-    No error leaves these methods: a rank that cannot reach another one ends at once, as if it had been killed.
+    A rank that cannot reach another one ends there and then (`tasks/ranks/ending.py`): no method returns, and none raises.
     """
 
     @property

@@ -13,7 +13,8 @@ logger = logging.getLogger("tidemill")
 
 def joined(place: Place, timeout_seconds: float) -> Group:
     """The group of all ranks, once all are there. The leader warns of machines that may give other bits than its own."""
-    from tidemill.tasks.ranks.transport import connected  # here, because a build of torch may be without its distributed part
+    # here, because a build of torch may be without its distributed part
+    from tidemill.tasks.ranks.transport import connected
 
     group = connected(place, timeout_seconds)
     own = environment()

@@ -57,7 +57,9 @@ def receive(group: Group) -> Order:
 
 def _pieces(body: bytearray) -> Iterator[torch.Tensor]:
     """uint8 tensors that are the bytes themselves."""
-    yield from torch.frombuffer(body, dtype=torch.uint8).split(PIECE_BYTES)
+    whole = torch.frombuffer(body, dtype=torch.uint8)
+    for at in range(0, len(body), PIECE_BYTES):
+        yield whole[at : at + PIECE_BYTES]
 
 
 def gathered(group: Group, data: bytes) -> list[bytes]:

@@ -12,7 +12,9 @@ from typing import Final
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import PrefixStore, ProcessGroup, ReduceOp, Store
+from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed has them too, but its types do not say so
+from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed.rendezvous import rendezvous
 
 from tidemill.tasks.ranks.ending import end_here
 from tidemill.tasks.ranks.launched import Place
@@ -68,9 +70,8 @@ def _store(place: Place) -> Store:
     if distributed.is_initialized():
         return PrefixStore("tidemill", distributed.distributed_c10d._get_default_store())
     with _or_end("the leader's store cannot be reached"):
-        store, _, _ = next(
-            distributed.rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=JOIN_SECONDS))
-        )
+        store: Store
+        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=JOIN_SECONDS)))
     return store
 
 
