@@ -30,13 +30,16 @@ RESULT: Final = "TIDEMILL_RANK_RESULT"
 """The variable that names the file in which the leader leaves the exit code of the command."""
 
 
-def entered(ranks: int) -> launched.Place | None:
+def entered(ranks: int, backend: launched.Backend) -> launched.Place | None:
     """The place of this process among those that a launcher has started; None: none has.
 
     Raises:
-        RanksRefused: it has started another number of them than `--ranks` says, or in a way in which they cannot work.
+        RanksRefused: it has started another number of them than `--ranks` says, or in a way in which they cannot work; or
+            `--ranks` is to start them, which only torchrun can.
     """
-    place = launched.enter()
+    place = launched.enter(backend)
+    if place is None and ranks > 1 and backend == "horovod":
+        raise RanksRefused("--ranks starts torchrun: with --backend horovod let horovodrun start this command")
     if place is not None and ranks not in (1, place.size):
         raise RanksRefused(
             f"--ranks is {ranks}, and the launcher has started {place.size} processes: leave --ranks out"

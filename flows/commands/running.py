@@ -10,7 +10,7 @@ from cyclopts.validators import Number
 from tidemill.flows import flags, launch, torchrun, views
 from tidemill.flows.commands.shared import AsJson, Dataset, Inbox, Name, Registry, Which, opened, tell
 from tidemill.flows.flags import FollowFlags, SpecFlags
-from tidemill.tasks.ranks.launched import Place
+from tidemill.tasks.ranks.launched import Backend, Place
 from tidemill.tasks.settings import BatchSettings
 
 _FOLLOWING = FollowFlags()
@@ -28,6 +28,13 @@ Ranks = Annotated[
         validator=Number(gte=1),
         help="Train by this many processes of this machine, each of which computes its share of every batch; torchrun starts "
         "them. Where torchrun has started this command itself, there are as many as it says (docs/scale.md).",
+    ),
+]
+TheBackend = Annotated[
+    Backend,
+    Parameter(
+        help="What carries tensors among ranks: torch (gloo; NCCL on CUDA devices), or horovod, whose horovodrun has then "
+        "started this command.",
     ),
 ]
 
@@ -60,6 +67,7 @@ def train(
     ] = None,
     prefect: ByPrefect = False,
     ranks: Ranks = 1,
+    backend: TheBackend = "torch",
     as_json: AsJson = False,
 ) -> None:
     """Train MODEL from a Parquet DATASET, register it as the new head, and move the alias to it.
@@ -80,7 +88,7 @@ def train(
             --features distance '{"name": "carrier", "kind": "category"}' \\
             --model.factory mymodels:Net --model.arguments '{"width": 32}'
     """
-    if (place := torchrun.entered(ranks)) is not None and not place.leads:
+    if (place := torchrun.entered(ranks, backend)) is not None and not place.leads:
         _serve(place)
         return
     asked = spec.spec(from_file=file is not None)
@@ -100,6 +108,7 @@ def follow(
     settings: Annotated[FollowFlags, Parameter(name="*")] = _FOLLOWING,
     prefect: ByPrefect = False,
     ranks: Ranks = 1,
+    backend: TheBackend = "torch",
     as_json: AsJson = False,
 ) -> None:
     """Train MODEL on the shards that arrive in INBOX; commit new versions; remove what they contain.
@@ -114,7 +123,7 @@ def follow(
         tidemill follow s3://bucket/inbox s3://bucket/registry flights \\
             --after-commit.archive-to s3://bucket/data/archive
     """
-    if (place := torchrun.entered(ranks)) is not None and not place.leads:
+    if (place := torchrun.entered(ranks, backend)) is not None and not place.leads:
         _serve(place)
         return
     given = settings.settings()

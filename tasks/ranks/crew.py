@@ -32,9 +32,14 @@ def serve(place: launched.Place) -> None:
     Raises:
         Exception: this rank cannot do what the leader asks of it. The launcher then ends or restarts all of them.
     """
-    crew = Crew(joined(place, launched.timeout_seconds()))
+    group = joined(place, launched.timeout_seconds())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    follow_orders(Crew(group))
+
+
+def follow_orders(crew: "Crew") -> None:
+    """The same for a group that is there already."""
     while (order := receive(crew.group)).name != "stop":
         crew.obey(order)
 

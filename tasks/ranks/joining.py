@@ -13,10 +13,7 @@ logger = logging.getLogger("tidemill")
 
 def joined(place: Place, timeout_seconds: float) -> Group:
     """The group of all ranks, once all are there. The leader warns of machines that may give other bits than its own."""
-    # here, because a build of torch may be without its distributed part
-    from tidemill.tasks.ranks.transport import connected
-
-    group = connected(place, timeout_seconds)
+    group = _connected(place, timeout_seconds)
     own = environment()
     for rank, said in enumerate(gathered(group, json.dumps(own).encode())):
         if place.leads and (found := differences(own, json.loads(said))):
@@ -24,3 +21,14 @@ def joined(place: Place, timeout_seconds: float) -> Group:
     if place.leads:
         logger.info("%d ranks train together", place.size)
     return group
+
+
+def _connected(place: Place, timeout_seconds: float) -> Group:
+    # here, because one needs an extra package, and a build of torch may be without its distributed part
+    if place.backend == "horovod":
+        from tidemill.tasks.ranks.horovod import HorovodGroup
+
+        return HorovodGroup(timeout_seconds)
+    from tidemill.tasks.ranks.transport import connected
+
+    return connected(place, timeout_seconds)

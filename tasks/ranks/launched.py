@@ -10,19 +10,27 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from tidemill.tasks.errors import RanksRefused
 
+Backend = Literal["torch", "horovod"]
+"""Who starts ranks, and carries tensors among them: torchrun and `torch.distributed`, or horovodrun and Horovod."""
+
+BACKENDS: Final[tuple[Backend, ...]] = ("torch", "horovod")
 ENTERED: Final = "TIDEMILL_RANK"
-"""Set in a process that was entered as a rank, and in what it executes in its place."""
+"""Set in a process that was entered as a rank, and in what it executes in its place, to the backend."""
 TIMEOUT: Final = "TIDEMILL_RANK_TIMEOUT_SECONDS"
 """The variable that says how long a rank waits for another one."""
 TIMEOUT_SECONDS: Final = 60.0
 """A rank that has not answered for so long has gone."""
 SHARED_STORE: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """The variable of torch's launcher that must be 1, or ranks that are started again never find each other."""
-_OF_TORCH: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
+    "torch": ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    "horovod": ("HOROVOD_RANK", "HOROVOD_SIZE"),
+}
+"""What the launcher of each backend sets; the first two are the rank and how many there are."""
 _SET_PDEATHSIG: Final = 1  # of prctl(2)
 
 
@@ -34,6 +42,7 @@ class Place:
     """From 0, who is the leader."""
     size: int
     """How many there are; at least 2."""
+    backend: Backend = "torch"
 
     @property
     def leads(self) -> bool:
@@ -43,28 +52,32 @@ class Place:
 
 def place(variables: Mapping[str, str] = os.environ) -> Place | None:
     """Which rank this process was entered as; None: it was not, or it is alone."""
-    return _said(variables) if ENTERED in variables else None
+    return next((_said(variables, backend) for backend in BACKENDS if variables.get(ENTERED) == backend), None)
 
 
-def enter() -> Place | None:
+def enter(backend: Backend = "torch") -> Place | None:
     """Be the rank that the launcher's variables say, and end when the launcher does. None: no launcher started several.
 
     Raises:
-        RanksRefused: torch's launcher would let ranks that are started again wait for each other in vain.
+        RanksRefused: another launcher than the backend's did; or torch's would let ranks that are started again wait for each
+            other in vain.
     """
-    found = _said(os.environ)
+    found = _said(os.environ, backend)
     if found is None:
+        if backend == "torch" and _said(os.environ, "horovod") is not None:
+            raise RanksRefused("horovodrun has started this process: give --backend horovod, or let torchrun start it")
         return None
     _refuse_shared_store(os.environ)
-    os.environ[ENTERED] = str(found.rank)
+    os.environ[ENTERED] = backend
     end_with_parent()
     return found
 
 
-def _said(variables: Mapping[str, str]) -> Place | None:
-    if any(name not in variables for name in _OF_TORCH):
+def _said(variables: Mapping[str, str], backend: Backend) -> Place | None:
+    names = _VARIABLES[backend]
+    if any(name not in variables for name in names):
         return None
-    found = Place(int(variables["RANK"]), int(variables["WORLD_SIZE"]))
+    found = Place(int(variables[names[0]]), int(variables[names[1]]), backend)
     return found if found.size > 1 else None
 
 

@@ -18,9 +18,11 @@ from tidemill.tasks.ranks import launched
 from tidemill.tasks.ranks.alike import digest, together
 from tidemill.tasks.ranks.ending import end_here
 from tidemill.tasks.ranks.group import ALONE, Group
+from tidemill.tasks.ranks.horovod import HorovodGroup
 from tidemill.tasks.ranks.joining import joined
 from tidemill.tasks.ranks.messages import gathered, send
 from tidemill.tasks.training import loop
+from tidemill.tasks.training.errors import SpecError
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import PassResult
@@ -158,7 +160,6 @@ def leading() -> Iterator[None]:
     Raises:
         RanksRefused: this process is one of the others.
     """
-    global _leader
     place = launched.place()
     if place is None:
         yield
@@ -166,9 +167,17 @@ def leading() -> Iterator[None]:
     if not place.leads:
         raise RanksRefused(f"this process is rank {place.rank} of {place.size}, and only rank 0 leads a run")
     seconds = launched.timeout_seconds()
-    leader = _leader = Leader(joined(place, seconds), seconds)
-    try:
+    with at_the_head_of(joined(place, seconds), seconds):
         yield
+
+
+@contextmanager
+def at_the_head_of(group: Group, timeout_seconds: float) -> Iterator[Leader]:
+    """The same, of a group whose other ranks are in `crew.follow_orders`."""
+    global _leader
+    leader = _leader = Leader(group, timeout_seconds)
+    try:
+        yield leader
     finally:
         _leader = None
         leader.close()
@@ -180,8 +189,18 @@ def leader() -> Leader | None:
 
 
 def steps_of(learner: Learner) -> Steps:
-    """Gradient steps of a learner, which all ranks make together if there are several. Raises what `Steps` raises."""
-    return Steps(learner, group=ALONE if _leader is None else _leader.group)
+    """Gradient steps of a learner, which all ranks make together if there are several.
+
+    Raises:
+        SpecError: Horovod is to add up parts.
+        TrainingError: what `Steps` raises.
+    """
+    group = ALONE if _leader is None else _leader.group
+    if learner.spec.parts is not None and isinstance(group, HorovodGroup):
+        raise SpecError(
+            "parts: Horovod adds up in an order of its own: leave parts out, or let torchrun start the ranks"
+        )
+    return Steps(learner, group=group)
 
 
 def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int, *, labelled: int | None = None) -> PassResult:

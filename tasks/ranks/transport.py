@@ -5,8 +5,6 @@ would add up over all ranks by itself, it is a single process (`torch.distribute
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Final
 
@@ -16,7 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed h
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.distributed.rendezvous import rendezvous
 
-from tidemill.tasks.ranks.ending import end_here
+from tidemill.tasks.ranks.ending import ending_if_another_has_gone
 from tidemill.tasks.ranks.launched import Place
 
 JOIN_SECONDS: Final = 600.0
@@ -32,20 +30,20 @@ class TorchGroup:
         self._store, self._timeout = store, timedelta(seconds=timeout_seconds)
         self._pairs: dict[int, ProcessGroup] = {}
         """By the distance of the two ranks."""
-        with _or_end("the others have not all started"):
+        with ending_if_another_has_gone("the others have not all started"):
             store.set(f"here/{self.rank}", "")
             store.wait([f"here/{rank}" for rank in range(self.size)], timedelta(seconds=JOIN_SECONDS))
-        with _or_end("no group could be made with the others"):
+        with ending_if_another_has_gone("no group could be made with the others"):
             self._all = _process_group(PrefixStore("all", store), self.rank, self.size, self._timeout)
 
     def sum_(self, flat: Tensor) -> None:
         """As in `Group`."""
-        with _or_end("another rank has gone, or cannot be reached"):
+        with ending_if_another_has_gone():
             self._all.allreduce(flat, ReduceOp.SUM).wait()
 
     def sum_pair_(self, flat: Tensor, distance: int) -> None:
         """As in `Group`."""
-        with _or_end("another rank has gone, or cannot be reached"):
+        with ending_if_another_has_gone():
             if distance not in self._pairs:
                 low = self.rank & ~distance
                 store = PrefixStore(f"pair/{low}/{distance}", self._store)
@@ -54,7 +52,7 @@ class TorchGroup:
 
     def broadcast_(self, tensor: Tensor) -> None:
         """As in `Group`."""
-        with _or_end("another rank has gone, or cannot be reached"):
+        with ending_if_another_has_gone():
             self._all.broadcast(tensor, 0).wait()
 
 
@@ -69,7 +67,7 @@ def connected(place: Place, timeout_seconds: float) -> TorchGroup:
 def _store(place: Place) -> Store:
     if distributed.is_initialized():
         return PrefixStore("tidemill", distributed.distributed_c10d._get_default_store())
-    with _or_end("the leader's store cannot be reached"):
+    with ending_if_another_has_gone("the leader's store cannot be reached"):
         store: Store
         store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=JOIN_SECONDS)))
     return store
@@ -88,12 +86,3 @@ def _process_group(store: Store, rank: int, size: int, timeout: timedelta) -> Pr
         nccl = distributed.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
         group._register_backend(torch.device("cuda"), kinds.NCCL, nccl)
     return group
-
-
-@contextmanager
-def _or_end(what: str) -> Iterator[None]:
-    """torch raises RuntimeError, and classes below it, whatever keeps a rank from another."""
-    try:
-        yield
-    except RuntimeError as error:
-        end_here(f"{what}: {error}")
