@@ -69,7 +69,7 @@ class Crew:
         weights, state = (bytes(part) for part in order.parts)
         spec = Spec.model_validate(order.about["spec"])
         learner = Learner.load(spec, weights, state, order.about["device"])
-        self._steps = Steps(learner, group=self.group)
+        self._steps = Steps(learner, order.about["expected"], group=self.group)
 
     def shard(self, order: Order) -> None:
         """Train on the rows that follow, as all ranks do."""
@@ -79,8 +79,11 @@ class Crew:
             table = pa.ipc.open_stream(pa.py_buffer(receive(self.group).parts[0])).read_all()
             groups.append(TableGroup(name, table))
         steps.learner.counters.shards = about["ordinal"]
-        outcome = together(self.group, lambda: train_shard(steps, groups, about["passes"], labelled=about["labelled"]))
-        if isinstance(outcome, Exception):
+        self.train(lambda: train_shard(steps, groups, about["passes"], labelled=about["labelled"]))
+
+    def train(self, train: Callable[[], object]) -> None:
+        """Train as all ranks do. What has failed on all of them, the leader deals with."""
+        if isinstance(together(self.group, train), Exception):
             self._steps = None  # half trained; the leader goes back too
 
     def agree(self, order: Order) -> None:

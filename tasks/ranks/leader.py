@@ -6,10 +6,10 @@ the plain one.
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pyarrow as pa
 
@@ -27,6 +27,8 @@ from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import PassResult
 from tidemill.tasks.training.steps import Steps
+
+R = TypeVar("R")
 
 PINGS: Final = 4
 """An idle crew hears of the leader this often in the time that a rank waits for another."""
@@ -73,24 +75,48 @@ class Leader:
 
     def train_shard(self, steps: Steps, groups: Sequence[RowGroup], passes: int, labelled: int | None) -> PassResult:
         """As `loop.train_shard`, which all ranks do with these rows. Raises what that raises, here or on another rank."""
-        learner = steps.learner
-        names = learner.features.names(labelled=True)
+        names = steps.learner.features.names(labelled=True)
         about = {
-            "ordinal": learner.counters.shards,
+            "ordinal": steps.learner.counters.shards,
             "passes": passes,
             "labelled": labelled,
             "groups": [group.name for group in groups],
         }
+
+        def train() -> PassResult:
+            return loop.train_shard(steps, groups, passes, labelled=labelled)
+
+        return self.train(steps, "shard", about, train, (_written(group.read(names)) for group in groups))
+
+    def train(
+        self,
+        steps: Steps,
+        order: str,
+        about: Mapping[str, Any],
+        train: Callable[[], R],
+        rows: Iterable[memoryview] = (),
+    ) -> R:
+        """Train while the crew, which has the like of the learner, carries out an order to do the same.
+
+        Args:
+            steps: Of the learner.
+            order, about: What the crew hears.
+            train: This rank's share.
+            rows: Sent after the order, one by one.
+
+        Raises:
+            Exception: what `train` raises, here and on all other ranks.
+        """
         with self._lock:
             self._load(steps)
             self._holds = None  # until it is known that all went through the same
-            with self.ordered("shard", about):
-                for group in groups:
-                    send(self.group, "rows", {}, _written(group.read(names)))
-                outcome = together(self.group, lambda: loop.train_shard(steps, groups, passes, labelled=labelled))
+            with self.ordered(order, about):
+                for part in rows:
+                    send(self.group, "rows", {}, part)
+                outcome = together(self.group, train)
             if isinstance(outcome, Exception):
                 raise outcome
-            self._holds, self._held_steps = steps, learner.counters.steps
+            self._holds, self._held_steps = steps, steps.learner.counters.steps
             return outcome
 
     def _load(self, steps: Steps) -> None:
@@ -100,6 +126,7 @@ class Leader:
             return
         about = {
             "spec": learner.spec.model_dump(mode="json"),
+            "expected": steps.expected,
             "device": learner.device.type,
             "folder": os.getcwd(),
         }
@@ -188,8 +215,8 @@ def leader() -> Leader | None:
     return _leader
 
 
-def steps_of(learner: Learner) -> Steps:
-    """Gradient steps of a learner, which all ranks make together if there are several.
+def steps_of(learner: Learner, expected: int = 0) -> Steps:
+    """Gradient steps of a learner, which all ranks make together if there are several; `expected` is that of `Steps`.
 
     Raises:
         SpecError: Horovod is to add up parts.
@@ -200,7 +227,7 @@ def steps_of(learner: Learner) -> Steps:
         raise SpecError(
             "parts: Horovod adds up in an order of its own: leave parts out, or let torchrun start the ranks"
         )
-    return Steps(learner, group=group)
+    return Steps(learner, expected, group=group)
 
 
 def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int, *, labelled: int | None = None) -> PassResult:

@@ -92,7 +92,7 @@ class Steps:
             SpecError: the model cannot be trained in parts; or the parts are not to be shared out among so many ranks.
         """
         spec, model = learner.spec, learner.model
-        self.learner, self._group = learner, group
+        self.learner, self.expected, self._group = learner, expected, group
         in_parts = spec.parts is not None or group.size > 1
         by_itself = isinstance(model, KerasModule)  # it holds its weights itself
         self._compiles = wanted(spec.compile, expected) and not by_itself
