@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 
 KERAS := .venv-keras
 
-.PHONY: demo quick test test-browser test-keras test-mlflow test-notebook test-newest test-ranks test-horovod prove chaos bench bench-quick bench-learning lint \
-  reference dist system clean
+# All tests but those that need more than this environment.
+LOCAL := not browser and not notebook and not keras and not mlflow and not horovod
+
+.PHONY: demo quick test test-browser test-keras test-mlflow test-notebook test-newest test-ranks test-horovod prove \
+  chaos bench bench-quick bench-learning lint reference dist system clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/flights/demo.py
@@ -39,7 +42,7 @@ test-mlflow: $(VENV)/installed .venv-mlflow/installed
 # Ranks that are killed, frozen, cut off and started again (docs/scale.md): tests marked `ranks`, which `test` leaves out, beside
 # those that it runs. Less than 10 minutes; as root also hosts in network namespaces.
 test-ranks: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "not horovod" tests/ranks tests/flows/test_ranks.py $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "$(LOCAL)" tests/ranks tests/flows/test_ranks.py $(ARGS)
 
 # Horovod carries what torch carries else: tests marked `horovod`, which `test` leaves out. Its last release is built here, for C++17.
 test-horovod: .venv-horovod/installed
@@ -52,7 +55,7 @@ test-newest: .venv-newest/installed
 
 # The full figures of docs/guarantees.md, of which `test` makes a sample: hours. ARGS chooses a part. The power-loss test needs root.
 prove: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full --power --timeout 14400 -m "not horovod" \
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full --power --timeout 14400 -m "$(LOCAL)" \
 	  $(or $(ARGS),tests/guarantees tests/ranks)
 
 # Real workers on a real S3 server, both killed at random for half an hour; then the audit. ARGS="--minutes 5 --seed 7"
