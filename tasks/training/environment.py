@@ -35,6 +35,10 @@ def environment() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "order": ORDER,
     }
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # then something is computed there
+        found["accelerator"] = torch.cuda.get_device_name()
+    if torch.are_deterministic_algorithms_enabled():
+        found["deterministic_algorithms"] = "on"
     if not torch.backends.mkldnn.enabled:
         found["onednn"] = "off"
     if (precision := torch.get_float32_matmul_precision()) != "highest":

@@ -61,10 +61,16 @@ def forward_of(spec: Spec, device: torch.device) -> Forward:
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
+    """The batch on a device. To a CUDA device it goes by way of pinned memory, while the CPU goes on."""
     if device.type == "cpu":
         return batch
-    return Batch(*(None if tensor is None else tensor.to(device) for tensor in batch))  # type: ignore[arg-type]
+    pinned = device.type == "cuda"
+    # A copy in pinned memory, not the batch itself: rows of a window are overwritten once no batch refers to them, and torch
+    # keeps this copy until the device has read it.
+    return Batch._make(
+        None if tensor is None else (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
+        for tensor in batch
+    )
 
 
 class Steps:
@@ -96,9 +102,10 @@ class Steps:
         in_parts = spec.parts is not None or group.size > 1
         by_itself = isinstance(model, KerasModule)  # it holds its weights itself
         self._compiles = wanted(spec.compile, expected) and not by_itself
-        self.per_call = per_call if self._compiles and not in_parts else 1
-        """Steps that one block may hold."""
         self._device = learner.device
+        in_blocks = self._device.type == "cuda"  # many small batches are there sooner as one
+        self.per_call = per_call if in_blocks or (self._compiles and not in_parts) else 1
+        """Steps that one block may hold."""
         self._elsewhere = self._device.type != "cpu"
         self._forward, self._loss = forward_of(spec, self._device), loss_of(spec, learner.features)
         self._parameters = list(model.parameters())
