@@ -102,7 +102,9 @@ def before_training(dataset: str, registry: str, model: str, spec: "Spec", setti
         found, holdout = datasets_exist(dataset, settings.holdout_dataset)
         assert found is not None
         keep_batch_apart(open_log(registry, model), found, holdout)
-        check_training(dataset, spec, settings.holdout_dataset)
+        check_training(
+            dataset if settings.where is None and settings.last is None else None, spec, settings.holdout_dataset
+        )
 
 
 def before_following(inbox: str, registry: str, model: str, settings: "OnlineSettings") -> None:

@@ -3,17 +3,16 @@ etags.
 """
 
 import functools
-import hashlib
-import json
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import pyarrow as pa
 
+from tidemill.storage.choice import Choice, Picks, digest
 from tidemill.storage.errors import (
     DatasetChanged,
     DatasetError,
@@ -25,11 +24,12 @@ from tidemill.storage.errors import (
     StoreNotFound,
     on_one_line,
 )
+from tidemill.storage.groups import Group
 from tidemill.storage.lakehouse import refuse_parts_of_tables, refuse_tables
-from tidemill.storage.manifest import DatasetRef
 from tidemill.storage.overlap import inside
-from tidemill.storage.parquet import Findings, ParquetFile, RowGroup, row_groups
+from tidemill.storage.parquet import Findings, ParquetFile, row_groups
 from tidemill.storage.partitions import is_hidden, partition_types
+from tidemill.storage.records import DatasetRef
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import looks_like_a_pattern, open_store
 
@@ -65,22 +65,6 @@ class LeftOut:
         return f"{self.count} {self.reason} ({', '.join(map(on_one_line, self.names))}{more})"
 
 
-class Group(Protocol):
-    """A row group of a dataset: of a file, or of a table in memory. See `tidemill.storage.parquet.RowGroup`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def file(self) -> str: ...
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def schema(self) -> pa.Schema: ...
-    @property
-    def readers(self) -> int: ...
-    def read(self, columns: Sequence[str]) -> pa.Table: ...
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """The files of a dataset as they were at one moment. Reading any other bytes later is an error, never a mixture."""
@@ -93,7 +77,9 @@ class Snapshot:
     folder: str = ""
     """URL of the folder that the names of the row groups are relative to."""
     files: tuple[ObjectInfo, ...] = ()
-    """In order of their keys; none of a table in memory."""
+    """In order of their keys; none of a table in memory. Where rows are chosen, those without any are here too."""
+    standing: str = ""
+    """Where rows are chosen: a fingerprint as that of `ref`, but for the ends of a window. Empty: that of `ref`."""
 
     @property
     def schemas(self) -> list[tuple[str, pa.Schema]]:
@@ -132,6 +118,7 @@ def snapshot(
     stores: Callable[[str], Store] = open_store,
     types: Mapping[str, pa.DataType] | None = None,
     without: str | None = None,
+    choice: Choice | None = None,
 ) -> Snapshot:
     """List a dataset and read all its footers. What is passed over is counted, and told by one line of the log.
 
@@ -142,10 +129,12 @@ def snapshot(
         stores: Opens the store at a URL.
         types: Types of partition columns, as a model knows them. Of others, the values of this dataset decide.
         without: `url` of the store of a holdout. Where it lies inside of the dataset, its objects are no part of that.
+        choice: Which rows are asked for; None: all. What is asked of them is read of the row groups that may have some.
 
     Raises:
         StoreNotFound: no such folder or bucket.
-        DatasetError: no Parquet file, no rows, or a file that cannot be read.
+        DatasetError: no Parquet file, no rows, none that is chosen, or a file that cannot be read or lacks what is asked of its
+            rows.
         UnsupportedTable: a table of Delta Lake, Iceberg or Hudi, or a folder that holds one or is a part of one.
         DatasetChanged: a file changed between listing and reading.
     """
@@ -153,7 +142,7 @@ def snapshot(
     store, infos, passed_over = _listed(there, stores, without)
     refuse_parts_of_tables(store.url, stores)
     _tell(store.url, passed_over)
-    return _opened(there.url, store, infos, types or {}, passed_over)
+    return _opened(there.url, store, infos, types or {}, passed_over, choice)
 
 
 def pinned(
@@ -165,7 +154,7 @@ def pinned(
         DatasetChanged: a file is no longer what it was then.
         DatasetError: a file cannot be read.
     """
-    found = _opened(ref.url, stores(folder), list(files), {}, ())
+    found = _opened(ref.url, stores(folder), list(files), {}, (), Choice.of(ref.chosen))
     if found.ref != ref:
         raise DatasetChanged(
             f"{ref.url}: its {len(files)} files are not those that another process has read there. Nothing was registered; run "
@@ -180,30 +169,41 @@ def _opened(
     infos: list[ObjectInfo],
     types: Mapping[str, pa.DataType],
     passed_over: tuple[LeftOut, ...],
+    choice: Choice | None = None,
 ) -> Snapshot:
     """The snapshot of these files. Raises as `snapshot`."""
     opener = _Opener(store, infos, types)
-    groups: list[RowGroup] = []
+    picks = None if choice is None else Picks(choice, opener.types, opener.error)
+    wanted: Sequence[int] = range(len(infos))
+    if picks is not None:
+        wanted = [number for number in wanted if picks.may_hold(infos[number].key)]
+    groups: list[Group] = []
     schemas: list[pa.Schema] = []
     footers: list[str] = []
-    open_file = opener.cached if len(infos) <= _OPEN_FILES else opener.open  # all can stay open, or none would last
+    open_file = opener.cached if len(wanted) <= _OPEN_FILES else opener.open  # all can stay open, or none would last
     with ThreadPoolExecutor(_FOOTER_READERS) as pool:
-        for number, file in enumerate(pool.map(open_file, range(len(infos)))):
+        for number, file in zip(wanted, pool.map(open_file, wanted), strict=True):
             # One schema object for all equal files: 100,000 row groups must not hold 100,000 schemas.
             schema = next((s for s in schemas if s.equals(file.schema)), None)
             if schema is None:
                 schemas.append(schema := file.schema)
             file.schema = schema
             footers.append(file.footer_sha256)
-            groups += row_groups(file, functools.partial(opener.cached, number))
+            found = row_groups(file, functools.partial(opener.cached, number))
+            groups += found if picks is None else []
+            if picks is not None:
+                picks.add(file, found)
+    # Not the etags, locally, where `chmod` and hard links change them: a run that is resumed would begin anew.
+    identity = [
+        [i.key, i.size, i.fingerprint_etag, f] for i, f in zip((infos[n] for n in wanted), footers, strict=True)
+    ]
+    if picks is not None:
+        ref, groups, standing = picks.taken(url, len(infos), identity)
+        return Snapshot(ref, groups, passed_over, store.url, tuple(infos), standing)
     rows = sum(group.num_rows for group in groups)
     if not rows:
         raise DatasetError(f"{url}: its {len(infos)} Parquet files hold no rows.")
-    # Not the etags, locally, where `chmod` and hard links change them: a run that is resumed would begin anew.
-    identity = json.dumps(
-        [[i.key, i.size, i.fingerprint_etag, f] for i, f in zip(infos, footers, strict=True)]
-    ).encode()
-    ref = DatasetRef(url=url, fingerprint=hashlib.sha256(identity).hexdigest(), files=len(infos), rows=rows)
+    ref = DatasetRef(url=url, fingerprint=digest(identity), files=len(infos), rows=rows)
     return Snapshot(ref, groups, passed_over, store.url, tuple(infos))
 
 
@@ -243,10 +243,15 @@ class _Opener:
 
     def __init__(self, store: Store, infos: list[ObjectInfo], types: Mapping[str, pa.DataType]) -> None:
         self._store, self._infos = store, infos
-        self._types = {**partition_types(info.key for info in infos), **types}
+        self.types = {**partition_types(info.key for info in infos), **types}
+        """Of partition columns."""
         self._findings = Findings()
         self._cached = functools.lru_cache(_OPEN_FILES)(self.open)
         self._opening = [threading.Lock() for _ in range(_OPEN_FILES)]
+
+    def error(self, message: str) -> DatasetError:
+        """Of a message that begins with the key of a file."""
+        return DatasetError(f"{self._store.url}/{message}")
 
     def cached(self, number: int) -> ParquetFile:
         """The file, open. Several readers that need the same one open it once."""
@@ -270,8 +275,8 @@ class _Opener:
                 info.key,
                 info.size,
                 fetch,
-                lambda message: DatasetError(f"{self._store.url}/{message}"),
-                self._types,
+                self.error,
+                self.types,
                 concurrency=self._store.concurrency,
                 readers=self._store.readers,
                 findings=self._findings,

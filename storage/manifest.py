@@ -6,21 +6,15 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from tidemill.storage.errors import CorruptObject, UnsupportedFormat
 from tidemill.storage.formats import from_format_1, parsed_format
+from tidemill.storage.records import DatasetRef, Record
 
-FORMAT: Final = "2.2"
+FORMAT: Final = "2.3"
 """What this Tidemill writes, `major.minor`. It reads this and every lower one. A field's meaning never changes; a new field is
 optional, and comes with a higher minor."""
-
-
-class Record(BaseModel):
-    """Part of a manifest: immutable, and strict about its fields, so that a typo is an error and not a loss."""
-
-    # "constants": by default pydantic would write NaN as null, and a number that cannot be stored would vanish unseen
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class BlobRef(Record):
@@ -254,19 +248,6 @@ class Gate(Record):
             for name, c in compared
             if c is not None
         )
-
-
-IN_MEMORY: Final = "memory:"
-"""The URL of a dataset that is a table in memory."""
-
-
-class DatasetRef(Record):
-    """What a batch run was trained on."""
-
-    url: str
-    fingerprint: str
-    files: int
-    rows: int
 
 
 class Entry(Record):

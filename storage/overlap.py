@@ -28,8 +28,9 @@ from tidemill.storage.errors import (
     UnknownVersion,
     UnsupportedFormat,
 )
-from tidemill.storage.manifest import IN_MEMORY, verified
+from tidemill.storage.manifest import verified
 from tidemill.storage.parallel import concurrently
+from tidemill.storage.records import IN_MEMORY
 from tidemill.storage.urls import open_store
 
 if TYPE_CHECKING:

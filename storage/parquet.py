@@ -10,7 +10,7 @@ import mmap
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 from typing import IO, Any, Final, cast
@@ -18,7 +18,10 @@ from typing import IO, Any, Final, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tidemill.storage.bounds import bounds
+from tidemill.storage.conditions import Bounds
 from tidemill.storage.errors import NotReady, StorageError
+from tidemill.storage.leaves import is_below, string_leaves
 from tidemill.storage.pages import decoded_bytes
 from tidemill.storage.partitions import MARK, partitions
 from tidemill.storage.ranges import Fetch, RangesFile, coalesced
@@ -58,6 +61,10 @@ class RowGroup:
     _open: Callable[[], "ParquetFile"]
     _index: int
     _count: int
+
+    def bounds(self, file: "ParquetFile", column: str) -> Bounds:
+        """What the footer of its file, which is open, says of the values of a column."""
+        return file.bounds(range(self._index, self._index + self._count), column)
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Exactly these columns, in this order, strings dictionary-encoded; `num_rows` rows. Threads may read at once.
@@ -175,7 +182,7 @@ class ParquetFile:
             # Not `metadata.schema`: the two would refer to each other, and footers wait for the garbage collector.
             self._leaves = pq.ParquetSchema(self._metadata)
             # Dictionaries keep a repeated string once; expanded it would cost its length for every row.
-            self._strings = _string_leaves(self._leaves)
+            self._strings = string_leaves(self._leaves)
             self.schema: pa.Schema = self._parquet(self._file(), self._strings).schema_arrow
             self._stored = frozenset(self.schema.names)
             self.group_rows = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
@@ -218,6 +225,15 @@ class ParquetFile:
                 table = table.append_column(column, pa.repeat(value, table.num_rows))
             return table.select(list(columns))
 
+    def bounds(self, indices: range, column: str) -> Bounds:
+        """What the footer says of the values of a column in row groups; nothing of one that holds lists."""
+        leaves = [i for i in self._selected((column,)).leaves if self._leaves.column(i).path == column]
+        if len(leaves) != 1 or self._leaves.column(leaves[0]).max_repetition_level:
+            return Bounds()
+        with self._decoding(_named(indices)):
+            self._ranges(indices, leaves)  # as in `_check`: before any look at a column
+            return bounds(self._metadata, indices, leaves[0], self.schema.field(column).type)
+
     def neighbours(self) -> Iterator[range]:
         """The row groups, those joined that are read together."""
         many, start, rows, size = len(self.group_rows) > _MANY_GROUPS, 0, 0, 0
@@ -236,8 +252,8 @@ class ParquetFile:
             chosen = self._selections[columns] = _Selection(
                 stored=sorted(wanted),
                 added=[c for c in dict.fromkeys(columns) if c in self._partitions],
-                leaves=[i for i in range(len(schema)) if _is_below(schema.column(i).path, wanted)],
-                strings=[c for c in self._strings if _is_below(c, wanted)],
+                leaves=[i for i in range(len(schema)) if is_below(schema.column(i).path, wanted)],
+                strings=[c for c in self._strings if is_below(c, wanted)],
             )
         return chosen
 
@@ -365,29 +381,3 @@ def _refuse_beyond_bound(decoded: int) -> None:
         raise ValueError(
             f"it would decode to {decoded:,} bytes, more than {MAX_DECODED_BYTES:,}; write smaller row groups"
         )
-
-
-def _is_below(path: str, columns: Collection[str]) -> bool:
-    """True if a leaf of the schema belongs to one of the columns, whose names may have dots of their own."""
-    parts = path.split(".")
-    return any(".".join(parts[:i]) in columns for i in range(1, len(parts) + 1))
-
-
-def _string_leaves(schema: pq.ParquetSchema) -> list[str]:
-    """Paths of the columns of text and bytes, those inside of lists included, JSON and others that are kept as text too."""
-    plain = {field.name for field in schema.to_arrow_schema() if _is_string(field.type)}
-    leaves = [schema.column(i) for i in range(len(schema))]
-    return [
-        leaf.path
-        for leaf in leaves
-        if leaf.path in plain
-        or (leaf.max_repetition_level and leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "DECIMAL")
-    ]
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    types = pa.types
-    if isinstance(kind, pa.BaseExtensionType):
-        return _is_string(kind.storage_type)
-    texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    return texts or types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)

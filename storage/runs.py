@@ -17,7 +17,8 @@ from pydantic import Field
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject, NotFound, StoreNotFound, UnknownVersion
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import BlobRef, Record, checked, sha256, verified
+from tidemill.storage.manifest import BlobRef, checked, sha256, verified
+from tidemill.storage.records import Record
 from tidemill.storage.store import create_or_same
 
 _BROKEN = (NotFound, UnknownVersion, CorruptObject, AttributeError, RecursionError, TypeError, ValueError)

@@ -18,19 +18,19 @@ from pydantic import BaseModel
 from tidemill.progress import IN_RESULT, under_way
 from tidemill.storage.aliases import promote
 from tidemill.storage.chain import Version
-from tidemill.storage.dataset import Snapshot, snapshot
+from tidemill.storage.dataset import Snapshot
 from tidemill.storage.errors import HeadMoved, UnknownVersion
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import IN_MEMORY, Blobs, Entry
-from tidemill.storage.overlap import check_holdout, keep_batch_apart
-from tidemill.storage.probe import check_preconditions
+from tidemill.storage.manifest import Blobs, Entry
+from tidemill.storage.records import IN_MEMORY
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch_run import BatchRun
 from tidemill.tasks.beside import Rows, of_baseline, of_replaced
 from tidemill.tasks.retrying import retried
 from tidemill.tasks.settings import BatchSettings
-from tidemill.tasks.table import table_snapshot
+from tidemill.tasks.snapshots import check_places, run_snapshot
+from tidemill.tasks.snapshots import take_snapshot as take_snapshot  # tests and benchmarks call it here
 from tidemill.tasks.telling import chosen, decided, notes, unlabelled_rows
 from tidemill.tasks.training.environment import code_revision, environment
 from tidemill.tasks.training.families import type_name
@@ -66,27 +66,6 @@ class VersionInfo(BaseModel):
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------
-def take_snapshot(
-    dataset: str | pa.Table, holdout: str | None = None, stores: Callable[[str], Store] = open_store
-) -> Snapshot:
-    """The dataset as it is now, without a holdout that lies inside of it; see `tidemill.storage.dataset.snapshot`.
-
-    A table in memory is one too; see `tidemill.tasks.table`.
-
-    Raises:
-        PlacesOverlap: the dataset is its own holdout, or lies inside of it.
-    """
-    if isinstance(dataset, pa.Table):
-        return table_snapshot(dataset)
-    without = None
-    if holdout is not None:
-        without = stores(holdout).url
-        check_holdout(stores(dataset).url, without)
-    taken = snapshot(dataset, stores, without=without)
-    logger.info("%s: %d files, %d rows", taken.ref.url, taken.ref.files, taken.ref.rows)
-    return taken
-
-
 def open_run(
     dataset: Snapshot,
     registry: str,
@@ -102,9 +81,7 @@ def open_run(
         UnsupportedStore: the registry's store cannot keep versions safe.
     """
     log = VersionLog(stores(registry), model)
-    holdout = None if settings.holdout_dataset is None else stores(settings.holdout_dataset).url
-    keep_batch_apart(log, None if dataset.ref.url == IN_MEMORY else dataset.ref.url, holdout)
-    check_preconditions(log.store)
+    check_places(log, None if dataset.ref.url == IN_MEMORY else dataset.ref.url, settings, stores)
     run = BatchRun(dataset, log, spec, settings, stores)
     if run.registered is not None:
         version, finished = run.registered
@@ -295,7 +272,7 @@ def finish(run: BatchRun, version: Version) -> None:
 class BatchSteps:
     """The steps of a batch run, as `train_by` takes them: plain functions that try again, or Prefect's tasks."""
 
-    take_snapshot: Callable[[str | pa.Table, str | None, Callable[[str], Store]], Snapshot]
+    take_snapshot: Callable[[str | pa.Table, str, str, Spec, BatchSettings, Callable[[str], Store]], Snapshot]
     open_run: Callable[[Snapshot, str, str, Spec, BatchSettings, Callable[[str], Store]], BatchRun]
     prepare: Callable[[BatchRun], None]
     train_epoch: Callable[[BatchRun, int], float]
@@ -306,7 +283,7 @@ class BatchSteps:
     @classmethod
     def of(cls, called: Callable[[Callable[..., Any]], Callable[..., Any]]) -> "BatchSteps":
         """The functions of this module, each as `called` makes it."""
-        steps = (take_snapshot, open_run, prepare, train_epoch, evaluate, register, finish)
+        steps = (run_snapshot, open_run, prepare, train_epoch, evaluate, register, finish)
         return cls(*(called(step) for step in steps))
 
 
@@ -353,9 +330,8 @@ def train_by(
     stores: Callable[[str], Store] = open_store,
 ) -> VersionInfo:
     """One body for `train` and for the flow: whoever runs the steps, their order is this."""
-    run = steps.open_run(
-        steps.take_snapshot(dataset, settings.holdout_dataset, stores), registry, model, spec, settings, stores
-    )
+    taken = steps.take_snapshot(dataset, registry, model, spec, settings, stores)
+    run = steps.open_run(taken, registry, model, spec, settings, stores)
     if run.registered is None:
         steps.prepare(run)
         while (epoch := run.next_epoch()) is not None:

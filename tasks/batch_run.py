@@ -16,7 +16,7 @@ from tidemill.storage.urls import open_store
 from tidemill.tasks.code import Code, code_of
 from tidemill.tasks.search import Clock, Search
 from tidemill.tasks.search import Progress as SearchProgress
-from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.settings import BatchSettings, RowSettings
 from tidemill.tasks.training.batches import ORDER
 from tidemill.tasks.training.environment import differences, environment
 from tidemill.tasks.training.errors import SpecError
@@ -261,12 +261,23 @@ def _attempt(log: VersionLog, key: str, *, again: bool) -> BatchProgress:
 
 def run_key(dataset: Snapshot, spec: Spec, settings: BatchSettings, code: Code | None = None) -> str:
     """What makes two batch runs the same run: same files, spec, split, user's code and order of rows give the same bits."""
+    return _key(spec, dataset.ref.url, dataset.ref.fingerprint, settings, code)
+
+
+def asked_key(url: str, spec: Spec, settings: BatchSettings, code: Code | None = None) -> str:
+    """The same of what is asked for alone, whatever the dataset holds."""
+    return _key(spec, url, "", settings, code)
+
+
+def _key(spec: Spec, url: str, fingerprint: str, settings: BatchSettings, code: Code | None) -> str:
+    # What rows are asked for is not said where all are, as it was before it could be: such runs go on.
+    unsaid = {name for name in RowSettings.model_fields if getattr(settings, name) is None}
     identity = [
         ORDER if spec.shuffle else None,
-        dataset.ref.url,
-        dataset.ref.fingerprint,
+        url,
+        fingerprint,
         spec.model_dump(mode="json"),
-        settings.model_dump(mode="json", exclude={"again"}),
+        settings.model_dump(mode="json", exclude={"again", *unsaid}),
         (code or code_of(spec)).identity or "",
     ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

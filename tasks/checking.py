@@ -26,9 +26,11 @@ STARS: Final = 3
 
 
 def check_training(
-    dataset: str, spec: Spec, holdout: str | None = None, stores: Callable[[str], Store] = open_store
+    dataset: str | None, spec: Spec, holdout: str | None = None, stores: Callable[[str], Store] = open_store
 ) -> None:
     """Look at the columns of the first file of a dataset, and of a holdout, and at what the spec names by import path.
+
+    `dataset` is None where rows are chosen: they may lie in files that are unlike the first.
 
     Raises:
         StorageError: a dataset is not there or has no file to read.

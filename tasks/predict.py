@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from typing import Final
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from tidemill.progress import under_way
 from tidemill.storage.aliases import resolve
-from tidemill.storage.dataset import Group, snapshot
+from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import (
     DatasetError,
     NotFound,
@@ -21,10 +22,14 @@ from tidemill.storage.errors import (
     StoreNotFound,
     on_one_line,
 )
+from tidemill.storage.groups import Group
 from tidemill.storage.log import VersionLog
 from tidemill.storage.overlap import inside, keep_apart, keep_out_of_dataset
+from tidemill.storage.records import ChosenRows
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
+from tidemill.tasks.settings import RowSettings
+from tidemill.tasks.snapshots import choice_of
 from tidemill.tasks.training.classes import PREDICTED, Label, predicted_columns
 from tidemill.tasks.training.loop import predict as predict_groups
 from tidemill.tasks.versions import load_frozen
@@ -51,6 +56,7 @@ def predict(
     output: str,
     version: str = "champion",
     columns: Sequence[str] = (),
+    rows: RowSettings = RowSettings(),
     *,
     stores: Callable[[str], Store] = open_store,
 ) -> Predicted:
@@ -72,6 +78,7 @@ def predict(
         output: URL of a folder; objects of the same keys are replaced.
         version: An alias, a version's number, or `head`.
         columns: Columns of the dataset to copy beside the prediction.
+        rows: Which rows to predict for; by default all. A file without any of them has no file of predictions.
         stores: Opens the store at a URL.
 
     Raises:
@@ -88,7 +95,7 @@ def predict(
     frozen = load_frozen(log, chosen)
     if twice := [name for name in columns if name in PREDICTED]:
         raise DatasetError(f"{twice[0]!r} is the name of a column of predictions: it cannot be copied beside them.")
-    taken = snapshot(dataset, stores, frozen.features.types)
+    taken = snapshot(dataset, stores, frozen.features.types, choice=choice_of(rows, datetime.now(UTC)))
     for name, schema in taken.schemas:
         frozen.features.check(schema, name, labelled=False)
         if missing := [c for c in columns if c not in schema.names]:
@@ -104,7 +111,14 @@ def predict(
             f"{target.url}/{replaced}, a file of predictions, would be a file of the dataset {taken.ref.url}: choose another "
             "output."
         )
-    about = Record(model=model, version=chosen.number, dataset=taken.ref.url, rows=taken.ref.rows, labels=labels)
+    about = Record(
+        model=model,
+        version=chosen.number,
+        dataset=taken.ref.url,
+        rows=taken.ref.rows,
+        labels=labels,
+        chosen=taken.ref.chosen,
+    )
     result = _Result(target, about)
     result.begin(files)
     # Of all files at once, so that those to come are read while one is written.
@@ -148,6 +162,8 @@ class Record(BaseModel):
     rows: int
     labels: tuple[Label, ...] | None = None
     """In the order of their probabilities; None: `prediction` is a number."""
+    chosen: ChosenRows | None = None
+    """Which rows of the dataset; None: all."""
     files: dict[str, str] = Field(default_factory=dict)
     """Key -> etag when it was written. Empty in `UNFINISHED` for a key that was free and is to be written."""
 

@@ -12,8 +12,9 @@ from tidemill.storage.disposal import archive_keys
 from tidemill.storage.errors import CorruptObject, NotFound, ShardRejected, StoreNotFound, UnknownVersion
 from tidemill.storage.inbox import Shard
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import IN_MEMORY, Consumed, JoinedLabels, ShardRef, sha256
+from tidemill.storage.manifest import Consumed, JoinedLabels, ShardRef, sha256
 from tidemill.storage.parquet import RowGroup as FileGroup
+from tidemill.storage.records import IN_MEMORY
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.tasks.online.labels import Labels
 from tidemill.tasks.online.latest import LabelRows, join_again

@@ -24,8 +24,39 @@ HOLDOUT: Final = 0.1
 """Share of the rows that are held out where nothing is said."""
 
 
-class BatchSettings(_Settings):
-    """How a batch run evaluates and registers."""
+class RowSettings(_Settings):
+    """Which rows of a dataset are asked for; by default all."""
+
+    where: str | None = Field(
+        default=None,
+        description="Only the rows of which this condition is true, as SQL says it: "
+        "\"day >= '2024-05-01' AND carrier IN ('AA', 'UA')\".",
+    )
+    last: str | None = Field(
+        default=None,
+        description="Only the last rows by --time-column, such as 90d, 12h or 30m, up to when the run begins.",
+    )
+    time_column: str | None = Field(
+        default=None, min_length=1, description="The column of dates or times by which --last is measured."
+    )
+
+    @model_validator(mode="after")
+    def _rows(self) -> Self:
+        if (self.last is None) != (self.time_column is None):
+            given, lacking = ("last", "time_column") if self.last is not None else ("time_column", "last")
+            raise ValueError(f"{given} needs {lacking}: give both, such as last 90d and the column of times")
+        if self.where is not None or self.last is not None:
+            from tidemill.storage import sql  # here, because it is seldom needed
+
+            if self.where is not None:
+                sql.parse(self.where)
+            if self.last is not None:
+                sql.duration(self.last)
+        return self
+
+
+class BatchSettings(RowSettings):
+    """Which rows a batch run trains on, how it evaluates and registers."""
 
     holdout: float | None = Field(
         default=None,
@@ -131,7 +162,7 @@ AfterCommit = Annotated[
 ]
 
 
-class Retrain(_Settings):
+class Retrain(RowSettings):
     """A model that was refused too often is trained anew."""
 
     retrain_on: str = Field(
@@ -179,9 +210,14 @@ class GateSettings(_Settings):
         return self
 
     @property
+    def retrain(self) -> Retrain | None:
+        """The batch training after too many refusals, or None."""
+        return self.after_refusals if isinstance(self.after_refusals, Retrain) else None
+
+    @property
     def retrain_on(self) -> str | None:
-        """The dataset for a batch training after too many refusals, or None."""
-        return self.after_refusals.retrain_on if isinstance(self.after_refusals, Retrain) else None
+        """Its dataset, or None."""
+        return None if self.retrain is None else self.retrain.retrain_on
 
 
 class Triggers(_Settings):

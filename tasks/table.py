@@ -6,23 +6,26 @@ from typing import Any, Final
 
 import pyarrow as pa
 
+from tidemill.storage.choice import Choice, Picks
+from tidemill.storage.conditions import Bounds
 from tidemill.storage.dataset import Snapshot
 from tidemill.storage.errors import DatasetError
-from tidemill.storage.manifest import IN_MEMORY, DatasetRef
+from tidemill.storage.records import IN_MEMORY, DatasetRef
 from tidemill.tasks.training.groups import TableGroup
 
 GROUP_ROWS: Final = 65_536
 """Rows of one row group."""
 
 
-def table_snapshot(table: pa.Table) -> Snapshot:
-    """The table as row groups of up to `GROUP_ROWS`, without a copy.
+def table_snapshot(table: pa.Table, choice: Choice | None = None) -> Snapshot:
+    """The table as row groups of up to `GROUP_ROWS`, without a copy; or those of its rows that are asked for.
 
     Its fingerprint is the sha256 of the table as an Arrow IPC stream, one record batch for each row group: however the table is
     cut in chunks, the same values of the same types have the same one.
 
     Raises:
-        DatasetError: it has no rows, or a column whose type Arrow cannot copy.
+        DatasetError: it has no rows, none that is chosen, or a column whose type Arrow cannot copy; or it lacks what is asked of
+            its rows.
     """
     if not table.num_rows:
         raise DatasetError("the table holds no rows: give one with rows to train on.")
@@ -34,7 +37,14 @@ def table_snapshot(table: pa.Table) -> Snapshot:
             groups.append(TableGroup(f"table row group {number}", rows, "table"))
             for batch in _own(rows).to_batches():
                 stream.write_batch(batch)
-    ref = DatasetRef(url=IN_MEMORY, fingerprint=sink.digest.hexdigest(), files=1, rows=table.num_rows)
+    fingerprint = sink.digest.hexdigest()
+    if choice is not None:
+        picks = Picks(choice, {}, lambda message: DatasetError(f"the {message}"))
+        for group in groups:
+            picks.look_at(group, choice.condition, lambda _: Bounds())
+        ref, chosen, standing = picks.taken(IN_MEMORY, 1, [["table", fingerprint]])
+        return Snapshot(ref, chosen, folder=IN_MEMORY, standing=standing)
+    ref = DatasetRef(url=IN_MEMORY, fingerprint=fingerprint, files=1, rows=table.num_rows)
     return Snapshot(ref, groups, folder=IN_MEMORY)
 
 

@@ -26,11 +26,13 @@ def unlabelled_rows(features: Features) -> int:
 
 # ---- what was decided ------------------------------------------------------------------------------------------------
 def chosen(version: Version) -> list[str]:
-    """What the spec of a batch version had left open, and what was decided."""
+    """Which rows a batch version was trained on, if not on all; what its spec had left open, and what was decided."""
     manifest = version.manifest
+    rows = None if manifest.dataset is None else manifest.dataset.told
     asked, spec = Spec.model_validate(manifest.spec), resolved_of(version)
     labels = (manifest.resolved_spec or {}).get(LABELS)
-    return decided(asked, spec, labels, manifest.unused_columns, int(manifest.metrics.get("unlabelled_rows", 0)))
+    found = decided(asked, spec, labels, manifest.unused_columns, int(manifest.metrics.get("unlabelled_rows", 0)))
+    return [*([] if rows is None else [on_one_line(rows)]), *found]
 
 
 def decided(

@@ -20,6 +20,7 @@ from tidemill.tasks.batch_run import BatchRun
 from tidemill.tasks.online import step as online
 from tidemill.tasks.online.doors import OnlineSteps
 from tidemill.tasks.retrying import BACKOFF_SECONDS, PASSING, RETRIES
+from tidemill.tasks.snapshots import run_snapshot
 
 logger = logging.getLogger("tidemill")
 if logger.level == logging.NOTSET:
@@ -63,7 +64,7 @@ def _task(function: Callable[P, R], name: str, run_name: str | Callable[[dict[st
 
 
 batch_steps = batch.BatchSteps(
-    take_snapshot=_task(batch.take_snapshot, "snapshot", "snapshot"),
+    take_snapshot=_task(run_snapshot, "snapshot", "snapshot"),
     open_run=_task(batch.open_run, "open-run", "{model}: open run"),
     prepare=_task(batch.prepare, "fit", "{run.log.model}: fit"),
     train_epoch=_task(batch.train_epoch, "epoch", _epoch),

@@ -11,7 +11,7 @@ from tidemill.flows import launch, views
 from tidemill.flows.commands.shared import AsJson, Dataset, Name, Registry, opened, tell
 from tidemill.flows.flags import UsageError
 from tidemill.tasks.choosing.results import BACKTESTED_IN, COMPARED_IN
-from tidemill.tasks.settings import HOLDOUT, Device
+from tidemill.tasks.settings import HOLDOUT, Device, RowSettings
 from tidemill.tasks.training.spec import Spec
 
 OnDevice = Annotated[Device, Parameter(help="Where tensors are computed; auto takes an accelerator if there is one.")]
@@ -37,6 +37,7 @@ def compare(
         str | None, Parameter(help="URL of a dataset to score on instead; all rows are then trained on.")
     ] = None,
     device: OnDevice = "auto",
+    rows: Annotated[RowSettings, Parameter(name="*")] = RowSettings(),
     as_json: AsJson = False,
 ) -> None:
     """Train several specs on the same rows of DATASET, score them on the same others, and print one table, the best first.
@@ -60,13 +61,13 @@ def compare(
     launch.datasets_exist(dataset, holdout_dataset)
     for name, spec in named.items():
         try:
-            check_training(dataset, spec, holdout_dataset)
+            check_training(dataset if rows == RowSettings() else None, spec, holdout_dataset)
         except TrainingError as error:
             raise SpecError(f"{name}: {error}") from error
     from tidemill.tasks.choosing.compare import compare as run
 
     share = HOLDOUT if holdout is None else holdout
-    found = run(dataset, named, to, holdout=share, holdout_dataset=holdout_dataset, device=device)
+    found = run(dataset, named, to, holdout=share, holdout_dataset=holdout_dataset, device=device, rows=rows)
     tell(views.compared(found), as_json)
 
 

@@ -11,7 +11,7 @@ from tidemill.flows import flags, launch, torchrun, views
 from tidemill.flows.commands.shared import AsJson, Dataset, Inbox, Name, Registry, Which, opened, tell
 from tidemill.flows.flags import FollowFlags, SpecFlags
 from tidemill.tasks.ranks.launched import Backend, Place
-from tidemill.tasks.settings import BatchSettings
+from tidemill.tasks.settings import BatchSettings, RowSettings
 
 _FOLLOWING = FollowFlags()
 ByPrefect = Annotated[
@@ -84,6 +84,7 @@ def train(
         tidemill train ./data ./registry flights --target delayed --features '*' '!flight_id'
         tidemill train ./data ./registry flights --target delay --features distance carrier --epochs 20
         tidemill train ./data ./registry flights --spec spec.yaml
+        tidemill train ./data ./registry flights --target delayed --last 90d --time-column date --where "carrier <> 'AA'"
         tidemill train ./data ./registry flights --target delay \\
             --features distance '{"name": "carrier", "kind": "category"}' \\
             --model.factory mymodels:Net --model.arguments '{"width": 32}'
@@ -143,6 +144,7 @@ def predict(
     *,
     version: Which = "champion",
     columns: Annotated[list[str] | None, Parameter(help="Columns to copy beside the prediction.")] = None,
+    rows: Annotated[RowSettings, Parameter(name="*")] = RowSettings(),
     as_json: AsJson = False,
 ) -> None:
     """Write the predictions of a version for every row of DATASET below OUTPUT, one file for each of its files.
@@ -159,6 +161,6 @@ def predict(
     launch.find_own_modules()
     from tidemill.tasks.predict import predict as run
 
-    done = run(registry, model, dataset, output, version, columns or [])
-    rows, files = views.count(done.rows, "prediction"), views.count(done.files, "file")
-    tell((done, f"{rows} of version {done.version} in {files} below {done.output}"), as_json)
+    done = run(registry, model, dataset, output, version, columns or [], rows)
+    predictions, files = views.count(done.rows, "prediction"), views.count(done.files, "file")
+    tell((done, f"{predictions} of version {done.version} in {files} below {done.output}"), as_json)

@@ -21,7 +21,7 @@ from tidemill.storage.manifest import Consumed, ShardRef
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
-from tidemill.tasks.batch import PLAIN, take_snapshot, train_by
+from tidemill.tasks.batch import PLAIN, train_by
 from tidemill.tasks.choosing.kept import Kept, followed_by
 from tidemill.tasks.choosing.names import kept_as, own_modules
 from tidemill.tasks.choosing.page import ShownBacktest, backtested
@@ -35,6 +35,7 @@ from tidemill.tasks.reproduce import train_again
 from tidemill.tasks.retrying import retried
 from tidemill.tasks.search import Clock
 from tidemill.tasks.settings import BatchSettings, Device
+from tidemill.tasks.snapshots import take_snapshot
 from tidemill.tasks.table import table_snapshot
 from tidemill.tasks.training.errors import SpecError
 from tidemill.tasks.training.spec import Spec

@@ -18,13 +18,14 @@ from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.log import VersionLog
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
-from tidemill.tasks.batch import PLAIN, take_snapshot, train_by
+from tidemill.tasks.batch import PLAIN, train_by
 from tidemill.tasks.beside import Rows
 from tidemill.tasks.choosing.names import kept_as, own_modules
 from tidemill.tasks.choosing.page import ShownComparison, compared
 from tidemill.tasks.choosing.paired import Measure, RowErrors, difference
 from tidemill.tasks.choosing.results import COMPARED_IN, Compared, Comparison
-from tidemill.tasks.settings import HOLDOUT, BatchSettings, Device
+from tidemill.tasks.settings import HOLDOUT, BatchSettings, Device, RowSettings
+from tidemill.tasks.snapshots import run_snapshot
 from tidemill.tasks.training.baseline import baseline
 from tidemill.tasks.training.errors import SpecError, TrainingError, described
 from tidemill.tasks.training.fitting import fit
@@ -59,6 +60,7 @@ def compare(
     holdout: float = HOLDOUT,
     holdout_dataset: str | None = None,
     device: Device = "auto",
+    rows: RowSettings = RowSettings(),
     stores: Callable[[str], Store] = open_store,
 ) -> Comparison:
     """Train several specs on the same rows, and score them on the same others.
@@ -73,6 +75,7 @@ def compare(
         holdout: Share of the rows that none of them is trained on; a hash decides which.
         holdout_dataset: URL of a dataset to score on in place of held-out rows.
         device: Where tensors are computed.
+        rows: Which rows of the dataset are trained on, and held out; by default all.
         stores: Opens the store at a URL.
 
     Raises:
@@ -82,23 +85,27 @@ def compare(
     """
     _check_targets(specs)
     separate = holdout_dataset is not None
-    settings = BatchSettings(holdout_dataset=holdout_dataset, holdout=None if separate else holdout, device=device)
-    data = take_snapshot(dataset, holdout_dataset, stores)
+    settings = BatchSettings(
+        holdout_dataset=holdout_dataset, holdout=None if separate else holdout, device=device, **rows.model_dump()
+    )
+    first, spec = next(iter(specs.items()))
+    data = run_snapshot(dataset, to, kept_as(first, spec.model_dump(mode="json")), spec, settings, stores)
     _check_tasks(specs, data, settings)
     found: dict[str, _Trained | TrainingError] = {}
-    rows: Rows | None = None
+    held_out: Rows | None = None
     measure: Measure = "rmse"
     for name in each("compare", list(specs), unit="specs"):
         try:
             network, row = _trained(name, specs[name], data, to, settings, stores)
-            rows, measure = rows or _held_out(data, network, settings, stores), _measure(specs, network)
-            found[name] = _scored(network, row, rows, measure)
+            measure = _measure(specs, network)
+            held_out = held_out or _held_out(data, network, settings, stores)
+            found[name] = _scored(network, row, held_out, measure)
         except TrainingError as error:
             logger.warning("%s cannot be compared: %s", name, error)
             found[name] = error
-    if rows is None or not any(isinstance(one, _Trained) for one in found.values()):
+    if held_out is None or not any(isinstance(one, _Trained) for one in found.values()):
         raise next(error for error in found.values() if isinstance(error, TrainingError))
-    result = _ranked(data, found, rows, measure, stores(to).url)
+    result = _ranked(data, found, held_out, measure, stores(to).url)
     stores(to).write(PAGE, compared(result).encode())
     return result
 

@@ -4,15 +4,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from tidemill.storage.chain import Version
+from tidemill.storage.choice import Choice
 from tidemill.storage.dataset import Snapshot
 from tidemill.storage.disposal import archive_keys
 from tidemill.storage.errors import DatasetChanged, NotFound, PlacesOverlap, on_one_line
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import IN_MEMORY, ShardRef
+from tidemill.storage.manifest import ShardRef
 from tidemill.storage.overlap import Relation, keep_out_of_dataset, keep_out_of_inbox, named_inboxes, relation
 from tidemill.storage.probe import check_preconditions
+from tidemill.storage.records import IN_MEMORY
 from tidemill.storage.store import Store
-from tidemill.tasks.batch import take_snapshot
+from tidemill.tasks.snapshots import take_snapshot
 
 _NAMED: Final = 3
 """So many shards are named of those that an archive lacks."""
@@ -91,7 +93,7 @@ def dataset_of(
         )
     inside = [archive.url for archive in archives if relation(archive.url, wanted.url) is Relation.INSIDE]
     for without in (None, *inside):
-        found = take_snapshot(wanted.url, without, stores)
+        found = take_snapshot(wanted.url, without, stores, Choice.of(wanted.chosen))
         if found.ref.fingerprint == wanted.fingerprint:
             return found
     raise DatasetChanged(

@@ -234,6 +234,8 @@ def _parts(history: History) -> Iterator[tuple[str, str]]:
     batch = history.batch or (head if head.dataset is not None else None)
     if batch is not None and (data := batch.dataset) is not None:
         yield "dataset", f"{data.url}: {data.files:,} files, {data.rows:,} rows, fingerprint {data.fingerprint[:12]}"
+        if data.told is not None:
+            yield "chosen rows", data.told
     if head.new_columns:
         yield "new columns", ", ".join(f"{name} ({kind})" for name, kind in head.new_columns.items())
     yield "counted", ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in head.counters.items())

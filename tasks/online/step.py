@@ -337,9 +337,10 @@ def retraining(run: OnlineRun) -> tuple[str, str, str, Spec, BatchSettings]:
     A holdout of the gate that lies inside of that dataset is left out of it, and scored.
     """
     settings, log = run.settings, run.places.log
-    dataset, holdout = settings.gate.retrain_on, settings.gate.holdout_dataset
-    assert dataset is not None, "the settings ask for a dataset"
-    batch_settings = BatchSettings(alias=settings.gate.alias, device=settings.device)
+    retrain, holdout = settings.gate.retrain, settings.gate.holdout_dataset
+    assert retrain is not None, "the settings ask for it"
+    dataset, rows = retrain.retrain_on, retrain.model_dump(exclude={"retrain_on"})
+    batch_settings = BatchSettings(alias=settings.gate.alias, device=settings.device, **rows)
     if holdout is not None:
         lies = relation(run.places.store(holdout).url, run.places.store(dataset).url)
         if lies is Relation.INSIDE:

@@ -1,6 +1,6 @@
 """Registries of every format that was ever written are read, audited and gone on from.
 
-`tests/storage/formats/1` was written by the last Tidemill before format 2.0, `2.0`, `2.1` and `2.2` by the first ones with these.
+`tests/storage/formats/1` was written by the last Tidemill before format 2.0, `2.0` to `2.3` by the first ones with these.
 Each has a batch version, an online version that archived its shard, one that rejected, a rollback, and one with delayed labels
 that the gate refused.
 """
@@ -35,7 +35,7 @@ def test_a_history_of_any_format_is_sound_and_says_what_it_said(log: VersionLog)
     assert (found.findings, found.versions, found.consumed, found.rejected) == ([], 6, 3, 1)
     versions = [log.version(number).manifest for number in range(6)]
     assert [v.kind for v in versions] == ["batch", "online", "online", "online", "rollback", "online"]
-    assert {v.format for v in versions} <= {"2.0", "2.1", FORMAT}, "told as the newest major format tells it"
+    assert {v.format for v in versions} <= {"2.0", "2.1", "2.2", FORMAT}, "told as the newest major format tells it"
     [debt] = versions[1].owed
     assert (debt.key, debt.action, debt.destination) == ("a.parquet", "archive", "memory://format-1/archive")
     [debt] = versions[2].owed
@@ -76,6 +76,20 @@ def test_what_format_2_2_has_more_is_there(tmp_path: Path) -> None:
         ("l.parquet", 50, 0),
         ("m.parquet", 10, 0),
     ]
+
+
+def test_what_format_2_3_has_more_is_there(tmp_path: Path) -> None:
+    shutil.copytree(FORMATS / "2.3", tmp_path / "registry")
+    ref = open_log(str(tmp_path / "registry"), "model").version(0).manifest.dataset
+    assert ref is not None
+    of = ref.chosen
+    assert of is not None
+    assert (of.where, of.last, of.time_column) == ("a < 2 AND b IS NOT NULL", "4d", "t")
+    assert (of.of_files, of.read_files, of.of_rows) == (2, 2, 240)
+    assert of.since is not None
+    assert of.until is not None
+    assert (of.until - of.since).days == 4
+    assert 0 < ref.rows < 2 * 96
 
 
 def test_a_history_of_any_format_is_gone_on_from(log: VersionLog, tmp_path: Path) -> None:

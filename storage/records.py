@@ -1,0 +1,66 @@
+"""What records of a registry have in common, and what one says of a dataset."""
+
+from datetime import datetime
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Part of a manifest: immutable, and strict about its fields, so that a typo is an error and not a loss."""
+
+    # "constants": by default pydantic would write NaN as null, and a number that cannot be stored would vanish unseen
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+IN_MEMORY: Final = "memory:"
+"""The URL of a dataset that is a table in memory."""
+
+
+class ChosenRows(Record):
+    """Which rows of a dataset are trained on, where not all are."""
+
+    where: str | None = None
+    """A condition, as it was asked for."""
+    last: str | None = None
+    """A length of time such as `90d`, as it was asked for."""
+    time_column: str | None = None
+    """By which it is measured."""
+    since: datetime | None = None
+    """What it came to when the run began: from this instant on,"""
+    until: datetime | None = None
+    """and before this one."""
+    of_files: int
+    """How many files the dataset had."""
+    read_files: int
+    """How many of them the values of their folders did not rule out."""
+    of_rows: int
+    """How many rows these had."""
+
+
+class DatasetRef(Record):
+    """What a batch run was trained on."""
+
+    url: str
+    fingerprint: str
+    files: int
+    rows: int
+    chosen: ChosenRows | None = None
+    """None: all rows. Else `files` and `rows` are those that were chosen. Since format 2.3."""
+
+    @property
+    def told(self) -> str | None:
+        """Which rows were chosen, in words; None: all."""
+        if (of := self.chosen) is None:
+            return None
+        ends = (
+            (of.since.isoformat(), of.until.isoformat()) if of.since is not None and of.until is not None else ("", "")
+        )
+        asked = [
+            of.where or "",
+            "" if of.last is None else f"the last {of.last} by {of.time_column}, from {ends[0]} to {ends[1]}",
+        ]
+        return (
+            f"rows: {self.rows:,} of {of.of_rows:,}, in {self.files:,} of {of.of_files:,} files ({of.read_files:,} were opened): "
+            + " and ".join(filter(None, asked))
+        )
