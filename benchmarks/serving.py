@@ -1,7 +1,7 @@
 """`tidemill serve` beside LitServe and MLflow's server, which call the same loaded model; and swaps of the champion under load.
 
     .venv/bin/python benchmarks/serving.py peers --litserve VENV/bin/python --mlflow VENV/bin/python
-    .venv/bin/python benchmarks/serving.py peers --seconds 2 --rounds 1       # ours alone, quickly
+    .venv/bin/python benchmarks/serving.py peers --seconds 2 --rounds 1 --cases 1x16      # ours alone, quickly, one case
     .venv/bin/python benchmarks/serving.py swaps
     .venv/bin/python benchmarks/serving.py freshness
 
@@ -47,6 +47,12 @@ SPEC = {
 }
 CASES = ((1, 1), (1, 16), (100, 1), (100, 16))
 """(rows of a request, connections)"""
+
+
+def case(text: str) -> tuple[int, int]:
+    """One of these, as `1x16`."""
+    count, connections = text.split("x")
+    return int(count), int(connections)
 
 
 # ---- the model and the rows ------------------------------------------------------------------------------------------
@@ -232,17 +238,19 @@ def peers(options: argparse.Namespace) -> None:
                 )
             found: dict[tuple[str, int, int], list[dict[str, float]]] = {}
             for number in range(options.rounds):
-                for count, connections in CASES:
+                for count, connections in options.cases:
                     turn = number % len(servers)
                     for server in servers[turn:] + servers[:turn]:
                         measured = asked(server, count, connections, options.seconds)
                         found.setdefault((server.name, count, connections), []).append(measured)
-                        case = {"server": server.name, "rows": count, "connections": connections, "round": number}
-                        print(json.dumps(case | {key: round(value, 3) for key, value in measured.items()}), flush=True)
-            table(servers, found)
+                        which = {"server": server.name, "rows": count, "connections": connections, "round": number}
+                        print(json.dumps(which | {key: round(value, 3) for key, value in measured.items()}), flush=True)
+            table(servers, options.cases, found)
 
 
-def table(servers: list[Server], found: dict[tuple[str, int, int], list[dict[str, float]]]) -> None:
+def table(
+    servers: list[Server], cases: list[tuple[int, int]], found: dict[tuple[str, int, int], list[dict[str, float]]]
+) -> None:
     """Medians of the rounds, and ours to each peer's."""
     print("\n| server | rows | connections | p50 ms | p99 ms | requests/s | CPU us a request | MiB | errors |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -250,7 +258,7 @@ def table(servers: list[Server], found: dict[tuple[str, int, int], list[dict[str
     def median(name: str, count: int, connections: int, what: str) -> float:
         return statistics.median(each[what] for each in found[name, count, connections])
 
-    for (count, connections), server in itertools.product(CASES, servers):
+    for (count, connections), server in itertools.product(cases, servers):
         of = (server.name, count, connections)
         p50, p99, rate, cpu = (median(*of, what) for what in ("p50", "p99", "rate", "cpu"))
         errors = sum(each["errors"] for each in found[of])
@@ -258,7 +266,7 @@ def table(servers: list[Server], found: dict[tuple[str, int, int], list[dict[str
             f"| {server.name} | {count} | {connections} | {p50:.2f} | {p99:.2f} | {rate:,.0f} | {cpu:,.0f} | "
             f"{server.memory():.0f} | {errors:.0f} |"
         )
-    for (count, connections), peer in itertools.product(CASES, servers[1:]):
+    for (count, connections), peer in itertools.product(cases, servers[1:]):
         ratio = {
             what: median(servers[0].name, count, connections, what) / median(peer.name, count, connections, what)
             for what in ("p50", "p99", "rate", "cpu")
@@ -422,6 +430,7 @@ def main() -> None:
     suite.add_argument("--mlflow", help="the Python of an environment that has MLflow")
     suite.add_argument("--seconds", type=float, default=5)
     suite.add_argument("--rounds", type=int, default=3)
+    suite.add_argument("--cases", nargs="+", type=case, default=CASES, help="rows x connections, such as 1x16")
     suite = suites.add_parser("swaps")
     suite.add_argument("--swaps", type=int, default=50)
     suite.add_argument("--workers", type=int, default=2)

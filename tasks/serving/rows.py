@@ -77,16 +77,24 @@ class RowEncoder:
             RowError: a row is no dict, lacks a column, or holds what the column cannot hold: NaN, infinity, another kind of
                 value.
         """
-        x_NF, ids_NC = self._features.allocate(len(rows))
-        for at in range(0, len(rows), ROWS_AT_ONCE):
-            some = rows[at : at + ROWS_AT_ONCE]
-            numbers, ids = self._read(some, at)
-            here = slice(at, at + len(some))
-            x_NF[here] = torch.from_numpy(np.array(numbers, np.float64).reshape(len(some), x_NF.shape[1]))
-            if ids_NC is not None:
-                ids_NC[here] = torch.from_numpy(np.array(ids, np.int64).reshape(len(some), ids_NC.shape[1]))
-        self._finish(x_NF)
-        return Encoded(x_NF, ids_NC)
+        if len(rows) <= ROWS_AT_ONCE:
+            encoded = self._placed(rows, 0)
+        else:
+            encoded = self._features.allocate(len(rows))
+            for at in range(0, len(rows), ROWS_AT_ONCE):
+                for room, some in zip(encoded, self._placed(rows[at : at + ROWS_AT_ONCE], at), strict=True):
+                    if room is not None and some is not None:
+                        room[at : at + len(some)] = some
+        self._finish(encoded.x_NF)
+        return encoded
+
+    def _placed(self, rows: Sequence[Row], first: int) -> Encoded:
+        """The inputs of some rows, some numbers of which are still to be scaled; `first` is the number of the first row."""
+        numbers, ids = self._read(rows, first)
+        x_BF = torch.from_numpy(np.array(numbers, np.float64)).float().view(len(rows), self._features.numbers)
+        if not self._features.ids:
+            return Encoded(x_BF, None)
+        return Encoded(x_BF, torch.from_numpy(np.array(ids, np.int64)).view(len(rows), self._features.ids))
 
     def _read(self, rows: Sequence[Row], first: int) -> tuple[list[float], list[int]]:
         """(numbers, ids) of rows, row by row; `first` is the number of the first one."""

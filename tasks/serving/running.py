@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import uvicorn
-    from starlette.applications import Starlette
+    from starlette.routing import Router
 
 logger = logging.getLogger("tidemill.serve")
 
@@ -86,7 +86,7 @@ def serve(registry: str, model: str, settings: ServeSettings) -> None:
             Workers(config, [listening]).run()
 
 
-def configured(application: "Callable[[], Starlette]", workers: int) -> "uvicorn.Config":
+def configured(application: "Callable[[], Router]", workers: int) -> "uvicorn.Config":
     """How uvicorn runs what `application` makes in each worker."""
     import uvicorn
 
@@ -143,7 +143,7 @@ def _check_place(log: VersionLog, inbox: str) -> None:
 
 
 # ---- in each worker --------------------------------------------------------------------------------------------------
-def _application(registry: str, model: str, settings: ServeSettings, url: str) -> "Starlette":
+def _application(registry: str, model: str, settings: ServeSettings, url: str) -> "Router":
     if multiprocessing.parent_process() is not None:
         _as_in_the_parent()
         _end_with_parent()

@@ -278,14 +278,18 @@ def predict(learner: Learner | Network, groups: Sequence[RowGroup]) -> Generator
 @torch.no_grad()
 def predicted(learner: Learner | Network, rows: Encoded) -> Tensor:
     """The outputs for encoded rows, as `predict` gives them. The network is in evaluation mode already. Raises ModelError."""
-    xs = torch.split(rows.x_NF, EVALUATION_ROWS)
-    ids = repeat(None) if rows.ids_NC is None else torch.split(rows.ids_NC, EVALUATION_ROWS)
     device = learner.device
-    outputs = [
-        _outputs(learner, x_BF.to(device), None if ids_BC is None else ids_BC.to(device))
-        for x_BF, ids_BC in zip(xs, ids, strict=False)
-    ]
-    return _in_target_units(learner, torch.cat(outputs)).float().cpu()
+
+    def outputs(x_BF: Tensor, ids_BC: Tensor | None) -> Tensor:
+        return _outputs(learner, x_BF.to(device), None if ids_BC is None else ids_BC.to(device))
+
+    if len(rows.x_NF) <= EVALUATION_ROWS:  # of one row, cutting and joining would take as long as a layer
+        output = outputs(*rows)
+    else:
+        xs = torch.split(rows.x_NF, EVALUATION_ROWS)
+        ids = repeat(None) if rows.ids_NC is None else torch.split(rows.ids_NC, EVALUATION_ROWS)
+        output = torch.cat([outputs(x_BF, ids_BC) for x_BF, ids_BC in zip(xs, ids, strict=False)])
+    return _in_target_units(learner, output).float().cpu()
 
 
 def zero(device: torch.device) -> Tensor:

@@ -164,6 +164,16 @@ def test_a_body_that_does_not_arrive_in_time_is_refused(registry: str) -> None:
             assert asking.predict(ROW).status == 200
 
 
+def test_a_client_that_goes_away_in_the_midst_of_its_body_is_counted(registry: str) -> None:
+    with serving(registry, SMALL.model_copy(update={"max_seconds": 60})) as port, Client(port) as asking:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(
+                b"POST /predict HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n["
+            )
+        wait_until(lambda: b'code="499"' in asking.get("/metrics").body, seconds=30, what="the end of the request")
+        assert asking.predict(ROW).status == 200
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "status"),
     [
