@@ -14,6 +14,7 @@ from tidemill.storage.errors import (
     UnknownVersion,
 )
 from tidemill.storage.log import VersionLog
+from tidemill.storage.store import ObjectInfo
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,19 @@ def find_alias(log: VersionLog, name: str) -> Alias | None:
         return None
     try:
         return _parsed(log.store.read(_key(log, name)), f"{log.store.url}/{_key(log, name)}")
+    except (NotFound, StoreNotFound):
+        return None
+
+
+def object_of(log: VersionLog, name: str) -> ObjectInfo | None:
+    """The object of an alias, or None if there is no such alias. Costs one small request.
+
+    It is another one after each move, and in a registry that was begun anew.
+    """
+    if not NAME.fullmatch(name):
+        return None
+    try:
+        return log.store.stat(_key(log, name))
     except (NotFound, StoreNotFound):
         return None
 

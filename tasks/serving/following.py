@@ -6,9 +6,10 @@ import time
 from types import TracebackType
 from typing import Final, Self
 
-from tidemill.storage.aliases import Alias, find_alias
+from tidemill.storage.aliases import find_alias, object_of
 from tidemill.storage.errors import UnknownAlias, UnknownVersion, on_one_line
 from tidemill.storage.log import VersionLog
+from tidemill.storage.store import ObjectInfo
 from tidemill.tasks.serving.predictor import Predictor, predictor_of
 
 logger = logging.getLogger("tidemill.serving")
@@ -39,8 +40,9 @@ class Following:
         self.looked = time.time()
         """When the alias was last looked up, in seconds since 1970."""
         self._log, self._alias, self._every = log, alias, every
-        self._seen: Alias | None = None  # where the alias stood when `now` was found to be what it names
-        self._failed: tuple[Alias | None, type[Exception]] | None = None
+        self._seen: ObjectInfo | None = None  # the alias when `now` was found to be what it names
+        self._wanted: int | None = None  # the version that is to be taken
+        self._failed: tuple[ObjectInfo | None, type[Exception]] | None = None
         self._pause, self._again = FIRST_PAUSE, 0.0  # for the version that failed
         self._closed = threading.Event()
         self._swapping = threading.Lock()
@@ -64,7 +66,7 @@ class Following:
     # ---- the thread --------------------------------------------------------------------------------------------------
     def _run(self) -> None:
         while not self._closed.wait(self._every):
-            alias: Alias | None = None
+            alias: ObjectInfo | None = None
             try:
                 alias = self._look()
                 self.looked = time.time()
@@ -75,21 +77,24 @@ class Following:
             except Exception as error:  # noqa: BLE001  # whatever it is, the version that is loaded goes on serving
                 self._note(alias, error)
 
-    def _look(self) -> Alias:
-        alias = find_alias(self._log, self._alias)
+    def _look(self) -> ObjectInfo:
+        alias = object_of(self._log, self._alias)
         if alias is None:
             raise UnknownAlias(f"{self._log.url} has no alias {self._alias!r} any more: `tidemill promote` makes one.")
         return alias
 
-    def _is_pausing(self, alias: Alias) -> bool:
+    def _is_pausing(self, alias: ObjectInfo) -> bool:
         """Whether the version is one that could not be loaded, and is not to be tried again yet."""
         return self._failed is not None and self._failed[0] == alias and time.monotonic() < self._again
 
-    def _take(self, alias: Alias) -> None:
+    def _take(self, alias: ObjectInfo) -> None:
         """Load the version that the alias names, unless it is the one that is loaded, and put it in the place of that."""
-        old = self.now
+        old, self._wanted = self.now, None
+        if (stands := find_alias(self._log, self._alias)) is None:
+            return  # removed since the look: the next one says so
+        self._wanted = stands.version
         try:
-            version = self._log.version(alias.version)
+            version = self._log.version(stands.version)
             new = old if version.sha256 == old.version.sha256 else predictor_of(self._log, version)
         except UnknownVersion:
             if self._look() != alias:
@@ -105,7 +110,7 @@ class Following:
                 "%s: %s is version %d now, after %d", self._log.url, self._alias, version.number, old.version.number
             )
 
-    def _note(self, alias: Alias | None, error: Exception) -> None:
+    def _note(self, alias: ObjectInfo | None, error: Exception) -> None:
         """Say why there is no newer version, once for each reason; try a version that failed again later."""
         failed = alias, type(error)
         if alias is not None:
@@ -114,7 +119,7 @@ class Following:
             self._again = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
         if failed != self._failed:
-            named = "" if alias is None else f" to version {alias.version}"
+            named = "" if alias is None or self._wanted is None else f" to version {self._wanted}"
             logger.warning(
                 "%s: %s cannot be followed%s; version %d goes on serving: %s: %s",
                 self._log.url, self._alias, named, self.now.version.number, type(error).__name__, on_one_line(str(error)),

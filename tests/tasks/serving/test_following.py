@@ -221,6 +221,20 @@ def test_an_alias_that_is_gone_keeps_its_last_version(memory_url: MakeUrl, caplo
         until(lambda: following.now.version.number == 1)
 
 
+def test_a_registry_that_is_begun_anew_is_noticed_though_its_alias_reads_the_same(memory_url: MakeUrl) -> None:
+    world, looks = World(memory_url, 1), Looks()
+    with world.follow(looks) as following:
+        looks.more(2)
+        alias = world.log.store.read("model/aliases/champion.json")
+        for info in list(world.log.store.list()):
+            world.log.store.delete(info.key)
+        spec = Spec.model_validate(SPEC.model_dump() | {"seed": 7, "epochs": 1})
+        batch.train(world.url("dataset"), world.url("registry"), "model", spec, BatchSettings(holdout=0))
+        assert world.log.store.read("model/aliases/champion.json") == alias
+        until(lambda: following.now.version.sha256 == open_log(world.url("registry"), "model").head().sha256)
+        assert following.now.predict(ASKED) != world.answers[0]
+
+
 def test_a_version_that_is_collected_while_it_is_loaded_is_passed_over_for_the_next(
     memory_url: MakeUrl, caplog: pytest.LogCaptureFixture
 ) -> None:
