@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
 
 from tidemill.storage.errors import NotReady, ShardRejected
-from tidemill.storage.inbox import Inbox
+from tidemill.storage.inbox import Inbox, Shard
 from tidemill.storage.manifest import ShardRef
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.store import ObjectInfo
@@ -114,20 +115,13 @@ class Ledger:
             Unavailable, StoreNotFound: the store as a whole cannot be read.
         """
 
-        def read(info: ObjectInfo) -> Keys | Later:
-            shard = fetched(inbox, info)
-            if isinstance(shard, Later):
-                return shard
-            try:
-                return Keys(shard.ref, keys_of(shard.row_groups(features.types), key))
-            except NotReady as unready:
-                found = unfinished(inbox, shard, unready, grace_seconds)
-                return found if isinstance(found, Later) else Keys(shard.ref, None)
-            except Exception as error:
-                if not may_be_the_shards(error):
-                    raise
-                return Keys(shard.ref, None)
+        def keys(shard: Shard) -> Keys:
+            return Keys(shard.ref, keys_of(shard.row_groups(features.types), key))
 
+        def unusable(ref: ShardRef, why: Exception) -> Keys:
+            return Keys(ref, None)
+
+        read = partial(_read, inbox, grace_seconds, keys, unusable)
         return self._held(self._features, read, inbox, listed, reach, KEYS_BYTES)
 
     def labels(
@@ -141,26 +135,19 @@ class Ledger:
     ) -> tuple[list[Came], Reach]:
         """The rows of shards of labels; otherwise as `features`."""
 
-        def read(info: ObjectInfo) -> Came | Later:
-            shard = fetched(inbox, info)
-            if isinstance(shard, Later):
-                return shard
-            where = f"{inbox.url}/{info.key}"
-            try:
-                rows = LabelRows(shard.row_groups(features.types), key, features.targets)
-                features.check_targets(rows.table.schema, where)
-                features.target(rows.table, where)
-                return Came(shard.ref, rows)
-            except NotReady as unready:
-                found = unfinished(inbox, shard, unready, grace_seconds)
-                return found if isinstance(found, Later) else Came(shard.ref, None, found.reason)
-            except (ShardRejected, ColumnError) as bad:
-                return Came(shard.ref, None, str(bad))
-            except Exception as error:
-                if not may_be_the_shards(error):
-                    raise
-                return Later(described(error))  # nobody has thought of it: a person decides
+        def came(shard: Shard) -> Came:
+            where = f"{inbox.url}/{shard.ref.key}"
+            rows = LabelRows(shard.row_groups(features.types), key, features.targets)
+            features.check_targets(rows.table.schema, where)
+            features.target(rows.table, where)
+            return Came(shard.ref, rows)
 
+        def unusable(ref: ShardRef, why: Exception) -> Came | Later:
+            if isinstance(why, NotReady | ShardRejected | ColumnError):
+                return Came(ref, None, str(why))
+            return Later(described(why))  # nobody has thought of it: a person decides
+
+        read = partial(_read, inbox, grace_seconds, came, unusable)
         return self._held(self._labels, read, inbox, listed, reach, LABELS_BYTES)
 
     def matches(self, waits: Sequence[Keys], labels: Sequence[Came], wait: timedelta) -> list[Match]:
@@ -212,6 +199,28 @@ class Ledger:
         now = time.monotonic()
         self._denied = {known: about for known, about in self._denied.items() if now - about[0] < READ_AGAIN_SECONDS}
         return {key: why for (url, key), (_, why) in self._denied.items() if url == inbox.url}
+
+
+def _read(
+    inbox: Inbox,
+    grace_seconds: float,
+    use: Callable[[Shard], T],
+    unusable: Callable[[ShardRef, Exception], T | Later],
+    info: ObjectInfo,
+) -> T | Later:
+    """What `use` makes of a shard; where that can never be, what `unusable` makes of the reason."""
+    shard = fetched(inbox, info)
+    if isinstance(shard, Later):
+        return shard
+    try:
+        return use(shard)
+    except NotReady as unready:
+        found = unfinished(inbox, shard, unready, grace_seconds)
+        return found if isinstance(found, Later) else unusable(shard.ref, unready)
+    except Exception as error:
+        if not may_be_the_shards(error):
+            raise
+        return unusable(shard.ref, error)
 
 
 def _of(ref: ShardRef) -> tuple[str, str, datetime]:
