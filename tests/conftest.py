@@ -23,12 +23,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="The full figures of tests/guarantees (make prove), not a sample."
     )
+    parser.addoption(
+        "--piece",
+        type=_piece,
+        default=slice(None),
+        metavar="K/N",
+        help="The K-th of N pieces of each sweep of kills, such as 1/6 (with --full): all pieces are the whole sweep.",
+    )
     parser.addoption("--quick", action="store_true", help="Only what needs no server and takes no time (make quick).")
     parser.addoption(
         "--power",
         action="store_true",
         help="The power-loss test too: it makes and mounts file systems, so only root can.",
     )
+
+
+def _piece(given: str) -> slice:
+    """The K-th of N pieces: each N-th item, from the K-th on, so that all pieces take the same time."""
+    number, _, pieces = given.partition("/")
+    if not 1 <= int(number) <= int(pieces):
+        raise ValueError(given)
+    return slice(int(number) - 1, None, int(pieces))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,6 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--power") and power and os.geteuid():
         raise pytest.UsageError("the power-loss test mounts file systems: run it as root, or name other tests by ARGS")
     left_out = [] if config.getoption("--power") else power
+    if not config.getoption("--full"):
+        left_out += [item for item in items if item.get_closest_marker("prove") is not None]
     if config.getoption("--quick"):
         left_out += [item for item in items if _takes_long(item)]
     config.hook.pytest_deselected(items=left_out)
@@ -67,6 +84,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def full(request: pytest.FixtureRequest) -> bool:
     """Whether to make the full figures of docs/guarantees.md. CI makes a sample of each."""
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def piece(request: pytest.FixtureRequest) -> slice:
+    """Which moments of a sweep of kills are taken: all, unless --piece says otherwise."""
+    found: slice = request.config.getoption("--piece")
+    return found
 
 
 @pytest.fixture(scope="session")

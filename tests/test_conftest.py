@@ -7,17 +7,23 @@ from typing import Any, cast
 
 import pytest
 
-from tests.conftest import pytest_collection_modifyitems
-
-POWER = SimpleNamespace(path=Path("tests/guarantees/test_power.py"))
-OTHER = SimpleNamespace(path=Path("tests/guarantees/test_kill.py"))
+from tests.conftest import _piece, pytest_collection_modifyitems
 
 
-def collected(*items: Any, power: bool) -> list[Any]:
-    """What is left of these items with or without --power."""
+def item(file: str, *markers: str) -> Any:
+    return SimpleNamespace(path=Path(file), get_closest_marker={name: name for name in markers}.get)
+
+
+POWER = item("tests/guarantees/test_power.py")
+OTHER = item("tests/guarantees/test_kill.py")
+MINUTES = item("tests/guarantees/test_workers.py", "prove")
+
+
+def collected(*items: Any, power: bool = False, full: bool = False) -> list[Any]:
+    """What is left of these items with or without --power and --full."""
     left = list(items)
     config = SimpleNamespace(
-        getoption=lambda name: power and name == "--power",
+        getoption={"--power": power, "--full": full, "--quick": False}.get,
         hook=SimpleNamespace(pytest_deselected=lambda items: None),
     )
     pytest_collection_modifyitems(cast(pytest.Config, config), cast(list[pytest.Item], left))
@@ -36,3 +42,16 @@ def test_root_runs_the_power_loss_test_and_make_test_leaves_it_out(monkeypatch: 
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert collected(POWER, OTHER, power=True) == [POWER, OTHER]
     assert collected(POWER, OTHER, power=False) == [OTHER]
+
+
+def test_what_takes_minutes_is_left_to_make_prove() -> None:
+    assert collected(MINUTES, OTHER) == [OTHER]
+    assert collected(MINUTES, OTHER, full=True) == [MINUTES, OTHER]
+
+
+def test_the_pieces_of_a_sweep_are_all_of_it_and_none_twice() -> None:
+    moments = list(range(20))
+    assert sorted(moment for number in "123456" for moment in moments[_piece(f"{number}/6")]) == moments
+    for wrong in ("0/6", "7/6", "6", "1/0", "one/6"):
+        with pytest.raises(ValueError):
+            _piece(wrong)

@@ -113,7 +113,7 @@ class Sweep(Protocol):
 
 
 @pytest.fixture
-def sweep(backend: str, full: bool, record_property: Callable[[str, object], None]) -> Sweep:
+def sweep(backend: str, full: bool, piece: slice, record_property: Callable[[str, object], None]) -> Sweep:
     """Calls with no kill first, to learn where storage is called; then kills at each of these moments, or at a sample."""
     start_server()
 
@@ -121,7 +121,7 @@ def sweep(backend: str, full: bool, record_property: Callable[[str, object], Non
         moments = run_and_check(None, "clean")
         assert moments is not None
         assert len(moments) > 10
-        chosen = sample(moments, None if full else round(times * MOMENTS[backend]))
+        chosen = sample(moments, None if full else round(times * MOMENTS[backend]))[piece]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for moment, killed in zip(
                 chosen, pool.map(run_and_check, map(Kill, chosen), map(str, range(len(chosen)))), strict=True
