@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Iterable
 from gc import freeze
+from typing import Final
 
 from cyclopts import App, Parameter
 
-from tidemill.flows import launch, terminal, torchrun
-from tidemill.flows.commands import changing, choosing, exporting, publishing, reading, running, serving
-from tidemill.flows.flags import called
+from tidemill.flows import launch, terminal
+from tidemill.flows.usage import called
 
 app = App(
     name="tidemill",
@@ -35,26 +35,28 @@ app = App(
         tidemill status ./registry flights --inbox ./inbox
     """,
 )
+# By import path: a command is imported when it is called, so that `log` does not wait for what `compare` needs.
+_COMMANDS: Final = "tidemill.flows.commands"
 app.command(
-    running.train,
+    f"{_COMMANDS}.running:train",
     usage="Usage: tidemill train DATASET REGISTRY MODEL (--target COLUMN | --spec FILE) [--features COLUMN...] [OPTIONS]",
 )
-app.command(running.follow)
-app.command(reading.status)
-app.command(reading.history, name="log")
-app.command(reading.show)
-app.command(running.predict)
-app.command(serving.serve)
-app.command(exporting.export)
-app.command(publishing.publish)
-app.command(reading.report)
-app.command(reading.audit)
-app.command(choosing.compare)
-app.command(choosing.backtest)
-app.command(changing.promote)
-app.command(changing.rollback)
-app.command(changing.requeue)
-app.command(changing.gc)
+app.command(f"{_COMMANDS}.running:follow")
+app.command(f"{_COMMANDS}.reading:status")
+app.command(f"{_COMMANDS}.reading:history", name="log")
+app.command(f"{_COMMANDS}.reading:show")
+app.command(f"{_COMMANDS}.running:predict")
+app.command(f"{_COMMANDS}.serving:serve")
+app.command(f"{_COMMANDS}.exporting:export")
+app.command(f"{_COMMANDS}.publishing:publish")
+app.command(f"{_COMMANDS}.reading:report")
+app.command(f"{_COMMANDS}.reading:audit")
+app.command(f"{_COMMANDS}.choosing:compare")
+app.command(f"{_COMMANDS}.choosing:backtest")
+app.command(f"{_COMMANDS}.changing:promote")
+app.command(f"{_COMMANDS}.changing:rollback")
+app.command(f"{_COMMANDS}.changing:requeue")
+app.command(f"{_COMMANDS}.changing:gc")
 
 
 def main(tokens: Iterable[str] | None = None) -> None:
@@ -70,6 +72,8 @@ def main(tokens: Iterable[str] | None = None) -> None:
         with terminal.attached(arguments[0] if arguments else "", launch.explained):
             called(app, arguments)
     except SystemExit as end:
+        from tidemill.flows import torchrun
+
         code = torchrun.left_for_launcher(end.code if isinstance(end.code, int) else 0)
         launch.part(code)
         raise SystemExit(code) from None

@@ -30,7 +30,14 @@ UNWANTED: Final[list[tuple[str, list[str]]]] = [
     ("tidemill.tasks.training.spec, tidemill.tasks.settings", ["prefect", "torch", "pyarrow"]),
     (NOT_PREFECT, ["prefect", "torchmetrics"]),
     ("tidemill.flows.calls", ["prefect", "torch", "s3fs", "pyarrow"]),
-    ("tidemill.flows.cli", ["prefect", "torch", "s3fs", "pyarrow"]),
+    (
+        "tidemill.flows.cli",
+        ["prefect", "torch", "s3fs", "pyarrow", "tidemill.tasks"],
+    ),
+    (
+        "tidemill.flows.cli, tidemill.flows.commands.reading",
+        ["tidemill.tasks.training.spec", "tidemill.tasks.choosing", "tidemill.tasks.history.drawing"],
+    ),
 ]
 """(modules, what must not be loaded once they are)."""
 

@@ -7,7 +7,7 @@ from cyclopts.validators import Number
 
 from tidemill.flows import views
 from tidemill.flows.commands.shared import Alias, AsJson, Name, Registry, Which, opened, tell
-from tidemill.flows.flags import UsageError
+from tidemill.flows.usage import UsageError
 
 
 def promote(

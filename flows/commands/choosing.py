@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from tidemill.flows import launch, views
 from tidemill.flows.commands.shared import AsJson, Dataset, Name, Registry, opened, tell
-from tidemill.flows.flags import UsageError
+from tidemill.flows.usage import UsageError
 from tidemill.tasks.choosing.results import BACKTESTED_IN, COMPARED_IN
 from tidemill.tasks.settings import HOLDOUT, Device, RowSettings
 from tidemill.tasks.training.spec import Spec

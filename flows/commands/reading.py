@@ -10,7 +10,7 @@ from cyclopts.validators import Number
 
 from tidemill.flows import launch, terminal, views
 from tidemill.flows.commands.shared import AsJson, Name, Registry, Which, opened, tell
-from tidemill.flows.flags import UsageError
+from tidemill.flows.usage import UsageError
 from tidemill.tasks.settings import BEHIND_SECONDS
 
 PROBLEMS: Final = 3

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from tidemill.flows import flags, launch, torchrun, views
+from tidemill.flows import launch, torchrun, usage, views
 from tidemill.flows.commands.shared import AsJson, Dataset, Inbox, Name, Registry, Which, opened, tell
 from tidemill.flows.flags import FollowFlags, SpecFlags
 from tidemill.tasks.ranks.launched import Backend, Place
@@ -51,7 +51,7 @@ def _serve(place: Place) -> None:
 def _run_by_ranks(ranks: int, place: Place | None) -> None:
     """Have ranks run this command, and end with its exit code, if several were asked for and this is none of them."""
     if ranks > 1 and place is None:
-        raise SystemExit(torchrun.run(ranks, flags.given.get()))
+        raise SystemExit(torchrun.run(ranks, usage.given.get()))
 
 
 def train(

@@ -35,7 +35,7 @@ from tests.s3_server import S3, wait_until
 from tidemill.flows import launch, specfile
 from tidemill.flows.cli import app, main
 from tidemill.flows.commands import reading
-from tidemill.flows.flags import UsageError, spec_file
+from tidemill.flows.usage import UsageError, spec_file
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.disposal import quarantined
 from tidemill.storage.log import open_log

@@ -31,7 +31,7 @@ from tests.s3_server import S3
 from tests.storage.faults import Call, FaultStore
 from tidemill.flows import views
 from tidemill.flows.cli import main
-from tidemill.flows.flags import UsageError, spec_file
+from tidemill.flows.usage import UsageError, spec_file
 from tidemill.storage.disposal import quarantined, requeue
 from tidemill.storage.errors import InvalidKey, PermissionDenied, StorageError
 from tidemill.storage.inbox import is_shard
