@@ -77,6 +77,7 @@ sys.addaudithook(hook)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["create", "write", "replace", "delete"])
 def test_killed_at_any_system_call_a_verb_has_happened_or_not(tmp_path: Path, verb: str):
     """Before each system call of the verb in turn, until one run is not killed any more."""

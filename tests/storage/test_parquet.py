@@ -680,6 +680,7 @@ def run_apart(code: str) -> None:
     assert done.returncode == 0, done.stderr[-5_000:]
 
 
+@pytest.mark.slow
 def test_no_mutation_of_a_file_raises_anything_but_the_stated_errors() -> None:
     run_apart("from tests.storage.test_parquet import mutate_and_read; mutate_and_read()")
 

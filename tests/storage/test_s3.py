@@ -41,6 +41,8 @@ from tidemill.storage.probe import check_inbox, check_preconditions
 from tidemill.storage.s3 import S3Store
 from tidemill.storage.store import ObjectInfo, Promises
 
+pytestmark = pytest.mark.slow  # servers of its own
+
 ETAG = '"0123456789abcdef0123456789abcdef-1"'  # of a multipart upload: no MD5 of the scripted bodies
 
 

@@ -33,6 +33,8 @@ from tidemill.storage.parallel import concurrently
 from tidemill.storage.s3 import S3Store
 from tidemill.storage.s3_session import Session, session_of
 
+pytestmark = pytest.mark.slow  # servers of its own
+
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -211,6 +211,7 @@ def _rejected(log: VersionLog) -> Any:
     return next(v.manifest.rejected for v in log.history(log.head()) if v.manifest.rejected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found(history: History, damage: str) -> None:
     log, _ = history

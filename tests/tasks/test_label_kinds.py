@@ -112,6 +112,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "1 to 4", "numbers"])
 def test_killed_at_any_write_it_ends_with_the_same_bits(kind: str, memory_url: MakeUrl) -> None:
     put(memory_url("dataset"), {f"part-{i}.parquet": table(60, i, kind) for i in range(2)})

@@ -91,6 +91,7 @@ def test_an_error_ends_the_threads_and_leaves_the_files_before_it(memory_url: Ma
 
 
 # ---- whole or not ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_half_a_result_does_not_look_whole(make_url: MakeUrl) -> None:
     """Killed at any call of the store of the output, over an earlier result: whole with all files of one version, or marked."""
     put(make_url("dataset"), {f"{i}.parquet": rows(20, i) for i in range(3)})

@@ -104,6 +104,7 @@ def test_two_searches_hold_out_other_rows_each_class_in_proportion() -> None:
 
 
 # ---- what comes of it ------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_small_dataset_is_searched_twice_and_then_trained_on_whole(dataset: str, tmp_path: Path) -> None:
     assert ended(begun(dataset, tmp_path / "registry"))
     log = open_log(str(tmp_path / "registry"), "model")
@@ -120,6 +121,7 @@ def test_a_small_dataset_is_searched_twice_and_then_trained_on_whole(dataset: st
     assert asked_of(log, log.head()) == RECIPE
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_and_begun_again_it_ends_with_the_same_bits(dataset: str, tmp_path: Path) -> None:
     """In the searches, in the training on all rows; with checkpoints and without any."""
     assert ended(begun(dataset, tmp_path / "reference"))
@@ -154,6 +156,7 @@ class EveryTimeUntil(Clock):
         return True
 
 
+@pytest.mark.slow
 def test_a_checkpoint_just_before_a_score_or_just_after_it_leads_to_the_same_bits(dataset: str, tmp_path: Path) -> None:
     assert ended(begun(dataset, tmp_path / "reference"))
     reference = open_log(str(tmp_path / "reference"), "model").head().manifest

@@ -49,6 +49,7 @@ def test_one_epoch_equals_the_loop_written_by_hand(batch):
     assert (learner.counters.rows, learner.counters.steps) == (result.rows, result.steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(), (1, 2, 3), (500,), (64, 64, 64), (0, 999)])
 @pytest.mark.parametrize("shuffle_bytes", [1, 15_000, 2**20])
 def test_the_cut_into_row_groups_and_windows_does_not_matter_unshuffled(sizes, shuffle_bytes):

@@ -75,6 +75,7 @@ def test_values_that_are_not_finite_stay_so() -> None:
     assert over(metrics_of(plain_spec(task="binary"))["accuracy"], [(nan.float(), nan.long())]) in (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_torchmetrics_is_imported_only_for_what_a_spec_names() -> None:
     code = """
 import sys

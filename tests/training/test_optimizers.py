@@ -77,6 +77,7 @@ def test_same_bits_as_torchs_step(name: OptimizerName, settings: dict[str, Any])
             assert same_bits(mine[index][key], value) if isinstance(value, torch.Tensor) else mine[index][key] == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 37])
 @pytest.mark.parametrize(
     ("name", "settings"),

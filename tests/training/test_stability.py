@@ -80,6 +80,7 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup_steps", [0, 20])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule["name"])
 def test_a_learner_stored_and_loaded_goes_on_with_the_same_rates(schedule, warmup_steps):

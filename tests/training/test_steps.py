@@ -50,6 +50,7 @@ PARTS = {
 }
 
 
+@pytest.mark.slow
 def test_the_eager_steps_of_a_first_pass_keep_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     new = WindowPool._new
@@ -67,6 +68,7 @@ def test_the_eager_steps_of_a_first_pass_keep_no_memory(monkeypatch: pytest.Monk
     assert len(made) == 2  # one for each of the two windows that are in memory at a time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_of_a_step_is_what_it_is_in_the_eager_loop(part: str) -> None:
     eager, compiled = trained("off", **PARTS[part]), trained("on", **PARTS[part])
@@ -76,6 +78,7 @@ def test_every_part_of_a_step_is_what_it_is_in_the_eager_loop(part: str) -> None
     assert furthest(eager, compiled) < (1e-3 if part == "bfloat16" else 1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_that_straddle_windows_hold_ids_weights_and_several_targets() -> None:
     table = numbers_table(700, 3)
     table = table.append_column("c", [["red", "green", None, "blue"] * 175])
@@ -97,6 +100,7 @@ def test_blocks_that_straddle_windows_hold_ids_weights_and_several_targets() -> 
     assert furthest(found["off"], found["on"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_averaged_model_has_the_buffers_of_the_trained_one() -> None:
     compiled = trained("on", 1, ema_decay=0.9, model={"factory": f"{HERE}:DropoutNet"})
     before = compiled.counters.compiled_steps
@@ -109,6 +113,7 @@ def test_the_averaged_model_has_the_buffers_of_the_trained_one() -> None:
     assert all(same_bits(value, buffers[name]) for name, value in compiled.averaged.module.named_buffers())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"sgd", "radam"}))
 def test_every_optimizer_is_torchs(name: str) -> None:
     eager, compiled = (trained(mode, 1, optimizer={"name": name}) for mode in ("off", "on"))
@@ -146,6 +151,7 @@ def test_the_generated_code_makes_the_same_steps() -> None:
     assert furthest(eager, compiled) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_learner_that_was_stored_goes_on_with_the_same_bits() -> None:
     groups = cut(numbers_table(ROWS))
     straight = trained("on")
@@ -164,6 +170,7 @@ def test_auto_compiles_long_runs_only() -> None:
     assert Steps(learner, AUTO_STEPS).per_call == STEPS_PER_CALL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [3 * BATCH, 100], ids=["full batches first", "others first"])
 def test_shards_of_many_sizes_share_one_compiled_code(first: int) -> None:
     """Full batches have another, since an open size costs time; nothing is compiled anew for every shard."""
@@ -178,6 +185,7 @@ def test_shards_of_many_sizes_share_one_compiled_code(first: int) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 def test_the_code_of_an_open_size_gives_the_same_bits_whichever_size_came_first() -> None:
     """A run that was killed meets its first shard at another place in the stream."""
     groups = cut(numbers_table(ROWS))

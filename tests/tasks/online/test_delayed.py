@@ -287,6 +287,7 @@ def test_archived_shards_give_the_same_bits_again(world: World) -> None:
     assert (again.reproduced, again.findings) == (2, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["before", "after"])
 def test_an_error_or_a_lost_answer_at_a_call_loses_nothing_and_trains_nothing_twice(phase: Phase, full: bool) -> None:
     """At each storage call in turn (CI: each fifth), and another run comes after it."""

@@ -410,6 +410,7 @@ def filled() -> World:
     return world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["before", "after"])
 def test_an_error_or_a_lost_answer_at_a_call_loses_no_label_and_uses_none_twice(phase: Phase, full: bool) -> None:
     """At each storage call in turn (CI: each seventeenth), and another run comes after it."""
@@ -427,6 +428,7 @@ def test_an_error_or_a_lost_answer_at_a_call_loses_no_label_and_uses_none_twice(
         assert [about["key"] for about in quarantined(world.log).values()] == ["orphan.parquet"]
 
 
+@pytest.mark.slow
 def test_another_run_takes_a_step_at_any_call_and_no_label_is_lost(full: bool) -> None:
     """Before each storage call in turn (CI: each seventeenth); the run that is overtaken goes on."""
     clean, calls = filled(), list[Call]()

@@ -155,6 +155,7 @@ def not_finite(model: Failing, x_BF: Tensor, output: Tensor) -> Tensor | None:
 
 
 # ---- a shard is at fault ---------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", [on(2), in_scoring, in_training, in_backward, not_finite])
 @pytest.mark.parametrize("max_shards", [1, 256])
 def test_a_shard_on_which_the_model_fails_is_rejected_as_if_it_had_not_been_there(
@@ -443,6 +444,7 @@ def test_a_lone_row_is_rejected_by_a_model_that_needs_two(memory_url: Callable[[
 
 
 # ---- the model is at fault -------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [(1,), (1, 2, 3)])
 def test_a_model_that_fails_on_everything_stops_the_run_and_rejects_nothing(
     numbers: tuple[int, ...], world: World, memory_url: Callable[[str], str]

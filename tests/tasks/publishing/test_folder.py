@@ -33,6 +33,7 @@ def folder(log: VersionLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_frame_of_pandas_is_predicted_as_the_table_of_the_same_rows(log: VersionLog, folder: Path) -> None:
     """Of every kind of column, with nulls, which pandas has as NaN, NaT and None."""
     rows = table(60, seed=1)
@@ -59,6 +60,7 @@ def test_the_signature_is_of_types_that_frames_and_json_have(folder: Path) -> No
     assert about["flavors"]["python_function"]["loader_module"] == "tidemill.tasks.publishing.pyfunc"
 
 
+@pytest.mark.slow
 def test_nothing_of_a_folder_is_a_pickle_or_a_row_of_the_data(folder: Path, log: VersionLog, tmp_path: Path) -> None:
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     data = {f"data/{name}" for name in ("manifest.json", WEIGHTS, STATE)}

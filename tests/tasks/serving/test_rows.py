@@ -164,6 +164,7 @@ def assert_same(a: Encoded, b: Encoded) -> None:
 
 
 # ---- equal bits ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "read_as", "values"), [pytest.param(*one, id=f"{one[0]} {one[1]}") for one in ZOO])
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
