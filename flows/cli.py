@@ -25,8 +25,9 @@ app = App(
     default_parameter=Parameter(negative_iterable=(), consume_multiple=True),
     help="""Train a PyTorch model from Parquet on object storage: in batch, then online, exactly once.
 
-    REGISTRY, DATASET and INBOX are URLs: a local folder (./x, /x, file:///x) or s3://bucket/prefix. S3 is configured by the
-    standard AWS variables and profiles (AWS_ENDPOINT_URL_S3, AWS_PROFILE, AWS_ACCESS_KEY_ID, ...).
+    REGISTRY, DATASET and INBOX are URLs: a local folder (./x, /x, file:///x), s3://bucket/prefix, gs://bucket/prefix or
+    az://container/prefix. S3 is configured by the standard AWS variables and profiles (AWS_ENDPOINT_URL_S3, AWS_PROFILE,
+    AWS_ACCESS_KEY_ID, ...), the others by Google's and Azure's.
 
     A first session:
 
@@ -51,6 +52,7 @@ app.command(f"{_COMMANDS}.exporting:export")
 app.command(f"{_COMMANDS}.publishing:publish")
 app.command(f"{_COMMANDS}.reading:report")
 app.command(f"{_COMMANDS}.reading:audit")
+app.command(f"{_COMMANDS}.checking:check")
 app.command(f"{_COMMANDS}.choosing:compare")
 app.command(f"{_COMMANDS}.choosing:backtest")
 app.command(f"{_COMMANDS}.changing:promote")

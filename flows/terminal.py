@@ -59,6 +59,7 @@ def _to_nowhere(stream: IO[str]) -> None:
 
 _KEPT: Final = {
     "train": "the epochs that ended are kept, and the same command goes on from the checkpoint after the last of them",
+    "check": "what it had written is removed, unless a line above says otherwise",
     "follow": "every version that was committed stays, and the same command goes on from there",
 }
 """What a signal leaves, by command."""
@@ -120,8 +121,8 @@ def attached(command: str, translate: Callable[[Exception], str | None]) -> Iter
 
 def _for_terminal(record: logging.LogRecord) -> bool:
     """Of Prefect's own records, only what is meant for the terminal: the others tell of states, which the UI shows, and of
-    errors and of a server that has gone, which are told once, at the end."""
-    if record.name.startswith(("prefect.events", "EventsWorker", "APILogWorker")):
+    errors and of a server that has gone, which are told once, at the end. So is why Azure knows nobody, in one line."""
+    if record.name.startswith(("prefect.events", "EventsWorker", "APILogWorker", "azure.identity")):
         return False
     if not record.name.startswith(("prefect.flow_runs", "prefect.task_runs")):
         return True

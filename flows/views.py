@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidemill.storage.audit import Audit
+    from tidemill.storage.certify.run import Certificate
     from tidemill.storage.chain import Version
     from tidemill.storage.manifest import Manifest
     from tidemill.storage.status import Status
@@ -196,6 +197,40 @@ def audited(found: "Audit", again: "Reproduction | None") -> View:
     if findings:
         lines = [("finding", finding) for finding in findings]
     return facts, _facts(f"{found.model}: {count(len(findings), 'finding') if findings else 'sound'}", lines)
+
+
+def certified(found: "Certificate") -> View:
+    """What a place promises, and how fast it is."""
+    from tidemill.storage.errors import on_one_line
+
+    limits = sum(not one.holds for one in found.promises if not one.needed)
+    fit = "not fit: it lacks what Tidemill needs"
+    if found.fit:
+        fit = f"fit for Tidemill, with {count(limits, 'limit')}" if limits else "fit for Tidemill"
+    rows = []
+    for one in found.promises:
+        holds = "yes" if one.holds else "NO" if one.needed else "no"
+        rows.append((one.promise, holds, on_one_line(one.seen if one.holds else f"{one.seen}: {one.follows}")))
+    times = [
+        (each.verb, f"{each.p50_ms:,.1f}", f"{each.p99_ms:,.1f}")
+        for each in found.latencies
+        if each.p50_ms is not None and each.p99_ms is not None
+    ]
+    failed = [on_one_line(f"{each.verb} was not timed: {each.failed}") for each in found.latencies if each.failed]
+    calls = ", ".join(f"{verb} {rate:,.0f}" for verb, rate in found.per_second.items())
+    large = ", ".join(f"{verb} {rate / 1e6:,.0f}" for verb, rate in found.bytes_per_second.items())
+    lines = [
+        f"{found.url}: {fit}",
+        "",
+        _table(("PROMISE", "HOLDS", "SEEN, AND WHAT FOLLOWS IF IT DOES NOT HOLD"), rows),
+        "",
+        _table(("OBJECTS OF 30 KB", "P50 MS", "P99 MS"), times),
+        *failed,
+        f"calls a second, {found.in_flight} at once: {calls}",
+        *([f"MB a second, one large object: {large}"] if large else []),
+        *(f"left: {url}; remove it, if no other check is running there" for url in found.left),
+    ]
+    return found, "\n".join(lines)
 
 
 def compared(result: "Comparison") -> View:

@@ -20,7 +20,9 @@ from tidemill.storage.store import Promises, Store
 
 logger = logging.getLogger("tidemill.storage")
 
-_REMEDY: Final = "Use AWS S3, Cloudflare R2, SeaweedFS, or MinIO RELEASE.2024-05-07 or newer"
+_REMEDY: Final = (
+    "Use AWS S3, Google Cloud Storage, Azure, Cloudflare R2, SeaweedFS, or MinIO RELEASE.2024-05-07 or newer"
+)
 
 _PREFIX: Final = ".tidemill_probe-"
 _OLD: Final = timedelta(hours=1)

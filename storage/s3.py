@@ -9,13 +9,10 @@ import hashlib
 import logging
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC
 from typing import Any, Final
-
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from tidemill.storage.errors import (
     AlreadyExists,
@@ -26,16 +23,15 @@ from tidemill.storage.errors import (
     PreconditionFailed,
     on_one_line,
 )
+from tidemill.storage.remote import AMBIGUOUS, retried
 from tidemill.storage.s3_client import ask, knows
-from tidemill.storage.s3_errors import FAILURES, Transient, Unexplained, translated
+from tidemill.storage.s3_errors import FAILURES, Unexplained, translated
 from tidemill.storage.s3_session import sending_seconds, session_of
 from tidemill.storage.store import ObjectInfo, PassedOver, Store
 
 logger = logging.getLogger("tidemill.storage")
 
-# SeaweedFS takes `a//b`, `/a/b` and `a\b` for `a/b`, so that a read or delete would hit another object; it refuses
-# `.` and `..`.
-_AMBIGUOUS = re.compile(r"[\\\0\ud800-\udfff]|(^|/)\.{0,2}(/|$)")
+_REMEDY: Final = "the store is up and that AWS_ENDPOINT_URL_S3 names it"
 
 
 class S3Store(Store):
@@ -76,7 +72,7 @@ class S3Store(Store):
 
         Folder markers (empty, key ends in `/`) are skipped.
         """
-        if _AMBIGUOUS.search(f"{prefix}x"):
+        if AMBIGUOUS.search(f"{prefix}x"):
             return  # no key of ours starts like that; MinIO would answer 400
         params = {"Prefix": self._root + prefix} | ({"StartAfter": self._root + after} if after else {})
         while True:
@@ -85,7 +81,7 @@ class S3Store(Store):
                 if not entry["Key"].startswith(params["Prefix"]):
                     continue  # SeaweedFS answers `a//` as if it were `a/`
                 key = entry["Key"].removeprefix(self._root)
-                if not _AMBIGUOUS.search(key):
+                if not AMBIGUOUS.search(key):
                     yield ObjectInfo(
                         key, entry["Size"], _unquoted(entry["ETag"]), entry["LastModified"].astimezone(UTC)
                     )
@@ -206,7 +202,7 @@ class S3Store(Store):
         params["Bucket"] = self._bucket
         if key is not None:
             where = f"{self.url}/{key}"
-            if _AMBIGUOUS.search(key):
+            if AMBIGUOUS.search(key):
                 raise InvalidKey(
                     f"{where!r}: stores disagree about keys with empty, '.' or '..' segments, or such characters"
                 )
@@ -222,7 +218,7 @@ class S3Store(Store):
         def what() -> str:
             return f"{method} of {where} at {session_of(self._aws_variables).endpoint}"
 
-        return _retried(attempt, what, self.retry_seconds)
+        return retried(attempt, what, self.retry_seconds, _REMEDY)
 
     def _asked(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
         session = session_of(self._aws_variables)
@@ -253,50 +249,6 @@ def _take_back_if_other(store: S3Store, key: str, etag: str, marker: str) -> Non
         )
     else:
         raise PreconditionFailed(f"{store.url}/{key} was replaced while being deleted; the new object is back")
-
-
-_TOLD_AFTER_SECONDS: Final = 2.0
-"""A call that has failed for this long says so: nothing listens there, or the server is down."""
-
-
-def _retried(attempt: Callable[[], dict[str, Any]], what: Callable[[], str], retry_seconds: float) -> dict[str, Any]:
-    """The answer of the first attempt that does not fail for a while only. Says so, once, if that takes long."""
-    began, told = time.monotonic(), False
-    try:
-        return attempt()
-    except Transient as error:  # seldom: what follows costs a tenth of a request
-        failures = [error]
-
-    def again() -> dict[str, Any]:
-        if failures:
-            raise failures.pop()
-        return attempt()
-
-    def before_sleep(state: RetryCallState) -> None:
-        nonlocal told
-        assert state.outcome is not None
-        late = time.monotonic() - began + state.upcoming_sleep > _TOLD_AFTER_SECONDS and not told
-        logger.log(
-            logging.WARNING if late else logging.DEBUG,
-            "%s: %s. Trying again for up to %.0f s: is the store up, and does AWS_ENDPOINT_URL_S3 name it?",
-            *(on_one_line(what()), state.outcome.exception(), retry_seconds),
-        )
-        told = told or late
-
-    retrying = Retrying(
-        retry=retry_if_exception_type(Transient),
-        stop=stop_after_delay(max(0.0, began + retry_seconds - time.monotonic())),
-        wait=wait_random_exponential(multiplier=0.1, max=5),
-        before_sleep=before_sleep,
-        reraise=True,
-    )
-    try:
-        return retrying(again)
-    except Transient as failure:
-        raise failure.verdict(
-            f"{what()} failed for {time.monotonic() - began:.0f} s: {failure}. "
-            "Check that the store is up and that AWS_ENDPOINT_URL_S3 names it"
-        ) from failure.__cause__
 
 
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')

@@ -16,7 +16,8 @@ import anycrc
 from urllib3 import BaseHTTPResponse
 
 from tidemill.storage.errors import CorruptObject
-from tidemill.storage.s3_errors import NoS3Server, Refused, Transient
+from tidemill.storage.remote import Transient
+from tidemill.storage.s3_errors import NoS3Server, Refused
 
 _RANGE: Final = pattern(r"bytes (\d+)-(\d+)/")
 

@@ -17,17 +17,9 @@ from tidemill.storage.errors import (
     StorageError,
     StoreFull,
     StoreNotFound,
-    Unavailable,
     UnsupportedStore,
 )
-
-
-class Transient(Exception):
-    """A failure that may go away. `verdict` is what to raise when it does not."""
-
-    def __init__(self, message: str, verdict: type[StorageError] = Unavailable) -> None:
-        super().__init__(message)
-        self.verdict = verdict
+from tidemill.storage.remote import Transient
 
 
 class Refused(Exception):

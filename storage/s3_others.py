@@ -14,8 +14,8 @@ from aiohttp import ClientError
 from botocore.exceptions import HTTPClientError
 from fsspec.asyn import sync
 
+from tidemill.storage.remote import Transient
 from tidemill.storage.s3_answers import check_body
-from tidemill.storage.s3_errors import Transient
 from tidemill.storage.s3_session import aws_region
 
 

@@ -22,7 +22,7 @@ from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, P
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ReadTimeoutError
 
-from tidemill.storage.s3_errors import Transient
+from tidemill.storage.remote import Transient
 
 CONNECT_SECONDS: Final = 5.0
 SLOWEST_UPLOAD: Final = 128 * 1024

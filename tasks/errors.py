@@ -1,7 +1,17 @@
 """Errors of whole runs. Nothing slow is imported here: the command line catches them, and must not wait for torch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from tidemill.storage.extras import MissingExtra, of_extra
+
+__all__ = [
+    "CannotExport",
+    "CannotPublish",
+    "CannotServe",
+    "GateClosed",
+    "MissingExtra",
+    "RanksDiffer",
+    "RanksRefused",
+    "of_extra",
+]
 
 
 class GateClosed(Exception):
@@ -16,10 +26,6 @@ class CannotPublish(Exception):
     """MLflow refuses what it is told, cannot be reached, or has another model of the same name."""
 
 
-class MissingExtra(Exception):
-    """Packages that only a part of Tidemill needs are not installed."""
-
-
 class RanksRefused(Exception):
     """Processes cannot train together in the way in which they were started."""
 
@@ -30,18 +36,3 @@ class RanksDiffer(Exception):
 
 class CannotServe(Exception):
     """A server cannot start: it cannot listen where it was told to, or its token is empty."""
-
-
-@contextmanager
-def of_extra(extra: str, what: str) -> Iterator[None]:
-    """For the imports of packages that an extra of pyproject.toml names. `what` needs them, in words.
-
-    Raises:
-        MissingExtra: one of them is not installed.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise MissingExtra(
-            f"{what} needs the package {error.name!r}, which is not installed: pip install 'tidemill[{extra}]'"
-        ) from error

@@ -9,6 +9,7 @@ from typing import Final
 import pytest
 from botocore.client import BaseClient
 
+from tests.cloud_servers import azure_for_tests, gcs_for_tests
 from tests.s3_server import S3, s3_for_tests
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
@@ -17,6 +18,12 @@ BUCKET = "tidemill-tests"
 MINIO_LIKE: Final = "minio-like"
 """One more backend of `make_url`, in suites that ask for it: S3 behind a proxy that answers as MinIO does
 (`tests/guarantees/minio_like.py`)."""
+
+GCS: Final = "gcs"
+"""Google's client before an emulator (`tests/cloud_servers.py`), in suites that ask for it."""
+AZURE: Final = "azure"
+CLOUDS: Final = (pytest.param(GCS, marks=pytest.mark.clouds), pytest.param(AZURE, marks=pytest.mark.clouds))
+"""Backends of `make_url` that only `make test-clouds` starts."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
-SERVERS: Final = frozenset({"s3_server", "prefect_api"})
+SERVERS: Final = frozenset({"s3_server", "gcs_server", "azure_server", "prefect_api"})
 """Fixtures that start one. Whoever asks for them, or for a fixture that does, is left out of --quick."""
 
 
@@ -70,7 +77,7 @@ def _takes_long(item: pytest.Item) -> bool:
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     return (
         not SERVERS.isdisjoint(getattr(item, "fixturenames", ()))
-        or any(value in ("s3", MINIO_LIKE) for value in parameters if isinstance(value, str))
+        or any(value in ("s3", MINIO_LIKE, GCS, AZURE) for value in parameters if isinstance(value, str))
         or not {"flows", "guarantees"}.isdisjoint(item.path.parent.parts)
         or item.get_closest_marker("slow") is not None
     )
@@ -119,6 +126,26 @@ def minio_like(s3_server: S3) -> Iterator[str]:
         yield proxy.endpoint
 
 
+@pytest.fixture(scope="session")
+def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An emulator of Google Cloud Storage with one bucket, `BUCKET`; the variables point to it until the session ends."""
+    with gcs_for_tests(tmp_path_factory.mktemp("gcs")) as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Azurite with one container, `BUCKET`; the variables point to it until the session ends."""
+    with azure_for_tests(tmp_path_factory.mktemp("azure")) as variables, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AZURE_")]:
+            patch.delenv(name)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
 @pytest.fixture(params=["memory", "local", "s3"])
 def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
     """`make_url(name)` is the URL of an empty root, of one backend after the other; the same name gives the same URL.
@@ -133,6 +160,8 @@ def urls_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], s
     unique = uuid.uuid4().hex
     if request.param == "s3":
         request.getfixturevalue("s3_server")
+    if request.param in (GCS, AZURE):
+        request.getfixturevalue(f"{request.param}_server")
     if request.param == MINIO_LIKE:
         endpoint = request.getfixturevalue("minio_like")
         request.getfixturevalue("monkeypatch").setenv("AWS_ENDPOINT_URL_S3", endpoint)
@@ -142,6 +171,8 @@ def urls_of(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], s
             return f"memory://{unique}/{name}"
         if request.param in ("s3", MINIO_LIKE):
             return f"s3://{BUCKET}/{unique}/{name}"
+        if request.param in (GCS, AZURE):
+            return f"{'gs' if request.param == GCS else 'az'}://{BUCKET}/{unique}/{name}"
         folder = tmp_path / name
         folder.mkdir(parents=True, exist_ok=True)
         return str(folder)

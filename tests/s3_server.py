@@ -24,7 +24,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 REGION = "us-east-1"
 
-_DIE_WITH_PARENT = """
+DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which outlives exec
 if os.getppid() == int(sys.argv[1]):  # else the parent had died before
@@ -92,10 +92,10 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, wait: bool = True) -> None:
-        """Start it, from a thread that lives for as long as the server shall (see `_DIE_WITH_PARENT`)."""
+        """Start it, from a thread that lives for as long as the server shall (see `DIE_WITH_PARENT`)."""
         command = self._command
         if sys.platform == "linux":  # no preexec_fn, which may deadlock where there are threads
-            command = [sys.executable, "-IS", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+            command = [sys.executable, "-IS", "-c", DIE_WITH_PARENT, str(os.getpid()), *command]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, env={**os.environ, **self._environment}, stdout=log, stderr=subprocess.STDOUT

@@ -223,7 +223,7 @@ def _dataset(rows: Input) -> DatasetInput:
     dataset = Dataset(
         name=rows.name[-_NAME:],
         digest=rows.digest[:_DIGEST],
-        source_type="s3" if scheme == "s3" else "local",
+        source_type=scheme if scheme in ("s3", "gs", "az") else "local",
         source=json.dumps({"uri": rows.url}),
         profile=json.dumps({"num_rows": rows.rows}),
     )

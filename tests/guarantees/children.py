@@ -50,6 +50,8 @@ from tidemill.tasks.search import Clock
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Spec
 
+CLOUDS = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
+"""Variables that say how stores are reached begin so."""
 T = TypeVar("T")
 Stores = Callable[[str], Store]
 MakeUrl = Callable[[str], str]
@@ -333,7 +335,7 @@ def start_server() -> None:
 
 def start_child(run: Callable[..., object], *arguments: Any) -> BaseProcess:
     """Call a function in a process of its own, which ends with this one unless this one is killed."""
-    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    environment = {name: value for name, value in os.environ.items() if name.startswith(CLOUDS)}
     child = _context.Process(target=_child, args=(environment, run, arguments), daemon=True)
     child.start()
     return child

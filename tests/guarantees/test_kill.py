@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import MINIO_LIKE
+from tests.conftest import AZURE, BUCKET, CLOUDS, GCS, MINIO_LIKE
 from tests.data import parquet
 from tests.guarantees.audit import audit, check_bits
 from tests.guarantees.children import (
@@ -81,7 +81,7 @@ DELAYED = ONLINE.model_copy(
     }
 )
 PATIENT = BatchSettings(holdout=0.3, patience=1)
-MOMENTS = {"local": 12, "s3": 5, MINIO_LIKE: 4}
+MOMENTS = {"local": 12, "s3": 5, MINIO_LIKE: 4, GCS: 12, AZURE: 12}
 """How many moments of a sweep CI takes, spread over the run; more of an online run on local, fewer of what takes long."""
 SAMPLE, FULL = {"local": 4, "s3": 2}, {"local": 1000, "s3": 100}
 """How many runs are killed again and again."""
@@ -99,6 +99,10 @@ def make_url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Ma
     if backend == MINIO_LIKE:
         endpoint = request.getfixturevalue("minio_like")
         request.getfixturevalue("monkeypatch").setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    if backend in (GCS, AZURE):
+        request.getfixturevalue(f"{backend}_server")
+        scheme = {GCS: "gs", AZURE: "az"}[backend]
+        return lambda name: f"{scheme}://{BUCKET}/{tmp_path.name}-{id(request):x}/{name}"
     if backend in ("s3", MINIO_LIKE):
         request.getfixturevalue("s3_server")
         return lambda name: f"s3://tidemill-tests/{tmp_path.name}-{id(request):x}/{name}"
@@ -142,7 +146,7 @@ def base(make_url: MakeUrl, tmp_path: Path) -> str:
     return make_url("base")
 
 
-@pytest.mark.parametrize("backend", ["local", "s3", MINIO_LIKE], indirect=True)
+@pytest.mark.parametrize("backend", ["local", "s3", MINIO_LIKE, *CLOUDS], indirect=True)
 def test_online_run(sweep: Sweep, backend: str, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
     """6 good shards and a bad one, 2 to a commit; the first version is refused, and rolled back."""
     shards = SHARDS | REJECTED

@@ -10,7 +10,7 @@ from threading import BrokenBarrierError
 
 import pytest
 
-from tests.conftest import MINIO_LIKE
+from tests.conftest import CLOUDS, MINIO_LIKE
 from tests.guarantees.audit import audit
 from tests.guarantees.children import (
     BATCH,
@@ -52,7 +52,7 @@ def base(make_url: MakeUrl) -> str:
     return make_url("base")
 
 
-@pytest.mark.parametrize("make_url", ["s3", MINIO_LIKE], indirect=True)
+@pytest.mark.parametrize("make_url", ["s3", MINIO_LIKE, *CLOUDS], indirect=True)
 def test_overlapping_trainers(
     base: str, make_url: MakeUrl, tmp_path: Path, full: bool, record_property: Callable[[str, object], None]
 ) -> None:
@@ -93,7 +93,7 @@ def snapshot_of(store: Store) -> dict[str, str]:
     return {info.key: info.etag for info in store.list()}
 
 
-@pytest.mark.parametrize("make_url", ["local", "s3"], indirect=True)
+@pytest.mark.parametrize("make_url", ["local", "s3", *CLOUDS], indirect=True)
 @pytest.mark.parametrize(
     ("verb", "key", "outcome"),
     [("create", "/log/00000001.json", "lost"), ("delete", "00.parquet", "committed")],

@@ -1,5 +1,7 @@
 """From URLs to stores."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tidemill.storage.errors import InvalidURL
+from tidemill.storage.extras import MissingExtra
 from tidemill.storage.urls import open_object, open_store
 
 
@@ -28,6 +31,10 @@ from tidemill.storage.urls import open_object, open_store
         ("s3://bucket/", "s3://bucket"),
         ("s3://bucket/pre/fix/", "s3://bucket/pre/fix"),
         ("s3://bucket/a b%20+", "s3://bucket/a b%20+"),
+        ("gs://bucket/pre/fix/", "gs://bucket/pre/fix"),
+        ("az://container/pre/fix", "az://container/pre/fix"),
+        ("abfs://container/pre", "az://container/pre"),
+        ("abfss://container@account.dfs.core.windows.net/pre/fix/", "az://container/pre/fix"),
         ("memory://name", "memory://name"),
         ("memory://name/prefix/", "memory://name/prefix"),
     ],
@@ -39,6 +46,7 @@ def test_the_canonical_url_opens_the_same_store(
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "account")
 
     store = open_store(url)
 
@@ -51,7 +59,7 @@ def test_the_canonical_url_opens_the_same_store(
     [
         "",
         "nul\0",
-        "gs://bucket/x",
+        "ftp://bucket/x",
         "http://host/x",
         "s3:/bucket/x",
         "memory:name",
@@ -82,6 +90,8 @@ def test_what_names_no_store_is_refused_with_what_would(url: str):
     [
         ("s3a://bucket/x", "write s3://bucket/prefix"),
         ("https://minio.example/bucket", "AWS_ENDPOINT_URL_S3"),
+        ("gcs://bucket/x", "write gs://bucket/prefix"),
+        ("wasbs://c@account.blob.core.windows.net/x", "write az://container/prefix"),
         ("s3:///x", "no bucket"),
         ("s3://arn:aws:s3:eu-west-1:1:accesspoint/ap", "alias"),
         (" s3://bucket/x", "white space"),
@@ -96,6 +106,7 @@ def test_a_current_folder_that_is_gone_is_told(tmp_path: Path):
     code = """
 import os
 from tidemill.storage.errors import InvalidURL
+from tidemill.storage.extras import MissingExtra
 from tidemill.storage.urls import open_object, open_store
 os.mkdir("gone")
 os.chdir("gone")
@@ -110,25 +121,87 @@ except InvalidURL as error:
     assert "'./data' is relative to the current folder, which is gone" in run.stdout
 
 
-@pytest.mark.parametrize("url", ["s3://AKIA123:s3cr3t@bucket/x", "s3://s3cr3t@bucket", "memory://user:s3cr3t@name"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIA123:s3cr3t@bucket/x",
+        "s3://s3cr3t@bucket",
+        "gs://user:s3cr3t@bucket/x",
+        "az://account:s3cr3t@container",
+        "memory://user:s3cr3t@name",
+    ],
+)
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str):
-    with pytest.raises(InvalidURL, match="AWS_PROFILE") as caught:
+    with pytest.raises(InvalidURL, match="credentials or a port before the") as caught:
         open_store(url)
     assert "s3cr3t" not in str(caught.value)
 
 
-def test_only_an_s3_url_costs_the_import_of_its_client():
-    code = """
+@pytest.mark.parametrize(
+    ("url", "client"),
+    [("s3://bucket", "botocore"), ("gs://bucket", "google.cloud.storage"), ("az://container", "azure.storage.blob")],
+)
+def test_only_a_url_of_a_cloud_costs_the_import_of_its_client(url: str, client: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "account")
+    code = f"""
 import sys
 from tidemill.storage.urls import open_object, open_store
+slow = {{"s3fs", "botocore", "google.cloud.storage", "azure.storage.blob", "azure.identity", "pyarrow"}}
 open_store("x")
 open_store("memory://x")
-print(*({"s3fs", "botocore"} & {*sys.modules}))
-open_store("s3://bucket")
-print(*({"s3fs", "botocore"} & {*sys.modules}))
+print(*(slow & {{*sys.modules}}))
+open_store({url!r})
+print(*(slow & {{*sys.modules}}))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "\nbotocore\n"
+    assert run.stdout == f"\n{client}\n"
+
+
+@pytest.mark.parametrize(
+    ("url", "package", "extra"),
+    [("gs://bucket", "google.cloud.storage", "gcs"), ("az://container", "azure.storage.blob", "azure")],
+)
+def test_a_url_whose_packages_are_not_installed_names_the_extra(
+    url: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    for module in ("gcs", "gcs_errors", "azure", "azure_account", "azure_errors"):
+        monkeypatch.delitem(sys.modules, f"tidemill.storage.{module}", raising=False)
+    with pytest.raises(MissingExtra, match=rf"{url[:5]} needs the package .* pip install 'tidemill\[{extra}\]'"):
+        open_store(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "variables", "told"),
+    [
+        ("az://container", {}, "set AZURE_STORAGE_ACCOUNT"),
+        (
+            "abfss://c@other.dfs.core.windows.net/x",
+            {"AZURE_STORAGE_ACCOUNT": "account"},
+            "'other', and the environment 'account'",
+        ),
+        (
+            "abfss://c@other.dfs.core.windows.net/x",
+            {"AZURE_STORAGE_CONNECTION_STRING": "AccountName=account;AccountKey=czNjcjN0"},
+            "'other', and the environment 'account'",
+        ),
+        (
+            "abfss://c@evil.example/x",
+            {"AZURE_STORAGE_ACCOUNT": "account"},
+            "abfss://container@account.dfs.core.windows.net",
+        ),
+    ],
+)
+def test_all_places_in_azure_lie_in_the_account_of_the_environment(
+    url: str, variables: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+):
+    for name in [name for name in os.environ if name.startswith("AZURE_")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidURL, match=re.escape(told)) as caught:
+        open_store(url)
+    assert "czNjcjN0" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
