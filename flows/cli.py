@@ -42,7 +42,10 @@ app.command(
     f"{_COMMANDS}.running:train",
     usage="Usage: tidemill train DATASET REGISTRY MODEL (--target COLUMN | --spec FILE) [--features COLUMN...] [OPTIONS]",
 )
-app.command(f"{_COMMANDS}.running:follow")
+app.command(
+    f"{_COMMANDS}.running:follow",
+    usage="Usage: tidemill follow INBOX REGISTRY MODEL [OPTIONS] | tidemill follow --pairs FILE [OPTIONS]",
+)
 app.command(f"{_COMMANDS}.reading:status")
 app.command(f"{_COMMANDS}.reading:history", name="log")
 app.command(f"{_COMMANDS}.reading:show")

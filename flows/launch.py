@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tidemill.tasks.batch import VersionInfo
     from tidemill.tasks.online.report import OnlineReport
     from tidemill.tasks.settings import BatchSettings, OnlineSettings
+    from tidemill.tasks.tenants.pairs import Pair
+    from tidemill.tasks.tenants.report import TenantsReport
     from tidemill.tasks.training.spec import Spec
 
 logger = logging.getLogger("tidemill")
@@ -81,6 +83,18 @@ def train_online(
     from tidemill.flows.online import online_training
 
     return _run(online_training, inbox, registry, model, settings)
+
+
+def train_many(pairs: "Sequence[Pair]", settings: "OnlineSettings", learners: int) -> "TenantsReport":
+    """An online training of many models, in plain Python and in the mode of its settings.
+
+    Raises:
+        PairsError, StorageError: two pairs may not stand beside each other.
+    """
+    from tidemill.tasks.tenants import doors
+
+    plain = doors.drain if settings.mode == "drain" else doors.follow
+    return plain(pairs, settings, learners=learners)
 
 
 # ---- before either --------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from tidemill.storage.audit import Audit
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from tidemill.tasks.choosing.results import Backtest, Comparison
     from tidemill.tasks.online.report import OnlineReport
     from tidemill.tasks.reproduce import Reproduction
+    from tidemill.tasks.tenants.report import TenantsReport
 
 View = tuple[Any, str]
 """(facts, words)."""
+_NAMED: Final = 5
+"""How many models a line names."""
 
 
 # ---- the flows -------------------------------------------------------------------------------------------------------
@@ -74,6 +77,40 @@ def followed(report: "OnlineReport") -> View:
         shards, rows = count(report.shards, "shard"), count(report.rows, "row")
         done = f"{count(report.versions, 'new version')} from {shards}, {rows}"
     return report, _facts(f"head of {report.model} is version {report.head}: {done}", lines)
+
+
+def followed_many(report: "TenantsReport") -> View:
+    """The end of an online run of many models. What each has done, `--json` tells."""
+    from tidemill.storage.errors import on_one_line
+
+    lines = []
+    if report.failing:
+        lines.append(("failing", f"{count(len(report.failing), 'model')}, whose shards are where they were"))
+        lines += [("", on_one_line(f"{name}: {reason}")) for name, reason in report.failing.items()]
+    refused = {name: each.refused for name, each in report.models.items() if each.refused}
+    if refused:
+        lines.append(("gate", f"{count(sum(refused.values()), 'version')} of {_some(refused)} refused as worse"))
+    rejected = {name: each.rejected for name, each in report.models.items() if each.rejected}
+    if rejected:
+        lines.append(("rejected", f"{count(report.rejected, 'shard')} of {_some(rejected)} (see tidemill requeue)"))
+    if owed := {name: each.owed for name, each in report.models.items() if each.owed}:
+        lines.append(
+            ("not deleted", f"{count(sum(owed.values()), 'consumed shard')} of {_some(owed)}; the next run tries again")
+        )
+    if waiting := {name: each.waiting for name, each in report.models.items() if each.waiting}:
+        lines.append(("waiting", f"{count(report.waiting, 'shard')} of {_some(waiting)} when last looked"))
+    done = "unchanged, no shard to train on"
+    if report.versions:
+        shards, rows = count(report.shards, "shard"), count(report.rows, "row")
+        done = f"{count(report.versions, 'new version')} from {shards}, {rows}"
+    return report, _facts(f"{count(len({*report.models, *report.failing}), 'model')}: {done}", lines)
+
+
+def _some(named: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    names = list(named)
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {count(more, 'other')}" if more > 0 else "")
 
 
 # ---- the registry ----------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def relation(one: str, other: str) -> Relation:
     if scheme != other_scheme:
         return Relation.APART
     if scheme == "file":
-        return _between(_Local.at(path), _Local.at(other_path))
+        return _between(LocalPlace.at(path), LocalPlace.at(other_path))
     mine, theirs = path.rstrip("/").split("/"), other_path.rstrip("/").split("/")
     if mine == theirs:
         return Relation.SAME
@@ -269,7 +269,7 @@ _Identity = tuple[int, int] | str
 
 
 @dataclass(frozen=True)
-class _Local:
+class LocalPlace:
     """A local place: the nearest folder that exists, and the names below it that do not."""
 
     nearest: _Identity | None
@@ -278,7 +278,7 @@ class _Local:
     missing: tuple[str, ...]
 
     @classmethod
-    def at(cls, path: str) -> "_Local":
+    def at(cls, path: str) -> "LocalPlace":
         path, missing = os.path.realpath(path), list[str]()
         while (nearest := _identity(path)) is None and path != "/":
             path, _, name = path.rpartition("/")
@@ -289,7 +289,7 @@ class _Local:
         return cls(nearest, frozenset(_holders(path)), tuple(missing))
 
 
-def _between(one: _Local, other: _Local) -> Relation:
+def _between(one: LocalPlace, other: LocalPlace) -> Relation:
     if (one.nearest, one.missing) == (other.nearest, other.missing):
         return Relation.SAME
     if _is_inside(one, other):
@@ -297,7 +297,7 @@ def _between(one: _Local, other: _Local) -> Relation:
     return Relation.HOLDS if _is_inside(other, one) else Relation.APART
 
 
-def _is_inside(inner: _Local, outer: _Local) -> bool:
+def _is_inside(inner: LocalPlace, outer: LocalPlace) -> bool:
     if not outer.missing:
         return outer.nearest in inner.above
     return inner.nearest == outer.nearest and inner.missing[: len(outer.missing)] == outer.missing

@@ -13,6 +13,8 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
+LEARNERS: Final = 16
+"""The most learners that a run of many models keeps in memory, by default."""
 BEHIND_SECONDS: Final = 900.0
 """Longer than this no shard should wait, by default."""
 

@@ -10,10 +10,11 @@ import tidemill
 from tests.docs.pages import pages
 from tidemill.flows.cli import app
 from tidemill.storage import tombstones
-from tidemill.tasks import telling
+from tidemill.tasks import retrying, telling
 from tidemill.tasks.exporting import checking
 from tidemill.tasks.online import delayed, reading, selection
 from tidemill.tasks.settings import BatchSettings, GateSettings, Limits, OnlineSettings
+from tidemill.tasks.tenants import rota
 from tidemill.tasks.training import classes, resolving, survey
 from tidemill.tasks.training.spec import Spec
 
@@ -75,6 +76,11 @@ NUMBERS = [
     (
         "docs/data-and-models.md",
         f"of at least {survey.LEAST_NUMBERED}. The first {survey.JUDGED_ROWS:,} rows are judged.",
+    ),
+    ("docs/how-to/many-models.md", f"from `--poll-seconds` up to {rota.IDLE_MOST} times that"),
+    (
+        "docs/how-to/many-models.md",
+        f"from {retrying.BACKOFF_SECONDS} seconds up to {rota.FAILED_MOST_SECONDS / 60:.0f} minutes",
     ),
     ("docs/how-to/export.md", f"on {checking.MADE_UP_ROWS} made-up rows"),
     ("docs/how-to/export.md", f"the first {checking.CHECKED_ROWS:,} rows of a dataset"),

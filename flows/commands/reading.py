@@ -1,30 +1,36 @@
 """The commands that look at what is there, and change nothing."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from tidemill.flows import launch, terminal, views
-from tidemill.flows.commands.shared import AsJson, Name, Registry, Which, opened, tell
+from tidemill.flows.commands.shared import AsJson, Name, PairsFile, Registry, Which, opened, read_pairs, tell
 from tidemill.flows.usage import UsageError
 from tidemill.tasks.settings import BEHIND_SECONDS
 
+if TYPE_CHECKING:
+    from tidemill.tasks.tenants.pairs import Pair
+
 PROBLEMS: Final = 3
 """Exit code of `status` if it found one."""
+_PAIRS_AT_ONCE: Final = 8
+"""How many of the pairs of a file are looked at at once."""
 WATCH_SECONDS: Final = 5.0
 """How often `status --watch` looks."""
 
 
 def status(
-    registry: Registry,
+    registry: Registry | None = None,
     model: Name | None = None,
     /,
     *,
     inbox: Annotated[str | None, Parameter(help="URL of an inbox to look into as well.")] = None,
+    pairs: PairsFile = None,
     behind_seconds: Annotated[
         float, Parameter(validator=Number(gt=0), help="A shard that waits for longer than this is a problem.")
     ] = BEHIND_SECONDS,
@@ -41,6 +47,7 @@ def status(
         tidemill status ./registry
         tidemill status ./registry flights --inbox ./inbox --watch
         tidemill status s3://bucket/registry flights --inbox s3://bucket/inbox --json
+        tidemill status --pairs pairs.yaml
     """
     from tidemill.storage.errors import CorruptObject, UnsupportedFormat
     from tidemill.storage.inbox import open_inbox
@@ -49,9 +56,15 @@ def status(
 
     if model is None and inbox is not None:
         raise UsageError("--inbox needs the name of a model: what waits depends on what it has consumed")
+    if (registry is None) == (pairs is None):
+        raise UsageError("status needs REGISTRY, or --pairs FILE in its place")
+
+    given = () if pairs is None else read_pairs(pairs)
 
     def once() -> bool:
         """Whether anything is wrong."""
+        if registry is None:
+            return _of_pairs(given, behind_seconds, as_json)
         names = list_models(registry) if model is None else [model]
         looked_into = None if inbox is None else open_inbox(inbox)
         found, damaged = [], dict[str, str]()
@@ -71,6 +84,28 @@ def status(
         wrong = _again_and_again(once, wrong)
     if wrong:
         raise SystemExit(PROBLEMS)
+
+
+def _of_pairs(pairs: "Sequence[Pair]", behind_seconds: float, as_json: bool) -> bool:
+    """Print how all of them stand; whether anything is wrong."""
+    from tidemill.storage.errors import StorageError
+    from tidemill.storage.inbox import open_inbox
+    from tidemill.storage.parallel import concurrently
+    from tidemill.storage.status import Status, look
+
+    def one(pair: "Pair") -> Status | str:
+        try:
+            log = opened(pair.registry, pair.model)
+            found = look(log, open_inbox(pair.inbox), behind_seconds=behind_seconds)
+        except StorageError as error:  # which must not hide the others
+            return str(error)
+        return found.model_copy(update={"model": pair.called})
+
+    looked = dict(zip((pair.called for pair in pairs), concurrently(one, pairs, _PAIRS_AT_ONCE), strict=True))
+    found = [each for each in looked.values() if isinstance(each, Status)]
+    damaged = {name: each for name, each in looked.items() if isinstance(each, str)}
+    tell(views.models(found, damaged), as_json)
+    return bool(damaged) or any(each.problems for each in found)
 
 
 def _again_and_again(once: Callable[[], bool], wrong: bool) -> bool:

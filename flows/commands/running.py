@@ -8,10 +8,21 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from tidemill.flows import launch, torchrun, usage, views
-from tidemill.flows.commands.shared import AsJson, Dataset, Inbox, Name, Registry, Which, opened, tell
+from tidemill.flows.commands.shared import (
+    AsJson,
+    Dataset,
+    Inbox,
+    Name,
+    PairsFile,
+    Registry,
+    Which,
+    opened,
+    read_pairs,
+    tell,
+)
 from tidemill.flows.flags import FollowFlags, SpecFlags
 from tidemill.tasks.ranks.launched import Backend, Place
-from tidemill.tasks.settings import BatchSettings, RowSettings
+from tidemill.tasks.settings import LEARNERS, BatchSettings, OnlineSettings, RowSettings
 
 _FOLLOWING = FollowFlags()
 ByPrefect = Annotated[
@@ -101,11 +112,19 @@ def train(
 
 
 def follow(
-    inbox: Inbox,
-    registry: Registry,
-    model: Name,
+    inbox: Inbox | None = None,
+    registry: Registry | None = None,
+    model: Name | None = None,
     /,
     *,
+    pairs: PairsFile = None,
+    learners: Annotated[
+        int,
+        Parameter(
+            validator=Number(gte=1),
+            help="With --pairs: the most models of which learner and champion stay in memory. Others are read again.",
+        ),
+    ] = LEARNERS,
     settings: Annotated[FollowFlags, Parameter(name="*")] = _FOLLOWING,
     prefect: ByPrefect = False,
     ranks: Ranks = 1,
@@ -115,7 +134,8 @@ def follow(
     """Train MODEL on the shards that arrive in INBOX; commit new versions; remove what they contain.
 
     SIGTERM, Ctrl-C or --stop-after-seconds ends the run after the commit in hand. After SIGKILL, at any moment, start it again:
-    no shard is lost, and none is trained on twice.
+    no shard is lost, and none is trained on twice. With --pairs many models take turns in one process, one commit each; what one
+    of them fails of holds up no other, and makes the exit code 1.
 
     For example:
 
@@ -123,16 +143,42 @@ def follow(
         tidemill follow ./inbox ./registry flights --mode drain --limits.max-shards 8
         tidemill follow s3://bucket/inbox s3://bucket/registry flights \\
             --after-commit.archive-to s3://bucket/data/archive
+        tidemill follow --pairs pairs.yaml --learners 64
     """
-    if (place := torchrun.entered(ranks, backend)) is not None and not place.leads:
+    given = settings.settings()
+    place = torchrun.entered(ranks, backend)
+    if pairs is not None:
+        if inbox is not None or prefect or ranks > 1 or place is not None:
+            raise usage.UsageError(
+                "--pairs stands in place of INBOX, REGISTRY and MODEL, and is neither a flow run nor one of ranks. In Prefect "
+                "each model has a run of its own (the deployment `tenants` of prefect.yaml)"
+            )
+        _follow_many(pairs, given, learners, as_json)
+        return
+    if place is not None and not place.leads:
         _serve(place)
         return
-    given = settings.settings()
+    if inbox is None or registry is None or model is None:
+        raise usage.UsageError("follow needs INBOX, REGISTRY and MODEL, or --pairs FILE")
     launch.before_following(inbox, registry, model, given)
     _run_by_ranks(ranks, place)
     launch.find_own_modules()
     by_prefect = launch.by_prefect(prefect)
     tell(views.followed(launch.train_online(inbox, registry, model, given, by_prefect=by_prefect)), as_json)
+
+
+def _follow_many(file: Path, settings: OnlineSettings, learners: int, as_json: bool) -> None:
+    from tidemill.tasks.tenants.pairs import PairsError
+
+    launch.find_own_modules()
+    pairs = read_pairs(file)
+    try:
+        report = launch.train_many(pairs, settings, learners)
+    except PairsError as error:
+        raise usage.UsageError(f"--pairs {file}: {error}") from error
+    tell(views.followed_many(report), as_json)
+    if report.failing:
+        raise SystemExit(1)
 
 
 def predict(

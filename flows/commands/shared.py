@@ -1,15 +1,18 @@
 """What commands share: their arguments, the log that they read, and how they print."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from pydantic import BaseModel
 
 from tidemill.flows import terminal, views
+from tidemill.flows.usage import UsageError
 
 if TYPE_CHECKING:
     from tidemill.storage.log import VersionLog
+    from tidemill.tasks.tenants.pairs import Pair
 
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document instead of text.")]
 Registry = Annotated[str, Parameter(help="URL below which models live.")]
@@ -17,6 +20,12 @@ Dataset = Annotated[str, Parameter(help="URL of a folder of Parquet files, or of
 Inbox = Annotated[str, Parameter(help="URL where producers drop Parquet shards.")]
 Name = Annotated[str, Parameter(help="Name of the model in the registry.")]
 Which = Annotated[str, Parameter(help="A version's number, an alias such as champion, or head.")]
+PairsFile = Annotated[
+    Path | None,
+    Parameter(
+        "--pairs", help="YAML or JSON file with a list of pairs of inbox, registry and model, in place of one of each."
+    ),
+]
 Alias = Annotated[str, Parameter(help="The alias to move.")]
 
 
@@ -33,3 +42,18 @@ def tell(view: views.View, as_json: bool) -> None:
     if as_json:
         words = facts.model_dump_json() if isinstance(facts, BaseModel) else json.dumps(facts)
     terminal.out(words)
+
+
+def read_pairs(file: Path) -> "tuple[Pair, ...]":
+    """The pairs of the file behind `--pairs`.
+
+    Raises:
+        UsageError: it cannot be read, or holds none.
+    """
+    from tidemill.flows.specfile import read
+    from tidemill.tasks.tenants.pairs import pairs_of
+
+    try:
+        return pairs_of(read(str(file)), str(file))
+    except ValueError as error:
+        raise UsageError(f"--pairs {error}") from error

@@ -71,6 +71,11 @@ class Champion:
         elif self.settings.champion == "move" and self.settings.holdout_dataset is not None:
             self._decided = self._last_decision(head)
 
+    def forget(self) -> None:
+        """Drop all that takes memory. `refresh` finds it again; only what the settings and the alias say is kept."""
+        self._network = self._number = self._holdout = self._holdout_score = self._served = None
+        self._version.cache_clear()
+
     def _find(self, head: Version, learner: Learner) -> None:
         self.alias = find_alias(self.log, self.settings.alias)
         if self.alias is None or self.alias.version == self._number:

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -44,6 +44,7 @@ METRICS: Final = {
     "tidemill_last_look_timestamp_seconds": Told("gauge", "When the inbox was last listed."),
     "tidemill_last_commit_timestamp_seconds": Told("gauge", "When the newest version was committed."),
     "tidemill_refused_in_a_row": Told("gauge", "Versions in a row that the gate found worse than the champion."),
+    "tidemill_failing": Told("gauge", "1 while the last turn of this model, in a run of many, has failed; else 0."),
     "tidemill_score": Told("gauge", "Scores of the last commit's shards, each before it was trained on."),
     "tidemill_versions": Told("counter", "Versions committed."),
     "tidemill_rows": Told("counter", "Rows trained on."),
@@ -66,6 +67,8 @@ LAST_WRITE_SECONDS: Final = 5.0
 """How long a run that ends waits for the file."""
 
 _Labels = tuple[tuple[str, str], ...]
+_PARTS: Final = ("", "_total", "_bucket", "_count", "_sum")
+"""What the name of a sample has behind that of its metric."""
 
 
 class Numbers:
@@ -84,6 +87,7 @@ class Numbers:
             ("tidemill_rejected_shards_total", {}),
         ):
             self._add(name, 0.0, **labels)  # there from the start: what appears with 1 has never increased
+        self._set("tidemill_failing", 0.0)
         self._observe_lag([])
         self._add("tidemill_step_seconds_count", 0.0)
         self._add("tidemill_step_seconds_sum", 0.0)
@@ -92,6 +96,11 @@ class Numbers:
         """Take in where the model stands before anything happens."""
         with self._lock:
             self._stands(head, None if champion is None else champion.version)
+
+    def failing(self, failing: bool) -> None:
+        """Whether the last turn of this model, in a run of many, has failed."""
+        with self._lock:
+            self._set("tidemill_failing", float(failing))
 
     # ---- what happens ------------------------------------------------------------------------------------------------
     def on_activity(self, activity: "Activity") -> None:
@@ -163,24 +172,29 @@ class Numbers:
                 (name, {"model": self.model, **dict(labels)}, value) for (name, labels), value in self._values.items()
             ]
 
-    def go_on_from(self, path: Path) -> None:
-        """Count on from a file that an earlier process wrote, so that counters of scheduled drains only ever rise.
+    def go_on_from(self, sample: str, labels: dict[str, str], value: float) -> None:
+        """Count on from what an earlier process counted; `labels` without that of the model."""
+        with self._lock:
+            self._set(sample, value, **labels)
 
-        Raises:
-            OSError, ValueError: there is such a file, and it cannot be read.
-        """
-        from prometheus_client.parser import text_string_to_metric_families
 
-        if not path.is_file():  # none yet; or a device, which may have no end
-            return
-        for family in text_string_to_metric_families(path.read_text()):
-            if (told := METRICS.get(family.name)) is None or told.kind == "gauge":
-                continue
-            for sample in family.samples:
-                labels = dict(sample.labels)
-                if labels.pop("model", None) == self.model:
-                    with self._lock:
-                        self._set(sample.name, sample.value, **labels)
+def _go_on_from(path: Path, models: Mapping[str, Numbers]) -> None:
+    """Count on from a file that an earlier process wrote, so that counters of scheduled drains only ever rise.
+
+    Raises:
+        OSError, ValueError: there is such a file, and it cannot be read.
+    """
+    from prometheus_client.parser import text_string_to_metric_families
+
+    if not path.is_file():  # none yet; or a device, which may have no end
+        return
+    for family in text_string_to_metric_families(path.read_text()):
+        if (told := METRICS.get(family.name)) is None or told.kind == "gauge":
+            continue
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            if (numbers := models.get(labels.pop("model", ""))) is not None:
+                numbers.go_on_from(sample.name, labels, sample.value)
 
 
 class _Collector:
@@ -201,14 +215,12 @@ class _Collector:
 def _families(models: dict[str, Numbers]) -> "Iterator[Metric]":
     from prometheus_client import Metric
 
-    samples = [sample for numbers in list(models.values()) for sample in numbers.samples()]
-    for name, told in METRICS.items():
-        family = Metric(name, told.help, told.kind)
-        own = {name, *(f"{name}_{part}" for part in ("total", "bucket", "count", "sum"))}
-        for sample, labels, value in samples:
-            if sample in own:
-                family.add_sample(sample, labels, value)
-        yield family
+    families = {name: Metric(name, told.help, told.kind) for name, told in METRICS.items()}
+    own = {f"{name}{part}": family for name, family in families.items() for part in _PARTS}
+    for numbers in list(models.values()):
+        for sample, labels, value in numbers.samples():
+            own[sample].add_sample(sample, labels, value)
+    yield from families.values()
 
 
 _collector = _Collector()
@@ -228,8 +240,8 @@ def numbers_of(model: str) -> Numbers:
 
 # ---- the file --------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def written_to(path: Path, numbers: Numbers) -> Iterator[None]:
-    """While the context is open, and once more when it ends, the numbers are written to a file, whole or not at all.
+def written_to(path: Path, *models: Numbers) -> Iterator[None]:
+    """While the context is open, and once more when it ends, the numbers of these are written to a file, whole or not at all.
 
     It is for a textfile collector, such as node exporter's. A thread writes it: a full or a slow disk does not hold up a run.
     """
@@ -238,7 +250,7 @@ def written_to(path: Path, numbers: Numbers) -> Iterator[None]:
     # One of its own: node exporter has metrics of its own process, and refuses files with the same names
     registry = CollectorRegistry()
     alone = _Collector()
-    alone.models[numbers.model] = numbers
+    alone.models |= {numbers.model: numbers for numbers in models}
     registry.register(alone)
     over, told = threading.Event(), list[str]()
 
@@ -257,7 +269,7 @@ def written_to(path: Path, numbers: Numbers) -> Iterator[None]:
         write()
 
     try:
-        numbers.go_on_from(path)
+        _go_on_from(path, alone.models)
     except (OSError, ValueError) as error:
         logger.warning("metrics of earlier runs in %s cannot be read, and are counted anew: %s", path, error)
     writer = threading.Thread(target=write_now_and_then, name="tidemill-metrics", daemon=True)

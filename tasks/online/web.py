@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeVar
 
 from tidemill.progress import Activity
 from tidemill.storage.errors import StorageError
@@ -35,9 +35,9 @@ REFRESH_SECONDS: Final = 10
 """How often a browser asks for the report again."""
 HERE: Final = frozenset({"127.0.0.1", "localhost"})
 """By other names nobody is answered: a web page elsewhere may let its own name lead here, to read what is not its own."""
-_TEXT: Final = "text/plain; charset=utf-8"
-_HTML: Final = "text/html; charset=utf-8"
-_JSON: Final = "application/json"
+TEXT: Final = "text/plain; charset=utf-8"
+HTML: Final = "text/html; charset=utf-8"
+JSON: Final = "application/json"
 
 
 class Fresh(Generic[T]):
@@ -79,6 +79,13 @@ class Pulse:
         return time.monotonic() - self._beat
 
 
+class Answers(Protocol):
+    """What there is to be seen."""
+
+    def answer(self, path: str, accept: str) -> tuple[int, str, bytes]:
+        """(status, content type, body) for a path; `accept` is the header of that name."""
+
+
 class Pages:
     """What there is to be seen of a run."""
 
@@ -91,16 +98,12 @@ class Pages:
         """(status, content type, body) for a path."""
         match path.partition("?")[0]:
             case "/":
-                return 200, _HTML, self._report.get()
+                return 200, HTML, self._report.get()
             case "/health":
                 return self._health()
             case "/metrics":
-                from prometheus_client import REGISTRY
-                from prometheus_client.exposition import choose_encoder
-
-                encode, content_type = choose_encoder(accept)
-                return 200, content_type, encode(REGISTRY)
-        return 404, _TEXT, b"There are: / (the report), /health, /metrics\n"
+                return all_metrics(accept)
+        return 404, TEXT, b"There are: / (the report), /health, /metrics\n"
 
     def _make_report(self) -> bytes:
         from tidemill.tasks.history.page import page
@@ -123,7 +126,16 @@ class Pages:
         age = self._pulse.age
         alive = age < self._behind
         facts = {"alive": alive, "seconds_since_it_did_anything": round(age, 1), "status": self._state.get()}
-        return 200 if alive else 503, _JSON, json.dumps(facts).encode()
+        return 200 if alive else 503, JSON, json.dumps(facts).encode()
+
+
+def all_metrics(accept: str) -> tuple[int, str, bytes]:
+    """The numbers of this process, as Prometheus wants them."""
+    from prometheus_client import REGISTRY
+    from prometheus_client.exposition import choose_encoder
+
+    encode, content_type = choose_encoder(accept)
+    return 200, content_type, encode(REGISTRY)
 
 
 class _Server(ThreadingHTTPServer):
@@ -132,7 +144,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 2 * AT_ONCE
 
-    def __init__(self, port: int, pages: Pages) -> None:
+    def __init__(self, port: int, pages: Answers) -> None:
         self.pages, self._free = pages, threading.Semaphore(AT_ONCE)
         super().__init__(("127.0.0.1", port), _Handler)
 
@@ -163,12 +175,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         try:
             if _host(self.headers.get("Host", "")) not in HERE:
-                code, content_type, body = 403, _TEXT, b"Ask for 127.0.0.1 or localhost.\n"
+                code, content_type, body = 403, TEXT, b"Ask for 127.0.0.1 or localhost.\n"
             else:
                 code, content_type, body = self.server.pages.answer(self.path, self.headers.get("Accept", ""))
         except Exception as error:  # of whatever class: it is told to who asked, and to nobody else
             logger.debug("%s", self.path, exc_info=True)
-            code, content_type, body = 500, _TEXT, f"{type(error).__name__}: {error}\n".encode()
+            code, content_type, body = 500, TEXT, f"{type(error).__name__}: {error}\n".encode()
         self.send_response(code)
         for name, value in (
             ("Content-Type", content_type),
@@ -194,7 +206,7 @@ def _host(given: str) -> str:
 
 
 @contextlib.contextmanager
-def served_at(port: int, pages: Pages) -> Iterator[None]:
+def served_at(port: int, pages: Answers) -> Iterator[None]:
     """While the context is open, the pages are served at this port of 127.0.0.1; 0: at one that is free. A taken port is told."""
     try:
         server = _Server(port, pages)

@@ -631,6 +631,42 @@ def test_follow_with_flags(tidemill: Run, model: Place, monkeypatch: pytest.Monk
     assert OnlineReport.model_validate(result.json).shards == 3
 
 
+@memory
+def test_follow_and_status_of_many(tidemill: Run, model: Place, tmp_path: Path) -> None:
+    """The exit code says that one fails, though the other is done."""
+    model.drop("1.parquet")
+    file = tmp_path / "pairs.yaml"
+    other = {"inbox": f"{model.inbox}-2", "registry": model.registry, "model": "no-model"}
+    pairs = [{"inbox": model.inbox, "registry": model.registry, "model": "model", "name": "mine"}, other]
+    file.write_text(yaml.safe_dump(pairs))
+    done = tidemill("follow", "--pairs", str(file), "--mode", "drain")
+    assert done.code == 1
+    assert done.out.startswith("2 models: 1 new version from 1 shard, 50 rows\n  failing      1 model, whose")
+    assert "no-model: memory://" in done.out
+    looked = tidemill("status", "--pairs", str(file), "--json")
+    assert looked.code == 3
+    assert [(each["model"], each["waiting"]) for each in looked.json["models"]] == [("mine", 0)]
+    assert set(looked.json["damaged"]) == {"no-model"}
+
+    file.write_text(yaml.safe_dump(pairs[:1]))
+    done = tidemill("follow", "--pairs", str(file), "--mode", "drain", "--json")
+    assert (done.code, done.json["models"]["mine"]["shards"]) == (0, 0)
+    looked = tidemill("status", "--pairs", str(file))
+    assert (looked.code, "\nmine: " in looked.out) == (3, True)  # what the fixture has rejected
+
+    file.write_text(yaml.safe_dump([pairs[0], pairs[0]]))
+    for usage, message in (
+        (("--pairs", str(file)), f"tidemill: --pairs {file}: two pairs are called 'mine'"),
+        (("--pairs", f"{file}.no"), "tidemill: --pairs "),
+        (("i", "r", "m", "--pairs", str(file)), "--pairs stands in place of INBOX, REGISTRY and MODEL"),
+        (("--pairs", str(file), "--prefect"), "--pairs stands in place of"),
+        (("i", "r"), "tidemill: follow needs INBOX, REGISTRY and MODEL, or --pairs FILE"),
+    ):
+        wrong = tidemill("follow", *usage)
+        assert wrong.code == 2
+        assert message in wrong.err
+
+
 # ---- wrong usage -----------------------------------------------------------------------------------------------------
 FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
 
@@ -639,7 +675,7 @@ FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
     ("arguments", "message"),
     [
         (("nonsense",), 'Unknown command "nonsense". Available commands: train, follow'),
-        (("status",), "tidemill status: REGISTRY is missing"),
+        (("status",), "tidemill: status needs REGISTRY, or --pairs FILE"),
         (("train", "a.parquet", "b.parquet", *FLAGS[2:]), "tidemill train: m is more than it takes. (A shell"),
         (("status", "r", "m", "--jsno"), "tidemill status: Unknown option: --jsno. Did you mean --json?"),
         (("status", "r", "--inbox", "i"), "--inbox needs the name of a model"),

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,32 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
+    DeploymentFilterName,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import Settings
+from prefect.states import Completed
 
+from tests.data import put
 from tests.flows.conftest import Place
 from tests.flows.data import OWN_MODEL, SPEC
 from tests.flows.prefect_server import stop
 from tests.guarantees.audit import audit
 from tests.s3_server import wait_until
+from tidemill.flows.online import online_training
+from tidemill.flows.tenants import NotStarted, fan_out
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
+from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.tenants.pairs import Pair
 
 pytestmark = pytest.mark.xdist_group("flows")  # one worker, one server
 
@@ -84,7 +96,8 @@ def test_the_shipped_file_deploys_as_it_is(client: SyncPrefectClient, tmp_path: 
     shutil.copy(SHIPPED, tmp_path)
     deploy(tmp_path)
     found = {deployment.name: deployment for deployment in client.read_deployments()}
-    assert set(found) == {"batch", "online", "follow", "ranks", "maintenance"}
+    assert set(found) == {"batch", "online", "follow", "ranks", "tenants", "tenant", "maintenance"}
+    schedules = {"follow": [False], "ranks": [False], "tenants": [False], "tenant": []}
     for deployment in found.values():
         assert deployment.work_pool_name == POOL
         assert deployment.tags == ["tidemill"]
@@ -92,13 +105,14 @@ def test_the_shipped_file_deploys_as_it_is(client: SyncPrefectClient, tmp_path: 
         assert deployment.entrypoint.startswith("tidemill.flows.")
         assert deployment.enforce_parameter_schema
         assert deployment.job_variables["env"]["PREFECT_LOGGING_EXTRA_LOGGERS"] == "tidemill"
-        assert [schedule.active for schedule in deployment.schedules] == [deployment.name not in ("follow", "ranks")]
+        assert [schedule.active for schedule in deployment.schedules] == schedules.get(deployment.name, [True])
     new, waits = ConcurrencyLimitStrategy.CANCEL_NEW, ConcurrencyLimitStrategy.ENQUEUE
-    for name, strategy in (("batch", new), ("online", new), ("follow", waits), ("ranks", waits)):
+    limits = {"batch": (1, new), "online": (1, new), "follow": (1, waits), "ranks": (1, waits)}
+    for name, (most, strategy) in (limits | {"tenants": (1, new), "tenant": (8, waits)}).items():
         limit, options = found[name].global_concurrency_limit, found[name].concurrency_options
         assert limit is not None
         assert options is not None
-        assert (limit.limit, options.collision_strategy) == (1, strategy)
+        assert (limit.limit, options.collision_strategy) == (most, strategy)
     assert found["maintenance"].global_concurrency_limit is None
 
 
@@ -112,6 +126,42 @@ def test_prefect_understands_what_the_docs_say_of_old_runs(monkeypatch: pytest.M
     assert server.services.db_vacuum.retention_period == datetime.timedelta(weeks=1)
     assert server.concurrency.lease_storage == said["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"]
     importlib.import_module(server.concurrency.lease_storage)
+
+
+@pytest.mark.parametrize("make_url", ["local"], indirect=True)
+def test_of_many_models_each_that_has_something_to_do_gets_a_run_of_its_own_and_never_two(
+    client: SyncPrefectClient, make_url: Callable[[str], str]
+) -> None:
+    client.create_deployment(
+        flow_id=client.create_flow(online_training),
+        name="tenant",
+        work_pool_name=POOL,
+        entrypoint="tidemill.flows.online.online_training",
+    )
+    registry = make_url("registry")
+    pairs = [Pair(inbox=make_url(f"inbox/{name}"), registry=registry, model=name) for name in "abc"]
+    pairs.append(Pair(inbox=make_url("inbox") + "/nowhere", registry=registry, model="d"))
+    pairs.append(pairs[2].model_copy(update={"inbox": make_url("inbox/e"), "model": "e"}))
+    for name in "ace":
+        put(make_url(f"inbox/{name}"), {"1.parquet": b"a shard"})
+    own = {"limits": {"max_shards": 3}}
+    pairs[0] = pairs[0].model_copy(update={"settings": own})
+
+    def runs() -> dict[str, FlowRun]:
+        found = client.read_flow_runs(deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=["tenant"])))
+        assert len({run.parameters["model"] for run in found}) == len(found)
+        return {run.parameters["model"]: run for run in found}
+
+    with pytest.raises(NotStarted, match=r"1 of 5 models could not be looked after: d: .*nowhere"):
+        fan_out(pairs, settings=OnlineSettings(poll_seconds=7.0))
+    assert set(runs()) == {"a", "c", "e"}
+    settings = OnlineSettings.model_validate(runs()["a"].parameters["settings"])
+    assert (settings.limits.max_shards, settings.poll_seconds) == (3, 7.0)
+    client.set_flow_run_state(runs()["a"].id, Completed(), force=True)
+    client.delete_flow_run(runs()["a"].id)
+    put(make_url("inbox/b"), {"1.parquet": b"a shard"})
+    assert fan_out(pairs[:3]) == ["a", "b"]  # c waits for a worker
+    assert set(runs()) == {"a", "b", "c", "e"}
 
 
 @pytest.mark.timeout(400)

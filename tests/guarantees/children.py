@@ -48,6 +48,8 @@ from tidemill.tasks.online.rowwise import RowLabels
 from tidemill.tasks.online.work import Work
 from tidemill.tasks.search import Clock
 from tidemill.tasks.settings import BatchSettings, OnlineSettings
+from tidemill.tasks.tenants import doors as tenants
+from tidemill.tasks.tenants.pairs import Pair
 from tidemill.tasks.training.spec import Spec
 
 CLOUDS = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
@@ -172,6 +174,11 @@ def drain(stores: Stores, inbox: str, registry: str, settings: OnlineSettings, c
             dataset, _, _, spec, batch_settings = call(lambda: online.retraining(run))
             train(stores, dataset, registry, spec, batch_settings, call)
             run.forget()
+
+
+def drain_pairs(stores: Stores, pairs: Sequence[Pair], settings: OnlineSettings, learners: int) -> None:
+    """`tidemill follow --pairs --mode drain`, by which one of the pairs may be failing."""
+    tenants.drain(pairs, settings, learners=learners, stores=stores)
 
 
 def dated_drain(

@@ -37,6 +37,7 @@ from tests.guarantees.children import (
     copy,
     dated_drain,
     drain,
+    drain_pairs,
     fill,
     in_child,
     rollback,
@@ -60,6 +61,7 @@ from tidemill.tasks.settings import (
     Retrain,
     Triggers,
 )
+from tidemill.tasks.tenants.pairs import Pair
 from tidemill.tasks.training.spec import Spec
 
 GATED = ONLINE.model_copy(
@@ -144,6 +146,49 @@ def base(make_url: MakeUrl, tmp_path: Path) -> str:
     fill(make_url("dataset"), DATASET)
     in_child(train, make_url("dataset"), make_url("base"), SPEC, BATCH, kill=None, tmp_path=tmp_path)
     return make_url("base")
+
+
+def test_many_models_in_one_process(backend: str, base: str, make_url: MakeUrl, tmp_path: Path, full: bool) -> None:
+    """Three take turns, and one learner stays in memory; the weights of the third are not what was committed.
+
+    Which turn comes first is a matter of time, so that a moment is the number of a call, and may be another's in each run.
+    """
+    shards = {"a": SHARDS | REJECTED, "b": dict(list(SHARDS.items())[:3]), "rotten": dict(list(SHARDS.items())[:1])}
+    alone: dict[str, tuple[str, str]] = {}
+    for name in ("a", "b"):
+        fill(make_url(f"alone/{name}/inbox"), shards[name])
+        copy(base, make_url(f"alone/{name}/registry"))
+        places = make_url(f"alone/{name}/inbox"), make_url(f"alone/{name}/registry")
+        in_child(drain, *places, GATED, kill=None, tmp_path=tmp_path)
+        alone[name] = bits(VersionLog(open_store(places[1]), "model"))
+
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
+        pairs = []
+        for tenant, own in shards.items():
+            inbox, registry = make_url(f"{name}/{tenant}/inbox"), make_url(f"{name}/{tenant}/registry")
+            fill(inbox, own)
+            copy(base, registry)
+            pairs.append(Pair(inbox=inbox, registry=registry, model="model", name=tenant))
+        blob = VersionLog(open_store(pairs[-1].registry), "model").head().manifest.blobs.weights
+        open_store(pairs[-1].registry).write(blob.key, bytes(blob.bytes))
+        moments = in_child(drain_pairs, pairs, GATED, 1, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(drain_pairs, pairs, GATED, 1, kill=None, tmp_path=tmp_path)
+        for pair in pairs[:-1]:
+            log = VersionLog(open_store(pair.registry), "model")
+            audit(log, shards[pair.name].items())
+            assert bits(log) == alone[pair.name]
+            assert waiting(pair.inbox) == []
+        assert waiting(pairs[-1].inbox) == [*shards["rotten"]]
+        return moments
+
+    calls = run_and_check(None, "clean")
+    assert calls is not None
+    moments = sample(range(len(calls)), None if full else MOMENTS[backend])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        killed = [found is None for found in pool.map(run_and_check, map(Kill, moments), map(str, moments))]
+    assert sum(killed) >= 0.9 * len(killed)  # a run may be over before its last moment
+    print(f"killed at {sum(killed)} of {len(calls)} moments")
 
 
 @pytest.mark.parametrize("backend", ["local", "s3", MINIO_LIKE, *CLOUDS], indirect=True)

@@ -1,0 +1,235 @@
+"""Whose turn it is: one commit each, round and round; with pauses that grow where there is nothing to do, or where it failed.
+
+Nothing here knows what a turn does, and the clock is handed in: `benchmarks/cost.py` runs this same code on a clock that jumps.
+"""
+
+import heapq
+import itertools
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from tidemill.storage.errors import StorageError, Unavailable, on_one_line
+from tidemill.tasks.errors import GateClosed, MissingExtra
+from tidemill.tasks.online.step import Outcome
+from tidemill.tasks.retrying import BACKOFF_SECONDS, RETRIES
+from tidemill.tasks.stopping import Stop
+from tidemill.tasks.training.errors import TrainingError
+
+logger = logging.getLogger("tidemill.tenants")
+
+IDLE_MOST: Final = 12
+"""The pause between two looks at an inbox where nothing waits doubles, up to this many times `poll_seconds`."""
+FAILED_MOST_SECONDS: Final = 600.0
+"""The pause after a failure doubles up to this, from `BACKOFF_SECONDS` on."""
+
+
+class Member(Protocol):
+    """One of those who take turns."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def poll_seconds(self) -> float:
+        """The pause after the first look that found nothing."""
+
+    def look(self) -> bool:
+        """Whether a turn may find something to do. Called in another thread, never during a turn of the same member."""
+
+    def turn(self) -> Outcome:
+        """Take one step. With an error nothing of it counts."""
+
+    def nothing_new(self) -> None:
+        """A look has found nothing to do."""
+
+    def let_go(self) -> None:
+        """Give up the memory that a turn needs; the next turn takes it again."""
+
+    def failed(self, reason: str | None) -> None:
+        """How the last turn or look ended: with this error, or well (None)."""
+
+
+class Looks(Protocol):
+    """Who looks ahead: `tidemill.tasks.tenants.lookouts`."""
+
+    def send(self, who: Any, look: Callable[[], bool]) -> None: ...
+
+    def back(self) -> list[tuple[Any, bool | Exception]]: ...
+
+    def wait(self, seconds: float, stop: Stop) -> None: ...
+
+
+@dataclass(eq=False)
+class _Place:
+    """Where one member stands."""
+
+    member: Member
+    idle: int = 0
+    """How many times in a row nothing was found."""
+    failures: int = 0
+    """How many times in a row it failed."""
+    looked: bool = False
+    """Whether a look since its last turn has found something."""
+    its_turn: bool = False
+    """Whether that look was sent when its turn had come: then it is the next."""
+
+
+class Rota:
+    """Members take turns until all are done, or until it is time to stop."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        looks: Looks,
+        *,
+        drains: bool,
+        learners: int,
+        now: Callable[[], float],
+        after_turn: Callable[[Member, Outcome], None] = lambda member, outcome: None,
+        alive: Callable[[int], None] = lambda failing: None,
+    ) -> None:
+        """
+        Args:
+            members: Who takes turns; the first turns are in this order, as far as the looks before them take equally long.
+            looks: Who looks ahead.
+            drains: A member is done once it has found nothing to do, or has failed for good; else it is looked at again.
+            learners: The most members that may keep the memory of their last turn.
+            now: The clock, in seconds.
+            after_turn: Is told who had a turn, and how it ended.
+            alive: Is called with the number of those that fail, whenever nobody has anything to do.
+        """
+        self._looks, self._drains, self._now = looks, drains, now
+        self._after_turn, self._alive = after_turn, alive
+        self._ready: deque[_Place] = deque()
+        self._later: list[tuple[float, int, _Place]] = []
+        """Due moment, a number that makes it unique, and who is to be looked at then: a heap."""
+        self._number = itertools.count()
+        self._warm: OrderedDict[str, Member] = OrderedDict()
+        """Who keeps a learner, the one whose turn was longest ago first."""
+        self._learners = learners
+        self.failing: dict[str, str] = {}
+        """Whose last turn, or last look, failed -> why."""
+        self._left = len(members)
+        for member in members:
+            self._look(_Place(member))
+
+    def go(self, stop: Stop) -> None:
+        """Until it is time to stop, between two turns; or until all are done."""
+        while self._left and not stop:
+            self._send_who_is_due()
+            for place, found in self._looks.back():
+                self._heard(place, found)
+            if self._ready:
+                self._next(self._ready.popleft())
+            elif self._left:
+                self._alive(len(self.failing))
+                due = self._later[0][0] - self._now() if self._later else float("inf")
+                self._looks.wait(max(0.0, due), stop)
+
+    # ---- looks -------------------------------------------------------------------------------------------------------
+    def _look(self, place: _Place) -> None:
+        self._looks.send(place, place.member.look)
+
+    def _send_who_is_due(self) -> None:
+        while self._later and self._later[0][0] <= self._now():
+            self._look(heapq.heappop(self._later)[2])
+
+    def _heard(self, place: _Place, found: bool | Exception) -> None:
+        if isinstance(found, Exception):
+            self._failed(place, found)
+        elif found:
+            (self._ready.appendleft if place.its_turn else self._ready.append)(place)
+            place.looked, place.its_turn = True, False
+        else:
+            place.its_turn = False
+            place.member.nothing_new()
+            self._nothing_to_do(place)
+
+    # ---- turns -------------------------------------------------------------------------------------------------------
+    def _next(self, place: _Place) -> None:
+        """A turn; or a look, if the learner is gone by now: it is not read again to find that nothing is left."""
+        if place.looked or place.member.name in self._warm:
+            self._turn(place)
+        else:
+            place.its_turn = True
+            self._look(place)
+
+    def _turn(self, place: _Place) -> None:
+        member, place.looked = place.member, False
+        self._make_room_for(member)
+        try:
+            outcome = member.turn()
+        except Exception as error:  # noqa: BLE001  # of whatever class: it is that member's, and the others go on
+            self._failed(place, error)
+            return
+        self._after_turn(member, outcome)
+        if outcome is Outcome.IDLE:
+            self._nothing_to_do(place)
+            return
+        self._well(place)
+        place.idle = 0
+        self._ready.append(place)
+
+    def _make_room_for(self, member: Member) -> None:
+        """Of those who keep a learner, the ones whose turn was longest ago give it up."""
+        self._warm.pop(member.name, None)
+        while len(self._warm) >= self._learners:
+            self._warm.popitem(last=False)[1].let_go()
+        self._warm[member.name] = member
+
+    def _nothing_to_do(self, place: _Place) -> None:
+        self._well(place)
+        if self._drains:
+            self._done(place)
+            return
+        pause = place.member.poll_seconds * min(2**place.idle, IDLE_MOST)
+        place.idle = min(place.idle + 1, IDLE_MOST)
+        self._again(place, pause)
+
+    # ---- failures ----------------------------------------------------------------------------------------------------
+    def _failed(self, place: _Place, error: Exception) -> None:
+        member = place.member
+        self._warm.pop(member.name, None)
+        member.let_go()
+        place.looked = place.its_turn = False
+        reason = on_one_line(str(error) or repr(error))
+        member.failed(reason)
+        place.failures += 1
+        again = not self._drains or (isinstance(error, Unavailable) and place.failures <= RETRIES)
+        pause = min(BACKOFF_SECONDS * 2.0 ** min(place.failures - 1, 10), FAILED_MOST_SECONDS)
+        first, self.failing[member.name] = self.failing.get(member.name) != reason, reason
+        logger.log(
+            logging.ERROR if first else logging.DEBUG,
+            "%s failed: %s. The others go on; %s",
+            member.name,
+            reason,
+            f"it is tried again in {pause:.0f} s" if again else "it is given up in this run",
+            exc_info=error if first and not _is_ours(error) else None,
+        )
+        if again:
+            self._again(place, pause)
+        else:
+            self._done(place)
+
+    def _well(self, place: _Place) -> None:
+        place.failures = 0
+        if self.failing.pop(place.member.name, None) is not None:
+            place.member.failed(None)
+            logger.info("%s is well again", place.member.name)
+
+    # ---- all of them --------------------------------------------------------------------------------------------------------
+    def _again(self, place: _Place, pause: float) -> None:
+        heapq.heappush(self._later, (self._now() + pause, next(self._number), place))
+
+    def _done(self, place: _Place) -> None:
+        self._left -= 1
+        if self._warm.pop(place.member.name, None) is not None:
+            place.member.let_go()
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether its message says all that there is to know; that of others needs the traceback."""
+    return isinstance(error, StorageError | TrainingError | GateClosed | MissingExtra)

@@ -1,0 +1,261 @@
+"""Many models in one process: each has what a run of its own would have given it, and what one fails of is its own."""
+
+import json
+import logging
+import signal
+import threading
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.data import SPEC, keys, put, rows
+from tests.storage.faults import Call, hooked
+from tests.tasks.online.test_step import days
+from tidemill.storage.errors import Unavailable
+from tidemill.storage.log import open_log
+from tidemill.storage.urls import open_store
+from tidemill.tasks import batch, online
+from tidemill.tasks.settings import Archive, GateSettings, Limits, OnlineSettings, Retrain
+from tidemill.tasks.tenants import doors, rota, tenant
+from tidemill.tasks.tenants.pairs import Pair
+
+MakeUrl = Callable[[str], str]
+ONE_A_COMMIT = OnlineSettings(limits=Limits(max_shards=1), grace_seconds=0, poll_seconds=0.01)
+
+
+class Town:
+    """Models in one registry, each with an inbox."""
+
+    def __init__(self, make_url: MakeUrl, names: str) -> None:
+        self._make_url = make_url
+        self.registry = make_url("registry")
+        for number, name in enumerate(names):
+            put(make_url(f"dataset/{name}"), {"part-0.parquet": rows(60, number)})
+            batch.train(make_url(f"dataset/{name}"), self.registry, name, SPEC.model_copy(update={"seed": number}))
+        self.pairs = [self.pair(name) for name in names]
+
+    def inbox(self, name: str) -> str:
+        return self._make_url(f"inbox/{name}")
+
+    def pair(self, name: str, **more: object) -> Pair:
+        return Pair.model_validate({"inbox": self.inbox(name), "registry": self.registry, "model": name, **more})
+
+    def fill(self, name: str, count: int) -> None:
+        put(self.inbox(name), days(count))
+
+    def bits(self, name: str) -> tuple[str, str]:
+        blobs = open_log(self.registry, name).head().manifest.blobs
+        return blobs.weights.sha256, blobs.state.sha256
+
+    def head(self, name: str) -> int:
+        return open_log(self.registry, name).head().number
+
+    def rot(self, name: str) -> None:
+        """The weights of the head are others than were committed."""
+        blob = open_log(self.registry, name).head().manifest.blobs.weights
+        open_store(self.registry).write(blob.key, bytes(blob.bytes))
+
+
+@pytest.fixture
+def town(make_url: MakeUrl) -> Town:
+    return Town(make_url, "abc")
+
+
+@pytest.fixture
+def small(memory_url: MakeUrl) -> Town:
+    return Town(memory_url, "ab")
+
+
+@pytest.mark.parametrize("learners", [1, 16])
+def test_each_has_the_bits_of_a_run_of_its_own_and_the_poisoned_one_stops_nobody(
+    town: Town, make_url: MakeUrl, learners: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = Town(lambda name: make_url(f"alone/{name}"), "ac")
+    for name, count in (("a", 3), ("b", 2), ("c", 1)):
+        town.fill(name, count)
+        if name != "b":
+            alone.fill(name, count)
+            online.drain(alone.inbox(name), alone.registry, name, ONE_A_COMMIT)
+    town.rot("b")
+    report = doors.drain(town.pairs, ONE_A_COMMIT, learners=learners)
+    assert {name: found.versions for name, found in report.models.items()} == {"a": 3, "b": 0, "c": 1}
+    assert (report.versions, report.shards, report.rows) == (4, 4, 40 + 41 + 42 + 40)
+    assert [*report.failing] == ["b"]
+    assert "is not what was committed" in report.failing["b"]
+    assert [town.bits(name) for name in "ac"] == [alone.bits(name) for name in "ac"]
+    assert keys(town.inbox("a")) == keys(town.inbox("c")) == []
+    assert keys(town.inbox("b")) == ["00.parquet", "01.parquet"]
+    assert caplog.text.count("b failed") == 1
+
+
+def test_log_lines_say_whose_they_are(small: Town, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    before = logging.getLogRecordFactory()
+    small.fill("a", 1)
+    put(small.inbox("b"), {"bad.parquet": b"bad"})
+    doors.drain(small.pairs, ONE_A_COMMIT)
+    logging.getLogger("tidemill").info("%s of nobody", "100%")
+    said = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("a: version 1: shards 1") for line in said)
+    assert any(line.startswith("b: ") and "is rejected, to quarantine" in line for line in said)
+    assert said[-1] == "100% of nobody"
+    assert logging.getLogRecordFactory() is before
+
+
+def test_places_that_cannot_be_opened_are_that_pairs_alone(small: Town, memory_url: MakeUrl) -> None:
+    small.fill("a", 1)
+    nobody = Pair(inbox=memory_url("inbox/z"), registry=small.registry, model="z")
+    report = doors.drain([nobody, *small.pairs], ONE_A_COMMIT)
+    assert [*report.failing] == ["z"]
+    assert "holds no model 'z'" in report.failing["z"]
+    assert (report.shards, [*report.models]) == (1, ["a", "b"])
+
+
+def test_a_store_that_is_away_for_one_of_them_holds_up_no_other(small: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again once the others are done: nothing sleeps in between."""
+    monkeypatch.setattr(rota, "BACKOFF_SECONDS", 0.01)
+    for name in "ab":
+        small.fill(name, 2)
+    order: list[str] = []
+    left = [Unavailable("away")] * 2
+
+    def away(call: Call) -> None:
+        if (call.verb, call.phase) != ("create", "before") or "/log/" not in call.key:
+            return
+        if call.key.startswith("a/") and left:
+            raise left.pop()
+        order.append(call.key[0])
+
+    report = doors.drain(small.pairs, ONE_A_COMMIT, stores=hooked(away))
+    assert (report.shards, report.failing, order.count("a"), order.count("b")) == (4, {}, 2, 2)
+    assert order[0] == "b"
+
+
+def test_follow_trains_each_on_what_arrives_until_a_signal_and_ends_between_two_commits(small: Town) -> None:
+    small.fill("a", 1)
+    arrived: list[str] = []
+
+    def hook(call: Call) -> None:
+        if (call.verb, call.phase) != ("delete", "after") or not call.key.endswith(".parquet"):
+            return
+        arrived.append(call.url)
+        if len(arrived) == 1:
+            small.fill("b", 2)
+        if len(arrived) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    report = doors.follow(small.pairs, ONE_A_COMMIT, stores=hooked(hook, concurrency=1))
+    assert [(report.models[name].shards, small.head(name)) for name in "ab"] == [(1, 1), (1, 1)]
+    assert keys(small.inbox("b")) == ["01.parquet"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_who_failed_is_well_again_once_the_reason_is_gone(small: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread, too, which gets no signals."""
+    monkeypatch.setattr(rota, "BACKOFF_SECONDS", 0.01)
+    small.fill("a", 1)
+    blob = open_log(small.registry, "a").head().manifest.blobs.weights
+    good = open_store(small.registry).read(blob.key)
+    small.rot("a")
+    failed = threading.Event()
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "a failed" in record.getMessage():
+                failed.set()
+
+    reports = []
+    settings = ONE_A_COMMIT.model_copy(update={"stop_after_seconds": 2.0})
+    handler = Heard()
+    logging.getLogger("tidemill.tenants").addHandler(handler)
+    try:
+        run = threading.Thread(target=lambda: reports.append(doors.follow(small.pairs, settings)))
+        run.start()
+        assert failed.wait(30)
+        open_store(small.registry).write(blob.key, good)
+        run.join(60)
+    finally:
+        logging.getLogger("tidemill.tenants").removeHandler(handler)
+    assert (reports[0].failing, reports[0].shards, small.head("a")) == ({}, 1, 1)
+
+
+def test_what_stays_in_an_inbox_costs_no_learner_at_each_look(small: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept shards: once a turn has found nothing new, only another listing makes another turn."""
+    monkeypatch.setattr(rota, "IDLE_MOST", 1)
+    small.fill("a", 2)
+    turns: list[str] = []
+    original = tenant.Tenant.turn
+
+    def counted(one: tenant.Tenant) -> object:
+        turns.append(one.name)
+        return original(one)
+
+    monkeypatch.setattr(tenant.Tenant, "turn", counted)
+    settings = ONE_A_COMMIT.model_copy(update={"after_commit": "keep", "stop_after_seconds": 1.0})
+    report = doors.follow(small.pairs, settings, learners=1)
+    assert report.models["a"].shards == 2
+    assert turns.count("a") <= 5
+    assert turns.count("b") == 1  # its first, which finishes what a process before has left
+
+
+def test_too_many_refusals_of_one_retrain_that_one(small: Town, memory_url: MakeUrl) -> None:
+    put(small.inbox("a"), {f"{i}.parquet": rows(40, i, slope=-50.0) for i in range(3)})
+    put(memory_url("holdout"), {"part-0.parquet": rows(100, 9)})
+    small.fill("b", 2)
+    gate = GateSettings(
+        holdout_dataset=memory_url("holdout"),
+        refusals=2,
+        tolerance=0.0,
+        after_refusals=Retrain(retrain_on=memory_url("dataset/a")),
+    )
+    own = {"gate": gate.model_dump(), "after_commit": Archive(archive_to=memory_url("dataset/a/old")).model_dump()}
+    report = doors.drain([small.pair("a", settings=own), small.pair("b")], ONE_A_COMMIT)
+    kinds = [
+        version.manifest.kind for version in open_log(small.registry, "a").history(open_log(small.registry, "a").head())
+    ]
+    assert kinds.count("batch") == 2
+    assert (report.failing, report.models["a"].shards, report.models["b"].shards) == ({}, 3, 2)
+
+
+# ---- who watches -----------------------------------------------------------------------------------------------------
+def test_metrics_of_all_are_in_one_file_with_who_fails(small: Town, tmp_path: Path) -> None:
+    small.fill("b", 2)
+    small.rot("a")
+    file = tmp_path / "tidemill.prom"
+    settings = ONE_A_COMMIT.model_copy(update={"metrics_file": str(file)})
+    for total in (2, 3):
+        doors.drain(small.pairs, settings)
+        lines = dict(line.rsplit(" ", 1) for line in file.read_text().splitlines() if line[0] != "#")
+        assert lines['tidemill_failing{model="a"}'] == "1.0"
+        assert lines['tidemill_failing{model="b"}'] == "0.0"
+        assert float(lines['tidemill_versions_total{kind="online",model="b"}']) >= total
+        put(small.inbox("b"), days(1, start=5))
+
+
+def test_the_port_shows_all_of_them_and_the_report_of_each(small: Town, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    small.rot("a")
+    small.fill("a", 1)
+    small.fill("b", 1)
+    seen: dict[str, str] = {}
+
+    def ask(call: Call) -> None:
+        """While the last shard is removed."""
+        if seen or (call.verb, call.phase) != ("delete", "after") or not call.key.endswith(".parquet"):
+            return
+        start = next(record.getMessage() for record in caplog.records if "shows the report" in record.getMessage())
+        base = start[start.index("http") : start.index(" shows")]
+        for path in ("", "health", "b", "metrics"):
+            with urllib.request.urlopen(f"{base}{path}", timeout=30) as answer:
+                seen[path] = answer.read().decode()
+
+    settings = ONE_A_COMMIT.model_copy(update={"port": 0})
+    doors.drain(small.pairs, settings, stores=hooked(ask, concurrency=1))
+    assert "2 models" in seen[""]
+    assert '<a href="/b">b</a>' in seen[""]
+    assert json.loads(seen["health"])["models"] == 2
+    assert "<title>b: version 1</title>" in seen["b"]
+    assert 'tidemill_head_version{model="b"}' in seen["metrics"]
