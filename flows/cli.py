@@ -46,7 +46,10 @@ app.command(
     f"{_COMMANDS}.running:follow",
     usage="Usage: tidemill follow INBOX REGISTRY MODEL [OPTIONS] | tidemill follow --pairs FILE [OPTIONS]",
 )
-app.command(f"{_COMMANDS}.reading:status")
+app.command(
+    f"{_COMMANDS}.reading:status",
+    usage="Usage: tidemill status REGISTRY [MODEL] [OPTIONS] | tidemill status --pairs FILE [OPTIONS]",
+)
 app.command(f"{_COMMANDS}.reading:history", name="log")
 app.command(f"{_COMMANDS}.reading:show")
 app.command(f"{_COMMANDS}.running:predict")

@@ -6,7 +6,7 @@ from tidemill.storage.overlap import LocalPlace, Relation
 
 
 def crowded(inboxes: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, Relation, str]]:
-    """Each (inbox, how it lies to the place, place) that do not lie apart.
+    """Each (inbox, how it lies to the place, place) that do not lie apart; some more than once.
 
     Args:
         inboxes: URLs of stores, each once. Two of them may not overlap either.
@@ -26,7 +26,7 @@ def crowded(inboxes: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str
                 lies = Relation.SAME if place == own else Relation.INSIDE
                 if url in watched:
                     yield url, lies, outer
-                elif outer in watched:
+                if outer in watched and outer != url:
                     yield outer, Relation.SAME if lies is Relation.SAME else Relation.HOLDS, url
 
 

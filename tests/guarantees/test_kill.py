@@ -85,6 +85,8 @@ DELAYED = ONLINE.model_copy(
 PATIENT = BatchSettings(holdout=0.3, patience=1)
 MOMENTS = {"local": 12, "s3": 5, MINIO_LIKE: 4, GCS: 12, AZURE: 12}
 """How many moments of a sweep CI takes, spread over the run; more of an online run on local, fewer of what takes long."""
+OF_MANY = {"local": 4, "s3": 2}
+"""The same of a run of many models, whose moments are calls by number."""
 SAMPLE, FULL = {"local": 4, "s3": 2}, {"local": 1000, "s3": 100}
 """How many runs are killed again and again."""
 
@@ -184,7 +186,7 @@ def test_many_models_in_one_process(backend: str, base: str, make_url: MakeUrl, 
 
     calls = run_and_check(None, "clean")
     assert calls is not None
-    moments = sample(range(len(calls)), None if full else MOMENTS[backend])
+    moments = sample(range(len(calls)), None if full else OF_MANY[backend])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         killed = [found is None for found in pool.map(run_and_check, map(Kill, moments), map(str, moments))]
     assert sum(killed) >= 0.9 * len(killed)  # a run may be over before its last moment

@@ -31,9 +31,9 @@ class Town:
     def __init__(self, make_url: MakeUrl, names: str) -> None:
         self._make_url = make_url
         self.registry = make_url("registry")
-        for number, name in enumerate(names):
-            put(make_url(f"dataset/{name}"), {"part-0.parquet": rows(60, number)})
-            batch.train(make_url(f"dataset/{name}"), self.registry, name, SPEC.model_copy(update={"seed": number}))
+        for name in names:
+            put(make_url(f"dataset/{name}"), {"part-0.parquet": rows(60, ord(name))})
+            batch.train(make_url(f"dataset/{name}"), self.registry, name, SPEC.model_copy(update={"seed": ord(name)}))
         self.pairs = [self.pair(name) for name in names]
 
     def inbox(self, name: str) -> str:

@@ -13,8 +13,8 @@ MakeUrl = Callable[[str], str]
 ALL = OnlineSettings(limits=Limits(max_shards=8, max_rows=1000))
 
 
-def pair(name: str, **more: object) -> dict[str, object]:
-    return {"inbox": f"s3://b/inbox/{name}", "registry": "s3://b/registry", "model": name, **more}
+def pair(called: str, /, **more: object) -> dict[str, object]:
+    return {"inbox": f"s3://b/inbox/{called}", "registry": "s3://b/registry", "model": called, **more}
 
 
 def test_a_pair_is_called_as_its_model_and_has_the_settings_of_all_but_for_its_own() -> None:
@@ -43,7 +43,7 @@ def test_a_pair_is_called_as_its_model_and_has_the_settings_of_all_but_for_its_o
         ([pair("x", learner=3)], "pairs.yaml, pair 1, learner: Extra inputs are not permitted"),
         ([pair("x", name="a/b")], "pairs.yaml, pair 1, name: String should match"),
         ([pair("x", settings={"port": 80})], "port can only be set for all pairs together"),
-        ([pair("x", settings={"limits": {"shards": 3}})], "pairs.yaml, pair 1: "),
+        ([pair("x", settings={"limits": {"shards": 3}})], "pairs.yaml, pair 1, limits, shards: Extra inputs"),
     ],
 )
 def test_what_is_no_list_of_pairs_is_refused_with_its_place(given: object, message: str) -> None:
