@@ -5,6 +5,7 @@ Addresses are those of 10.77.0.0/24, which nobody outside of the namespaces sees
 
 import ctypes
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -56,7 +57,7 @@ class Hosts:
 
     def inside(self, host: str) -> list[str]:
         """What goes before a command that runs on a host."""
-        return ["ip", "netns", "exec", self.namespace(host)]
+        return [shutil.which("ip") or "ip", "netns", "exec", self.namespace(host)]
 
     def call(self, host: str, work: Callable[..., None], *arguments: Any) -> None:
         """Call a function on a host, in a process of its own. Fails if it raises."""

@@ -96,7 +96,7 @@ def environment(s3: S3) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "eth",
         launched.SHARED_STORE: "1",
-        launched.TIMEOUT: "5",
+        launched.TIMEOUT: "20",
     }  # fmt: skip
 
 
