@@ -127,13 +127,13 @@ class Server:
         return False
 
 
-def wait_until(predicate: Callable[[], bool], *, seconds: float, what: str) -> None:
-    """Return as soon as `predicate()` holds, asking every 50 ms; fail after `seconds`."""
+def wait_until(predicate: Callable[[], bool], *, seconds: float, what: str, every: float = 0.05) -> None:
+    """Return as soon as `predicate()` holds, asking every so many seconds; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not predicate():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 @contextmanager
