@@ -49,7 +49,7 @@ class Inputs:
         if not self.sequences:
             return ids_BC.unbind(1), ()
         lengths = [sequence.length for sequence in self.sequences]
-        categories_BC, *sequences = torch.split(ids_BC, [len(self.buckets), *lengths], 1)
+        categories_BC, *sequences = ids_BC.split_with_sizes([len(self.buckets), *lengths], 1)
         if not self.buckets:  # torch cannot load a program that unbinds nothing
             return (), sequences
         return categories_BC.unbind(1), sequences
