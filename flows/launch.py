@@ -110,12 +110,15 @@ def before_training(dataset: str, registry: str, model: str, spec: "Spec", setti
     from tidemill.storage.log import open_log
     from tidemill.storage.overlap import keep_batch_apart
     from tidemill.tasks.checking import check_training
+    from tidemill.tasks.sources import look_for_source
 
     find_own_modules()
     with suppress(Unavailable):  # the run tries again
         found, holdout = datasets_exist(dataset, settings.holdout_dataset)
         assert found is not None
         keep_batch_apart(open_log(registry, model), found, holdout)
+        if settings.init_from is not None:
+            look_for_source(settings.init_from)
         check_training(
             dataset if settings.where is None and settings.last is None else None, spec, settings.holdout_dataset
         )

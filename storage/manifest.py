@@ -10,7 +10,7 @@ from pydantic import Field, model_serializer, model_validator
 
 from tidemill.storage.errors import CorruptObject, UnsupportedFormat
 from tidemill.storage.formats import from_format_1, parsed_format
-from tidemill.storage.records import DatasetRef, Record
+from tidemill.storage.records import DatasetRef, Record, WarmStart
 
 FORMAT: Final = "2.3"
 """What this Tidemill writes, `major.minor`. It reads this and every lower one. A field's meaning never changes; a new field is
@@ -281,6 +281,8 @@ class Entry(Record):
     counters: dict[str, int] = Field(default_factory=dict)
     """What the learner has seen in all: epochs, shards, rows, steps."""
     dataset: DatasetRef | None = None
+    init_from: WarmStart | None = None
+    """What the learner of a batch training began with; None: with new weights. Since format 2.3."""
     run: str | None = None
     """Key of the batch run that made it: what makes a repeated run find its own result."""
     rolled_back_to: int | None = None

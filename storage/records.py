@@ -1,4 +1,4 @@
-"""What records of a registry have in common, and what one says of a dataset."""
+"""What records of a registry have in common, and what one says of a dataset, and of where first weights come from."""
 
 from datetime import datetime
 from typing import Final
@@ -64,3 +64,21 @@ class DatasetRef(Record):
             f"rows: {self.rows:,} of {of.of_rows:,}, in {self.files:,} of {of.of_files:,} files ({of.read_files:,} were opened): "
             + " and ".join(filter(None, asked))
         )
+
+
+class WarmStart(Record):
+    """What a batch run took the first weights of its learner from, and what fitted, in words."""
+
+    url: str
+    """Of the model, or of a file of weights."""
+    version: int | None = None
+    """Of the model; None: it was a file."""
+    sha256: str
+    """Of the weights."""
+    kept_statistics: bool
+    """Whether the columns are scaled by the statistics of the source, in place of those of the dataset."""
+    taken: tuple[str, ...]
+    missing: tuple[str, ...]
+    """What the source did not have, or had otherwise: it began anew."""
+    left_over: tuple[str, ...]
+    """What only the source had, or had otherwise."""

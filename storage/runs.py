@@ -3,14 +3,16 @@
 run.json            {"after": head when the run began}: the run's own version, if any, has a higher number
 <epoch>.json        a checkpoint; written after its blobs, so its existence means that they are whole
 <epoch>-<uuid>.*    the blobs of a checkpoint
+<epoch>.<rows>.json, <epoch>.<rows>-<uuid>.*  the same of one in the middle of the epoch after it
 done.json           {"version": n}: the run has registered its version and moved the alias
+source.json         below a key of its own: which version an alias named when a run began with its weights
 """
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -18,11 +20,23 @@ from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject, NotFound, StoreNotFound, UnknownVersion
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import BlobRef, checked, sha256, verified
-from tidemill.storage.records import Record
+from tidemill.storage.records import Record, WarmStart
 from tidemill.storage.store import create_or_same
 
 _BROKEN = (NotFound, UnknownVersion, CorruptObject, AttributeError, RecursionError, TypeError, ValueError)
 """What reading a damaged checkpoint raises."""
+
+
+class Place(NamedTuple):
+    """Where a checkpoint stands in a run. Later ones are greater."""
+
+    epochs: int
+    rows: int
+    """Of the next epoch."""
+
+
+_PLACE = re.compile(r"(\d{8})(?:\.(\d{12}))?[-.]")
+"""How the names of a checkpoint and of its blobs begin."""
 
 
 class Checkpoint(Record):
@@ -39,6 +53,10 @@ class Checkpoint(Record):
     """Where a run stands that finds out how long to train. Empty: it does not."""
     resolved: dict[str, Any] = Field(default_factory=dict)
     """What the spec came to on this dataset. Empty in checkpoints that are older than this field: what was asked."""
+    init_from: WarmStart | None = None
+    """What the learner began with; None: with new weights."""
+    midway: dict[str, Any] = Field(default_factory=dict)
+    """Where the pass stands that the learner is in the middle of. Empty: it is between two."""
     weights: BlobRef
     state: BlobRef
 
@@ -95,14 +113,18 @@ class BatchProgress:
         resolved: Mapping[str, Any] | None = None,
         search: Mapping[str, Any] | None = None,
         epochs: int | None = None,
+        init_from: WarmStart | None = None,
+        midway: Mapping[str, Any] | None = None,
+        rows: int = 0,
     ) -> None:
-        """Store a checkpoint after so many epochs; None: as many as there are losses.
+        """Store a checkpoint after so many epochs, None: as many as there are losses; and of `rows` of the next epoch, if any.
 
         Then drop all but it, the one before, which an overlapping attempt may be reading, and that after `best` epochs.
         """
         refs, epochs = [], len(losses) if epochs is None else epochs
+        place = f"{epochs:08d}.{rows:012d}" if rows else f"{epochs:08d}"
         for suffix, data in (("safetensors", weights), ("state.safetensors", state)):
-            key = f"{self._prefix}/{epochs:08d}-{uuid.uuid4().hex}.{suffix}"
+            key = f"{self._prefix}/{place}-{uuid.uuid4().hex}.{suffix}"
             self.log.store.write(key, data)
             refs.append(BlobRef(key=key, bytes=len(data), sha256=sha256(data)))
         checkpoint = Checkpoint(
@@ -112,21 +134,27 @@ class BatchProgress:
             environment=dict(environment or {}),
             search=dict(search or {}),
             resolved=dict(resolved or {}),
+            init_from=init_from,
+            midway=dict(midway or {}),
             weights=refs[0],
             state=refs[1],
         )
-        self.log.store.write(f"{self._prefix}/{epochs:08d}.json", checked(checkpoint.model_dump(mode="json")))
-        self._drop(before=epochs - 1, best=best)
+        self.log.store.write(f"{self._prefix}/{place}.json", checked(checkpoint.model_dump(mode="json")))
+        self._drop_older(Place(epochs, rows), best)
 
     def latest(self) -> tuple[Checkpoint, bytes, bytes] | None:
         """The newest checkpoint that is whole, with its verified weights and state."""
-        keys = [info.key for info in self.log.store.list(f"{self._prefix}/0") if info.key.endswith(".json")]
-        for key in sorted(keys, reverse=True):
+        found = {place: key for key, place in self._stored() if key.endswith(".json")}
+        for _, key in sorted(found.items(), reverse=True):
             try:
                 return self._checkpoint(key)
             except _BROKEN:
                 continue  # an older one, or the start, leads to the same bits
         return None
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is any, whole or not: then the run has begun."""
+        return any(key.endswith(".json") for key, _ in self._stored())
 
     def after(self, epochs: int) -> tuple[Checkpoint, bytes, bytes]:
         """The checkpoint after `epochs` epochs.
@@ -149,16 +177,30 @@ class BatchProgress:
     def finish(self, version: Version) -> None:
         """Record that nothing is left to do, and drop the checkpoints."""
         self.log.store.write(f"{self._prefix}/done.json", checked({"version": version.number}))
-        self._drop(before=None)
+        self._drop([key for key, _ in self._stored()])
 
-    def _drop(self, before: int | None, best: int | None = None) -> None:
-        for info in list(self.log.store.list(f"{self._prefix}/0")):
-            epoch = re.match(r"\d{8}", info.key.removeprefix(f"{self._prefix}/"))
-            if epoch is not None and int(epoch[0]) != best and (before is None or int(epoch[0]) < before):
-                try:
-                    self.log.store.delete(info.key)
-                except NotFound:
-                    continue  # an overlapping attempt was faster
+    def _stored(self) -> list[tuple[str, Place]]:
+        """The keys of all checkpoints and of their blobs, and where each one stands."""
+        found = []
+        for info in self.log.store.list(f"{self._prefix}/0"):
+            match = _PLACE.match(info.key.removeprefix(f"{self._prefix}/"))
+            if match is not None:
+                found.append((info.key, Place(int(match[1]), int(match[2] or 0))))
+        return found
+
+    def _drop_older(self, last: Place, best: int | None) -> None:
+        """Drop what is older than the last checkpoint, but for the one before it, and for that after the best epoch."""
+        older = [(key, place) for key, place in self._stored() if place < last]
+        kept = {Place(-1 if best is None else best, 0)}
+        kept.add(max((place for key, place in older if key.endswith(".json")), default=last))
+        self._drop([key for key, place in older if place not in kept])
+
+    def _drop(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            try:
+                self.log.store.delete(key)
+            except NotFound:
+                continue  # an overlapping attempt was faster
 
     def _number(self, name: str, field: str) -> int | None:
         """The number in `<name>`, or None if there is no such object."""
@@ -168,9 +210,37 @@ class BatchProgress:
         except (NotFound, StoreNotFound):  # a registry on a disk begins with its first object
             return None
         except (AttributeError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise CorruptObject(
-                f"{self.log.store.url}/{key} is damaged: {error!r}. Delete it; at worst the batch run trains again."
-            ) from error
+            raise _damaged(self.log, key, error) from error
+
+
+def _damaged(log: VersionLog, key: str, error: Exception) -> CorruptObject:
+    return CorruptObject(
+        f"{log.store.url}/{key} is damaged: {error!r}. Delete it; at worst the batch run trains again."
+    )
+
+
+def pin_source(log: VersionLog, asked: str, source: Mapping[str, Any]) -> None:
+    """Store which source the run that is asked for under `asked` begins with, in place of that of an earlier run."""
+    log.store.write(_source_key(log, asked), checked({"source": dict(source)}))
+
+
+def pinned_source(log: VersionLog, asked: str) -> dict[str, Any] | None:
+    """What `pin_source` stored; None: nothing.
+
+    Raises:
+        CorruptObject: it is damaged.
+    """
+    key = _source_key(log, asked)
+    try:
+        return dict(verified(log.store.read(key))["source"])
+    except (NotFound, StoreNotFound):
+        return None
+    except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(log, key, error) from error
+
+
+def _source_key(log: VersionLog, asked: str) -> str:
+    return f"{log.model}/runs/{asked}/source.json"
 
 
 def newest_registered(log: VersionLog, below: int) -> Version | None:

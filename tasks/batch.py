@@ -1,4 +1,5 @@
-"""Batch training, one unit at a time: snapshot a dataset, train epoch by epoch with a checkpoint after each, register.
+"""Batch training, one unit at a time: snapshot a dataset, train epoch by epoch with a checkpoint after each, and inside of long
+ones, register.
 
 A run is known by its key: the dataset's fingerprint, the spec, the split, the model's source and the rule of shuffling.
 Killed and started again, the same run goes on from its last checkpoint, and one that had finished finds its version instead
@@ -132,6 +133,8 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
                 remember=epoch == 0,
                 labelled=counted,
                 activity=activity,
+                start=run.begun_pass(),
+                keeper=run.midways,
             )
         learner.counters.epochs = epoch + 1
         if run.settings.patience is not None:
@@ -241,6 +244,7 @@ def register(run: BatchRun, result: Evaluation) -> Version:
                 },
                 counters=counters,
                 dataset=run.dataset.ref,
+                init_from=run.init_from,
                 run=run.progress.key,
                 code=code_revision(),
                 environment=environment(),

@@ -6,17 +6,22 @@ import json
 import logging
 import math
 from collections.abc import Callable
-from typing import cast
+from functools import partial
+from typing import Final, cast
 
 from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.log import VersionLog
+from tidemill.storage.records import WarmStart
 from tidemill.storage.runs import BatchProgress
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.code import Code, code_of
+from tidemill.tasks.midways import Copied, Midways
 from tidemill.tasks.search import Clock, Search
 from tidemill.tasks.search import Progress as SearchProgress
 from tidemill.tasks.settings import BatchSettings, RowSettings
+from tidemill.tasks.sources import SourceRef, key_with, source_of_run
+from tidemill.tasks.telling import began
 from tidemill.tasks.training.batches import ORDER
 from tidemill.tasks.training.environment import differences, environment
 from tidemill.tasks.training.errors import SpecError
@@ -24,10 +29,16 @@ from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.fitting import fit
 from tidemill.tasks.training.groups import Split, Subset
 from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.midway import Midway
 from tidemill.tasks.training.resolving import Resolved
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
+from tidemill.tasks.training.warm import Source, keeping
 from tidemill.tasks.trial import try_out
+from tidemill.tasks.warm_start import read, started
+
+NO_PART_OF_THE_KEY: Final = ("again", "init_from", "keep_statistics", "checkpoint_seconds", "checkpoint_rows")
+"""Settings by which no run is told from another one. Of a source, what it holds counts, and not how it is named."""
 
 logger = logging.getLogger("tidemill.batch")
 
@@ -48,7 +59,9 @@ class BatchRun:
         self.asked = spec
         """What makes the run this one, whatever it resolves to."""
         self.code = code_of(spec)
-        self.progress = _attempt(log, run_key(dataset, spec, settings, self.code), again=settings.again)
+        self.source, key = _source(log, run_key(dataset, spec, settings, self.code), settings, stores)
+        """What the learner begins with; None: with new weights."""
+        self.progress = _attempt(log, key, again=settings.again)
         self.losses: tuple[float, ...] = ()
         """Mean loss over samples of each finished epoch."""
         self.holdout_losses: tuple[float, ...] = ()
@@ -58,12 +71,17 @@ class BatchRun:
         self.holdout_share = settings.holdout_share(searches=spec.searches)
         self.split = Split(self.holdout_share, side="train") if self.holdout_share else None
         self.clock = Clock()
-        """Says when a search stores its next checkpoint."""
+        """Says when a search stores its next checkpoint at the end of an epoch."""
+        self.midways = Midways(self._copied, settings.checkpoint_seconds, settings.checkpoint_rows)
+        """Stores checkpoints inside of epochs."""
+        self._midway: Midway | None = None
         self._resolved: Resolved | None = None
         self._search: Search | None = None
         self._learner: Learner | None = None
         self._steps: Steps | None = None
         self._holdout: Snapshot | None = None
+        self.init_from: WarmStart | None = None
+        """What the learner has taken of the source, once it has been loaded or made."""
         self.progress.begin()
         self.registered = self.progress.registered()
         """(version, True if nothing is left to do) if an earlier attempt had committed it."""
@@ -123,7 +141,14 @@ class BatchRun:
 
     def forget(self) -> None:
         """Drop a learner that may be half trained: the next use reloads the checkpoint."""
-        self._learner = self._search = None
+        self.midways.wait()
+        self._learner = self._search = self._midway = None
+
+    def begun_pass(self) -> Midway | None:
+        """Where the pass stands that the learner is in the middle of, if that was loaded so; to be asked once, by who goes on."""
+        midway, self._midway = self._midway, None
+        self.midways.begin(0 if midway is None else midway.place.rows)
+        return midway
 
     def next_epoch(self) -> int | None:
         """The epoch to train now, from 0; None if all are done, or `patience` has given up. Loads or fits the learner.
@@ -153,7 +178,7 @@ class BatchRun:
                 if not search.scores_after(learner.counters.epochs) and self.clock.due():
                     self.save(learner)
 
-            self._learner = search.advance(learner, steps, epoch_done)
+            self._learner = search.advance(learner, steps, epoch_done, self.begun_pass(), self.midways)
             new = self._learner is not learner
             learner, loss = self._learner, self.losses[-1]
             self.losses = () if new else self.losses
@@ -173,6 +198,7 @@ class BatchRun:
 
     def load_best(self) -> Learner:
         """The learner after the best epoch."""
+        self.midways.wait()  # what is stored later would stay, once the run has dropped its checkpoints
         learner = self.load_or_fit()
         if learner.counters.epochs != self.best_epoch:
             _, weights, state = self.progress.after(self.best_epoch)
@@ -182,18 +208,33 @@ class BatchRun:
 
     def save(self, learner: Learner) -> None:
         """Store a checkpoint after the epochs so far."""
+        self.midways.wait()
+        self._copied(None, learner).store()
+        self.midways.stored(0)
+
+    def _copied(self, midway: Midway | None, learner: Learner | None = None) -> Copied:
+        """A checkpoint after the epochs so far, or in the middle of the next one, of the learner as it is now."""
+        learner = learner or self.load_or_fit()
         search = self._search
         before = 0 if search is None else search.epochs_before()
-        self.progress.save(
+        chooses = self.settings.patience is not None if search is None else not search.plan.refit
+        weights, state = learner.dump()
+        store = partial(
+            self.progress.save,
             self.losses,
-            *learner.dump(),
+            weights,
+            state,
             self.holdout_losses,
-            self.best_epoch if search is None or not search.plan.refit else None,
+            self.best_epoch if chooses else None,
             environment(),
             self.resolved.model_dump(mode="json"),
             None if search is None else search.progress.model_dump(mode="json"),
             before + learner.counters.epochs,
+            self.init_from,
+            None if midway is None else midway.model_dump(mode="json"),
+            0 if midway is None else midway.place.rows,
         )
+        return Copied(len(weights) + len(state), store)
 
     def holdout(self) -> Snapshot:
         """The separate dataset of the settings, as it was when it was first asked for."""
@@ -208,10 +249,13 @@ class BatchRun:
             return None
         checkpoint, weights, state = stored
         self._resolved = Resolved.model_validate(checkpoint.resolved or {"spec": self.asked})
-        logger.info("going on from the checkpoint after epoch %d of %s", checkpoint.epochs, self.spec.epochs)
+        self._midway = Midway.model_validate(checkpoint.midway) if checkpoint.midway else None
+        inside = "" if self._midway is None else f" and {self._midway.place.rows:,} rows of the next"
+        logger.info("going on from the checkpoint after epoch %d of %s%s", checkpoint.epochs, self.spec.epochs, inside)
         if checkpoint.environment and (changed := differences(checkpoint.environment, environment())):
             logger.warning("bits may differ from those of an uninterrupted run: %s", "; ".join(changed))
         self.losses, self.holdout_losses = checkpoint.losses, checkpoint.holdout_losses
+        self.init_from = checkpoint.init_from
         learner = Learner.load(self.spec, weights, state, self.settings.device)
         if checkpoint.search:
             progress, features = SearchProgress.model_validate(checkpoint.search), learner.features
@@ -219,17 +263,28 @@ class BatchRun:
             self._search = Search(groups, split, self.spec, features, lambda: self._new(features), progress)
         return learner
 
-    def _new(self, features: Features) -> Learner:
-        return Learner.create(self.spec, features, self.settings.device)
+    def _new(self, features: Features, source: Source | None = None) -> Learner:
+        """A learner that is not trained yet. `source` is what it begins with, if that has been read already."""
+        learner = Learner.create(self.spec, features, self.settings.device)
+        if self.source is None:
+            return learner
+        first, source = self.init_from is None, source or read(self.source, self.stores)
+        self.init_from = started(learner, self.source, source, kept_statistics=self.settings.keep_statistics)
+        if first:
+            logger.info("%s", began(self.init_from))
+        return learner
 
     def _fresh(self) -> Learner:
         self.losses, self.holdout_losses = (), ()
         data = self.dataset
         self._resolved, features = fit(self.asked, data.schemas, data.schema, data.row_groups, self.split)
+        source = None if self.source is None else read(self.source, self.stores)
+        if source is not None and self.settings.keep_statistics:
+            features = keeping(features, source)
         if self.settings.holdout_dataset is not None:
             self._holdout = snapshot(self.settings.holdout_dataset, self.stores, features.types)
             _check_holdout(self._holdout, features)
-        learner = self._new(features)
+        learner = self._new(features, source)
         try_out(learner, self.dataset.row_groups)
         return learner
 
@@ -259,14 +314,37 @@ def _attempt(log: VersionLog, key: str, *, again: bool) -> BatchProgress:
     raise AssertionError("counting never ends")
 
 
+def _source(
+    log: VersionLog, key: str, settings: BatchSettings, stores: Callable[[str], Store]
+) -> tuple[SourceRef | None, str]:
+    """(what a run begins with, its key); `key` is what it would have without a source.
+
+    Raises:
+        InvalidURL, StorageError: `init_from` names nothing that is there.
+    """
+    if settings.init_from is None:
+        return None, key
+    keep = settings.keep_statistics
+    source = source_of_run(
+        settings.init_from,
+        log,
+        key,
+        lambda key: _attempt(log, key, again=settings.again),
+        stores,
+        keep_statistics=keep,
+    )
+    return source, key_with(key, source, keep_statistics=keep)
+
+
 def run_key(dataset: Snapshot, spec: Spec, settings: BatchSettings, code: Code | None = None) -> str:
-    """What makes two batch runs the same run: same files, spec, split, user's code and order of rows give the same bits."""
+    """What makes two batch runs the same run: same files, spec, split, user's code and order of rows give the same bits, if they
+    begin with the same weights (`sources.key_with`)."""
     return _key(spec, dataset.ref.url, dataset.ref.fingerprint, settings, code)
 
 
 def asked_key(url: str, spec: Spec, settings: BatchSettings, code: Code | None = None) -> str:
     """The same of what is asked for alone, whatever the dataset holds."""
-    return _key(spec, url, "", settings, code)
+    return _key(spec, url, settings.init_from or "", settings, code)
 
 
 def _key(spec: Spec, url: str, fingerprint: str, settings: BatchSettings, code: Code | None) -> str:
@@ -277,7 +355,7 @@ def _key(spec: Spec, url: str, fingerprint: str, settings: BatchSettings, code: 
         url,
         fingerprint,
         spec.model_dump(mode="json"),
-        settings.model_dump(mode="json", exclude={"again", *unsaid}),
+        settings.model_dump(mode="json", exclude={*NO_PART_OF_THE_KEY, *unsaid}),
         (code or code_of(spec)).identity or "",
     ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

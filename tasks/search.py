@@ -30,6 +30,7 @@ from tidemill.tasks.training.groups import Both, Marked, RowGroup, Split, Subset
 from tidemill.tasks.training.kept import Kept
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import Score, score, train_pass
+from tidemill.tasks.training.midway import Keeper, Midway
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 
@@ -251,10 +252,17 @@ class Search:
         }
 
     # ---- training ----------------------------------------------------------------------------------------------------
-    def advance(self, learner: Learner, steps: Steps, epoch_done: Callable[[float], None]) -> Learner:
+    def advance(
+        self,
+        learner: Learner,
+        steps: Steps,
+        epoch_done: Callable[[float], None],
+        start: Midway | None = None,
+        keeper: Keeper | None = None,
+    ) -> Learner:
         """Train up to the next point, and score there unless all rows are trained on. Returns the learner to go on with.
 
-        `epoch_done` is told the loss of each epoch. Raises what `train_pass` raises.
+        `epoch_done` is told the loss of each epoch. `start` and `keeper`: as of `train_pass`. Raises what that raises.
         """
         began, data = learner.counters.epochs, self._phase()
         until = next(point for point in self.plan.points if point > began)
@@ -273,7 +281,10 @@ class Search:
                     remember=epoch == 0 and (self.progress.refit or not self.plan.refit),
                     labelled=data.labelled,
                     activity=activity,
+                    start=start,
+                    keeper=keeper,
                 )
+                start = None
                 learner.counters.epochs = epoch + 1
                 epoch_done(result.loss)
         if self.progress.refit:

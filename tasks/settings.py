@@ -82,9 +82,29 @@ class BatchSettings(RowSettings):
         default=False,
         description="Train anew even if the same data, spec and code were trained on before.",
     )
+    checkpoint_seconds: float = Field(
+        default=30.0,
+        gt=0,
+        description="Store a checkpoint inside of an epoch this long after the last one: a kill costs so much training. That of "
+        "a large model is stored less often, to take at most 3% of the CPU time.",
+    )
+    checkpoint_rows: int | None = Field(
+        default=None, ge=1, description="Store one after so many rows of an epoch too, whatever it takes."
+    )
+    init_from: str | None = Field(
+        default=None,
+        description="Begin with the weights of a version, REGISTRY/MODEL@ALIAS, or of a safetensors file, as far as they fit the "
+        "model; what is missing begins anew.",
+    )
+    keep_statistics: bool = Field(
+        default=False,
+        description="With init_from: scale columns by the statistics of that version, in place of those of the dataset.",
+    )
 
     @model_validator(mode="after")
     def _one_holdout(self) -> Self:
+        if self.keep_statistics and (self.init_from is None or self.init_from.endswith(".safetensors")):
+            raise ValueError("keep_statistics needs init_from with a version, whose statistics are kept")
         if self.holdout_dataset is not None and self.holdout:
             raise ValueError("give either holdout (a share of the rows) or holdout_dataset (a URL), not both")
         if self.patience is not None and self.holdout == 0 and self.holdout_dataset is None:

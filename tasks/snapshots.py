@@ -30,6 +30,7 @@ from tidemill.storage.urls import open_store
 from tidemill.tasks.batch_run import asked_key, run_key
 from tidemill.tasks.code import code_of
 from tidemill.tasks.settings import BatchSettings, RowSettings
+from tidemill.tasks.sources import key_begun
 from tidemill.tasks.table import table_snapshot
 from tidemill.tasks.training.spec import Spec
 
@@ -101,7 +102,7 @@ def run_snapshot(
 
     while True:
         pinned = kept.read()
-        done = pinned is not None and BatchProgress(log, pinned.run).finished()
+        done = pinned is not None and _is_done(log, pinned.run, settings)
         going_on = not done and pinned is not None and (pinned.again or not settings.again)
         if pinned is not None and going_on and (found := of_before(pinned)) is not None:
             logger.info("going on with the last %s before %s", settings.last, pinned.until.isoformat())
@@ -114,6 +115,12 @@ def run_snapshot(
         run = run_key(taken, spec, settings, code)
         if kept.write(_Pinned(until=until, again=settings.again, run=run, files=taken.standing)):
             return taken
+
+
+def _is_done(log: VersionLog, key: str, settings: BatchSettings) -> bool:
+    """Whether the run of a key is done, with the weights that it was begun with."""
+    begun = key_begun(log, key, settings.init_from, keep_statistics=settings.keep_statistics)
+    return begun is not None and BatchProgress(log, begun).finished()
 
 
 def choice_of(rows: RowSettings, until: datetime) -> Choice | None:

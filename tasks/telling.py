@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import on_one_line
+from tidemill.storage.records import WarmStart
 from tidemill.tasks.training.classes import Label, named
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.spec import Spec
@@ -32,7 +33,20 @@ def chosen(version: Version) -> list[str]:
     asked, spec = Spec.model_validate(manifest.spec), resolved_of(version)
     labels = (manifest.resolved_spec or {}).get(LABELS)
     found = decided(asked, spec, labels, manifest.unused_columns, int(manifest.metrics.get("unlabelled_rows", 0)))
-    return [*([] if rows is None else [on_one_line(rows)]), *found]
+    start = [] if manifest.init_from is None else [began(manifest.init_from)]
+    return [*([] if rows is None else [on_one_line(rows)]), *found, *start]
+
+
+def began(start: WarmStart) -> str:
+    """What the learner began with."""
+    version = "" if start.version is None else f"version {start.version} of "
+    parts = [f"began with weights of {version}{start.url}: {_some(start.taken)}"]
+    if start.missing:
+        parts.append(f"new: {_some(start.missing)}")
+    if start.left_over:
+        parts.append(f"left over: {_some(start.left_over)}")
+    parts.append(f"columns are scaled by {'its' if start.kept_statistics else 'new'} statistics")
+    return on_one_line("; ".join(parts))
 
 
 def decided(

@@ -56,6 +56,25 @@ def even(rows: int, at_most: int) -> list[tuple[int, int]]:
     return [(size + 1, larger), (size, batches - larger)] if larger else [(size, batches)]
 
 
+def after(sizes: Sequence[tuple[int, int]], rows: int) -> list[tuple[int, int]]:
+    """What follows the first rows, of (rows of a batch, how many of them follow each other); a batch ends with them.
+
+    Raises:
+        ColumnError: no batch does. The rows were cut otherwise when the place was stored.
+    """
+    found = []
+    for size, count in sizes:
+        used = min(count, rows // size)
+        rows -= used * size
+        if count > used:
+            if rows:
+                break
+            found.append((size, count - used))
+    if rows:
+        raise ColumnError("no batch of the pass ends where a checkpoint stands: were the files rewritten?")
+    return found
+
+
 def rebatched(blocks: Iterator[Batch], sizes: Iterator[tuple[int, int | None]]) -> Generator[Batch]:
     """Blocks of any length as batches of these sizes: views, except where a batch straddles two blocks.
 
@@ -87,7 +106,7 @@ def rebatched(blocks: Iterator[Batch], sizes: Iterator[tuple[int, int | None]]) 
             some = whole if left is None else min(whole, left)
             stop = start + some * size
             if some:
-                yield from in_batches(_sliced(block, start, stop), size)
+                yield from in_batches(sliced(block, start, stop), size)
             start, left = stop, None if left is None else left - some
             if left != 0:
                 break
@@ -103,10 +122,11 @@ def rebatched(blocks: Iterator[Batch], sizes: Iterator[tuple[int, int | None]]) 
 
 def _copied(block: Batch, start: int, stop: int) -> Batch:
     """Rows of a block as a copy, so that a few rows do not keep the whole block in memory."""
-    return Batch._make(None if tensor is None else tensor.clone() for tensor in _sliced(block, start, stop))
+    return Batch._make(None if tensor is None else tensor.clone() for tensor in sliced(block, start, stop))
 
 
-def _sliced(block: Batch, start: int, stop: int) -> Batch:
+def sliced(block: Batch, start: int, stop: int | None = None) -> Batch:
+    """Rows of a block, as views."""
     return Batch._make(None if tensor is None else tensor[start:stop] for tensor in block)
 
 

@@ -8,10 +8,11 @@ from collections.abc import Generator, Sequence
 import torch
 
 from tidemill.tasks.training.batches import Stream
-from tidemill.tasks.training.cutting import Batch, Blocks, joined, rebatched
+from tidemill.tasks.training.cutting import Batch, Blocks, after, joined, rebatched, sliced
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup, Subset, generator
+from tidemill.tasks.training.order import Place
 
 
 class Kept:
@@ -47,12 +48,14 @@ class KeptStream:
         batch_size: int,
         shuffle_seed: tuple[str | int, ...] | None = None,
         plan: Sequence[Blocks] | None = None,
+        start: Place | None = None,
     ) -> None:
         """As of `Stream`."""
         self._kept, self._seed = kept, shuffle_seed
+        self._used = 0 if start is None else start.rows
         self._sizes: list[tuple[int, int | None]] = [(batch_size, None)]
         if plan is not None:
-            self._sizes = [(part.size * part.held, part.blocks) for part in plan]
+            self._sizes = [*after([(part.size * part.held, part.blocks) for part in plan], self._used)]
         self.rows, self.unlabelled = kept.rows, kept.unlabelled
 
     def __iter__(self) -> Generator[Batch]:
@@ -62,4 +65,8 @@ class KeptStream:
             place_N = torch.randperm(rows, generator=generator(*self._seed, "window", 0), dtype=torch.int32).long()
             order_N = torch.empty_like(place_N).scatter_(0, place_N, torch.arange(rows))
             block = Batch._make(None if tensor is None else tensor.index_select(0, order_N) for tensor in block)
-        return rebatched(iter([block]), iter(self._sizes))
+        return rebatched(iter([sliced(block, self._used)]), iter(self._sizes))
+
+    def place(self, rows: int) -> Place:
+        """As of `Stream`."""
+        return Place(rows)

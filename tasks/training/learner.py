@@ -247,6 +247,13 @@ def serving_state(state: bytes) -> bytes:
     return tensor_bytes(tensors, metadata={METADATA_KEY: json.dumps(about)})
 
 
+def parsed(spec: Spec, weights: bytes, state: bytes) -> tuple[Features, dict[str, Tensor]]:
+    """Features and weights of what `Learner.dump` wrote, without a model. Raises StateMismatch: it wrote something else."""
+    with _telling_of_other_states():
+        stored = _Stored.parsed(spec, weights, state)
+        return stored.features, stored.weights
+
+
 # ---- what is stored --------------------------------------------------------------------------------------------------
 class _Stored(NamedTuple):
     """What `Learner.dump` wrote, parsed and found to be for a spec."""
@@ -264,7 +271,7 @@ class _Stored(NamedTuple):
     def parsed(cls, spec: Spec, weights: bytes, state: bytes) -> Self:
         """Raises StateMismatch: it is for another spec, or for a built-in model of other sizes."""
         about = _about(state)
-        tensors = _parsed(state, "training state")
+        tensors = parsed_tensors(state, "training state")
         features = Features.from_state(_under("features.", tensors), about["features"])
         spec = _settled(spec, features)
         wanted = ([column.name for column in spec.features], spec.targets, spec.task)
@@ -276,7 +283,7 @@ class _Stored(NamedTuple):
                 raise StateMismatch(
                     f"the stored state has {name} {getattr(features, name)}, the spec {getattr(spec, name)}"
                 )
-        stored_weights = _parsed(weights, "weights")
+        stored_weights = parsed_tensors(weights, "weights")
         if spec.model.factory in BUILT_IN_MODELS:
             with torch.device("meta"):  # before memory is taken for whatever sizes the spec asks for
                 _check_weights(build(spec, features), stored_weights)
@@ -335,7 +342,8 @@ def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def _parsed(data: bytes, what: str) -> dict[str, Tensor]:
+def parsed_tensors(data: bytes, what: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises StateMismatch: it is none."""
     try:
         return parse_tensors(data)
     except SafetensorError as error:
@@ -344,7 +352,7 @@ def _parsed(data: bytes, what: str) -> dict[str, Tensor]:
 
 def _about(state: bytes) -> dict[str, Any]:
     """The JSON in the metadata. A safetensors file begins with an 8-byte little-endian length and that much JSON."""
-    _parsed(state, "bytes of the training state")
+    parsed_tensors(state, "bytes of the training state")
     header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
     about: dict[str, Any] = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
     stated = _format(about.get("format"))

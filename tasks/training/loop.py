@@ -24,7 +24,9 @@ from tidemill.tasks.training.groups import RowGroup, Subset, generator, prefetch
 from tidemill.tasks.training.kept import Kept, KeptStream
 from tidemill.tasks.training.learner import Learner, Network
 from tidemill.tasks.training.losses import is_column
+from tidemill.tasks.training.midway import Keeper, Midway
 from tidemill.tasks.training.once import labelled_rows
+from tidemill.tasks.training.order import Place
 from tidemill.tasks.training.replay import ReplayBuffer, mixed
 from tidemill.tasks.training.scoring import Scoring, unscaled
 from tidemill.tasks.training.spec import Spec
@@ -71,6 +73,8 @@ def train_pass(
     remember: bool = False,
     labelled: int | None = None,
     activity: Activity = NOBODY,
+    start: Midway | None = None,
+    keeper: Keeper | None = None,
 ) -> PassResult:
     """Trains on every labelled row of the groups (of `split`), or on kept rows, once; adds to the learner's rows and steps.
 
@@ -84,10 +88,14 @@ def train_pass(
     If the learner has a replay buffer, `replay` adds old rows from it to each step, and `remember` shows it the rows of the
     pass. `activity` is told how far the pass is.
 
+    `keeper` may store where the pass stands. From there, `start`, another process goes on with the learner of the time, by the
+    same arguments; not with `replay`.
+
     Raises:
         ColumnError, ModelError, NonFiniteLoss: the learner is then half trained and must be loaded again.
     """
-    learner, began = steps.learner, steps.learner.counters.steps
+    learner, steps_before = steps.learner, 0 if start is None else start.steps
+    began = learner.counters.steps - steps_before
     spec, memory = learner.spec, learner.memory if replay or remember else None
     if labelled is None:
         labelled = groups.rows if isinstance(groups, Kept) else labelled_rows(groups, learner.features, split)
@@ -99,29 +107,42 @@ def train_pass(
         shuffle_seed=(spec.seed, *key) if spec.shuffle else None,
         split=split,
         plan=[Blocks(size, 1, held * blocks) for size, held, blocks in plan] if memory else plan,
+        start=None if start is None else start.place,
     )
     total, rows = zero(learner.device), 0
     after: Tensor | None = None
+    shown = None if memory is None else _Shown(memory, spec, key, replay=replay, remember=remember)
+    assert shown is None or not replay or (start is None and keeper is None), "old rows are drawn from the beginning"
 
     def mean_so_far() -> float:
         return total.item() / rows
 
     # Closed whatever happens: the traceback of an error would keep its threads alive.
-    with closing(iter(stream)) as batches, _seeded(learner.device, spec.seed, "pass", *key), steps.training(*key):
+    with (
+        closing(iter(stream)) as batches,
+        _seeded(learner.device, spec.seed, "pass", *key),
+        steps.training(*key, step=steps_before),
+    ):
+        if start is not None:
+            rows = start.place.rows
+            total.fill_(start.loss)
+            start.restore(learner.device, None if shown is None else shown.chance)
+            activity.advance(rows)
         blocks: Iterator[tuple[Batch, int]]
-        if memory is None:
+        if shown is None:
             held = chain.from_iterable(repeat(part.held, part.blocks) for part in plan)
-            blocks = zip(batches, chain(held, repeat(1)))  # noqa: B905  # the second has no end
+            blocks = zip(batches, chain(_after(held, steps_before), repeat(1)))  # noqa: B905  # the second has no end
         else:
-            blocks = _gathered(
-                _with_memory(batches, memory, spec, key, replay=replay, remember=remember), steps.per_call
-            )
+            shown.rows = rows
+            blocks = _gathered(shown.batches(batches), steps.per_call)
         block: Batch | None = None
         for block, count in blocks:
             of_block = block.y_B.shape[0]  # `len` of a tensor takes 1% of a small step
             total.add_(steps.take(block, count), alpha=of_block)
             rows += of_block
             activity.advance(of_block, loss=mean_so_far)
+            if keeper is not None and keeper.due(rows) and rows < labelled and (shown is None or shown.rows == rows):
+                _keep(keeper, learner, stream.place(rows), total, began, shown)
         if block is not None:  # the last step is followed by no loss that would show what it has done
             after = steps.loss_after(block, count)
     mean = total.item() / rows if rows else float("nan")
@@ -148,10 +169,11 @@ def _stream(
     split: Subset | None,
     shuffle_seed: tuple[str | int, ...] | None = None,
     plan: Sequence[Blocks] | None = None,
+    start: Place | None = None,
 ) -> Stream | KeptStream:
     """One pass over row groups, or over kept rows: a split has been applied to these already."""
     if isinstance(groups, Kept):
-        return KeptStream(groups, batch_size=batch_size, shuffle_seed=shuffle_seed, plan=plan)
+        return KeptStream(groups, batch_size=batch_size, shuffle_seed=shuffle_seed, plan=plan, start=start)
     return Stream(
         groups,
         learner.features,
@@ -160,6 +182,7 @@ def _stream(
         shuffle_seed=shuffle_seed,
         split=split,
         plan=plan,
+        start=start,
     )
 
 
@@ -177,25 +200,46 @@ def _gathered(batches: Iterable[Batch], per_call: int) -> Iterator[tuple[Batch, 
     yield from zip(some, repeat(1))
 
 
-def _with_memory(
-    batches: Iterator[Batch],
-    memory: ReplayBuffer,
-    spec: Spec,
-    key: tuple[str | int, ...],
-    *,
-    replay: bool,
-    remember: bool,
-) -> Iterator[Batch]:
-    """The batches, each with old rows added (`replay`), while the memory learns of the new ones (`remember`)."""
-    chance = generator(spec.seed, "remember", *key)
-    count = round(memory.ratio * spec.batch_size)
-    draws = memory.draws(count, generator(spec.seed, "replay", *key)) if replay and count else iter(())
-    for batch in batches:
-        old = next(draws, None)
-        if remember:
-            memory.offer(batch, chance)
-        yield batch if old is None else mixed(batch, old, round(memory.ratio * len(batch.y_B)))
-    memory.admit(chance)
+class _Shown:
+    """The replay memory in a pass: it is shown the batches (`remember`), and old rows are added to them (`replay`)."""
+
+    def __init__(
+        self, memory: ReplayBuffer, spec: Spec, key: tuple[str | int, ...], *, replay: bool, remember: bool
+    ) -> None:
+        self._memory, self._spec, self._key, self._replay, self._remember = memory, spec, key, replay, remember
+        self.chance = generator(spec.seed, "remember", *key)
+        """Decides which rows it keeps."""
+        self.rows = 0
+        """That it was shown, or that went past it."""
+
+    def batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, each with its old rows."""
+        memory, spec = self._memory, self._spec
+        count = round(memory.ratio * spec.batch_size)
+        draws: Iterator[Batch] = iter(())
+        if self._replay and count:
+            draws = memory.draws(count, generator(spec.seed, "replay", *self._key))
+        for batch in batches:
+            old = next(draws, None)
+            if self._remember:
+                memory.offer(batch, self.chance)
+            self.rows += len(batch.y_B)
+            yield batch if old is None else mixed(batch, old, round(memory.ratio * len(batch.y_B)))
+        memory.admit(self.chance)
+
+
+def _after(held: Iterator[int], steps: int) -> Iterator[int]:
+    """How many batches each block of a plan holds, after those that make so many steps."""
+    while steps > 0:
+        steps -= next(held)
+    return held
+
+
+def _keep(keeper: Keeper, learner: Learner, place: Place, total: Tensor, began: int, shown: _Shown | None) -> None:
+    """Lets the keeper store where a pass stands. One that has diverged is stored no more: it is going to end with an error."""
+    loss, steps = total.item(), learner.counters.steps - began
+    if math.isfinite(loss):
+        keeper.keep(Midway.of(place, loss, steps, learner.device, None if shown is None else shown.chance))
 
 
 def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int, *, labelled: int | None = None) -> PassResult:

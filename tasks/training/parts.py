@@ -115,9 +115,9 @@ class Parts:
             None if backend is None else CompiledPart(learner, forward, loss_function, self._dtype, backend)
         )
 
-    def begin(self, *key: str | int) -> None:
-        """A pass begins: random numbers follow from its key, the step in it, and the part."""
-        self._pass_seed, self._step = stable_seed(*key), 0
+    def begin(self, *key: str | int, step: int = 0) -> None:
+        """A pass begins, at this step: random numbers follow from its key, the step in it, and the part."""
+        self._pass_seed, self._step = stable_seed(*key), step
 
     def compiles(self, rows: int) -> bool:
         """Whether the parts of a batch of so many rows are compiled: whichever of them are this rank's."""

@@ -22,6 +22,8 @@ STAGED_ROWS: Final = 4096
 """Rows that are decided on together: tensor operations cost the same for few rows."""
 DRAWN_STEPS: Final = 64
 """Steps whose old rows are gathered together, for the same reason."""
+_STAGED: Final = "staged."
+"""How the names of the tensors begin that hold rows which are not decided on."""
 WORKING_BYTES: Final = 32 * 2**20
 """That either may take: of wide rows, such as images, there are fewer."""
 
@@ -149,10 +151,13 @@ class ReplayBuffer:
 
     # ---- state -------------------------------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
-        """Tensors from which `load` restores the memory exactly: the kept rows, and how many each part has seen."""
-        assert not self._waiting, "admit() comes before state()"
+        """Tensors from which `load` restores the memory exactly: the kept rows, how many each part has seen, and in the middle
+        of a pass what is not decided on yet."""
         slots = self._slot(torch.arange(self.rows))
-        return {"seen": self.seen_P} | {name: tensor[slots] for name, tensor in self._kept.items()}
+        found = {"seen": self.seen_P} | {name: tensor[slots] for name, tensor in self._kept.items()}
+        if self._waiting:
+            found |= {f"{_STAGED}{name}": tensor[: self._waiting] for name, tensor in self._staged.items()}
+        return found
 
     @classmethod
     def load(cls, spec: Spec, features: Features, tensors: dict[str, Tensor]) -> Self:
@@ -161,7 +166,9 @@ class ReplayBuffer:
         Raises:
             StateMismatch: the rows do not fit the spec, or are not as many as they count.
         """
-        memory, kept = cls(spec, features), dict(tensors)
+        memory = cls(spec, features)
+        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(_STAGED)}
+        staged = {name.removeprefix(_STAGED): tensor for name, tensor in tensors.items() if name.startswith(_STAGED)}
         seen_P = kept.pop("seen")
         if seen_P.shape != memory.seen_P.shape or seen_P.dtype != torch.int64 or bool((seen_P < 0).any()):
             raise StateMismatch(
@@ -175,6 +182,11 @@ class ReplayBuffer:
             slots = memory._slot(torch.arange(memory.rows))
             for name, tensor in kept.items():
                 memory._kept[name][slots] = tensor
+        if staged:
+            memory._staged = _empty(staged, memory._staged_rows)
+            memory._waiting = len(staged["y_B"])
+            for name, tensor in staged.items():
+                memory._staged[name][: memory._waiting] = tensor
         return memory
 
 

@@ -147,11 +147,11 @@ class Steps:
         return self if self._group.size == 1 else Steps(self.learner)
 
     @contextmanager
-    def training(self, *key: str | int) -> Iterator[None]:
-        """Around the steps of a pass, which its key tells from others: the model is in training mode, but for what its factory
-        left in evaluation mode."""
+    def training(self, *key: str | int, step: int = 0) -> Iterator[None]:
+        """Around the steps of a pass, which its key tells from others, from this step on: the model is in training mode, but for
+        what its factory left in evaluation mode."""
         if self._parts is not None:
-            self._parts.begin(self.learner.spec.seed, "parts", *key)
+            self._parts.begin(self.learner.spec.seed, "parts", *key, step=step)
         self.learner.model.train()
         for module in self.learner.resting:
             module.training = False

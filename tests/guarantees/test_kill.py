@@ -315,6 +315,57 @@ def test_batch_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
     sweep(run_and_check)
 
 
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_batch_run_with_checkpoints_inside_of_epochs(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
+    """One after each third batch, written beside the steps."""
+    fill(make_url("dataset"), DATASET)
+    settings = BATCH.model_copy(update={"checkpoint_rows": 24})
+    arguments = (make_url("dataset"), make_url("whole"), SPEC, BATCH)
+    start_server()
+    in_child(train, *arguments, kill=None, tmp_path=tmp_path)
+    reference = bits(VersionLog(open_store(make_url("whole")), "model"))
+
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
+        registry = make_url(f"{name}/registry")
+        arguments = (make_url("dataset"), registry, SPEC, settings)
+        moments = in_child(train, *arguments, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(train, *arguments, kill=None, tmp_path=tmp_path)
+        log = VersionLog(open_store(registry), "model")
+        audit(log, [])
+        assert bits(log) == reference
+        return moments
+
+    sweep(run_and_check)
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_warm_start(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) -> None:
+    """It begins with the champion, whose place its version takes: killed in between too, it trains nothing twice."""
+    spec = Spec.model_validate(
+        SPEC.model_dump() | {"epochs": 1, "features": [SPEC.features[1], SPEC.features[0], *SPEC.features[2:]]}
+    )
+    reference: list[tuple[str, str]] = []
+
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
+        registry = make_url(f"{name}/registry")
+        copy(base, registry)
+        settings = BATCH.model_copy(update={"init_from": f"{registry}/model@champion"})
+        arguments = (make_url("dataset"), registry, spec, settings)
+        moments = in_child(train, *arguments, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(train, *arguments, kill=None, tmp_path=tmp_path)
+        log = VersionLog(open_store(registry), "model")
+        audit(log, [])
+        assert log.head().number == 1
+        assert all_aliases(log) == {"champion": 1}
+        reference.append(bits(log))
+        assert reference[-1] == reference[0]
+        return moments
+
+    sweep(run_and_check, times=0.5)
+
+
 def test_default_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
     """The recipe: two searches for the number of epochs, then a training on all rows, with some checkpoints in each."""
     fill(make_url("dataset"), DATASET)

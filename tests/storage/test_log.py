@@ -455,7 +455,7 @@ def test_a_commit_asks_for_its_parent_twice_and_nothing_more(memory: MemoryStore
 def test_a_newer_tidemills_head_is_refused_as_such(memory: MemoryStore) -> None:
     log = VersionLog(memory, "taxi")
     grow(log, 2)
-    memory.write(manifest_key(1), memory.read(manifest_key(1)).replace(b'"format": "2.2"', b'"format": "2.3"'))
+    memory.write(manifest_key(1), memory.read(manifest_key(1)).replace(b'"format": "2.3"', b'"format": "2.4"'))
     with pytest.raises(UnsupportedFormat, match="Upgrade"):
         log.head()
 

@@ -20,9 +20,11 @@ from tests.training.rows import TableGroup, cut, encoded, numbers_table, plain_s
 from tidemill.tasks.training import groups as groups_module
 from tidemill.tasks.training import packing
 from tidemill.tasks.training.batches import Stream
+from tidemill.tasks.training.cutting import Blocks, even
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import Split, prefetch, read_ahead, stable_seed
+from tidemill.tasks.training.order import Place
 from tidemill.tasks.training.pool import WindowPool
 
 ROW_BYTES = 8 + 4  # one float32 feature, the target, and the place in the window
@@ -80,6 +82,73 @@ def test_every_labelled_row_comes_once_in_full_batches(sizes, batch_size, window
     assert all(0 < len(batch.y_B) <= batch_size for batch in batches)
     assert all(torch.equal(batch.x_BF.squeeze(1), batch.y_B) for batch in batches)
     assert all(batch.x_BF.is_contiguous() and batch.ids_BC is None for batch in batches)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1),
+    batch_size=st.integers(1, 50),
+    window_rows=st.integers(1, 100),
+    shuffled=st.booleans(),
+    fraction=st.sampled_from([None, 0.3]),
+    unlabelled=st.sets(st.integers(0, 30)),
+    stop=st.integers(1, 50),
+)
+def test_a_pass_goes_on_from_any_batch(sizes, batch_size, window_rows, shuffled, fraction, unlabelled, stop):
+    unlabelled -= {0}
+    labels = [None if i in unlabelled else i for i in range(sum(sizes))]
+    groups = cut(counted(sum(sizes)).set_column(1, "y", pa.array(labels, pa.float32())), *sizes)
+    split = None if fraction is None else Split(fraction, side="train")
+
+    def made(start: Place | None) -> Stream:
+        return stream(
+            groups,
+            plan=plan,
+            window_bytes=window_rows * ROW_BYTES,
+            shuffle_seed=(0, "epoch", 0) if shuffled else None,
+            split=split,
+            start=start,
+        )
+
+    plan = None
+    rows = sum(len(batch.y_B) for batch in made(None))
+    plan = [Blocks(size, 1, count) for size, count in even(rows, batch_size)]
+    whole = made(None)
+    batches = list(whole)
+    stop = min(stop, len(batches))
+    stopped, used = made(None), 0
+    for batch in islice(stopped, stop):
+        used += len(batch.y_B)
+        place = stopped.place(used)
+    if not batches:
+        return
+    rest = made(place)
+    for mine, theirs in zip(rest, batches[stop:], strict=True):
+        assert all(a is b is None or same_bits(a, b) for a, b in zip(mine, theirs, strict=True))
+        assert mine.y_B.data_ptr() % 64 == theirs.y_B.data_ptr() % 64, "sums may depend on where rows lie"
+    assert (rest.rows, rest.unlabelled) == (whole.rows, whole.unlabelled)
+    assert rest.place(rows) == whole.place(rows)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_row_groups_that_a_pass_has_used_are_not_read_again(shuffled):
+    """Ten row groups of 100; windows of two."""
+    groups = cut(counted(1000), *[100] * 9)
+    arguments = {"plan": [Blocks(50, 1, 20)], "window_bytes": 250 * ROW_BYTES}
+    arguments["shuffle_seed"] = (0, "epoch", 0) if shuffled else None
+    stopped = stream(groups, **arguments)
+    for used, batch in enumerate(stopped, 1):
+        place = stopped.place(used * len(batch.y_B))
+        if used == 9:
+            break
+    for group in groups:
+        group.reads.clear()
+    rest = rows_of(stream(groups, start=place, **arguments))
+    assert len(rest) == 550
+    read = {i for i, group in enumerate(groups) if group.reads}
+    assert read == {row // 100 for row in rest}
+    assert all(len(group.reads) <= 1 for group in groups)
+    assert len(read) == 6
 
 
 def test_the_order_is_decided_by_the_seed_only():
