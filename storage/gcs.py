@@ -11,6 +11,7 @@ from google.api_core.exceptions import GoogleAPIError
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.cloud.storage import Blob, Client
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+from urllib3.exceptions import HTTPError  # bodies are read without requests, which would wrap it
 
 from tidemill.storage.errors import AlreadyExists, CorruptObject, NotFound, PreconditionFailed, StorageError
 from tidemill.storage.gcs_errors import KNOWN_MISSING, translated
@@ -37,7 +38,7 @@ class GCSStore(RemoteStore):
     """
 
     _refused = re.compile(rf"{AMBIGUOUS.pattern}|[\r\n]|^\.well-known/acme-challenge/")
-    _failures = (GoogleAPIError, GoogleAuthError, DataCorruption, InvalidResponse, OSError, ValueError)
+    _failures = (GoogleAPIError, GoogleAuthError, DataCorruption, InvalidResponse, HTTPError, OSError, ValueError)
     _remedy = "the network is up, and that STORAGE_EMULATOR_HOST, if it is set, names a server"
 
     def __init__(self, bucket: str, prefix: str = "") -> None:

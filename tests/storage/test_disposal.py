@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from tests.conftest import MINIO_LIKE, urls_of
+from tests.conftest import CLOUDS, MINIO_LIKE, urls_of
 from tests.storage.faults import Call, FaultStore, fail_at, fails
 from tests.storage.shards import asked, dispose, faulty, keys, owe, parquet, requeue
 from tidemill.storage import disposal
@@ -32,7 +32,7 @@ from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 
 
-@pytest.fixture(params=["memory", "local", "s3", MINIO_LIKE])
+@pytest.fixture(params=["memory", "local", "s3", MINIO_LIKE, *CLOUDS])
 def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
     return urls_of(request, tmp_path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import MINIO_LIKE, urls_of
+from tests.conftest import CLOUDS, MINIO_LIKE, urls_of
 from tests.storage.faults import FaultStore, fails
 from tests.storage.shards import dispose, keys, owe, parquet, unknown
 from tidemill.storage.errors import (
@@ -28,7 +28,7 @@ from tidemill.storage.store import ObjectInfo, PassedOver, Store
 from tidemill.storage.urls import open_store
 
 
-@pytest.fixture(params=["memory", "local", "s3", MINIO_LIKE])
+@pytest.fixture(params=["memory", "local", "s3", MINIO_LIKE, *CLOUDS])
 def make_url(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
     return urls_of(request, tmp_path)
 
