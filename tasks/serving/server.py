@@ -2,7 +2,8 @@
 
 `POST /predict` takes rows as JSON, as an Arrow stream or as a Parquet file, and answers with their predictions and the version
 that made them. One version does the whole of a request, wherever the alias moves meanwhile. A small body is predicted where it
-arrives; a large one in a thread, and not too many of those at once, so that it holds up nobody.
+arrives; a large one in a thread, and not too many of those at once, so that it holds up nobody. Requests are not predicted
+together: a layer gives a row other last bits beside other rows, and an answer must not depend on who else asks.
 """
 
 import asyncio

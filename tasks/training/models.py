@@ -29,7 +29,7 @@ from tidemill.tasks.training.imports import imported
 from tidemill.tasks.training.keras_models import KerasModule, is_keras
 from tidemill.tasks.training.spec import Spec
 
-FEW_IDS: Final = 4096
+FEW_IDS: Final = 512
 """Ids of which torch leaves out the padding itself, one after the other, sooner than they are gathered without it."""
 
 
