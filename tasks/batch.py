@@ -28,15 +28,17 @@ from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.batch_run import BatchRun
 from tidemill.tasks.beside import Rows, of_baseline, of_replaced
+from tidemill.tasks.ranks.leader import environment_of, leading
+from tidemill.tasks.ranks.passes import train_pass
 from tidemill.tasks.retrying import retried
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.snapshots import check_places, run_snapshot
 from tidemill.tasks.snapshots import take_snapshot as take_snapshot  # tests and benchmarks call it here
 from tidemill.tasks.telling import chosen, decided, notes, unlabelled_rows
-from tidemill.tasks.training.environment import code_revision, environment
+from tidemill.tasks.training.environment import code_revision
 from tidemill.tasks.training.families import type_name
 from tidemill.tasks.training.groups import Split
-from tidemill.tasks.training.loop import Score, train_pass
+from tidemill.tasks.training.loop import Score
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.trial import warn_of_hidden_state
 from tidemill.tasks.versions import resolved_spec
@@ -101,6 +103,7 @@ def open_run(
 def prepare(run: BatchRun) -> None:
     """Load the last checkpoint, or learn the statistics of the features: one pass over the dataset."""
     features, resolved = run.load_or_fit().features, run.resolved
+    run.gradient_steps()  # refuses a model that cannot be trained in parts
     for told in decided(run.asked, resolved.spec, resolved.labels, resolved.unused, unlabelled_rows(features)):
         logger.info("%s", told)
 
@@ -126,6 +129,7 @@ def train_epoch(run: BatchRun, epoch: int) -> float:
         rows = counted or run.dataset.ref.rows
         with under_way(f"epoch {epoch + 1} of {epochs}", total=rows, ahead=(epochs - epoch - 1) * rows) as activity:
             result = train_pass(
+                run.read_by_all,
                 run.gradient_steps(),
                 groups,
                 key=key,
@@ -247,7 +251,7 @@ def register(run: BatchRun, result: Evaluation) -> Version:
                 init_from=run.init_from,
                 run=run.progress.key,
                 code=code_revision(),
-                environment=environment(),
+                environment=environment_of(learner.spec),
             )
             return run.log.commit(parent, entry)
         except HeadMoved as moved:
@@ -324,6 +328,7 @@ def train(
     return train_by(PLAIN, dataset, registry, model, spec, settings, stores)
 
 
+@leading()
 def train_by(
     steps: BatchSteps,
     dataset: str | pa.Table,

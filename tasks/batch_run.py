@@ -17,13 +17,15 @@ from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.code import Code, code_of
 from tidemill.tasks.midways import Copied, Midways
+from tidemill.tasks.ranks.leader import environment_of, steps_of
+from tidemill.tasks.ranks.passes import ReadByAll
 from tidemill.tasks.search import Clock, Search
 from tidemill.tasks.search import Progress as SearchProgress
 from tidemill.tasks.settings import BatchSettings, RowSettings
 from tidemill.tasks.sources import SourceRef, key_with, source_of_run
 from tidemill.tasks.telling import began
 from tidemill.tasks.training.batches import ORDER
-from tidemill.tasks.training.environment import differences, environment
+from tidemill.tasks.training.environment import differences
 from tidemill.tasks.training.errors import SpecError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.fitting import fit
@@ -70,6 +72,7 @@ class BatchRun:
             raise SpecError("patience is for epochs that are given: with epochs auto or a recipe, leave it out")
         self.holdout_share = settings.holdout_share(searches=spec.searches)
         self.split = Split(self.holdout_share, side="train") if self.holdout_share else None
+        self.read_by_all = ReadByAll(dataset, self.holdout_share)
         self.clock = Clock()
         """Says when a search stores its next checkpoint at the end of an epoch."""
         self.midways = Midways(self._copied, settings.checkpoint_seconds, settings.checkpoint_rows)
@@ -101,9 +104,7 @@ class BatchRun:
     def search(self) -> Search | None:
         """Finds out how long to train, where the spec says `epochs: auto`."""
         if self.spec.epochs == "auto" and self._search is None:
-            learner = self.load_or_fit()
-            groups, split = self.dataset.row_groups, self.split
-            self._search = Search(groups, split, self.spec, learner.features, lambda: self._new(learner.features))
+            self._search = _searching(self, self.load_or_fit().features)
         return self._search
 
     @property
@@ -131,7 +132,7 @@ class BatchRun:
         learner = self.load_or_fit()
         if self._steps is None or self._steps.learner is not learner:
             rows = sum(group.num_rows for group in self.dataset.row_groups)
-            self._steps = Steps(learner, rows * self.last_epoch // self.spec.batch_size)
+            self._steps = steps_of(learner, rows * self.last_epoch // self.spec.batch_size)
         return self._steps
 
     @property
@@ -226,7 +227,7 @@ class BatchRun:
             state,
             self.holdout_losses,
             self.best_epoch if chooses else None,
-            environment(),
+            environment_of(self.spec),
             self.resolved.model_dump(mode="json"),
             None if search is None else search.progress.model_dump(mode="json"),
             before + learner.counters.epochs,
@@ -252,18 +253,16 @@ class BatchRun:
         self._midway = Midway.model_validate(checkpoint.midway) if checkpoint.midway else None
         inside = "" if self._midway is None else f" and {self._midway.place.rows:,} rows of the next"
         logger.info("going on from the checkpoint after epoch %d of %s%s", checkpoint.epochs, self.spec.epochs, inside)
-        if checkpoint.environment and (changed := differences(checkpoint.environment, environment())):
+        if checkpoint.environment and (changed := differences(checkpoint.environment, environment_of(self.spec))):
             logger.warning("bits may differ from those of an uninterrupted run: %s", "; ".join(changed))
         self.losses, self.holdout_losses = checkpoint.losses, checkpoint.holdout_losses
         self.init_from = checkpoint.init_from
         learner = Learner.load(self.spec, weights, state, self.settings.device)
         if checkpoint.search:
-            progress, features = SearchProgress.model_validate(checkpoint.search), learner.features
-            groups, split = self.dataset.row_groups, self.split
-            self._search = Search(groups, split, self.spec, features, lambda: self._new(features), progress)
+            self._search = _searching(self, learner.features, SearchProgress.model_validate(checkpoint.search))
         return learner
 
-    def _new(self, features: Features, source: Source | None = None) -> Learner:
+    def new(self, features: Features, source: Source | None = None) -> Learner:
         """A learner that is not trained yet. `source` is what it begins with, if that has been read already."""
         learner = Learner.create(self.spec, features, self.settings.device)
         if self.source is None:
@@ -284,9 +283,15 @@ class BatchRun:
         if self.settings.holdout_dataset is not None:
             self._holdout = snapshot(self.settings.holdout_dataset, self.stores, features.types)
             _check_holdout(self._holdout, features)
-        learner = self._new(features, source)
+        learner = self.new(features, source)
         try_out(learner, self.dataset.row_groups)
         return learner
+
+
+def _searching(run: BatchRun, features: Features, progress: SearchProgress | None = None) -> Search:
+    """The search of a run, from its beginning or from where a checkpoint has left it."""
+    groups, split = run.dataset.row_groups, run.split
+    return Search(groups, split, run.spec, features, lambda: run.new(features), progress, run.read_by_all)
 
 
 def _check_holdout(holdout: Snapshot, features: Features) -> None:

@@ -36,7 +36,8 @@ class Reproduction(BaseModel):
     reproduced: int = 0
     """Online versions that were made again from the one before."""
     skipped: int = 0
-    """Online versions that could not be: retention had removed the blobs to start from."""
+    """Online versions that could not be: retention had removed the blobs to start from, or several ranks had trained them without
+    parts."""
     shards: int = 0
     findings: list[str] = []
 
@@ -62,6 +63,13 @@ def reproduce(log: VersionLog, archives: Sequence[Store]) -> Reproduction:
             continue
         if steps is None:
             result.skipped += 1
+            steps = _stored(log, version)
+            continue
+        if (ranks := version.manifest.environment.get("ranks")) is not None:
+            result.skipped += 1
+            logger.info(
+                "version %d was trained by %s ranks without parts: no other number of them has its bits", number, ranks
+            )
             steps = _stored(log, version)
             continue
         try:

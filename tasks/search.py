@@ -24,12 +24,13 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from tidemill.progress import under_way
+from tidemill.tasks.ranks.passes import ReadByAll, train_pass
 from tidemill.tasks.scores import Means
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import Both, Marked, RowGroup, Split, Subset, generator
 from tidemill.tasks.training.kept import Kept
 from tidemill.tasks.training.learner import Learner
-from tidemill.tasks.training.loop import Score, score, train_pass
+from tidemill.tasks.training.loop import Score, score
 from tidemill.tasks.training.midway import Keeper, Midway
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
@@ -159,7 +160,7 @@ def hold_out(
 
 
 @dataclass
-class _Data:
+class Data:
     """The rows of a phase: kept if they fit the shuffle window, else read anew in every epoch."""
 
     train: Sequence[RowGroup] | Kept
@@ -180,14 +181,16 @@ class Search:
         features: Features,
         fresh: Callable[[], Learner],
         progress: Progress | None = None,
+        read_by_all: ReadByAll | None = None,
     ) -> None:
-        """`fresh` makes a learner that is not trained yet; `progress` is that of a checkpoint."""
+        """`fresh` makes a learner that is not trained yet; `progress` is that of a checkpoint; `read_by_all` is for ranks."""
         assert features.statistics is not None, "rows are counted before"
         self._groups, self._split, self._spec, self._features, self._fresh = groups, split, spec, features, fresh
+        self._read_by_all = read_by_all
         self.plan = Plan.of(features.statistics.labelled or features.statistics.rows, spec.batch_size)
         self.progress = progress or Progress()
         self._sides: list[tuple[Subset, Subset]] | None = None
-        self._data: tuple[object, _Data] | None = None
+        self._data: tuple[object, Data] | None = None
 
     # ---- where it stands ---------------------------------------------------------------------------------------------
     @property
@@ -264,7 +267,7 @@ class Search:
 
         `epoch_done` is told the loss of each epoch. `start` and `keeper`: as of `train_pass`. Raises what that raises.
         """
-        began, data = learner.counters.epochs, self._phase()
+        began, data = learner.counters.epochs, self.data()
         until = next(point for point in self.plan.points if point > began)
         phase = "all" if self.progress.refit else len(self.progress.points) - 1
         what = (
@@ -274,6 +277,7 @@ class Search:
             while learner.counters.epochs < until:
                 epoch = learner.counters.epochs
                 result = train_pass(
+                    self._read_by_all,
                     steps,
                     data.train,
                     key=("search", phase, epoch),
@@ -283,6 +287,7 @@ class Search:
                     activity=activity,
                     start=start,
                     keeper=keeper,
+                    search=self.progress.model_dump(mode="json"),
                 )
                 start = None
                 learner.counters.epochs = epoch + 1
@@ -321,7 +326,7 @@ class Search:
             self._sides = hold_out(self._groups, self._features, self._split, self.plan, self._spec.seed)
         return self._sides
 
-    def _phase(self) -> _Data:
+    def data(self) -> Data:
         """The rows of this phase, made once."""
         phase = self.progress.refit, len(self.progress.points)
         if self._data is None or self._data[0] != phase:
@@ -329,13 +334,13 @@ class Search:
             self._data = phase, self._made(train, holdout)
         return self._data[1]
 
-    def _made(self, train: Subset | None, holdout: Subset | None) -> _Data:
+    def _made(self, train: Subset | None, holdout: Subset | None) -> Data:
         groups, features, window = self._groups, self._features, self._spec.window_bytes
         if sum(group.num_rows for group in groups) * features.row_bytes > window:
-            return _Data(groups, train, features.labelled_rows(groups, train), groups, holdout)
+            return Data(groups, train, features.labelled_rows(groups, train), groups, holdout)
         kept = Kept(groups, features, window, train)
         held = () if holdout is None else Kept(groups, features, window, holdout)
-        return _Data(kept, None, kept.rows, held, None)
+        return Data(kept, None, kept.rows, held, None)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.reading import Kept
 from tidemill.tasks.online.selection import Selection
 from tidemill.tasks.online.work import Head, Work, removal, trigger_on
-from tidemill.tasks.ranks.leader import agree
+from tidemill.tasks.ranks.leader import agree, environment_of
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import OnlineSettings
-from tidemill.tasks.training.environment import code_revision, environment
+from tidemill.tasks.training.environment import code_revision
 from tidemill.tasks.versions import resolved_spec
 
 
@@ -63,7 +63,7 @@ def commit(work: Work, selection: Selection, champion: Champion, places: Places,
         | ({"holdout": holdout} if holdout else {}),
         counters=asdict(learner.counters),
         code=code_revision(),
-        environment=environment(),
+        environment=environment_of(learner.spec),
     )
     return replace(
         head,

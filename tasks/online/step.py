@@ -29,10 +29,10 @@ from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.selection import Selection, select
 from tidemill.tasks.online.turns import train_on
 from tidemill.tasks.online.work import Head, Identity, Work, read_learner, trigger_on
-from tidemill.tasks.ranks.leader import steps_of
+from tidemill.tasks.ranks.leader import environment_of, steps_of
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.settings import BatchSettings, GateSettings, OnlineSettings
-from tidemill.tasks.training.environment import differences, environment
+from tidemill.tasks.training.environment import differences
 from tidemill.tasks.training.made_up import made_up
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.trial import try_metrics, warn_of_hidden_state
@@ -126,7 +126,7 @@ class OnlineRun:
         if not self._has_tried_metrics:
             try_metrics(learner)
             self._has_tried_metrics = True
-        if changed := differences(manifest.environment, environment()):
+        if changed := differences(manifest.environment, environment_of(learner.spec)):
             self._tell(f"bits may differ from those of the run before: {'; '.join(changed)}")
         tombstones.respell(self.places.spelled)
         log.make_durable(version)  # before its debts are paid

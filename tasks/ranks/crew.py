@@ -1,6 +1,7 @@
 """Every rank but the first: it holds the like of the leader's learner, and trains as it is told until it is told to stop.
 
-It reads no store, scores nothing and commits nothing, and needs neither credentials nor Prefect.
+It writes to no store, scores nothing and commits nothing, and needs no Prefect. Online it reads none either, and needs no
+credentials; of a batch training it reads the dataset.
 """
 
 import os
@@ -17,9 +18,12 @@ from tidemill.tasks.ranks.ending import end_here
 from tidemill.tasks.ranks.group import Group
 from tidemill.tasks.ranks.joining import joined
 from tidemill.tasks.ranks.messages import Order, gathered, receive
+from tidemill.tasks.ranks.passes import AlikeKeeper, awaited, read_or_end
+from tidemill.tasks.ranks.rows import Rows
 from tidemill.tasks.training.groups import TableGroup
 from tidemill.tasks.training.learner import Counters, Learner
-from tidemill.tasks.training.loop import train_shard
+from tidemill.tasks.training.loop import PassResult, train_pass, train_shard
+from tidemill.tasks.training.midway import Midway
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 
@@ -51,6 +55,8 @@ class Crew:
         self.group = group
         self._steps: Steps | None = None
         """Of the like of the leader's learner; None: the leader sends one before it is needed."""
+        self._rows: Rows | None = None
+        """Of a batch training."""
 
     def obey(self, order: Order) -> None:
         """Carry out an order that is not the last one."""
@@ -81,6 +87,37 @@ class Crew:
         steps.learner.counters.shards = about["ordinal"]
         self.train(lambda: train_shard(steps, groups, about["passes"], labelled=about["labelled"]))
 
+    def dataset(self, order: Order) -> None:
+        """Be ready to read this dataset."""
+        self._rows = Rows(order.about)
+
+    def one_pass(self, order: Order) -> None:
+        """Train on the rows of the dataset, as all ranks do."""
+        rows, steps, about = self._rows, self.held, order.about
+        if rows is None:
+            end_here(
+                "the leader has this rank read a dataset before it has named one: the ranks are not at the same place"
+            )
+        steps.learner.counters = Counters(**about["counters"])  # the leader has counted the epoch before
+        start = None if about["start"] is None else Midway.model_validate(about["start"])
+
+        def train() -> PassResult:
+            groups, split = awaited(self.group, lambda: rows.of_pass(steps.learner, about["search"]))
+            return read_or_end(
+                lambda: train_pass(
+                    steps,
+                    groups,
+                    key=tuple(about["key"]),
+                    split=split,
+                    remember=about["remember"],
+                    labelled=about["labelled"],
+                    start=start,
+                    keeper=AlikeKeeper(self.group, steps, None),
+                )
+            )
+
+        self.train(train)
+
     def train(self, train: Callable[[], object]) -> None:
         """Train as all ranks do. What has failed on all of them, the leader deals with."""
         if isinstance(together(self.group, train), Exception):
@@ -106,5 +143,7 @@ ORDERS: Final[Mapping[str, Callable[[Crew, Order], None]]] = {
     "ping": Crew.ping,
     "load": Crew.load,
     "shard": Crew.shard,
+    "dataset": Crew.dataset,
+    "pass": Crew.one_pass,
     "agree": Crew.agree,
 }

@@ -22,10 +22,12 @@ from tidemill.tasks.ranks.horovod import HorovodGroup
 from tidemill.tasks.ranks.joining import joined
 from tidemill.tasks.ranks.messages import gathered, send
 from tidemill.tasks.training import loop
+from tidemill.tasks.training.environment import environment
 from tidemill.tasks.training.errors import SpecError
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import PassResult
+from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 
 R = TypeVar("R")
@@ -43,6 +45,8 @@ class Leader:
         """Whose learner the crew has the like of."""
         self._held_steps = 0
         """How many steps that learner had taken when it was last the like of theirs."""
+        self.dataset: object | None = None
+        """The dataset that the crew was last told to read."""
         self._broken = False
         """The crew is in the middle of an order, and this rank no more."""
         self._lock = threading.RLock()
@@ -182,13 +186,14 @@ _leader: Leader | None = None
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """While the context is open, this process leads the others that its launcher has started; it is as ever if there are none.
+    """While the context is open, this process leads the others that its launcher has started; it is as ever if there are none, or
+    if it leads them already.
 
     Raises:
         RanksRefused: this process is one of the others.
     """
     place = launched.place()
-    if place is None:
+    if place is None or _leader is not None:
         yield
         return
     if not place.leads:
@@ -245,3 +250,11 @@ def agree(steps: Steps, weights: bytes, state: bytes) -> None:
     """
     if _leader is not None:
         _leader.agree(steps, weights, state)
+
+
+def environment_of(spec: Spec) -> dict[str, str | int]:
+    """As `environment`; and `ranks`, how many there are, where bits depend on that: of several, if the spec has no parts."""
+    found = environment()
+    if _leader is not None and spec.parts is None:
+        found["ranks"] = _leader.size
+    return found

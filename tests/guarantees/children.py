@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -346,6 +347,11 @@ def start_child(run: Callable[..., object], *arguments: Any) -> BaseProcess:
     child = _context.Process(target=_child, args=(environment, run, arguments), daemon=True)
     child.start()
     return child
+
+
+def make_pipe() -> tuple[Connection, Connection]:
+    """(the end that receives, the end that sends)."""
+    return _context.Pipe(duplex=False)
 
 
 def make_barrier(parties: int) -> Barrier:

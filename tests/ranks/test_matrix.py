@@ -1,0 +1,80 @@
+"""The ranks of a group train what one process trains; with parts, the same bits, also where their number changes on the way."""
+
+import math
+
+import pytest
+
+from tests.guarantees.children import start_server
+from tests.ranks import matrix
+from tests.ranks.forked import ranks
+from tests.ranks.matrix import DROPS, ROUGH, SETTINGS, Trained, largest, spec_of
+from tests.training.test_steps import furthest
+from tidemill.tasks.training.learner import Learner
+
+NAMES = [name for name in SETTINGS if name != "compiled"]
+"""Compiled steps take seconds on each rank."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    start_server()
+
+
+def agreeing(found: list[dict[str, Trained]]) -> dict[str, Trained]:
+    """What all ranks have come to, bit for bit."""
+    for other in found[1:]:
+        assert {name: each.digest for name, each in other.items()} == {n: each.digest for n, each in found[0].items()}
+        assert {name: each.losses for name, each in other.items()} == {n: each.losses for n, each in found[0].items()}
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "size", [2, pytest.param(3, marks=pytest.mark.ranks), pytest.param(4, marks=pytest.mark.ranks)]
+)
+def test_ranks_without_parts_train_what_one_process_trains_up_to_the_order_of_sums(size: int) -> None:
+    (alone,), together = ranks(1, matrix.train, NAMES, None), agreeing(ranks(size, matrix.train, NAMES, None))
+    again = agreeing(ranks(size, matrix.train, NAMES, None))
+    for name in NAMES:
+        assert together[name].digest == again[name].digest, f"{name}: the same number of ranks gives the same bits"
+        if name in DROPS:
+            continue
+        learners = [Learner.load(spec_of(name, None), *of[name][:2]) for of in (alone, together)]
+        near, losses = ROUGH.get(name, 1e-6), zip(alone[name].losses, together[name].losses, strict=True)
+        assert furthest(*learners) < near * largest(learners[0]), name
+        assert all(math.isclose(one, other, rel_tol=near) for one, other in losses), name
+
+
+def test_with_parts_any_number_of_ranks_trains_the_same_bits() -> None:
+    (alone,) = ranks(1, matrix.train, NAMES, 4)
+    for size in (2, 4):
+        together = agreeing(ranks(size, matrix.train, NAMES, 4))
+        assert [name for name in NAMES if together[name] != alone[name]] == []
+
+
+@pytest.mark.ranks
+def test_compiled_parts_have_the_same_bits_on_any_number_of_ranks() -> None:
+    (alone,) = ranks(1, matrix.train, ["compiled"], 4)
+    for size in (2, 4):
+        assert agreeing(ranks(size, matrix.train, ["compiled"], 4)) == alone
+
+
+def test_the_number_of_ranks_may_change_from_shard_to_shard() -> None:
+    (alone,) = ranks(1, matrix.train, NAMES, 4)
+    found: dict[str, Trained] | None = None
+    for shard, size in enumerate((4, 2, 1, 4)):
+        found = agreeing(ranks(size, matrix.train, NAMES, 4, shard, shard + 1, found))
+    assert found is not None
+    assert [name for name in NAMES if found[name].digest != alone[name].digest] == []
+
+
+def test_what_fails_on_the_part_of_one_rank_fails_on_all_with_the_same_words() -> None:
+    """Else the others would wait, and a shard at fault would end all ranks each time it is tried."""
+    (alone,) = ranks(1, matrix.fail)
+    assert alone[0] == "ModelError"
+    assert "RuntimeError: a row that I do not like" in alone[1]
+    told = set(ranks(2, matrix.fail))
+    assert len(told) == 1
+    [(kind, words)] = told
+    assert kind == "ModelError"
+    assert "RuntimeError: a row that I do not like" in words
+    assert "float32[8, 4]" in words, "the shape of the part"
