@@ -46,7 +46,7 @@ test-ranks: $(VENV)/installed
 
 # Horovod carries what torch carries else: tests marked `horovod`, which `test` leaves out. Its last release is built here, for C++17.
 test-horovod: .venv-horovod/installed
-	.venv-horovod/bin/python -m pytest -m horovod $(or $(ARGS),tests/ranks)
+	.venv-horovod/bin/python -m pytest -m horovod $(or $(ARGS),tests/ranks/test_horovod.py)
 
 # The stores of Google and Azure against emulators: conformance, kills, trainers that overlap: tests marked `clouds`, which `test`
 # leaves out. fake-gcs-server comes with the test extra, Azurite from npm (360 MB).

@@ -68,9 +68,9 @@ def gathered(group: Group, data: bytes) -> list[bytes]:
     lengths[group.rank] = len(data)
     group.sum_(lengths)
     longest = int(lengths.max())
-    rows = torch.zeros((group.size, longest), dtype=torch.uint8)
+    rows = torch.zeros((group.size, longest), dtype=torch.int32)  # Horovod adds up no bytes
     if data:
         rows[group.rank, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if longest:
         group.sum_(rows)  # of each byte all ranks but one have a zero
-    return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths.tolist(), strict=True)]
+    return [row[:length].to(torch.uint8).numpy().tobytes() for row, length in zip(rows, lengths.tolist(), strict=True)]

@@ -120,6 +120,7 @@ def test_a_rank_is_killed_and_fewer_or_more_go_on_with_the_same_bits(runs: Runs)
 
 
 @pytest.mark.ranks
+@pytest.mark.timeout(14_400)
 @pytest.mark.parametrize("make_url", ["local", "s3"], indirect=True)
 def test_any_rank_is_killed_at_any_moment(
     runs: Runs, full: bool, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
@@ -136,6 +137,7 @@ def test_any_rank_is_killed_at_any_moment(
 
 
 @pytest.mark.ranks
+@pytest.mark.timeout(14_400)
 def test_ranks_are_killed_again_and_again_while_their_number_changes(
     runs: Runs, full: bool, record_property: Callable[[str, object], None]
 ) -> None:
