@@ -55,7 +55,12 @@ def account_name() -> str | None:
 
 def of_container(account: Account, container: str) -> ContainerClient:
     """The client of a container: one for each process, as connections do not survive a fork."""
-    return _client(os.getpid(), account).get_container_client(container)
+    return _container(os.getpid(), account, container)
+
+
+@lru_cache(maxsize=32)
+def _container(pid: int, account: Account, container: str) -> ContainerClient:
+    return _client(pid, account).get_container_client(container)
 
 
 @lru_cache(maxsize=8)

@@ -38,6 +38,8 @@ _LOST: Final = {
     "UnauthorizedBlobOverwrite",
 }
 """The object is another than the one that was named, or there is one."""
+_IN_THE_WAY: Final = {"PathConflict", "ResourceTypeMismatch", "DirectoryIsNotEmpty"}
+"""Of accounts with folders."""
 _HELD: Final = {
     "LeaseIdMissing": "a lease holds it: wait until it ends, or break it",
     "LeaseIdMismatchWithBlobOperation": "a lease holds it: wait until it ends, or break it",
@@ -72,6 +74,8 @@ def translated(error: BaseException, verb: str, where: str, key: str | None) -> 
         return PreconditionFailed(f"{where} does not have the etag that {verb} named")
     if code in _HELD:
         return PermissionDenied(f"{where}: {code}: {_HELD[code]}")
+    if code in _IN_THE_WAY:
+        return InvalidKey(f"{where}: {code}: an object and a folder would need the same name")
     if code == "ContainerNotFound" or (status == 404 and key is None):
         return StoreNotFound(
             f"{where}: there is no such container. Check the URL and the account, or make the container"

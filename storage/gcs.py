@@ -177,6 +177,8 @@ def _variables() -> frozenset[tuple[str, str]]:
 @lru_cache(maxsize=8)
 def _client(pid: int, variables: frozenset[tuple[str, str]]) -> Client:
     """One for each process, as connections do not survive a fork, and each set of variables, which it reads itself."""
+    # Else it asks for the bucket in a thread of its own, for traces that nobody has asked for, and by a right that nobody needs
+    os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
     try:
         return Client()
     except DefaultCredentialsError as error:

@@ -3,7 +3,8 @@
 fake-gcs-server comes from PyPI. It ignores ifGenerationMatch of a DELETE, of the GET of a body, and of resumable uploads: behind
 it a broken protocol would pass. The proxy before it keeps these conditions, as the service documents them.
 
-Azurite comes from npm (`make test-clouds` installs it below .azurite/). It keeps all conditions.
+Azurite comes from npm: `make test-clouds` installs it below .azurite/, or TIDEMILL_TEST_AZURITE names its blob/main.js. It keeps
+all conditions.
 """
 
 import asyncio

@@ -9,7 +9,6 @@ from typing import Final
 import pytest
 from botocore.client import BaseClient
 
-from tests.cloud_servers import azure_for_tests, gcs_for_tests
 from tests.s3_server import S3, s3_for_tests
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
@@ -129,6 +128,8 @@ def minio_like(s3_server: S3) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An emulator of Google Cloud Storage with one bucket, `BUCKET`; the variables point to it until the session ends."""
+    from tests.cloud_servers import gcs_for_tests
+
     with gcs_for_tests(tmp_path_factory.mktemp("gcs")) as variables, pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
@@ -138,6 +139,8 @@ def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def azure_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Azurite with one container, `BUCKET`; the variables point to it until the session ends."""
+    from tests.cloud_servers import azure_for_tests
+
     with azure_for_tests(tmp_path_factory.mktemp("azure")) as variables, pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AZURE_")]:
             patch.delenv(name)

@@ -63,6 +63,7 @@ def of_azure(status: int, code: str) -> azure.HttpResponseError:
         (409, "BlobImmutableDueToPolicy", PermissionDenied, "legal hold"),
         (409, "BlobArchived", PermissionDenied, "another tier"),
         (409, "SnapshotsPresent", PermissionDenied, "snapshots"),
+        (409, "ResourceTypeMismatch", InvalidKey, "a folder would need the same name"),
         (404, "ContainerNotFound", StoreNotFound, "Check the URL"),
         (404, "BlobNotFound", NotFound, "does not exist"),
         (404, "", NotFound, "does not exist"),
@@ -237,6 +238,20 @@ def test_a_store_that_stays_away_is_unavailable_and_said_so_once(
     assert len([record for record in caplog.records if record.name == "tidemill.storage"]) <= 1
     for secret in filter(None, ("AccountKey", *os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "").split(";"))):
         assert secret not in caplog.text
+
+
+def test_each_verb_is_one_request(store: Store, faults: Callable[..., tuple[Store, FaultProxy]]):
+    through, proxy = faults()
+    info = through.create("a", b"first")
+    through.stat("a")
+    through.read("a", if_match=info.etag)
+    through.read("a", start=1, length=2)
+    other = through.replace("a", b"second", if_match=info.etag)
+    assert [found.etag for found in through.list()] == [other.etag]
+    through.delete("a", if_match=other.etag)
+    put = "POST" if store.url.startswith("gs:") else "PUT"
+    stat = "GET" if store.url.startswith("gs:") else "HEAD"
+    assert [asked.method for asked, _ in proxy.asked] == [put, stat, "GET", "GET", put, "GET", "DELETE"]
 
 
 def test_a_dataset_is_read_by_row_groups_and_not_whole(store: Store):

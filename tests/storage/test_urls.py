@@ -47,6 +47,7 @@ def test_the_canonical_url_opens_the_same_store(
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "account")
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
 
     store = open_store(url)
 
