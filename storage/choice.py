@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -17,10 +17,11 @@ from tidemill.storage.comparing import Comparison, of_value
 from tidemill.storage.conditions import And, BadCondition, Bounds, Compare, Condition, Known, columns, given, truths
 from tidemill.storage.errors import DatasetError, StorageError
 from tidemill.storage.groups import Group, chosen
-from tidemill.storage.parquet import ParquetFile, RowGroup
+from tidemill.storage.parquet import ParquetFile
 from tidemill.storage.partitions import partitions
 from tidemill.storage.records import ChosenRows, DatasetRef
 from tidemill.storage.sql import instant, parse
+from tidemill.storage.tables import LiveFile, Table, Values
 
 
 @dataclass(frozen=True)
@@ -102,36 +103,58 @@ class Choice:
         return " and ".join(part for part in (self.where, last) if part)
 
 
+class OfFile(Group, Protocol):
+    """A row group of a file."""
+
+    def bounds(self, file: ParquetFile, column: str) -> Bounds: ...
+
+
 class Picks:
     """The rows of a dataset that are chosen, found as its snapshot is taken: file by file, row group by row group."""
 
-    def __init__(self, choice: Choice, types: Mapping[str, pa.DataType], error: Callable[[str], StorageError]) -> None:
-        """`types` are those of partition columns; `error` makes an error of a message that begins with the key of a file."""
-        self._choice, self._types, self._error = choice, types, error
-        self._by_folder: dict[str, Condition] = {}
+    def __init__(
+        self,
+        choice: Choice,
+        types: Mapping[str, pa.DataType],
+        error: Callable[[str], StorageError],
+        table: Table | None = None,
+    ) -> None:
+        """`types` are those of partition columns; `error` makes an error of a message that begins with the key of a file.
+
+        Of a `table`, each file has values of its own; of plain files, all of a folder have the same.
+        """
+        self._choice, self._types, self._error, self._table = choice, types, error, table
+        self._left: dict[str, Condition] = {}
+        """Of each file, or of each folder whose files have the same values."""
         self._open: list[tuple[Group, Condition]] = []
         self.files = 0
         """That were opened."""
         self.rows = 0
         """In these."""
 
-    def may_hold(self, key: str) -> bool:
-        """Whether a file, by the values of its folders, may hold rows that are chosen.
+    def may_hold(self, key: str, live: LiveFile | None = None) -> bool:
+        """Whether a file, by the values of its folders or by the log of its table, may hold rows that are chosen.
 
         Those values decide even where the file has a column of that name too: what is left out, nobody has opened.
         """
-        folder = key.rpartition("/")[0]
-        if folder not in self._by_folder:
+        place = self._place(key)
+        if place not in self._left:
             try:
-                self._by_folder[folder] = by_folder(self._choice.condition, partitions(key, self._types))
+                left = by_values(self._choice.condition, partitions(key, self._types) if live is None else live.values)
+                if live is not None and self._table is not None and live.bounds.keys() & columns(left):
+                    left = by_bounds(left, self._table.schema, lambda name: live.bounds.get(name, Bounds()))
             except (ValueError, pa.ArrowException) as bad:
                 raise self._error(f"{key}: {bad}") from bad
-        left = self._by_folder[folder]
+            self._left[place] = left
+        left = self._left[place]
         return not isinstance(left, Known) or left.truth is True
 
-    def add(self, file: ParquetFile, groups: Sequence[RowGroup]) -> None:
+    def _place(self, key: str) -> str:
+        return key.rpartition("/")[0] if self._table is None else key
+
+    def add(self, file: ParquetFile, groups: Sequence[OfFile]) -> None:
         """Look at the row groups of a file by its footer."""
-        condition = self._by_folder[file.name.rpartition("/")[0]]
+        condition = self._left[self._place(file.name)]
         self.files += 1
         for group in groups:
             self.look_at(group, condition, functools.partial(group.bounds, file))
@@ -146,14 +169,13 @@ class Picks:
         if left != Known(False):
             self._open.append((group, left))
 
-    def taken(self, url: str, files: int, identity: Sequence[Sequence[Any]]) -> tuple[DatasetRef, list[Group], str]:
+    def taken(self, of: DatasetRef, identity: Sequence[Sequence[Any]]) -> tuple[DatasetRef, list[Group], str]:
         """What was chosen, once all is looked at: its record, its row groups in order, and its standing fingerprint.
 
         Row groups of which bounds do not tell are read, for the columns that are asked about.
 
         Args:
-            url: Of the dataset.
-            files: How many files it has.
+            of: The dataset as a whole: its URL, number of files, and version.
             identity: Of each opened file: its key, and what says that it is the same.
 
         Raises:
@@ -162,17 +184,21 @@ class Picks:
         groups = all_chosen(self._open, self._error)
         if not groups:
             raise DatasetError(
-                f"{url}: none of {self.rows:,} rows in {self.files:,} files is chosen by {self._choice} (the folders of "
-                f"{files - self.files:,} other files rule them out)."
+                f"{of.url}: none of {self.rows:,} rows in {self.files:,} files is chosen by {self._choice} (the folders of "
+                f"{of.files - self.files:,} other files rule them out)."
             )
         names = {group.file for group in groups}
         # On files without chosen rows nothing depends that is trained; on the folders of all files, the types of their columns.
         kinds = sorted((name, str(kind)) for name, kind in self._types.items())
         standing = [[file for file in identity if file[0] in names], kinds, self._choice.standing]
-        rows, record = sum(group.num_rows for group in groups), self._choice.record(files, self.files, self.rows)
-        fingerprint = digest([*standing, self._choice.pinned])
-        ref = DatasetRef(url=url, fingerprint=fingerprint, files=len(names), rows=rows, chosen=record)
-        return ref, groups, digest(standing)
+        standing += [] if self._table is None else [self._table.columns]
+        told = {
+            "fingerprint": digest([*standing, self._choice.pinned, *([] if of.table is None else [of.table.version])]),
+            "files": len(names),
+            "rows": sum(group.num_rows for group in groups),
+            "chosen": self._choice.record(of.files, self.files, self.rows),
+        }
+        return of.model_copy(update=told), groups, digest(standing)
 
 
 def digest(identity: Any) -> str:
@@ -180,8 +206,8 @@ def digest(identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def by_folder(condition: Condition, values: Mapping[str, pa.Scalar[Any]]) -> Condition:
-    """What is left of a condition for the rows of a file whose folders have these values.
+def by_values(condition: Condition, values: Values) -> Condition:
+    """What is left of a condition for rows of which the values of some columns are known.
 
     Raises:
         BadCondition: such a value is not compared with what it is compared with.

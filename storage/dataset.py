@@ -4,7 +4,6 @@ etags.
 
 import functools
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,36 +11,39 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from tidemill.storage.choice import Choice, Picks, digest
+from tidemill.storage.choice import Choice, OfFile, Picks, digest
 from tidemill.storage.errors import (
     DatasetChanged,
     DatasetError,
     InvalidKey,
     NotFound,
-    NotReady,
     PermissionDenied,
-    PreconditionFailed,
     StoreNotFound,
+    UnsupportedTable,
     on_one_line,
 )
 from tidemill.storage.groups import Group
-from tidemill.storage.lakehouse import refuse_parts_of_tables, refuse_tables
+from tidemill.storage.lakehouse import (
+    READ,
+    look_for_table,
+    metadata_of,
+    open_table,
+    refuse_parts_of_tables,
+    refuse_tables,
+)
+from tidemill.storage.opening import FOOTER_READERS, OPEN_FILES, Opener
 from tidemill.storage.overlap import inside
-from tidemill.storage.parquet import Findings, ParquetFile, row_groups
-from tidemill.storage.partitions import is_hidden, partition_types
+from tidemill.storage.parquet import row_groups
+from tidemill.storage.partitions import is_hidden
 from tidemill.storage.records import DatasetRef
 from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.tables import Table
 from tidemill.storage.urls import looks_like_a_pattern, open_store
 
 logger = logging.getLogger("tidemill.storage")
 
 SUFFIXES: Final = (".parquet", ".parq", ".pq")
 
-_OPEN_FILES: Final = 64
-"""Footers held parsed. Row groups are shuffled across files: of more files, nearly every read opens its file again, which costs a
-request for the footer, and parsing. Opened for the first time, a file also costs a request for its first bytes, and one more if
-the footer is long."""
-_FOOTER_READERS: Final = 8
 _NAME_THE_FOLDER: Final = "Name the folder: all Parquet files below it are read, at any depth. Or name a single file."
 _NAMED: Final = 3
 """Names that are told of each kind of object that is passed over."""
@@ -119,30 +121,51 @@ def snapshot(
     types: Mapping[str, pa.DataType] | None = None,
     without: str | None = None,
     choice: Choice | None = None,
+    version: int | None = None,
 ) -> Snapshot:
     """List a dataset and read all its footers. What is passed over is counted, and told by one line of the log.
 
-    In a folder those files count that end in one of `SUFFIXES` and are not hidden (`is_hidden`).
+    In a folder those files count that end in one of `SUFFIXES` and are not hidden (`is_hidden`). Of a table of Delta Lake or
+    Iceberg those count that its log names.
 
     Args:
-        url: A folder, or a single file, whose name may be any.
+        url: A folder, or a single file, whose name may be any. Of an Iceberg table also its metadata, `.../v3.metadata.json`.
         stores: Opens the store at a URL.
         types: Types of partition columns, as a model knows them. Of others, the values of this dataset decide.
         without: `url` of the store of a holdout. Where it lies inside of the dataset, its objects are no part of that.
         choice: Which rows are asked for; None: all. What is asked of them is read of the row groups that may have some.
+        version: Of a table the version, or the id of the snapshot; None: the newest.
 
     Raises:
         StoreNotFound: no such folder or bucket.
         DatasetError: no Parquet file, no rows, none that is chosen, or a file that cannot be read or lacks what is asked of its
             rows.
-        UnsupportedTable: a table of Delta Lake, Iceberg or Hudi, or a folder that holds one or is a part of one.
+        UnsupportedTable: a table that cannot be read whole, one of Hudi, or a folder that holds a table or is a part of one.
         DatasetChanged: a file changed between listing and reading.
     """
+    if (named := metadata_of(url)) is not None:
+        there = stores(named[0])
+        return _of_table(there, "Iceberg", version, named[1], choice)
     there = stores(url)
-    store, infos, passed_over = _listed(there, stores, without)
+    try:
+        store, infos, passed_over = _listed(there, stores, without)
+    except UnsupportedTable as found:
+        if found.url != there.url or found.system not in READ:
+            raise
+        return _of_table(there, found.system, version, None, choice)
+    if version is not None:
+        raise DatasetError(
+            f"{there.url} is no table of Delta Lake or Iceberg: it has no versions, and table_version says one."
+        )
     refuse_parts_of_tables(store.url, stores)
     _tell(store.url, passed_over)
     return _opened(there.url, store, infos, types or {}, passed_over, choice)
+
+
+def _of_table(store: Store, system: str, version: int | None, metadata: str | None, choice: Choice | None) -> Snapshot:
+    table, infos = open_table(store, system, version, metadata)
+    logger.info("%s: %s, %d files", store.url, table.ref.told, len(infos))
+    return _opened(store.url, store, infos, {}, (), choice, table)
 
 
 def pinned(
@@ -154,7 +177,10 @@ def pinned(
         DatasetChanged: a file is no longer what it was then.
         DatasetError: a file cannot be read.
     """
-    found = _opened(ref.url, stores(folder), list(files), {}, (), Choice.of(ref.chosen))
+    store, table = stores(folder), None
+    if ref.table is not None:
+        table, _ = open_table(store, ref.table.system, ref.table.version, ref.table.metadata)
+    found = _opened(ref.url, store, list(files), {}, (), Choice.of(ref.chosen), table)
     if found.ref != ref:
         raise DatasetChanged(
             f"{ref.url}: its {len(files)} files are not those that another process has read there. Nothing was registered; run "
@@ -170,58 +196,74 @@ def _opened(
     types: Mapping[str, pa.DataType],
     passed_over: tuple[LeftOut, ...],
     choice: Choice | None = None,
+    table: Table | None = None,
 ) -> Snapshot:
     """The snapshot of these files. Raises as `snapshot`."""
-    opener = _Opener(store, infos, types)
-    picks = None if choice is None else Picks(choice, opener.types, opener.error)
+    opener = Opener(store, infos, types, table)
+    picks = None if choice is None else Picks(choice, opener.types, opener.error, table)
     wanted: Sequence[int] = range(len(infos))
     if picks is not None:
-        wanted = [number for number in wanted if picks.may_hold(infos[number].key)]
+        live = [None] * len(infos) if table is None else table.files
+        wanted = [n for n in wanted if picks.may_hold(infos[n].key, live[n])]
     groups: list[Group] = []
     schemas: list[pa.Schema] = []
-    footers: list[str] = []
-    open_file = opener.cached if len(wanted) <= _OPEN_FILES else opener.open  # all can stay open, or none would last
-    with ThreadPoolExecutor(_FOOTER_READERS) as pool:
+    identity: list[list[Any]] = []
+    open_file = opener.cached if len(wanted) <= OPEN_FILES else opener.open  # all can stay open, or none would last
+    with ThreadPoolExecutor(FOOTER_READERS) as pool:
         for number, file in zip(wanted, pool.map(open_file, wanted), strict=True):
             # One schema object for all equal files: 100,000 row groups must not hold 100,000 schemas.
             schema = next((s for s in schemas if s.equals(file.schema)), None)
             if schema is None:
                 schemas.append(schema := file.schema)
             file.schema = schema
-            footers.append(file.footer_sha256)
-            found = row_groups(file, functools.partial(opener.cached, number))
-            groups += found if picks is None else []
+            info, found = infos[number], row_groups(file, functools.partial(opener.cached, number))
+            # Not the etags, locally, where `chmod` and hard links change them: a run that is resumed would begin anew.
+            identity.append([info.key, info.size, info.fingerprint_etag, file.footer_sha256])
+            seen: Sequence[OfFile] = found
+            if table is not None:
+                seen = table.seen(table.files[number], file, found)
+                identity[-1] += table.files[number].identity
+            groups += seen if picks is None else []
             if picks is not None:
-                picks.add(file, found)
-    # Not the etags, locally, where `chmod` and hard links change them: a run that is resumed would begin anew.
-    identity = [
-        [i.key, i.size, i.fingerprint_etag, f] for i, f in zip((infos[n] for n in wanted), footers, strict=True)
-    ]
+                picks.add(file, seen)
+    ref = DatasetRef(url=url, fingerprint="", files=len(infos), rows=0, table=None if table is None else table.ref)
     if picks is not None:
-        ref, groups, standing = picks.taken(url, len(infos), identity)
-        return Snapshot(ref, groups, passed_over, store.url, tuple(infos), standing)
-    rows = sum(group.num_rows for group in groups)
-    if not rows:
+        ref, groups, standing = picks.taken(ref, identity)
+    else:
+        # Of a table, what stands whatever its version is, and that version.
+        standing = "" if table is None else digest([identity, table.columns])
+        fingerprint = digest(identity if table is None else [standing, table.ref.version])
+        ref = ref.model_copy(update={"fingerprint": fingerprint, "rows": sum(group.num_rows for group in groups)})
+    if not groups:
         raise DatasetError(f"{url}: its {len(infos)} Parquet files hold no rows.")
-    ref = DatasetRef(url=url, fingerprint=digest(identity), files=len(infos), rows=rows)
-    return Snapshot(ref, groups, passed_over, store.url, tuple(infos))
+    return Snapshot(ref, groups, passed_over, store.url, tuple(infos), standing)
 
 
-def peek(url: str, stores: Callable[[str], Store] = open_store) -> tuple[str, pa.Schema]:
+def peek(url: str, stores: Callable[[str], Store] = open_store, version: int | None = None) -> tuple[str, pa.Schema]:
     """(name, schema) of the first file of a dataset that a listing gives: a few requests, however large the dataset is.
+
+    Of a table, its own schema.
 
     Raises:
         StoreNotFound, DatasetError, UnsupportedTable, DatasetChanged: as `snapshot` does.
     """
-    store = stores(url)
+    named = metadata_of(url)
+    store = stores(url if named is None else named[0])
     try:
+        if named is not None:
+            raise UnsupportedTable(url, "Iceberg", store.url)
+        look_for_table(store)  # a listing may begin with its data
         infos = refuse_tables(store.url, store.list(passed_over=lambda *_: None))
         first = next((i for i in infos if i.key.lower().endswith(SUFFIXES) and not is_hidden(i.key)), None)
+    except UnsupportedTable as found:
+        if found.url != store.url or found.system not in READ:
+            raise
+        return store.url, open_table(store, found.system, version, None if named is None else named[1])[0].schema
     except StoreNotFound:
         first = None
     if first is None:  # a single file, or an error
         store, (first, *_), _ = _listed(store, stores, None)
-    return f"{store.url}/{first.key}", _Opener(store, [first], {}).open(0).schema
+    return f"{store.url}/{first.key}", Opener(store, [first], {}).open(0).schema
 
 
 def look_for(url: str, stores: Callable[[str], Store] = open_store) -> str:
@@ -236,55 +278,6 @@ def look_for(url: str, stores: Callable[[str], Store] = open_store) -> str:
     except StoreNotFound:
         _listed(store, stores, None)
     return store.url
-
-
-class _Opener:
-    """Opens the files of a snapshot, each pinned to the etag that the listing gave."""
-
-    def __init__(self, store: Store, infos: list[ObjectInfo], types: Mapping[str, pa.DataType]) -> None:
-        self._store, self._infos = store, infos
-        self.types = {**partition_types(info.key for info in infos), **types}
-        """Of partition columns."""
-        self._findings = Findings()
-        self._cached = functools.lru_cache(_OPEN_FILES)(self.open)
-        self._opening = [threading.Lock() for _ in range(_OPEN_FILES)]
-
-    def error(self, message: str) -> DatasetError:
-        """Of a message that begins with the key of a file."""
-        return DatasetError(f"{self._store.url}/{message}")
-
-    def cached(self, number: int) -> ParquetFile:
-        """The file, open. Several readers that need the same one open it once."""
-        with self._opening[number % _OPEN_FILES]:
-            return self._cached(number)
-
-    def open(self, number: int) -> ParquetFile:
-        info = self._infos[number]
-
-        def fetch(start: int, length: int) -> bytes:
-            try:
-                return self._store.read(info.key, if_match=info.etag, start=start, length=length)
-            except (PreconditionFailed, NotFound, StoreNotFound) as error:
-                raise DatasetChanged(
-                    f"{self._store.url}/{info.key} changed while the dataset was being read. Nothing was registered; run "
-                    "again when its writer has finished, and let writers add files instead of replacing them."
-                ) from error
-
-        try:
-            return ParquetFile(
-                info.key,
-                info.size,
-                fetch,
-                self.error,
-                self.types,
-                concurrency=self._store.concurrency,
-                readers=self._store.readers,
-                findings=self._findings,
-            )
-        except NotReady as error:
-            raise DatasetError(
-                f"{self._store.url}/{info.key} is no Parquet file: {error} Remove or repair it."
-            ) from error
 
 
 def _listed(

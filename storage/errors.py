@@ -90,7 +90,12 @@ class DatasetChanged(DatasetError):
 
 
 class UnsupportedTable(DatasetError):
-    """A dataset or an inbox is, holds or is a part of a table of Delta Lake, Iceberg or Hudi."""
+    """A dataset or an inbox is, holds or is a part of a table of Delta Lake, Iceberg or Hudi, and cannot be used as such."""
+
+    def __init__(self, message: str, system: str = "", url: str = "") -> None:
+        """`system`: whose table it is, and `url` where, if that is all that is wrong with it."""
+        super().__init__(message)
+        self.system, self.url = system, url
 
 
 class NotReady(StorageError):

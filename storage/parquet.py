@@ -62,6 +62,10 @@ class RowGroup:
     _index: int
     _count: int
 
+    def start(self, file: "ParquetFile") -> int:
+        """How many rows of its file, which is open, come before it."""
+        return sum(file.group_rows[: self._index])
+
     def bounds(self, file: "ParquetFile", column: str) -> Bounds:
         """What the footer of its file, which is open, says of the values of a column."""
         return file.bounds(range(self._index, self._index + self._count), column)
@@ -138,6 +142,7 @@ class ParquetFile:
         readers: int = 1,
         findings: Findings | None = None,
         whole: bytes | None = None,
+        folders: bool = True,
     ) -> None:
         """Fetch and parse the footer.
 
@@ -149,6 +154,7 @@ class ParquetFile:
             types: Types of the partition columns that the folders of the name add, where they are known (`partitions`).
             concurrency, readers: Of the `Store` that `fetch` calls.
             findings: What is known of a dataset's files; it learns.
+            folders: Whether the folders of the name add columns.
             whole: All of the file where it is in memory: Arrow then reads it there, and nothing is fetched.
 
         Raises:
@@ -189,7 +195,7 @@ class ParquetFile:
             if min(self.group_rows, default=0) < 0:
                 raise ValueError("it claims a negative number of rows")
         try:
-            self._partitions = partitions(name, types or {}, self._stored)
+            self._partitions = partitions(name, types or {}, self._stored) if folders else {}
         except ValueError as bad:
             raise error(f"{name}: {bad}; move it to another folder") from bad
         for column, value in self._partitions.items():

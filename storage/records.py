@@ -1,7 +1,7 @@
 """What records of a registry have in common, and what one says of a dataset, and of where first weights come from."""
 
 from datetime import datetime
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -38,6 +38,22 @@ class ChosenRows(Record):
     """How many rows these had."""
 
 
+class TableRef(Record):
+    """A version of a table of a data lake."""
+
+    system: Literal["Delta", "Iceberg"]
+    version: int
+    """Of Delta Lake the version, of Iceberg the id of the snapshot."""
+    metadata: str | None = None
+    """Of Iceberg: key of the metadata that was read, below the folder of the table."""
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        what = "version" if self.system == "Delta" else "snapshot"
+        return f"{what} {self.version} of the {self.system} table"
+
+
 class DatasetRef(Record):
     """What a batch run was trained on."""
 
@@ -47,23 +63,21 @@ class DatasetRef(Record):
     rows: int
     chosen: ChosenRows | None = None
     """None: all rows. Else `files` and `rows` are those that were chosen. Since format 2.3."""
+    table: TableRef | None = None
+    """None: plain Parquet files. Since format 2.3."""
 
     @property
     def told(self) -> str | None:
-        """Which rows were chosen, in words; None: all."""
-        if (of := self.chosen) is None:
-            return None
-        ends = (
-            (of.since.isoformat(), of.until.isoformat()) if of.since is not None and of.until is not None else ("", "")
-        )
-        asked = [
-            of.where or "",
-            "" if of.last is None else f"the last {of.last} by {of.time_column}, from {ends[0]} to {ends[1]}",
-        ]
-        return (
-            f"rows: {self.rows:,} of {of.of_rows:,}, in {self.files:,} of {of.of_files:,} files ({of.read_files:,} were opened): "
-            + " and ".join(filter(None, asked))
-        )
+        """Which version of a table, and which rows were chosen, in words; None: plain files, and all rows."""
+        told = [] if self.table is None else [self.table.told]
+        if (of := self.chosen) is not None:
+            asked = [] if of.where is None else [of.where]
+            if of.last is not None and of.since is not None and of.until is not None:
+                ends = f"from {of.since.isoformat()} to {of.until.isoformat()}"
+                asked.append(f"the last {of.last} by {of.time_column}, {ends}")
+            of_files = f"{self.files:,} of {of.of_files:,} files ({of.read_files:,} were opened)"
+            told.append(f"rows: {self.rows:,} of {of.of_rows:,}, in {of_files}: {' and '.join(asked)}")
+        return "; ".join(told) or None
 
 
 class WarmStart(Record):

@@ -26,11 +26,15 @@ STARS: Final = 3
 
 
 def check_training(
-    dataset: str | None, spec: Spec, holdout: str | None = None, stores: Callable[[str], Store] = open_store
+    dataset: str | None,
+    spec: Spec,
+    holdout: str | None = None,
+    stores: Callable[[str], Store] = open_store,
+    version: int | None = None,
 ) -> None:
     """Look at the columns of the first file of a dataset, and of a holdout, and at what the spec names by import path.
 
-    `dataset` is None where rows are chosen: they may lie in files that are unlike the first.
+    `dataset` is None where rows are chosen: they may lie in files that are unlike the first. Of a table, `version` is looked at.
 
     Raises:
         StorageError: a dataset is not there or has no file to read.
@@ -38,9 +42,9 @@ def check_training(
         FactoryError: a module or an attribute is not there.
     """
     _check_code(spec)
-    for url in (dataset, holdout):
+    for url, of in ((dataset, version), (holdout, None)):
         if url is not None:
-            _check_columns(spec, *peek(url, stores))
+            _check_columns(spec, *peek(url, stores, of))
 
 
 def _check_columns(spec: Spec, name: str, schema: pa.Schema) -> None:

@@ -95,7 +95,9 @@ def predict(
     frozen = load_frozen(log, chosen)
     if twice := [name for name in columns if name in PREDICTED]:
         raise DatasetError(f"{twice[0]!r} is the name of a column of predictions: it cannot be copied beside them.")
-    taken = snapshot(dataset, stores, frozen.features.types, choice=choice_of(rows, datetime.now(UTC)))
+    taken = snapshot(
+        dataset, stores, frozen.features.types, choice=choice_of(rows, datetime.now(UTC)), version=rows.table_version
+    )
     for name, schema in taken.schemas:
         frozen.features.check(schema, name, labelled=False)
         if missing := [c for c in columns if c not in schema.names]:

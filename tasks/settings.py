@@ -42,6 +42,13 @@ class RowSettings(_Settings):
         default=None, min_length=1, description="The column of dates or times by which --last is measured."
     )
 
+    table_version: int | None = Field(
+        default=None,
+        ge=0,
+        description="Of a table of Delta Lake the version, of Iceberg the id of the snapshot. Left out: the newest. (A run that "
+        "was killed goes on with its own.)",
+    )
+
     @model_validator(mode="after")
     def _rows(self) -> Self:
         if (self.last is None) != (self.time_column is None):

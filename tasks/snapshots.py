@@ -1,12 +1,12 @@
 """The dataset of a batch run as it is when the run begins: all of its rows, or those that the settings ask for.
 
-A window, such as the last 90 days, is pinned to two instants when a run begins. What was asked for (`90d` of a column) is the
-identity of the run; what it came to is kept beside its checkpoints:
+A window, such as the last 90 days, is pinned to two instants when a run begins; of a table of Delta Lake or Iceberg, so is the
+newest version. What was asked for (`90d` of a column) is the identity of the run; what it came to is kept beside its checkpoints:
 
-    runs/<key of what was asked>/window.json    {"until", "again", "run": key of the run, "files": fingerprint}
+    runs/<key of what was asked>/window.json    {"until", "table_version", "again", "run": key of the run, "files": fingerprint}
 
-A run that was killed goes on with its own instants. Once it is done, the same command looks at the time again: chosen rows in
-other files are another run. Where they lie in the same files as before, nothing is trained, unless `again` is set.
+A run that was killed goes on with its own. Once it is done, the same command looks again: chosen rows in other files are another
+run. Where they lie in the same files as before, nothing is trained, unless `again` is set.
 """
 
 import logging
@@ -42,21 +42,25 @@ def take_snapshot(
     holdout: str | None = None,
     stores: Callable[[str], Store] = open_store,
     choice: Choice | None = None,
+    version: int | None = None,
 ) -> Snapshot:
     """The dataset as it is now, without a holdout that lies inside of it; see `tidemill.storage.dataset.snapshot`.
 
-    A table in memory is one too; see `tidemill.tasks.table`. Of either, `choice` says which rows are asked for.
+    A table in memory is one too; see `tidemill.tasks.table`. Of either, `choice` says which rows are asked for; of a table of
+    Delta Lake or Iceberg, `version` which one.
 
     Raises:
         PlacesOverlap: the dataset is its own holdout, or lies inside of it.
     """
     if isinstance(dataset, pa.Table):
+        if version is not None:
+            raise DatasetError("a table in memory has no versions, and table_version says one.")
         return table_snapshot(dataset, choice)
     without = None
     if holdout is not None:
         without = stores(holdout).url
         check_holdout(stores(dataset).url, without)
-    taken = snapshot(dataset, stores, without=without, choice=choice)
+    taken = snapshot(dataset, stores, without=without, choice=choice, version=version)
     logger.info("%s: %d files, %d rows", taken.ref.url, taken.ref.files, taken.ref.rows)
     if (told := taken.ref.told) is not None:
         logger.info("%s", told)
@@ -74,46 +78,49 @@ def run_snapshot(
 ) -> Snapshot:
     """The rows of a dataset that the settings of a batch run ask for.
 
-    A window is that of a run that was begun with what is asked here and is not done, or else ends `now`.
+    A window, and the version of a table, are those of a run that was begun with what is asked here and is not done; or else the
+    window ends `now`, and the version is the newest.
 
     Raises:
-        PlacesOverlap: the dataset is its own holdout, or lies inside of it; with a window also if registry and dataset lie inside
-            each other. Nothing was written.
+        PlacesOverlap: the dataset is its own holdout, or lies inside of it; with a window or a table also if registry and dataset
+            lie inside each other. Nothing was written.
         StorageError: see `tidemill.storage.dataset.snapshot`.
     """
 
-    def take(choice: Choice | None) -> Snapshot:
-        return take_snapshot(dataset, settings.holdout_dataset, stores, choice)
-
-    if settings.last is None:
-        return take(choice_of(settings, now()))
-    url, log = IN_MEMORY if isinstance(dataset, pa.Table) else stores(dataset).url, VersionLog(stores(registry), model)
-    check_places(log, None if url == IN_MEMORY else url, settings, stores)
-    code = code_of(spec)
-    kept = _Kept(log, asked_key(url, spec, settings, code))
+    def take(until: datetime, version: int | None) -> Snapshot:
+        return take_snapshot(dataset, settings.holdout_dataset, stores, choice_of(settings, until), version)
 
     def of_before(pinned: _Pinned) -> Snapshot | None:
         """The rows of the run that was begun before, if its files are what they were."""
         try:
-            found = take(choice_of(settings, pinned.until))
+            found = take(pinned.until, pinned.table_version)
         except DatasetError:  # what is wrong with the dataset now, the new snapshot says
             return None
         return found if run_key(found, spec, settings, code) == pinned.run else None
 
+    until, taken = now(), None
+    if settings.last is None:
+        taken = take(until, settings.table_version)
+        if taken.ref.table is None or settings.table_version is not None:
+            return taken  # nothing depends on the moment when the run begins
+    url, log = IN_MEMORY if isinstance(dataset, pa.Table) else stores(dataset).url, VersionLog(stores(registry), model)
+    check_places(log, None if url == IN_MEMORY else url, settings, stores)
+    code = code_of(spec)
+    kept = _Kept(log, asked_key(url, spec, settings, code))
     while True:
         pinned = kept.read()
         done = pinned is not None and _is_done(log, pinned.run, settings)
         going_on = not done and pinned is not None and (pinned.again or not settings.again)
         if pinned is not None and going_on and (found := of_before(pinned)) is not None:
-            logger.info("going on with the last %s before %s", settings.last, pinned.until.isoformat())
+            logger.info("going on with the rows of the run that began at %s", pinned.until.isoformat())
             return found
-        until = now()
-        taken = take(choice_of(settings, until))
-        same = done and not settings.again and pinned is not None and taken.standing == pinned.files
+        taken = taken or take(until, settings.table_version)
+        same = done and not settings.again and pinned is not None and pinned.files == taken.standing
         if pinned is not None and same and (found := of_before(pinned)) is not None:
             return found
-        run = run_key(taken, spec, settings, code)
-        if kept.write(_Pinned(until=until, again=settings.again, run=run, files=taken.standing)):
+        table, run = taken.ref.table, run_key(taken, spec, settings, code)
+        version = None if table is None else table.version
+        if kept.write(_Pinned(until=until, table_version=version, again=settings.again, run=run, files=taken.standing)):
             return taken
 
 
@@ -147,7 +154,9 @@ class _Pinned(Record):
     """The window of the run that was begun last with what was asked."""
 
     until: datetime
-    """Its end."""
+    """Its end: when the run began."""
+    table_version: int | None = None
+    """Of a table of Delta Lake or Iceberg."""
     again: bool
     """Whether it was begun by `again`."""
     run: str

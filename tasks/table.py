@@ -38,13 +38,13 @@ def table_snapshot(table: pa.Table, choice: Choice | None = None) -> Snapshot:
             for batch in _own(rows).to_batches():
                 stream.write_batch(batch)
     fingerprint = sink.digest.hexdigest()
+    ref = DatasetRef(url=IN_MEMORY, fingerprint=fingerprint, files=1, rows=table.num_rows)
     if choice is not None:
         picks = Picks(choice, {}, lambda message: DatasetError(f"the {message}"))
         for group in groups:
             picks.look_at(group, choice.condition, lambda _: Bounds())
-        ref, chosen, standing = picks.taken(IN_MEMORY, 1, [["table", fingerprint]])
+        ref, chosen, standing = picks.taken(ref, [["table", fingerprint]])
         return Snapshot(ref, chosen, folder=IN_MEMORY, standing=standing)
-    ref = DatasetRef(url=IN_MEMORY, fingerprint=fingerprint, files=1, rows=table.num_rows)
     return Snapshot(ref, groups, folder=IN_MEMORY)
 
 

@@ -59,9 +59,10 @@ def compare(
     named = _named(specs)
     launch.find_own_modules()
     launch.datasets_exist(dataset, holdout_dataset)
+    chosen = rows.where is not None or rows.last is not None
     for name, spec in named.items():
         try:
-            check_training(dataset if rows == RowSettings() else None, spec, holdout_dataset)
+            check_training(None if chosen else dataset, spec, holdout_dataset, version=rows.table_version)
         except TrainingError as error:
             raise SpecError(f"{name}: {error}") from error
     from tidemill.tasks.choosing.compare import compare as run

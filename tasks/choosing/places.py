@@ -92,8 +92,10 @@ def dataset_of(
             f"{what} a table in memory: name a dataset to train the start on (--dataset), or give the table."
         )
     inside = [archive.url for archive in archives if relation(archive.url, wanted.url) is Relation.INSIDE]
+    table = wanted.table
+    url = wanted.url if table is None or table.metadata is None else f"{wanted.url}/{table.metadata}"
     for without in (None, *inside):
-        found = take_snapshot(wanted.url, without, stores, Choice.of(wanted.chosen))
+        found = take_snapshot(url, without, stores, Choice.of(wanted.chosen), None if table is None else table.version)
         if found.ref.fingerprint == wanted.fingerprint:
             return found
     raise DatasetChanged(

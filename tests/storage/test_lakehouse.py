@@ -1,4 +1,7 @@
-"""Tables of Delta Lake, Iceberg and Hudi are no folders of files: refused, as a dataset and as an inbox."""
+"""Tables of Delta Lake, Iceberg and Hudi are no folders of files: refused as an inbox, and inside of another folder.
+
+As datasets of their own, `test_delta.py` and `test_iceberg.py` have those that are read.
+"""
 
 import io
 import uuid
@@ -9,7 +12,7 @@ import pytest
 
 from tests.storage.faults import Call, FaultStore
 from tidemill.storage.dataset import snapshot
-from tidemill.storage.errors import PermissionDenied, UnsupportedTable
+from tidemill.storage.errors import DatasetError, PermissionDenied, UnsupportedTable
 from tidemill.storage.inbox import open_inbox
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.store import Store
@@ -38,8 +41,14 @@ def system(request: pytest.FixtureRequest, store: Store) -> str:
     return str(request.param).split()[0].removesuffix(",")
 
 
-@pytest.mark.parametrize("folder", ["tables/t", "tables/lake", "tables"])
-def test_a_table_is_no_dataset_nor_is_a_folder_that_holds_one(store: Store, system: str, folder: str) -> None:
+def test_what_only_looks_like_a_table_is_no_dataset(store: Store, system: str) -> None:
+    with pytest.raises(DatasetError, match=rf"/t.* {system} table") as refused:
+        snapshot(f"{store.url}/tables/t")
+    assert isinstance(refused.value, UnsupportedTable) or system != "Hudi"
+
+
+@pytest.mark.parametrize("folder", ["tables/lake", "tables"])
+def test_a_folder_that_holds_a_table_is_no_dataset(store: Store, system: str, folder: str) -> None:
     with pytest.raises(UnsupportedTable, match=rf"/t is an? {system} table.*plain Parquet files to another folder"):
         snapshot(f"{store.url}/{folder}")
 

@@ -1,17 +1,21 @@
 """The rows that a batch run trains on: all, those of a condition, or the last ones, whose ends are pinned when it begins."""
 
+import contextlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+from deltalake import DeltaTable, write_deltalake
 from pydantic import ValidationError
 
 from tests.data import SPEC, parquet, put, rows
 from tests.storage.faults import Call, FaultStore, hooked
+from tidemill.storage.audit import audit
 from tidemill.storage.dataset import Snapshot
 from tidemill.storage.errors import CorruptObject, DatasetError, PlacesOverlap
 from tidemill.storage.log import VersionLog, open_log
@@ -287,6 +291,104 @@ def test_killed_at_any_call_the_same_command_ends_with_the_bits_of_its_first_win
     assert ends(log)[1] == began
     reference = World(world.dataset, memory_url("reference")).train(began)
     assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
+
+
+# ---- tables of Delta Lake ----------------------------------------------------------------------------------------------
+ALL = BatchSettings()
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    write_deltalake(tmp_path / "table", timed(0))
+    write_deltalake(tmp_path / "table", timed(1), mode="append")
+    return tmp_path / "table"
+
+
+def of(log: VersionLog) -> tuple[int, int]:
+    """The version of the table that the head was trained on, and how many rows."""
+    ref = log.head().manifest.dataset
+    assert ref is not None
+    assert ref.table is not None
+    return ref.table.version, ref.rows
+
+
+def test_a_killed_run_goes_on_with_its_version_of_a_table_that_is_written(table: Path, memory_url: MakeUrl) -> None:
+    reference = World(str(table), memory_url("reference")).train(START, ALL)
+    world = World(str(table), memory_url("registry"))
+    world.train(START, ALL, epochs=1)
+    write_deltalake(table, timed(2), mode="append")
+    DeltaTable(table).delete("a > 0")
+    log = world.train(START, ALL)
+    assert of(log) == of(reference) == (1, 192)
+    assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
+    assert of(world.train(START, ALL))[0] == 3, "and once it is done, on the newest"
+    assert world.train(START, ALL).head().number == 1
+
+
+def test_a_version_that_is_named_is_trained_on_and_again_by_the_same_key(table: Path, memory_url: MakeUrl) -> None:
+    world = World(str(table), memory_url("registry"))
+    named = BatchSettings(table_version=0)
+    assert of(world.train(START, named)) == (0, 96)
+    write_deltalake(table, timed(2), mode="append")
+    assert world.train(START, named).head().number == 0
+    log = world.train(START, BatchSettings(table_version=2, where="b > 0"))
+    assert log.head().number == 1
+    assert dataset_of(log, log.head(), [], open_store).ref == log.head().manifest.dataset
+    info = batch.train(str(table), memory_url("other"), "model", SPEC, named)
+    assert info.chosen[0] == "version 0 of the Delta table"
+
+
+def test_an_unfinished_run_whose_files_were_vacuumed_begins_anew(table: Path, memory_url: MakeUrl) -> None:
+    world = World(str(table), memory_url("registry"))
+    world.train(START, ALL, epochs=1)
+    DeltaTable(table).delete("b > 0")
+    DeltaTable(table).vacuum(0, dry_run=False, enforce_retention_duration=False)
+    newest = DeltaTable(table).version()
+    assert of(world.train(START, ALL))[0] == newest
+
+
+@pytest.mark.parametrize("moment", range(0, 45, 4))
+def test_killed_at_any_call_while_the_table_is_written_a_run_trains_what_its_version_holds(
+    table: Path, memory_url: MakeUrl, moment: int
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    registry, calls = memory_url("registry"), list[str]()
+
+    def kill(call: Call) -> None:
+        if call.phase == "before" and call.url == registry:
+            calls.append(call.name)
+            if len(calls) % 10 == 5:
+                write_deltalake(table, timed(len(calls), 8), mode="append")
+            if len(calls) > moment:
+                raise Killed
+
+    with contextlib.suppress(Killed):
+        batch.train(str(table), registry, "model", SPEC, stores=lambda url: FaultStore(open_store(url), kill))
+    write_deltalake(table, timed(3), mode="append")
+    DeltaTable(table).optimize.compact()
+    batch.train(str(table), registry, "model", SPEC)
+    log = open_log(registry, "model")
+    assert audit(log).findings == []
+    version, count = of(log)
+    assert count == DeltaTable(table, version=version).to_pyarrow_table().num_rows
+    batch.train(str(table), memory_url("reference"), "model", SPEC, BatchSettings(table_version=version))
+    reference = open_log(memory_url("reference"), "model")
+    for number in range(log.head().number + 1):
+        if of_version(log, number) == version:
+            assert log.version(number).manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
+
+
+def of_version(log: VersionLog, number: int) -> int | None:
+    ref = log.version(number).manifest.dataset
+    return None if ref is None or ref.table is None else ref.table.version
+
+
+def test_predictions_are_made_for_a_version_of_a_table(table: Path, memory_url: MakeUrl) -> None:
+    batch.train(str(table), memory_url("registry"), "model", SPEC)
+    done = predict(memory_url("registry"), "model", str(table), memory_url("out"), rows=RowSettings(table_version=0))
+    assert (done.files, done.rows) == (1, 96)
 
 
 # ---- other readers -------------------------------------------------------------------------------------------------------
