@@ -214,6 +214,17 @@ def test_a_run_whose_files_have_changed_begins_anew(world: World) -> None:
     assert ends(world.train(at + timedelta(hours=1)))[1] == at + timedelta(hours=1)
 
 
+def test_a_run_that_began_with_other_weights_is_done_when_it_is_done(world: World, dataset: str) -> None:
+    batch.train(dataset, world.registry, "source", SPEC)
+    at, warm = START + timedelta(days=4), LAST.model_copy(update={"init_from": f"{world.registry}/source@0"})
+    world.train(at, warm, epochs=1)
+    assert ends(world.train(at + timedelta(hours=1), warm))[1] == at
+    assert world.train(at + timedelta(hours=2), warm).head().number == 0
+    put(dataset, {"4.parquet": timed(4)})
+    log = world.train(at + timedelta(days=1), warm)
+    assert (log.head().number, ends(log)[1]) == (1, at + timedelta(days=1))
+
+
 def test_other_settings_have_instants_of_their_own(world: World) -> None:
     at = START + timedelta(days=3)
     world.train(at, epochs=1)
