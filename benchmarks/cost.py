@@ -7,8 +7,7 @@
 `measure` takes one part after the other in this process: opening, reading a learner, commits of different sizes, looks. Requests
 are counted where they are sent. `check` fits the seconds of the parts to the turns of a small run, lets the product's own rota
 (`tidemill/tasks/tenants/rota.py`) take the turns of the large one on a clock that jumps, and then runs it: processes of their
-own, from their start to their end, by the clock and by the CPU, which counts on a busy machine. Prices are the list prices of S3
-and EC2 in us-east-1: see `PRICES`.
+own, from their start to their end. Prices are the list prices of S3 and EC2 in us-east-1: see `PRICES`.
 """
 
 import argparse
@@ -16,7 +15,6 @@ import heapq
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -55,7 +53,7 @@ class Cost:
     @property
     def dollars(self) -> float:
         asked = sum(PRICES[kind] * count for kind, count in self.requests.items())
-        return asked + PRICES["core second"] * max(self.seconds, self.cpu_seconds)
+        return asked + PRICES["core second"] * self.cpu_seconds
 
 
 class Counted:
@@ -102,7 +100,7 @@ def measure(where: str, models: int, rounds: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     counted, costs = Counted(), dict[str, list[Cost]]()
-    small, large = [shard(ROWS, seed) for seed in range(4)], [shard(10 * ROWS, seed) for seed in range(4)]
+    small, seeds = [shard(ROWS, seed) for seed in range(4)], itertools.count(100)
     with tempfile.TemporaryDirectory() as folder, places(where, Path(folder)) as base:
         names = [f"m{number}" for number in range(models)]
         begin(f"{base}/registry", names)
@@ -115,8 +113,8 @@ def measure(where: str, models: int, rounds: int) -> dict[str, Any]:
                 run.head()
             step(run)
             for number in range(rounds):
-                for size, contents, count in (("one", small, 1), ("many", small, 21), ("large", large, 21)):
-                    fill(pair["inbox"], [bytes(each) for each in contents], count)
+                for size, rows, count in (("one", ROWS, 1), ("many", ROWS, 21), ("large", 10 * ROWS, 21)):
+                    fill(pair["inbox"], [shard(rows, next(seeds)) for _ in range(count)], count)
                     with counted.part(costs, f"commit of {size}"):
                         done = step(run)
                     assert done.outcome is Outcome.COMMITTED, (number, done)
@@ -209,13 +207,13 @@ def tell(measured: dict[str, Any]) -> None:
             (parts["shard"], shards),
             (parts["1,000 more rows"], (many - ROWS * shards) / 1000),
         )
-        seconds = sum(cost.seconds * count for cost, count in work)
+        seconds = sum(cost.cpu_seconds * count for cost, count in work)
         asked = sum(PRICES[kind] * number * count for cost, count in work for kind, number in cost.requests.items())
         core = PRICES["core second"] * seconds
         what = f"{many:,} in shards of {of_shard:,}, {of_commit} a commit"
         a_million = (asked + core) * 1e6 / many
         rows.append((what, f"{seconds:,.1f}", f"{asked:,.4f}", f"{core:,.4f}", f"{a_million:.4f}"))
-    print("\n" + table(("rows a day", "seconds of work", "$ for requests", "$ for the core", "$ a million rows"), rows))
+    print("\n" + table(("rows a day", "CPU seconds", "$ for requests", "$ for the core", "$ a million rows"), rows))
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -225,11 +223,8 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 # ---- a simulation, and what it simulates -----------------------------------------------------------------------------
-def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, int], *, by_cpu: bool) -> float:
-    """Seconds of a drain of so many shards of each model, by the product's rota on a clock that jumps.
-
-    By the clock, lookouts look while others have their turns; of the CPU, they take their share in any case.
-    """
+def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, int]) -> float:
+    """Seconds of a drain of so many shards of each model, by the product's rota on a clock that jumps."""
     from tidemill.tasks.online.step import Outcome
     from tidemill.tasks.stopping import Stop
     from tidemill.tasks.tenants.doors import LOOKOUTS
@@ -276,8 +271,6 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
             seconds = costs["look"] if model.opened else costs["open"]
             found = look() or not model.opened
             model.opened = True
-            if by_cpu:
-                now[0] += seconds
             begins = max(now[0], heapq.heappop(self._free))
             heapq.heappush(self._free, begins + seconds)
             heapq.heappush(self._back, (begins + seconds, next(self._number), who, found))
@@ -308,33 +301,26 @@ turns, looks = [], []
 turn, look = tenant.Tenant.turn, tenant.Tenant.look
 def timed_turn(one):
     cold = one._run._head is None
-    shards, before = one.report.shards, len(looks)
-    at, cpu = time.perf_counter(), time.process_time()
+    shards = one.report.shards
+    at = time.perf_counter()
     outcome = turn(one)
-    seconds, spent = time.perf_counter() - at, time.process_time() - cpu
-    spent -= sum(other for _, other, _ in looks[before:])  # of lookouts, meanwhile
-    turns.append((seconds, spent, cold, outcome.value, one.report.shards - shards))
+    turns.append((time.perf_counter() - at, cold, outcome.value, one.report.shards - shards))
     return outcome
 def timed_look(one):
     opens = one._run is None
-    at, cpu = time.perf_counter(), time.thread_time()
+    at = time.perf_counter()
     found = look(one)
-    looks.append((time.perf_counter() - at, time.thread_time() - cpu, opens))
+    looks.append((time.perf_counter() - at, opens))
     return found
 tenant.Tenant.turn, tenant.Tenant.look = timed_turn, timed_look
-ready, ready_cpu = time.time(), time.process_time()
+ready = time.time()
 report = doors.drain([Pair(**pair) for pair in pairs], OnlineSettings(limits=Limits(**settings)), learners=learners)
-print(json.dumps({"start": (ready - began, ready_cpu), "drained": (time.time() - ready, time.process_time() - ready_cpu),
-                  "turns": turns, "looks": looks, "shards": report.shards, "failing": report.failing}))
+print(json.dumps({"start": ready - began, "drained": time.time() - ready, "turns": turns, "looks": looks,
+                  "shards": report.shards, "failing": report.failing}))
 """
 
 
-Both = tuple[float, float]
-"""Seconds by the clock, and of the CPU."""
-CLOCKS = ("clock", "cpu")
-
-
-def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[Both, dict[str, Any]]:
+def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[float, dict[str, Any]]:
     """(seconds from the start of a process to its end, what it told) of a real drain."""
     names = [f"m{number:04}" for number in range(len(shards))]
     begin(f"{base}/registry", names)
@@ -343,7 +329,7 @@ def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[Both, d
     for pair, count in zip(pairs, shards, strict=True):
         fill(pair["inbox"], contents, count)
     given = json.dumps([pairs, {"max_shards": settings["max_shards"]}, settings["learners"]])
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    began = time.time()
     done = subprocess.run(
         [sys.executable, "-c", RUN],
         input=given,
@@ -352,22 +338,19 @@ def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[Both, d
         check=False,
         env=os.environ | {"BEGAN": str(began)},
     )
-    seconds, after = time.time() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = time.time() - began
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     told = json.loads(done.stdout)
     assert (told["shards"], told["failing"]) == (sum(shards), {})
-    return (seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime), told
+    return seconds, told
 
 
-def fitted(told: dict[str, Any], seconds: Both, which: int) -> dict[str, float]:
-    """Seconds of the parts, by least squares over the turns of a run: a turn, a learner read, a commit, a shard.
-
-    `which` is 0 by the clock, 1 of the CPU.
-    """
+def fitted(told: dict[str, Any], seconds: float) -> dict[str, float]:
+    """Seconds of the parts, by least squares over the turns of a run: a turn, a learner read, a commit, a shard."""
     turns = told["turns"]
-    known = np.array([[1.0, cold, outcome == "committed", shards] for _, _, cold, outcome, shards in turns])
-    spent = np.array([turn[which] for turn in turns])
+    known = np.array([[1.0, cold, outcome == "committed", shards] for _, cold, outcome, shards in turns])
+    spent = np.array([spent for spent, *_ in turns])
     # No part takes less than nothing: those that would are left out, and the others fitted again
     left, parts = [0, 1, 2, 3], np.zeros(4)
     while left:
@@ -377,11 +360,11 @@ def fitted(told: dict[str, Any], seconds: Both, which: int) -> dict[str, float]:
             break
         left.remove(left[int(solved.argmin())])
     turn, learner, commit, each = parts
-    looks = {opens: [look[which] for look in told["looks"] if look[2] == opens] for opens in (True, False)}
+    looks = {opens: [spent for spent, opened in told["looks"] if opened == opens] for opens in (True, False)}
     means = {opens: statistics.mean(found) if found else 0.0 for opens, found in looks.items()}
-    end = max(0.0, seconds[which] - told["start"][which] - told["drained"][which])
+    end = max(0.0, seconds - told["start"] - told["drained"])
     return {
-        **{"start": told["start"][which], "end": end, "open": means[True], "look": means[False]},
+        **{"start": told["start"], "end": end, "open": means[True], "look": means[False]},
         **{"turn": turn, "learner": learner, "commit": commit, "shard": each},
     }
 
@@ -392,19 +375,23 @@ def check(where: str, models: int, times: int) -> None:
     small = [10 + 2 * number for number in range(models)]
     with tempfile.TemporaryDirectory() as folder, places(where, Path(folder)) as base:
         seconds, told = run(f"{base}/small", small, settings)
-        costs = {name: fitted(told, seconds, which) for which, name in enumerate(CLOCKS)}
+        costs = fitted(told, seconds)
         say(where, "calibration", seconds, parts=costs)
         sizes = {"models": small * times, "shards": [count * times for count in small]}
         for more, shards in sizes.items():
-            wanted = [simulated(costs[name], shards, settings, by_cpu=name == "cpu") for name in CLOCKS]
+            wanted = simulated(costs, shards, settings)
             seconds, _ = run(f"{base}/{more}", shards, settings)
-            ratios = {name: round(wanted[i] / seconds[i], 3) for i, name in enumerate(CLOCKS)}
-            say(where, f"{times} times the {more}", seconds, simulated=[round(one, 2) for one in wanted], ratios=ratios)
+            say(
+                where,
+                f"{times} times the {more}",
+                seconds,
+                simulated=round(wanted, 2),
+                ratio=round(wanted / seconds, 3),
+            )
 
 
-def say(where: str, case: str, seconds: Both, **more: Any) -> None:
-    real = [round(one, 2) for one in seconds]
-    print(json.dumps({"suite": "cost", "where": where, "case": case, "real": real, **more}), flush=True)
+def say(where: str, case: str, seconds: float, **more: Any) -> None:
+    print(json.dumps({"suite": "cost", "where": where, "case": case, "real": round(seconds, 2), **more}), flush=True)
 
 
 def main() -> None:

@@ -71,6 +71,11 @@ class Champion:
         elif self.settings.champion == "move" and self.settings.holdout_dataset is not None:
             self._decided = self._last_decision(head)
 
+    def finish(self, head: Version) -> None:
+        """What `refresh` does first, for whoever has no learner: the alias moves as the head decided, if it has not yet."""
+        if self.settings.champion != "ignore":
+            self._promote(head)
+
     def forget(self) -> None:
         """Drop all that takes memory. `refresh` finds it again; only what the settings and the alias say is kept."""
         self._network = self._number = self._holdout = self._holdout_score = self._served = None

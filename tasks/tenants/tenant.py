@@ -64,7 +64,7 @@ class Tenant:
         """Why the last turn failed; None: it did not."""
         self.report: OnlineReport | None = None
         """None before it could be opened. It outlives the run."""
-        self._has_stepped = self._has_committed = False
+        self._has_committed = False
         self._sight: _Sight | None = None
         """What the last look saw, if it saw all of it."""
         self._settled: tuple[_Sight, float] | None = None
@@ -84,29 +84,38 @@ class Tenant:
     def look(self) -> bool:
         """Open the run if it is not; then whether a turn may find something to do.
 
-        The first turn of a run always does: it reads the head, and finishes what a process before it has left.
-
         Raises:
             StorageError: what `OnlineRun` raises; or an inbox is away.
         """
         with speaking_of(self.name):
             if self._run is None:
-                self._open()
-                return True
-            if not self._has_stepped:
-                return True
+                return self._must_begin(self._open())
             return self._see(self._run)
 
-    def _open(self) -> None:
+    def _open(self) -> OnlineRun:
         pair, settings = self.pair, self.settings
         run = OnlineRun(pair.inbox, pair.registry, pair.model, settings, self._stores)
         if self.report is not None:
             run.report = self.report  # it goes on counting
         if self._numbers is not None:
             _begin(self._numbers, run.places.log, settings)
-        self._has_stepped = self._has_committed = False
-        self._sight = self._settled = None
+        self._has_committed, self._sight, self._settled = False, None, None
         self._run, self.report = run, run.report
+        return run
+
+    def _must_begin(self, run: OnlineRun) -> bool:
+        """Whether a first turn is needed. Where nothing waits, what a run before has left is finished without a learner.
+
+        With an empty inbox nothing is owed in it. A rollback or a retraining, which the head may call for, is a turn's.
+        """
+        if self.settings.gate.after_refusals != "continue":
+            return True
+        if any(True for inbox in run.places.inboxes for _ in entries(inbox)):
+            return True
+        log = run.places.log
+        log.make_durable(head := log.head())  # before anything follows from it
+        run.champion.finish(head)
+        return False
 
     def _see(self, run: OnlineRun) -> bool:
         """Whether there is anything that the last turn has not seen. After a commit that left shards, the first will do."""
@@ -140,7 +149,7 @@ class Tenant:
                 happened(Stepped(time.monotonic() - began))
         idle = done.outcome is Outcome.IDLE
         self._settled = (self._sight, began) if idle and self._sight is not None else None
-        self._has_stepped, self._has_committed = True, not idle
+        self._has_committed = not idle
         return done.outcome
 
     def let_go(self) -> None:

@@ -13,7 +13,8 @@ import pytest
 from tests.data import SPEC, keys, put, rows
 from tests.storage.faults import Call, hooked
 from tests.tasks.online.test_step import days
-from tidemill.storage.errors import Unavailable
+from tidemill.storage.aliases import all_aliases
+from tidemill.storage.errors import PermissionDenied, Unavailable
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch, online
@@ -198,7 +199,26 @@ def test_what_stays_in_an_inbox_costs_no_learner_at_each_look(small: Town, monke
     report = doors.follow(small.pairs, settings, learners=1)
     assert report.models["a"].shards == 2
     assert turns.count("a") <= 5
-    assert turns.count("b") == 1  # its first, which finishes what a process before has left
+    assert "b" not in turns
+
+
+def test_where_nothing_waits_what_a_killed_run_left_is_finished_without_a_learner(
+    small: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed when its shards were removed, and before the alias moved."""
+    small.fill("a", 1)
+    left = [PermissionDenied("killed")]
+
+    def killed(call: Call) -> None:
+        if left and call.phase == "before" and call.verb == "replace" and "a/aliases/" in call.key:
+            raise left.pop()
+
+    assert [*doors.drain(small.pairs, ONE_A_COMMIT, stores=hooked(killed)).failing] == ["a"]
+    assert (keys(small.inbox("a")), all_aliases(open_log(small.registry, "a"))["champion"]) == ([], 0)
+    monkeypatch.setattr(tenant.Tenant, "turn", None)
+    report = doors.drain(small.pairs, ONE_A_COMMIT)
+    assert (report.failing, report.models["a"].head) == ({}, 1)
+    assert all_aliases(open_log(small.registry, "a"))["champion"] == 1
 
 
 def test_too_many_refusals_of_one_retrain_that_one(small: Town, memory_url: MakeUrl) -> None:
@@ -222,6 +242,7 @@ def test_too_many_refusals_of_one_retrain_that_one(small: Town, memory_url: Make
 
 # ---- who watches -----------------------------------------------------------------------------------------------------
 def test_metrics_of_all_are_in_one_file_with_who_fails(small: Town, tmp_path: Path) -> None:
+    small.fill("a", 1)
     small.fill("b", 2)
     small.rot("a")
     file = tmp_path / "tidemill.prom"
