@@ -7,7 +7,8 @@
 `measure` takes one part after the other in this process: opening, reading a learner, commits of different sizes, looks. Requests
 are counted where they are sent. `check` fits the seconds of the parts to the turns of a small run, lets the product's own rota
 (`tidemill/tasks/tenants/rota.py`) take the turns of the large one on a clock that jumps, and then runs it: processes of their
-own, from their start to their end. Prices are the list prices of S3 and EC2 in us-east-1: see `PRICES`.
+own, from their start to their end, by the clock and by the CPU, which counts on a busy machine. Prices are the list prices of S3
+and EC2 in us-east-1: see `PRICES`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import heapq
 import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -223,8 +225,16 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 # ---- a simulation, and what it simulates -----------------------------------------------------------------------------
-def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, int]) -> float:
-    """Seconds of a drain of so many shards of each model, by the product's rota on a clock that jumps."""
+CLOCKS = ("clock", "cpu")
+READ_AHEAD = 16
+"""Shards that a run on S3 reads ahead, and drops if its learner is dropped."""
+
+
+def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, int], clock: str) -> float:
+    """Seconds of a drain of so many shards of each model, by the product's rota on a clock that jumps.
+
+    By the clock, lookouts look while others have their turns; of the CPU, they take their share in any case.
+    """
     from tidemill.tasks.online.step import Outcome
     from tidemill.tasks.stopping import Stop
     from tidemill.tasks.tenants.doors import LOOKOUTS
@@ -242,7 +252,7 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
             return self.left > 0
 
         def turn(self) -> Outcome:
-            now[0] += costs["turn"] if self.warm else costs["turn"] + costs["learner"]
+            now[0] += costs["turn"] + (0.0 if self.warm else costs["learner"])
             self.warm = True
             taken = min(self.left, settings["max_shards"])
             if not taken:
@@ -255,6 +265,7 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
 
         def let_go(self) -> None:
             self.warm = False
+            now[0] += costs["dropped"] * min(self.left, settings["read_ahead"])
 
         def failed(self, reason: str | None) -> None: ...
 
@@ -269,11 +280,12 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
         def send(self, who: Any, look: Callable[[], bool]) -> None:
             model: Model = who.member
             seconds = costs["look"] if model.opened else costs["open"]
-            found = look() or not model.opened
-            model.opened = True
-            begins = max(now[0], heapq.heappop(self._free))
-            heapq.heappush(self._free, begins + seconds)
-            heapq.heappush(self._back, (begins + seconds, next(self._number), who, found))
+            found, model.opened = look(), True
+            if clock == "cpu":
+                now[0] += seconds
+            ends = max(now[0], heapq.heappop(self._free)) + seconds
+            heapq.heappush(self._free, ends)
+            heapq.heappush(self._back, (ends, next(self._number), who, found))
 
         def back(self) -> list[tuple[Any, bool | Exception]]:
             found: list[tuple[Any, bool | Exception]] = []
@@ -297,30 +309,38 @@ from tidemill.tasks.settings import Limits, OnlineSettings
 from tidemill.tasks.tenants import doors, tenant
 from tidemill.tasks.tenants.pairs import Pair
 pairs, settings, learners = json.loads(sys.stdin.read())
-turns, looks = [], []
-turn, look = tenant.Tenant.turn, tenant.Tenant.look
+turns, looks, dropped = [], [], [0]
+turn, look, let_go = tenant.Tenant.turn, tenant.Tenant.look, tenant.Tenant.let_go
+ready, last = time.time(), [time.perf_counter(), time.process_time(), 0]
+start_cpu = time.process_time()
 def timed_turn(one):
-    cold = one._run._head is None
-    shards = one.report.shards
-    at = time.perf_counter()
+    cold, shards = one._run._head is None, one.report.shards
+    at, went = time.perf_counter(), last[2]
     outcome = turn(one)
-    turns.append((time.perf_counter() - at, cold, outcome.value, one.report.shards - shards))
+    cpu = time.process_time() - last[1] - sum(spent for _, spent, _ in looks[went:])  # all but that of lookouts
+    turns.append((time.perf_counter() - at, cpu, cold, outcome.value, one.report.shards - shards, dropped[0]))
+    last[1:], dropped[0] = [time.process_time(), len(looks)], 0
     return outcome
 def timed_look(one):
     opens = one._run is None
-    at = time.perf_counter()
+    at, cpu = time.perf_counter(), time.thread_time()
     found = look(one)
-    looks.append((time.perf_counter() - at, opens))
+    looks.append((time.perf_counter() - at, time.thread_time() - cpu, opens))
     return found
-tenant.Tenant.turn, tenant.Tenant.look = timed_turn, timed_look
-ready = time.time()
+def counted_let_go(one):
+    selection = None if one._run is None else one._run._selection
+    dropped[0] += 0 if selection is None else len(selection.reader._coming)
+    let_go(one)
+tenant.Tenant.turn, tenant.Tenant.look, tenant.Tenant.let_go = timed_turn, timed_look, counted_let_go
 report = doors.drain([Pair(**pair) for pair in pairs], OnlineSettings(limits=Limits(**settings)), learners=learners)
-print(json.dumps({"start": ready - began, "drained": time.time() - ready, "turns": turns, "looks": looks,
-                  "shards": report.shards, "failing": report.failing}))
+print(json.dumps({"start": (ready - began, start_cpu), "drained": (time.time() - ready, time.process_time() - start_cpu),
+                  "turns": turns, "looks": looks, "shards": report.shards, "failing": report.failing}))
 """
+Both = tuple[float, float]
+"""Seconds by the clock, and of the CPU."""
 
 
-def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[float, dict[str, Any]]:
+def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[Both, dict[str, Any]]:
     """(seconds from the start of a process to its end, what it told) of a real drain."""
     names = [f"m{number:04}" for number in range(len(shards))]
     begin(f"{base}/registry", names)
@@ -329,7 +349,7 @@ def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[float, 
     for pair, count in zip(pairs, shards, strict=True):
         fill(pair["inbox"], contents, count)
     given = json.dumps([pairs, {"max_shards": settings["max_shards"]}, settings["learners"]])
-    began = time.time()
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     done = subprocess.run(
         [sys.executable, "-c", RUN],
         input=given,
@@ -338,60 +358,56 @@ def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[float, 
         check=False,
         env=os.environ | {"BEGAN": str(began)},
     )
-    seconds = time.time() - began
+    seconds, after = time.time() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     told = json.loads(done.stdout)
     assert (told["shards"], told["failing"]) == (sum(shards), {})
-    return seconds, told
+    return (seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime), told
 
 
-def fitted(told: dict[str, Any], seconds: float) -> dict[str, float]:
-    """Seconds of the parts, by least squares over the turns of a run: a turn, a learner read, a commit, a shard."""
+def fitted(told: dict[str, Any], seconds: Both, which: int) -> dict[str, float]:
+    """Seconds of the parts, by least squares over the turns of a run: a turn, a learner read, a commit, a shard, one dropped.
+
+    `which` is 0 by the clock, 1 of the CPU.
+    """
     turns = told["turns"]
-    known = np.array([[1.0, cold, outcome == "committed", shards] for _, cold, outcome, shards in turns])
-    spent = np.array([spent for spent, *_ in turns])
+    known = np.array([[1.0, cold, what == "committed", shards, dropped] for _, _, cold, what, shards, dropped in turns])
+    spent = np.array([turn[which] for turn in turns])
     # No part takes less than nothing: those that would are left out, and the others fitted again
-    left, parts = [0, 1, 2, 3], np.zeros(4)
+    left, parts = [*range(known.shape[1])], np.zeros(known.shape[1])
     while left:
         solved = np.linalg.lstsq(known[:, left], spent, rcond=None)[0]
         if (solved >= 0).all():
             parts[left] = solved
             break
         left.remove(left[int(solved.argmin())])
-    turn, learner, commit, each = parts
-    looks = {opens: [spent for spent, opened in told["looks"] if opened == opens] for opens in (True, False)}
+    looks = {opens: [look[which] for look in told["looks"] if look[2] == opens] for opens in (True, False)}
     means = {opens: statistics.mean(found) if found else 0.0 for opens, found in looks.items()}
-    end = max(0.0, seconds - told["start"] - told["drained"])
-    return {
-        **{"start": told["start"], "end": end, "open": means[True], "look": means[False]},
-        **{"turn": turn, "learner": learner, "commit": commit, "shard": each},
-    }
+    end = max(0.0, seconds[which] - told["start"][which] - told["drained"][which])
+    outside = {"start": told["start"][which], "end": end, "open": means[True], "look": means[False]}
+    return outside | dict(zip(("turn", "learner", "commit", "shard", "dropped"), map(float, parts), strict=True))
 
 
 def check(where: str, models: int, times: int) -> None:
     """Calibrate on `models`, simulate and run `times` as many; and the same models with `times` as many shards."""
-    settings = {"max_shards": 8, "learners": 4}
-    small = [10 + 2 * number for number in range(models)]
+    settings = {"max_shards": 8, "learners": 4, "read_ahead": READ_AHEAD if where == "s3" else 0}
+    small = [10 + 4 * number for number in range(models)]
     with tempfile.TemporaryDirectory() as folder, places(where, Path(folder)) as base:
         seconds, told = run(f"{base}/small", small, settings)
-        costs = fitted(told, seconds)
+        costs = {clock: fitted(told, seconds, which) for which, clock in enumerate(CLOCKS)}
         say(where, "calibration", seconds, parts=costs)
         sizes = {"models": small * times, "shards": [count * times for count in small]}
         for more, shards in sizes.items():
-            wanted = simulated(costs, shards, settings)
+            wanted = [simulated(costs[clock], shards, settings, clock) for clock in CLOCKS]
             seconds, _ = run(f"{base}/{more}", shards, settings)
-            say(
-                where,
-                f"{times} times the {more}",
-                seconds,
-                simulated=round(wanted, 2),
-                ratio=round(wanted / seconds, 3),
-            )
+            ratios = {clock: round(wanted[i] / seconds[i], 3) for i, clock in enumerate(CLOCKS)}
+            say(where, f"{times} times the {more}", seconds, simulated=[round(one, 2) for one in wanted], ratios=ratios)
 
 
-def say(where: str, case: str, seconds: float, **more: Any) -> None:
-    print(json.dumps({"suite": "cost", "where": where, "case": case, "real": round(seconds, 2), **more}), flush=True)
+def say(where: str, case: str, seconds: Both, **more: Any) -> None:
+    real = [round(one, 2) for one in seconds]
+    print(json.dumps({"suite": "cost", "where": where, "case": case, "real": real, **more}), flush=True)
 
 
 def main() -> None:
