@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torchmetrics.regression import MeanAbsoluteError
 
 from tests.guarantees.audit import audit
 from tests.guarantees.children import (
@@ -29,16 +30,17 @@ from tests.guarantees.children import (
     state_of,
     waiting,
 )
-from tests.ranks.crews import INBOX, SECONDS, Ended, begin, drained, joined, lead, registered
+from tests.ranks.crews import INBOX, SECONDS, SPEC, Ended, begin, drained, joined, lead, registered
 from tests.s3_server import wait_until
 from tests.storage.faults import act_once, hooked
 from tidemill.storage.log import VersionLog
 from tidemill.storage.urls import open_store
 from tidemill.tasks.errors import RanksDiffer
-from tidemill.tasks.online import commit, turns
+from tidemill.tasks.online import commit, doors, turns
 from tidemill.tasks.online import step as online
 from tidemill.tasks.ranks.crew import Crew, follow_orders
 from tidemill.tasks.ranks.messages import Order
+from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 
 
@@ -325,3 +327,38 @@ def test_without_the_comparison_a_flipped_bit_would_be_committed(runs: Runs, tmp
     assert json.loads(result.read_text()) == [0]
     with pytest.raises(AssertionError):
         runs.check(place)
+
+
+# ---- what else runs in a rank ----------------------------------------------------------------------------------------
+class AddsUp(MeanAbsoluteError):
+    """A metric that adds up over all processes by itself, where there are several: so torchmetrics does, and so do users."""
+
+    def compute(self) -> torch.Tensor:
+        value = super().compute()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(value)
+        return value
+
+
+def lead_with_own_metric(store: str, inbox: str, registry: str) -> None:
+    os.environ["TIDEMILL_FACTORIES"] = "tests.ranks.test_deaths"
+    lead(joined(0, 2, store, lambda _: None), lambda: doors.drain(inbox, registry, "model", ONLINE))
+
+
+@pytest.mark.ranks
+def test_metrics_that_add_up_over_all_processes_do_so_in_the_leader_alone_and_wait_for_nobody(
+    make_url: MakeUrl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEMILL_FACTORIES", "tests.ranks.test_deaths")
+    metrics = ["tests.ranks.test_deaths:AddsUp", "torchmetrics:MeanAbsolutePercentageError"]
+    registered(make_url("dataset"), make_url("base"), Spec.model_validate(SPEC.model_dump() | {"metrics": metrics}))
+    place, store = (make_url("inbox"), make_url("registry")), str(tmp_path / "store")
+    begin(make_url("base"), *place)
+    children = start_child(lead_with_own_metric, store, *place), start_child(crew, store, 1, 2, SECONDS)
+    for child in children:
+        child.join(DEADLINE)
+        assert child.exitcode == 0
+    audit(log := VersionLog(open_store(place[1]), "model"), INBOX.items())
+    scored = log.head().manifest.metrics
+    assert scored["addsup"] == pytest.approx(scored["mae"], rel=1e-5)
+    assert scored["meanabsolutepercentageerror"] > 0
