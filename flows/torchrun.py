@@ -6,18 +6,19 @@ started it, and quiet where torchrun would print a traceback of its own.
 
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tidemill.tasks.errors import RanksRefused
 from tidemill.tasks.ranks import launched
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 MAX_RESTARTS: Final = 10
 """How often the ranks are started again after one has died."""
@@ -53,6 +54,9 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
     The first SIGTERM or Ctrl-C asks the leader to stop after the step in hand; the second kills all ranks, which is safe too.
     If this process dies, torchrun and the ranks end as well.
     """
+    import subprocess  # here, because light commands import this module
+    import tempfile
+
     # -P: modules of the current folder must not stand before those of Python and torch
     python = [sys.executable, "-P", "-m"]
     options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={MAX_RESTARTS}", "--no-python"]
@@ -82,11 +86,13 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
         return int(result.read_text()) if result.exists() else code or 1
 
 
-def _awaited(process: "subprocess.Popen[bytes]", result: Path) -> int:
+def _awaited(process: "Popen[bytes]", result: Path) -> int:
     """The exit code of torchrun. A crew that does not hear of the leader's end, as one that still waits for it, is killed."""
+    from subprocess import TimeoutExpired
+
     ended: float | None = None
     while True:
-        with suppress(subprocess.TimeoutExpired):
+        with suppress(TimeoutExpired):
             return process.wait(_LOOK_SECONDS)
         if ended is None and result.exists():
             ended = time.monotonic()

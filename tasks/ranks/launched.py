@@ -4,7 +4,6 @@ A process is a rank only if it was entered as one: by `tidemill train`, by `tide
 script of the user's that torchrun starts, and that calls Tidemill in each of its processes, has as many runs of their own.
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -112,4 +111,6 @@ def timeout_seconds() -> float:
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
     """Have the kernel send this process a signal when the one that started it ends, however that ends. On Linux only."""
     if sys.platform == "linux":
+        import ctypes  # here, because light commands import this module
+
         ctypes.CDLL(None).prctl(_SET_PDEATHSIG, int(number))
