@@ -7,8 +7,9 @@ Each rank is a process with one thread of torch. In a round each case trains one
 each time; all ranks begin and end together. `ddp` is a loop by hand over shuffled tensors in memory, each rank with its share of
 each batch: no data is read. `ranks` and `parts` are Tidemill's training, which reads Parquet, decodes and shuffles too, on every
 rank. `alone` is Tidemill in one process of the group while the others wait, with one thread; `threads` the same with as many
-threads as there are ranks. The table has medians of the rounds, and of each case's rate as a share of `ddp`'s in the same round
-the median and the lowest and highest. Exit code 1: `ranks` is below 0.95 of `ddp`, or `parts` below 0.9.
+threads as there are ranks. The table has medians of the rounds: rows a second, CPU seconds of the first rank for an epoch, and
+the rate as a share of that of `ddp` in the same round, with the lowest and the highest. Exit code 1: `ranks` is below 0.95 of
+`ddp`, or `parts` below 0.9.
 """
 
 import argparse
@@ -46,12 +47,13 @@ def write_data(folder: str) -> None:
     random = np.random.default_rng(0)
     columns = {name: random.normal(size=ROWS).astype(np.float32) for name in COLUMNS}
     columns["y"] = np.sin(columns["x0"]) + columns["x1"] * columns["x2"]
-    pq.write_table(pa.table(columns), f"{folder}/part-0.parquet", row_group_size=GROUP_ROWS)
+    (Path(folder) / "data").mkdir()
+    pq.write_table(pa.table(columns), f"{folder}/data/part-0.parquet", row_group_size=GROUP_ROWS)
 
 
 # ---- one rank --------------------------------------------------------------------------------------------------------
-def rank(number: int, size: int, folder: str, rounds: int, result: Connection) -> None:
-    """Train all cases, round after round. The first rank sends the seconds of each epoch: {case: [of each round]}."""
+def rank(number: int, size: int, folder: str, rounds: int, others: bool, result: Connection) -> None:
+    """Train all cases, round after round. The first rank sends {case: [(seconds, its CPU seconds) of each epoch]}."""
     import torch
     from torch import distributed
     from torch.distributed import FileStore
@@ -68,22 +70,22 @@ def rank(number: int, size: int, folder: str, rounds: int, result: Connection) -
         "ranks": ours(folder, group, None),
         "parts": ours(folder, group, PARTS),
     }
-    if number == 0:
+    if number == 0 and others:
         cases |= {"alone": ours(folder, None, None), "threads": threaded(ours(folder, None, None), size)}
-    names = ["ddp", "ranks", "parts", "alone", "threads"]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    names = [*LEAST, "ddp", *(["alone", "threads"] if others else [])]
+    took: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     order = random.Random(0)
     for turn in range(1 + rounds):
         for name in order.sample(names, len(names)):
             distributed.barrier()
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             if name in cases:
                 cases[name](turn)
             distributed.barrier()
             if turn:  # the first one warms up
-                seconds[name].append(time.perf_counter() - began)
+                took[name].append((time.perf_counter() - began, time.process_time() - cpu))
     if number == 0:
-        result.send(seconds)
+        result.send(took)
     distributed.destroy_process_group()
 
 
@@ -94,7 +96,7 @@ def ddp(number: int, size: int, folder: str) -> Callable[[int], None]:
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
-    table = pq.read_table(f"{folder}/part-0.parquet")
+    table = pq.read_table(f"{folder}/data")
     x_NF = torch.stack([torch.from_numpy(table.column(name).to_numpy().copy()) for name in COLUMNS], 1)
     y_N1 = torch.from_numpy(table.column("y").to_numpy().copy()).unsqueeze(1)
     torch.manual_seed(0)
@@ -134,7 +136,7 @@ def ours(folder: str, group: Any, parts: int | None) -> Callable[[int], None]:
             **{"model": {"factory": "mlp", "arguments": {"hidden": [256, 256]}}},
         }
     )
-    groups = snapshot(folder).row_groups
+    groups = snapshot(f"{folder}/data").row_groups
     learner = Learner.create(spec, Features.resolve(spec, groups[0].schema).fit(groups))
     steps = Steps(learner, group=group or ALONE)
 
@@ -161,13 +163,13 @@ def threaded(epoch: Callable[[int], None], threads: int) -> Callable[[int], None
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
 @contextmanager
-def started(size: int, rounds: int) -> Iterator[Connection]:
+def started(size: int, rounds: int, others: bool) -> Iterator[Connection]:
     """So many ranks over data of their own; the result comes through the connection."""
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         write_data(folder)
-        processes = [context.Process(target=rank, args=(i, size, folder, rounds, sending)) for i in range(size)]
+        processes = [context.Process(target=rank, args=(i, size, folder, rounds, others, sending)) for i in range(size)]
         for process in processes:
             process.start()
         sending.close()
@@ -184,16 +186,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--brief", action="store_true", help="neither alone nor threads")
     given = parser.parse_args()
-    with started(given.ranks, given.rounds) as receiving:
-        seconds: dict[str, list[float]] = receiving.recv()
+    with started(given.ranks, given.rounds, not given.brief) as receiving:
+        took: dict[str, list[tuple[float, float]]] = receiving.recv()
     failed = []
-    for name, of_case in seconds.items():
-        shares = [bare / own for bare, own in zip(seconds["ddp"], of_case, strict=True)]
+    for name, of_case in took.items():
+        shares = [bare / own for (bare, _), (own, _) in zip(took["ddp"], of_case, strict=True)]
         found = {
             "case": name,
             "ranks": given.ranks,
-            "rows_s": round(ROWS / statistics.median(of_case)),
+            "rows_s": round(ROWS / statistics.median(seconds for seconds, _ in of_case)),
+            "cpu_s": round(statistics.median(cpu for _, cpu in of_case), 3),
             "of_ddp": round(statistics.median(shares), 3),
             "lowest": round(min(shares), 3),
             "highest": round(max(shares), 3),
