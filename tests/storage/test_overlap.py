@@ -285,6 +285,6 @@ def test_places_of_the_environment_are_parsed_once_and_compared_like_all(
 
 
 def test_a_place_of_the_environment_that_names_no_store_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(PLACES, "gs://bucket")
-    with pytest.raises(InvalidURL, match=r"TIDEMILL_PLACES, URLs separated by commas: gs:// is not known here"):
+    monkeypatch.setenv(PLACES, "ftp://bucket")
+    with pytest.raises(InvalidURL, match=r"TIDEMILL_PLACES, URLs separated by commas: ftp:// is not known here"):
         allowed_places()

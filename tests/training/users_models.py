@@ -1,5 +1,6 @@
 """Small networks as users write them, each with one habit that a training loop has to bear or refuse."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -177,7 +178,9 @@ def partly_frozen(inputs: Inputs) -> nn.Module:
 
 
 def scripted(inputs: Inputs) -> Any:
-    return torch.jit.script(nn.Sequential(nn.Linear(inputs.numbers, 4), nn.ReLU(), nn.Linear(4, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 says that it is deprecated; users have such models
+        return torch.jit.script(nn.Sequential(nn.Linear(inputs.numbers, 4), nn.ReLU(), nn.Linear(4, 1)))
 
 
 def in_evaluation_mode(inputs: Inputs) -> nn.Module:
