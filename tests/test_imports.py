@@ -24,6 +24,11 @@ UNWANTED: Final[list[tuple[str, list[str]]]] = [
         "tidemill.storage.log, tidemill.storage.inbox, tidemill.storage.audit, tidemill.storage.retention",
         ["prefect", "torch", "pyarrow", "s3fs"],
     ),
+    (
+        "tidemill.storage.certify.run",
+        ["prefect", "torch", "pyarrow", "botocore", "google.cloud.storage", "azure.storage.blob"],
+    ),
+    ("tidemill.storage.gcs, tidemill.storage.azure", ["prefect", "torch", "pyarrow", "botocore", "azure.identity"]),
     ("tidemill.storage.dataset, tidemill.storage.s3", ["prefect", "torch"]),
     ("tidemill.tasks.training", ["prefect", "tidemill.storage"]),
     ("tidemill.tasks.training.loop, tidemill.tasks.training.learner", ["prefect", "tidemill.storage", "s3fs"]),

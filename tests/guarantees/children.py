@@ -53,7 +53,7 @@ from tidemill.tasks.tenants import doors as tenants
 from tidemill.tasks.tenants.pairs import Pair
 from tidemill.tasks.training.spec import Spec
 
-CLOUDS = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
+STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_")
 """Variables that say how stores are reached begin so."""
 T = TypeVar("T")
 Stores = Callable[[str], Store]
@@ -343,7 +343,7 @@ def start_server() -> None:
 
 def start_child(run: Callable[..., object], *arguments: Any) -> BaseProcess:
     """Call a function in a process of its own, which ends with this one unless this one is killed."""
-    environment = {name: value for name, value in os.environ.items() if name.startswith(CLOUDS)}
+    environment = {name: value for name, value in os.environ.items() if name.startswith(STORE_VARIABLES)}
     child = _context.Process(target=_child, args=(environment, run, arguments), daemon=True)
     child.start()
     return child
