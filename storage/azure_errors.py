@@ -51,7 +51,7 @@ _DENIED: Final = {
     "AccountIsDisabled": "the account is disabled: ask who owns it",
     "AuthenticationFailed": "the key, token or clock is wrong: check AZURE_STORAGE_KEY, AZURE_STORAGE_SAS_TOKEN or "
     "AZURE_STORAGE_CONNECTION_STRING, and this machine's clock",
-    "AuthorizationFailure": "the account's firewall does not let this machine in, or the credentials may not do this",
+    "AuthorizationFailure": "the key or token is wrong or may not do this, or the firewall of the account keeps this machine out",
     "AuthorizationPermissionMismatch": "grant the role Storage Blob Data Contributor, or use other credentials",
     "InsufficientAccountPermissions": "the token may not do this: make one with more permissions",
     "AuthorizationProtocolMismatch": "the token asks for https",

@@ -110,22 +110,24 @@ def keeps_large_objects(trial: Trial) -> str:
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
 def keeps_keys_exactly(trial: Trial) -> str:
-    wrong = [key for key in _ODD_KEYS if not _kept_alone(trial.store, f"keys/{key}")]
+    kept = {key: _kept_alone(trial.store, f"keys/{key}") for key in _ODD_KEYS}
+    wrong = [key for key, so in kept.items() if so is False]
     wrong += [" and ".join(pair) for pair in _ALIKE if not _kept_apart(trial.store, *(f"alike/{key}" for key in pair))]
     if wrong:
         raise Broken(f"not {', '.join(map(repr, wrong))}")
-    return f"{len(_ODD_KEYS)} odd ones"
+    refused = [key for key, so in kept.items() if so is None]
+    return f"{len(_ODD_KEYS)} odd ones" + (f", {', '.join(map(repr, refused))} refused" if refused else "")
 
 
-def _kept_alone(store: Store, key: str) -> bool:
-    """Whether an object of this key is listed and read by it, or refused."""
+def _kept_alone(store: Store, key: str) -> bool | None:
+    """Whether an object of this key is listed and read by it; None: such a key is refused, so that nothing can go wrong."""
     try:
         info = store.create(key, b"odd")
         kept = store.read(key) == b"odd" and key in [listed.key for listed in store.list("keys/")]
         with suppress(PermissionDenied):
             store.delete(key, if_match=info.etag)  # here, since what is not listed will not be removed at the end
     except InvalidKey:
-        return True
+        return None
     except StorageError:
         return False
     return kept

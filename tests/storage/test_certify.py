@@ -56,6 +56,8 @@ def test_what_a_good_place_keeps_is_said_and_nothing_stays(
     assert found.fit
     assert [one.promise for one in found.promises] == WORDS
     assert all(one.seen for one in found.promises)
+    refuses = request.node.callspec.params["make_url"] in (GCS, AZURE)
+    assert refuses == any("refused" in one.seen for one in found.promises if one.promise == KEYS)
     assert [each.verb for each in found.latencies][:3] == ["create", "stat", "read"]
     assert all(0 < (each.p50_ms or 0) <= (each.p99_ms or 0) for each in found.latencies), found.latencies
     assert set(found.per_second) == {"create", "read", "delete"}
