@@ -85,7 +85,7 @@ DELAYED = ONLINE.model_copy(
 PATIENT = BatchSettings(holdout=0.3, patience=1)
 MOMENTS = {"local": 9, "s3": 5, MINIO_LIKE: 4, GCS: 5, AZURE: 5}
 """How many moments of a sweep CI takes, spread over the run; more of an online run on local, fewer of what takes long."""
-OF_MANY = {"local": 4, "s3": 2}
+OF_MANY = {"local": 2, "s3": 1}
 """The same of a run of many models, whose moments are calls by number."""
 SAMPLE, FULL = {"local": 4, "s3": 2}, {"local": 1000, "s3": 100}
 """How many runs are killed again and again."""
