@@ -87,6 +87,8 @@ def followed_many(report: "TenantsReport") -> View:
     if report.failing:
         lines.append(("failing", f"{count(len(report.failing), 'model')}, whose shards are where they were"))
         lines += [("", on_one_line(f"{name}: {reason}")) for name, reason in report.failing.items()]
+    if report.not_opened:
+        lines.append(("not opened", f"{_some(report.not_opened)}, when the run was stopped"))
     refused = {name: each.refused for name, each in report.models.items() if each.refused}
     if refused:
         lines.append(("gate", f"{count(sum(refused.values()), 'version')} of {_some(refused)} refused as worse"))
@@ -103,7 +105,9 @@ def followed_many(report: "TenantsReport") -> View:
     if report.versions:
         shards, rows = count(report.shards, "shard"), count(report.rows, "row")
         done = f"{count(report.versions, 'new version')} from {shards}, {rows}"
-    return report, _facts(f"{count(len({*report.models, *report.failing}), 'model')}: {done}", lines)
+    return report, _facts(
+        f"{count(len({*report.models, *report.failing, *report.not_opened}), 'model')}: {done}", lines
+    )
 
 
 def _some(named: Iterable[str]) -> str:

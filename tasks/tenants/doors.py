@@ -96,7 +96,8 @@ def _run(
         finally:
             looks.close()
     reports = {tenant.name: tenant.report for tenant in tenants if tenant.report is not None}
-    return TenantsReport(models=reports, failing=rota.failing)
+    unheard = [name for name in own if name not in reports and name not in rota.failing]
+    return TenantsReport(models=reports, failing=rota.failing, not_opened=unheard)
 
 
 class _Tally:

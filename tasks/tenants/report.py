@@ -13,6 +13,9 @@ class TenantsReport(BaseModel):
     failing: dict[str, str] = {}
     """Whose last turn failed -> why. Nothing of that turn counts, and its shards are where they were."""
 
+    not_opened: list[str] = []
+    """Those that had not been opened yet, nor failed, when the run was stopped."""
+
     def _sum(self, name: str) -> int:
         return sum(getattr(report, name) for report in self.models.values())
 

@@ -154,6 +154,21 @@ def test_follow_trains_each_on_what_arrives_until_a_signal_and_ends_between_two_
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_who_could_not_be_opened_before_the_end_is_named(small: Town) -> None:
+    """Its store does not answer; nobody waits for the lookout that waits for it."""
+    small.fill("b", 1)
+    opened = threading.Event()
+
+    def silent(call: Call) -> None:
+        if call.key.startswith("a/"):
+            opened.wait(30)
+
+    settings = ONE_A_COMMIT.model_copy(update={"stop_after_seconds": 1.0})
+    report = doors.follow(small.pairs, settings, stores=hooked(silent))
+    opened.set()
+    assert ([*report.models], report.not_opened, report.failing, report.shards) == (["b"], ["a"], {}, 1)
+
+
 def test_who_failed_is_well_again_once_the_reason_is_gone(small: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a thread, too, which gets no signals."""
     monkeypatch.setattr(rota, "BACKOFF_SECONDS", 0.01)
