@@ -43,8 +43,11 @@ def test_what_is_no_dataset_is_told_as_the_run_would(memory_url: MakeUrl) -> Non
     put(memory_url("bad"), {"x.parquet": b"no Parquet"})
     with pytest.raises(DatasetError, match=r"x\.parquet"):
         check_training(memory_url("bad"), SPEC)
-    put(memory_url("delta"), {"_delta_log/0.json": b"{}", "x.parquet": rows(10, 0)})
+    put(memory_url("hudi"), {".hoodie/hoodie.properties": b"", "x.parquet": rows(10, 0)})
     with pytest.raises(UnsupportedTable):
+        check_training(memory_url("hudi"), SPEC)
+    put(memory_url("delta"), {"_delta_log/0.json": b"{}", "x.parquet": rows(10, 0)})
+    with pytest.raises(DatasetError, match="this Delta table holds no version"):
         check_training(memory_url("delta"), SPEC)
 
 
