@@ -58,7 +58,7 @@ def _to_nowhere(stream: IO[str]) -> None:
 
 
 _KEPT: Final = {
-    "train": "the epochs that ended are kept, and the same command goes on from the checkpoint after the last of them",
+    "train": "what checkpoints hold is kept, and the same command goes on from the last of them",
     "check": "what it had written is removed, unless a line above says otherwise",
     "follow": "every version that was committed stays, and the same command goes on from there",
 }

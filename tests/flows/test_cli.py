@@ -1204,7 +1204,7 @@ def test_a_signal_in_train_says_what_is_kept(
             break
     result = ended(process)
     assert (result.code, result.out) == (code, ""), lines
-    kept = "the epochs that ended are kept, and the same command goes on from the checkpoint after the last of them"
+    kept = "what checkpoints hold is kept, and the same command goes on from the last of them"
     assert result.err.splitlines()[-1] == f"tidemill: stopped by {name}; {kept}"
     assert "Traceback" not in result.err
     again = start(*train, cwd=tmp_path, environment=environment)

@@ -167,7 +167,7 @@ def test_ctrl_c_ends_it_in_one_line_with_the_cursor_there(start: Callable[..., T
     terminal.child.sendintr()
     assert terminal.end() == 130
     text = terminal.text
-    assert text.removeprefix("^C").startswith("tidemill: stopped by Ctrl-C; the epochs that ended are kept"), text
+    assert text.removeprefix("^C").startswith("tidemill: stopped by Ctrl-C; what checkpoints hold is kept"), text
     assert bars(text.splitlines()) == []
     assert not terminal.screen.cursor.hidden
 
