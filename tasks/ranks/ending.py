@@ -39,4 +39,4 @@ def ending_if_another_has_gone(what: str = "another rank has gone, or cannot be 
     try:
         yield
     except RuntimeError as error:
-        end_here(f"{what}: {error}")
+        end_here(f"{what}: {str(error).partition('. ')[0]}")  # gloo adds what it supposes

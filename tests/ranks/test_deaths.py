@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Final
 from unittest.mock import patch
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torchmetrics.regression import MeanAbsoluteError
 
+from tests.data import parquet
 from tests.guarantees.audit import audit
 from tests.guarantees.children import (
     DEADLINE,
     ONLINE,
+    SHARDS,
     Kill,
     MakeUrl,
     _report,
@@ -40,6 +44,7 @@ from tidemill.tasks.online import commit, doors, turns
 from tidemill.tasks.online import step as online
 from tidemill.tasks.ranks.crew import Crew, follow_orders
 from tidemill.tasks.ranks.messages import Order
+from tidemill.tasks.training.models import Inputs
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 
@@ -302,7 +307,7 @@ def crew_that_flips(store: str) -> None:
     follow_orders(Flips(joined(1, 2, store, lambda _: None)))
 
 
-@pytest.mark.parametrize("whose", ["leader", "crew"])
+@pytest.mark.parametrize("whose", [pytest.param("leader", marks=pytest.mark.ranks), "crew"])
 def test_one_flipped_bit_is_caught_before_the_commit_and_all_ranks_read_the_head_again(
     runs: Runs, tmp_path: Path, whose: str
 ) -> None:
@@ -316,6 +321,7 @@ def test_one_flipped_bit_is_caught_before_the_commit_and_all_ranks_read_the_head
     runs.check(place)
 
 
+@pytest.mark.ranks
 def test_without_the_comparison_a_flipped_bit_would_be_committed(runs: Runs, tmp_path: Path) -> None:
     """The control of the test above."""
     place, result, store = runs.begin("careless"), tmp_path / "refused", str(tmp_path / "store")
@@ -340,9 +346,14 @@ class AddsUp(MeanAbsoluteError):
         return value
 
 
-def lead_with_own_metric(store: str, inbox: str, registry: str) -> None:
+def lead_with_own_code(store: str, inbox: str, registry: str) -> None:
     os.environ["TIDEMILL_FACTORIES"] = "tests.ranks.test_deaths"
     lead(joined(0, 2, store, lambda _: None), lambda: doors.drain(inbox, registry, "model", ONLINE))
+
+
+def crew_with_own_code(store: str) -> None:
+    os.environ["TIDEMILL_FACTORIES"] = "tests.ranks.test_deaths"
+    crew(store, 1, 2, SECONDS)
 
 
 @pytest.mark.ranks
@@ -354,7 +365,7 @@ def test_metrics_that_add_up_over_all_processes_do_so_in_the_leader_alone_and_wa
     registered(make_url("dataset"), make_url("base"), Spec.model_validate(SPEC.model_dump() | {"metrics": metrics}))
     place, store = (make_url("inbox"), make_url("registry")), str(tmp_path / "store")
     begin(make_url("base"), *place)
-    children = start_child(lead_with_own_metric, store, *place), start_child(crew, store, 1, 2, SECONDS)
+    children = start_child(lead_with_own_code, store, *place), start_child(crew_with_own_code, store)
     for child in children:
         child.join(DEADLINE)
         assert child.exitcode == 0
@@ -362,3 +373,55 @@ def test_metrics_that_add_up_over_all_processes_do_so_in_the_leader_alone_and_wa
     scored = log.head().manifest.metrics
     assert scored["addsup"] == pytest.approx(scored["mae"], rel=1e-5)
     assert scored["meanabsolutepercentageerror"] > 0
+
+
+class Choosy(torch.nn.Linear):
+    """A model that fails in training on a large number: on whichever rank has its row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and bool((x > 1e6).any()):
+            raise ValueError("a number above a million")
+        return super().forward(x)
+
+
+def choosy(inputs: Inputs) -> torch.nn.Module:
+    return Choosy(inputs.numbers, inputs.outputs)
+
+
+@pytest.mark.ranks
+def test_a_shard_on_which_the_model_fails_on_one_rank_is_rejected_and_the_bits_are_those_of_one_process(
+    make_url: MakeUrl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEMILL_FACTORIES", "tests.ranks.test_deaths")
+    spec = Spec.model_validate(
+        {
+            "features": ["a", "b"],
+            "target": "y",
+            "model": {"factory": "tests.ranks.test_deaths:choosy"},
+            "batch_size": 8,
+            "parts": 2,
+        }
+    )
+    registered(make_url("dataset"), make_url("base"), spec)
+    bad = pq.read_table(pa.BufferReader(SHARDS["02.parquet"]))
+    bad = bad.set_column(0, "a", [[*bad["a"].to_pylist()[:-1], 2e6]])
+    shards = SHARDS | {"02.parquet": parquet(bad, 12)}
+    found = []
+    for name, size in (("alone", 1), ("together", 2)):
+        place, store = (make_url(f"{name}/inbox"), make_url(f"{name}/registry")), str(tmp_path / name)
+        begin(make_url("base"), *place)
+        fill(place[0], shards)
+        open_store(place[0]).delete("03b.parquet")
+        if size == 1:
+            doors.drain(*place, "model", ONLINE)
+        else:
+            children = start_child(lead_with_own_code, store, *place), start_child(crew_with_own_code, store)
+            for child in children:
+                child.join(DEADLINE)
+                assert child.exitcode == 0
+        log = VersionLog(open_store(place[1]), "model")
+        (rejected,) = [r for version in log.history(log.head()) for r in version.manifest.rejected]
+        assert (rejected.key, "a number above a million" in rejected.reason) == ("02.parquet", True)
+        audit(log, shards.items())
+        found.append(bits(log))
+    assert found[0] == found[1]
