@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import FileStore
 
 from tests.training.rows import Noted, begin, cut, numbers_table
 from tidemill.storage.manifest import sha256
 from tidemill.tasks.ranks.group import Group
 from tidemill.tasks.training.errors import TrainingError
 from tidemill.tasks.training.learner import Learner
-from tidemill.tasks.training.loop import train_shard
+from tidemill.tasks.training.loop import score, train_shard
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 
@@ -122,6 +123,21 @@ def fail(group: Group) -> tuple[str, str]:
         told = type(error).__name__, str(error)
     group.sum_(torch.ones(1))  # all are at the same place afterwards
     return told
+
+
+def score_alone(group: Group, store: str) -> dict[str, float]:
+    """The metrics that the leader finds, while the others wait for it in torch's default group; of the others none."""
+    if group.size > 1:
+        file = FileStore(store, group.size)
+        distributed.init_process_group("gloo", store=file, rank=group.rank, world_size=group.size)
+    found = {}
+    if not group.rank:
+        spec = Spec.model_validate(COLUMNS | {"metrics": ["torchmetrics:R2Score"]})
+        found = score(begin(spec, shards()), shards()).metrics
+    if group.size > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    return found
 
 
 class Sometimes(nn.Module):

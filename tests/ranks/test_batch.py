@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import uuid
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tests.guarantees.children import (
 )
 from tests.ranks.crews import SECONDS, Ended, joined, lead
 from tests.ranks.matrix import largest
+from tests.ranks.test_commands import command, environment
 from tests.storage.faults import hooked
 from tests.training.rows import numbers_table
 from tests.training.test_steps import furthest
@@ -234,6 +236,20 @@ def test_a_rank_with_other_bits_is_found_out_before_its_epoch_is_stored_and_all_
     assert done(together)
     assert together[0].moments.count("ranks differ") == 1
     assert bits(log_at(make_url("together"))) == bits(log_at(make_url("alone")))
+
+
+@pytest.mark.ranks
+def test_the_command_trains_by_ranks(tmp_path: Path) -> None:
+    """The recipe too, whose searches each rank makes of the rows that it has read."""
+    fill(str(tmp_path / "dataset"), DATASET)
+    found = []
+    for size in (1, 2):
+        registry = str(tmp_path / f"registry-{size}")
+        flags = ["--target", "y", "--features", "a", "b", "--parts", "2", "--ranks", str(size)]
+        words = ["train", str(tmp_path / "dataset"), registry, "model", *flags]
+        subprocess.run(command(*words), env=environment(), check=True, timeout=DEADLINE)
+        found.append(bits(log_at(registry)))
+    assert found[0] == found[1]
 
 
 class Flipped(nn.Linear):

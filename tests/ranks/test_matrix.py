@@ -1,6 +1,7 @@
 """The ranks of a group train what one process trains; with parts, the same bits, also where their number changes on the way."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,7 @@ def test_compiled_parts_have_the_same_bits_on_any_number_of_ranks() -> None:
         assert agreeing(ranks(size, matrix.train, ["compiled"], 4)) == alone
 
 
+@pytest.mark.ranks
 def test_the_number_of_ranks_may_change_from_shard_to_shard() -> None:
     (alone,) = ranks(1, matrix.train, NAMES, 4)
     found: dict[str, Trained] | None = None
@@ -65,6 +67,15 @@ def test_the_number_of_ranks_may_change_from_shard_to_shard() -> None:
         found = agreeing(ranks(size, matrix.train, NAMES, 4, shard, shard + 1, found))
     assert found is not None
     assert [name for name in NAMES if found[name].digest != alone[name].digest] == []
+
+
+def test_a_metric_that_would_add_up_over_all_ranks_is_of_the_one_that_scores(tmp_path: Path) -> None:
+    """torchmetrics does so in torch's default group; the others do not score, and it would wait for them."""
+    store = str(tmp_path / "store")
+    (alone,), (leader, other) = ranks(1, matrix.score_alone, store), ranks(2, matrix.score_alone, store)
+    assert leader == alone
+    assert set(alone) == {"mae", "rmse", "r2score"}
+    assert other == {}
 
 
 def test_what_fails_on_the_part_of_one_rank_fails_on_all_with_the_same_words() -> None:

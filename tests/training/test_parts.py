@@ -133,6 +133,7 @@ def test_a_loss_that_is_not_finite_is_told() -> None:
 
 
 # ---- compiled --------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "clipping, average, schedule", "old rows", "a parameter that is never used"])
 def test_a_compiled_part_is_what_it_is_in_the_eager_loop(name: str) -> None:
     eager, compiled = trained(4, **SETTINGS[name]), trained(4, compile="on", **SETTINGS[name])
@@ -146,6 +147,7 @@ def test_batches_with_parts_of_a_single_row_are_not_compiled() -> None:
     assert compiled.counters.compiled_steps == 0
 
 
+@pytest.mark.slow
 def test_what_does_not_compile_is_said_once_and_trained_eagerly(caplog: pytest.LogCaptureFixture) -> None:
     settings: dict[str, Any] = {"model": {"factory": f"{HERE}:Sometimes"}}
     with caplog.at_level(logging.WARNING, logger="tidemill.training"):
