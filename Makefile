@@ -61,7 +61,7 @@ test-newest: .venv-newest/installed
 # The full figures of docs/guarantees.md, of which `test` makes a sample: hours. ARGS chooses a part. The power-loss test needs root.
 prove: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full --power --timeout 14400 -m "$(LOCAL)" \
-	  $(or $(ARGS),tests/guarantees tests/ranks)
+	  $(or $(ARGS),tests/guarantees tests/ranks tests/flows/test_ranks.py)
 
 # Real workers on a real S3 server, both killed at random for half an hour; then the audit. ARGS="--minutes 5 --seed 7"
 chaos: $(VENV)/installed

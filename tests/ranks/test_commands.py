@@ -180,6 +180,23 @@ def test_ranks_end_with_the_command_that_has_started_them(place: tuple[str, str]
 
 
 @pytest.mark.ranks
+def test_the_second_signal_kills_ranks_that_do_not_end(place: tuple[str, str], tmp_path: Path) -> None:
+    """The leader is frozen, and cannot stop after the step in hand."""
+    with started(command("follow", *place, "model", "--ranks", "2", *FLAGS), tmp_path) as process:
+        wait_until(lambda: head(place[1]) > 0, seconds=SECONDS, what="a version")
+        family = family_of(process)
+        ranks_of(process)[0].suspend()
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.send_signal(signal.SIGINT)
+        code, _, _ = ended(process, tmp_path)
+        assert code != 0
+        wait_until(lambda: not any(each.is_running() for each in family), seconds=30, what="all of them end")
+    assert VersionLog(open_store(place[1]), "model").head().number > 0
+
+
+@pytest.mark.ranks
 def test_an_error_of_the_leader_ends_the_command_once_and_in_one_line(place: tuple[str, str], tmp_path: Path) -> None:
     """3 ranks cannot share 4 parts: no restart would mend that."""
     with started(command("follow", *place, "model", "--ranks", "3", "--mode", "drain", *FLAGS), tmp_path) as process:
