@@ -77,7 +77,7 @@ def _takes_long(item: pytest.Item) -> bool:
     return (
         not SERVERS.isdisjoint(getattr(item, "fixturenames", ()))
         or any(value in ("s3", MINIO_LIKE, GCS, AZURE) for value in parameters if isinstance(value, str))
-        or not {"flows", "guarantees"}.isdisjoint(item.path.parent.parts)
+        or not {"flows", "guarantees", "ranks"}.isdisjoint(item.path.parent.parts)
         or item.get_closest_marker("slow") is not None
     )
 
