@@ -121,8 +121,8 @@ def attached(command: str, translate: Callable[[Exception], str | None]) -> Iter
 
 def _for_terminal(record: logging.LogRecord) -> bool:
     """Of Prefect's own records, only what is meant for the terminal: the others tell of states, which the UI shows, and of
-    errors and of a server that has gone, which are told once, at the end. So is what Azure's client warns of."""
-    if record.name.startswith(("prefect.events", "EventsWorker", "APILogWorker", "azure.")):
+    errors and of a server that has gone, which are told once, at the end. So is what the clouds' clients warn of."""
+    if record.name.startswith(("prefect.events", "EventsWorker", "APILogWorker", "azure.", "google.")):
         return False
     if not record.name.startswith(("prefect.flow_runs", "prefect.task_runs")):
         return True
