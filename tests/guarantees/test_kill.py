@@ -336,7 +336,7 @@ def test_batch_run_with_checkpoints_inside_of_epochs(sweep: Sweep, make_url: Mak
         assert bits(log) == reference
         return moments
 
-    sweep(run_and_check)
+    sweep(run_and_check, times=0.35)
 
 
 @pytest.mark.parametrize("backend", ["local"], indirect=True)
@@ -363,7 +363,7 @@ def test_warm_start(sweep: Sweep, base: str, make_url: MakeUrl, tmp_path: Path) 
         assert reference[-1] == reference[0]
         return moments
 
-    sweep(run_and_check, times=0.5)
+    sweep(run_and_check, times=0.25)
 
 
 def test_default_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
