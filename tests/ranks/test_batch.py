@@ -32,6 +32,7 @@ from tests.training.rows import numbers_table
 from tests.training.test_steps import furthest
 from tidemill.storage.audit import audit
 from tidemill.storage.log import VersionLog, open_log
+from tidemill.storage.urls import open_store
 from tidemill.tasks import batch
 from tidemill.tasks.errors import RanksDiffer
 from tidemill.tasks.ranks.crew import Crew, follow_orders
@@ -54,6 +55,7 @@ SPEC: dict[str, Any] = {
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "epochs": ({}, {"holdout": 0.2}),
     "patience": ({"epochs": 4}, {"holdout": 0.2, "patience": 2}),
+    "inside of epochs": ({"batch_size": 1, "epochs": 2}, {"holdout": 0.2, "checkpoint_rows": 10}),
     "a search": ({"epochs": "auto", "replay": None, "learning_rate": 0.3}, {}),
 }
 """(more of the spec, settings)"""
@@ -198,6 +200,23 @@ def test_killed_at_any_rank_they_go_on_in_any_number_with_the_same_bits(make_url
         kill = Kill(moments[int(share * len(moments))])
         assert trained(2, dataset, registry, tmp_path, kill=(rank, kill), parts=4)[rank].how == "killed"
         assert done(trained(then, dataset, registry, tmp_path, parts=4))
+        assert bits(log_at(registry)) == bits(log_at(make_url("alone")))
+
+
+@pytest.mark.ranks
+def test_from_a_checkpoint_inside_of_an_epoch_any_number_of_ranks_goes_on_with_the_same_bits(
+    make_url: MakeUrl, tmp_path: Path
+) -> None:
+    dataset, kind = make_url("dataset"), "inside of epochs"
+    fill(dataset, DATASET | {"part-2.parquet": table(60, 2)})
+    assert done(trained(1, dataset, make_url("alone"), tmp_path, kind=kind, parts=4))
+    for then in (1, 4):
+        registry = make_url(f"killed-{then}")
+        # The one in the second epoch is stored, and the one in the first is of no more use
+        kill = 0, Kill("1 delete model/runs/*/00000000.000000000064.json 1")
+        assert trained(2, dataset, registry, tmp_path, kind=kind, kill=kill, parts=4)[0].how == "killed"
+        assert [key for info in open_store(registry).list() if (key := info.key).endswith("00000001.000000000064.json")]
+        assert done(trained(then, dataset, registry, tmp_path, kind=kind, parts=4))
         assert bits(log_at(registry)) == bits(log_at(make_url("alone")))
 
 
