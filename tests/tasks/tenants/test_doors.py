@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import threading
 import urllib.request
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.data import SPEC, keys, put, rows
-from tests.storage.faults import Call, hooked
+from tests.storage.faults import Call, Hook, hooked, together
 from tests.tasks.online.test_step import days
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.errors import PermissionDenied, Unavailable
@@ -57,6 +58,19 @@ class Town:
         """The weights of the head are others than were committed."""
         blob = open_log(self.registry, name).head().manifest.blobs.weights
         open_store(self.registry).write(blob.key, bytes(blob.bytes))
+
+
+def stop_after(shards: int) -> Hook:
+    """SIGTERM once so many shards are removed."""
+    left = [shards]
+
+    def stop(call: Call) -> None:
+        if (call.verb, call.phase) == ("delete", "after") and call.key.endswith(".parquet"):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return stop
 
 
 @pytest.fixture
@@ -161,41 +175,33 @@ def test_who_could_not_be_opened_before_the_end_is_named(small: Town) -> None:
 
     def silent(call: Call) -> None:
         if call.key.startswith("a/"):
-            opened.wait(30)
+            opened.wait(60)
 
-    settings = ONE_A_COMMIT.model_copy(update={"stop_after_seconds": 1.0})
-    report = doors.follow(small.pairs, settings, stores=hooked(silent))
+    report = doors.follow(small.pairs, ONE_A_COMMIT, stores=hooked(together(silent, stop_after(1))))
     opened.set()
     assert ([*report.models], report.not_opened, report.failing, report.shards) == (["b"], ["a"], {}, 1)
 
 
 def test_who_failed_is_well_again_once_the_reason_is_gone(small: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a thread, too, which gets no signals."""
+    """It is mended when its failure is told."""
     monkeypatch.setattr(rota, "BACKOFF_SECONDS", 0.01)
     small.fill("a", 1)
     blob = open_log(small.registry, "a").head().manifest.blobs.weights
     good = open_store(small.registry).read(blob.key)
     small.rot("a")
-    failed = threading.Event()
 
-    class Heard(logging.Handler):
+    class Mends(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "a failed" in record.getMessage():
-                failed.set()
+                open_store(small.registry).write(blob.key, good)
 
-    reports = []
-    settings = ONE_A_COMMIT.model_copy(update={"stop_after_seconds": 2.0})
-    handler = Heard()
+    handler = Mends()
     logging.getLogger("tidemill.tenants").addHandler(handler)
     try:
-        run = threading.Thread(target=lambda: reports.append(doors.follow(small.pairs, settings)))
-        run.start()
-        assert failed.wait(30)
-        open_store(small.registry).write(blob.key, good)
-        run.join(60)
+        report = doors.follow(small.pairs, ONE_A_COMMIT, stores=hooked(stop_after(1)))
     finally:
         logging.getLogger("tidemill.tenants").removeHandler(handler)
-    assert (reports[0].failing, reports[0].shards, small.head("a")) == ({}, 1, 1)
+    assert (report.failing, report.shards, small.head("a")) == ({}, 1, 1)
 
 
 def test_what_stays_in_an_inbox_costs_no_learner_at_each_look(small: Town, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +216,16 @@ def test_what_stays_in_an_inbox_costs_no_learner_at_each_look(small: Town, monke
         return original(one)
 
     monkeypatch.setattr(tenant.Tenant, "turn", counted)
-    settings = ONE_A_COMMIT.model_copy(update={"after_commit": "keep", "stop_after_seconds": 1.0})
-    report = doors.follow(small.pairs, settings, learners=1)
+    looks: list[str] = []
+
+    def stop(call: Call) -> None:
+        if (call.verb, call.phase, call.url) == ("list", "before", open_store(small.inbox("a")).url):
+            looks.append(call.key)
+            if len(looks) == 40:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = ONE_A_COMMIT.model_copy(update={"after_commit": "keep"})
+    report = doors.follow(small.pairs, settings, learners=1, stores=hooked(stop))
     assert report.models["a"].shards == 2
     assert turns.count("a") <= 5
     assert "b" not in turns
