@@ -196,7 +196,7 @@ def _broken_rollback(log: VersionLog, version: Version) -> Iterator[str]:
 def _is_whole(log: VersionLog, ref: BlobRef, number: int, result: Audit) -> bool:
     """False if the blob is gone; a blob that is not what was committed is a finding."""
     try:
-        log.read_blob(ref)
+        log.verify_blob(ref)
     except UnknownVersion:
         return False
     except CorruptObject as error:

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -65,14 +65,17 @@ def open_without_waiting(path: str, flags: int) -> int:
 
 
 @contextmanager
-def temporary_file(folder: str, data: bytes, mode: int | None = None) -> Iterator[tuple[str, int]]:
+def temporary_file(
+    folder: str, data: bytes | Iterable[memoryview], mode: int | None = None
+) -> Iterator[tuple[str, int]]:
     """A durable file with these bytes under a name of its own, open; it is gone at the end if it was not renamed."""
     path = f"{folder}/{_TEMPORARY}{uuid.uuid4().hex}"
     permissions = 0o666 if mode is None else (mode | 0o600) & 0o666
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, permissions)
     try:
         with open(fd, "wb", closefd=False) as file:
-            file.write(data)
+            for piece in (data,) if isinstance(data, bytes | bytearray | memoryview) else data:
+                file.write(piece)
         now = time.time_ns()
         # The kernel's own time stamps repeat for some milliseconds, inodes are reused at once: etags would repeat
         os.utime(fd, ns=(now, now))

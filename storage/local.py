@@ -41,6 +41,7 @@ from tidemill.storage.files import (
     temporary_file,
     until_proven,
 )
+from tidemill.storage.pieces import Pieces
 from tidemill.storage.store import ObjectInfo, PassedOver, Store
 
 
@@ -91,7 +92,7 @@ class LocalStore(Store):
                     raise _translated(error, self._root, folder, NotFound) from error
                 passed_over(folder, f"the folder cannot be listed: {error.strerror}")
                 continue
-            with self._errors(folder, obstacle=NotFound), entries:
+            with _errors(self._root, folder, NotFound), entries:
                 for entry in entries:
                     key = folder + entry.name
                     if entry.name.startswith(OWN):
@@ -112,13 +113,13 @@ class LocalStore(Store):
 
     def stat(self, key: str) -> ObjectInfo:
         path = self._path(key)
-        with self._errors(key, obstacle=NotFound):
+        with _errors(self._root, key, NotFound):
             return _info(key, self._stat(path, key))
 
     def read(self, key: str, *, if_match: str | None = None, start: int = 0, length: int | None = None) -> bytes:
         """If another program rewrites the file in place meanwhile: PreconditionFailed, or CorruptObject without `if_match`."""
         path = self._path(key)
-        with self._errors(key, obstacle=NotFound), open(path, "rb", opener=open_without_waiting) as file:
+        with _errors(self._root, key, NotFound), open(path, "rb", opener=open_without_waiting) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise NotFound(f"{self.url}/{key} is no regular file")
@@ -144,13 +145,17 @@ class LocalStore(Store):
 
     def mode(self, key: str) -> int:
         path = self._path(key)
-        with self._errors(key, obstacle=NotFound):
+        with _errors(self._root, key, NotFound):
             return stat.S_IMODE(self._stat(path, key).st_mode)
 
-    def write(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
+    def write_pieces(self, key: str, data: Pieces) -> ObjectInfo:
+        """One file, written piece by piece before it gets its name."""
+        return self.write(key, data)
+
+    def write(self, key: str, data: bytes | Pieces, *, mode: int | None = None) -> ObjectInfo:
         path = self._path(key)
         folder = os.path.dirname(path)
-        with self._errors(key, obstacle=InvalidKey):
+        with _errors(self._root, key, InvalidKey):
             make_folder(folder)
             # Without the lock, a `replace` that has just compared etags could overwrite this
             with temporary_file(folder, data, mode) as (temporary, fd), locked(folder):
@@ -163,7 +168,7 @@ class LocalStore(Store):
         """Needs no lock: `os.link` itself tells the losers."""
         path = self._path(key)
         folder = os.path.dirname(path)
-        with self._errors(key, obstacle=InvalidKey):
+        with _errors(self._root, key, InvalidKey):
             make_folder(folder)
             with temporary_file(folder, data, mode) as (temporary, fd):
                 link(temporary, path)
@@ -175,7 +180,7 @@ class LocalStore(Store):
     def replace(self, key: str, data: bytes, *, if_match: str) -> ObjectInfo:
         path = self._path(key)
         folder = os.path.dirname(path)
-        with self._errors(key, obstacle=NotFound):
+        with _errors(self._root, key, NotFound):
             self._check(self._stat(path, key), key, if_match)
             with temporary_file(folder, data) as (temporary, fd), locked(folder):
                 self._check(self._stat(path, key), key, if_match)
@@ -193,7 +198,7 @@ class LocalStore(Store):
         """
         path = self._path(key)
         folder = os.path.dirname(path)
-        with self._errors(key, obstacle=NotFound):
+        with _errors(self._root, key, NotFound):
             with locked(folder):
                 self._check(self._stat(path, key), key, if_match)
                 if if_match is None:
@@ -208,7 +213,7 @@ class LocalStore(Store):
     def make_durable(self, key: str) -> None:
         """Fsyncs the object's folder and those above it: their maker may have died before it did."""
         path = self._path(key)
-        with self._errors(key, obstacle=NotFound):
+        with _errors(self._root, key, NotFound):
             self._stat(path, key)
             folder = os.path.dirname(path)
             while len(folder) > len(self._root):
@@ -237,12 +242,13 @@ class LocalStore(Store):
         if if_match is not None and if_match != etag_of(found):
             raise PreconditionFailed(f"{self.url}/{key} has etag {etag_of(found)}, not {if_match}")
 
-    @contextmanager
-    def _errors(self, key: str, *, obstacle: type[StorageError]) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise _translated(error, self._root, key, obstacle) from error
+
+@contextmanager
+def _errors(root: str, key: str, obstacle: type[StorageError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _translated(error, root, key, obstacle) from error
 
 
 def _translated(error: OSError, root: str, key: str, obstacle: type[StorageError]) -> StorageError:

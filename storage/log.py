@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Final
 
-from tidemill.storage.chain import Chain, Version, models_in
+from tidemill.storage.blobs import BlobChain
+from tidemill.storage.chain import Version, models_in
 from tidemill.storage.errors import (
     CorruptObject,
     HeadMoved,
@@ -23,7 +24,6 @@ from tidemill.storage.errors import (
     UnknownVersion,
 )
 from tidemill.storage.manifest import (
-    BlobRef,
     Blobs,
     Entry,
     Manifest,
@@ -44,43 +44,9 @@ logger = logging.getLogger("tidemill.storage")
 HINT_EVERY: Final = 16
 """A run that opens the log starts to look for the head at most this many versions below it."""
 
-_RESTORE: Final = "Nothing was loaded. Restore the object, or `tidemill rollback` to another version."
 
-
-class VersionLog(Chain):
+class VersionLog(BlobChain):
     """The history of one model below a registry: blobs, tombstones, and the versions that name them."""
-
-    # ---- blobs -------------------------------------------------------------------------------------------------------
-    def write_blob(self, number: int, suffix: str, data: bytes) -> BlobRef:
-        """Store bytes for version `number`, which does not exist yet, under a name that only this call uses."""
-        key = f"{self.model}/blobs/{number:08d}-{uuid.uuid4().hex}.{suffix}"
-        self.store.write(key, data)
-        return BlobRef(key=key, bytes=len(data), sha256=sha256(data))
-
-    def read_blob(self, ref: BlobRef) -> bytes:
-        """The bytes of a blob, verified before anyone parses them.
-
-        Raises:
-            UnknownVersion: the blob is gone (retention).
-            CorruptObject: length or sha256 differ.
-        """
-        where = f"{self.store.url}/{ref.key}"
-        try:
-            size = self.store.stat(ref.key).size
-            if size != ref.bytes:  # before memory is taken for it
-                raise CorruptObject(
-                    f"{where} is not what was committed: {size} bytes instead of {ref.bytes}. {_RESTORE}"
-                )
-            data = self.store.read(ref.key)
-        except NotFound:
-            raise UnknownVersion(
-                f"{where} is gone: retention removed the blobs of this version. Choose a newer one (`tidemill log`)."
-            ) from None
-        if sha256(data) != ref.sha256:
-            raise CorruptObject(
-                f"{where} is not what was committed: sha256 {sha256(data)} instead of {ref.sha256}. {_RESTORE}"
-            )
-        return data
 
     # ---- tombstones --------------------------------------------------------------------------------------------------
     def tombstones(self, version: Version | None) -> Tombstones:
@@ -217,16 +183,16 @@ class VersionLog(Chain):
             HeadMoved: `head`, about which it was decided (None: whichever it is now), is the head no more.
         """
         head = head or self.head()
-        blobs, number = target.manifest.blobs, head.number + 1
-        weights, state = self.read_blob(blobs.weights), self.read_blob(blobs.state)
+        number = head.number + 1
+        weights, state = self.copy_blobs(number, target.manifest.blobs)
         entry = Entry(
             kind="rollback",
             spec=target.manifest.spec,
             resolved_spec=target.manifest.resolved_spec,
             columns=target.manifest.columns,
             blobs=Blobs(
-                weights=self.write_blob(number, "safetensors", weights),
-                state=self.write_blob(number, "state.safetensors", state),
+                weights=weights,
+                state=state,
                 tombstones=self.carried_tombstones(head),
             ),
             owed=head.manifest.owed,

@@ -9,19 +9,24 @@ source.json         below a key of its own: which version an alias named when a 
 """
 
 import re
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from tidemill.storage.blobs import Stream
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject, NotFound, StoreNotFound, UnknownVersion
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import BlobRef, checked, sha256, verified
+from tidemill.storage.manifest import BlobRef, checked, verified
+from tidemill.storage.pieces import Buffer
 from tidemill.storage.records import Record, WarmStart
 from tidemill.storage.store import create_or_same
+
+T = TypeVar("T")
+Source = bytes | Stream
+"""All bytes of a blob, or a large one as a stream."""
 
 _BROKEN = (NotFound, UnknownVersion, CorruptObject, AttributeError, RecursionError, TypeError, ValueError)
 """What reading a damaged checkpoint raises."""
@@ -105,8 +110,8 @@ class BatchProgress:
     def save(
         self,
         losses: tuple[float, ...],
-        weights: bytes,
-        state: bytes,
+        weights: bytes | Sequence[Buffer],
+        state: bytes | Sequence[Buffer],
         holdout_losses: tuple[float, ...] = (),
         best: int | None = None,
         environment: Mapping[str, str | int] | None = None,
@@ -124,9 +129,7 @@ class BatchProgress:
         refs, epochs = [], len(losses) if epochs is None else epochs
         place = f"{epochs:08d}.{rows:012d}" if rows else f"{epochs:08d}"
         for suffix, data in (("safetensors", weights), ("state.safetensors", state)):
-            key = f"{self._prefix}/{place}-{uuid.uuid4().hex}.{suffix}"
-            self.log.store.write(key, data)
-            refs.append(BlobRef(key=key, bytes=len(data), sha256=sha256(data)))
+            refs.append(self.log.write_blob_at(f"{self._prefix}/{place}", suffix, data))
         checkpoint = Checkpoint(
             epochs=epochs,
             losses=losses,
@@ -142,37 +145,49 @@ class BatchProgress:
         self.log.store.write(f"{self._prefix}/{place}.json", checked(checkpoint.model_dump(mode="json")))
         self._drop_older(Place(epochs, rows), best)
 
-    def latest(self) -> tuple[Checkpoint, bytes, bytes] | None:
-        """The newest checkpoint that is whole, with its verified weights and state."""
+    def latest(self, use: Callable[[Checkpoint, Source, Source], T]) -> T | None:
+        """What `use` makes of the newest checkpoint that is whole, its weights and its state: see `VersionLog.read_blobs`."""
         found = {place: key for key, place in self._stored() if key.endswith(".json")}
         for _, key in sorted(found.items(), reverse=True):
             try:
-                return self._checkpoint(key)
+                checkpoint = self._checkpoint(key)
             except _BROKEN:
                 continue  # an older one, or the start, leads to the same bits
+            try:
+                return self._used(checkpoint, use)
+            except (UnknownVersion, CorruptObject):
+                continue
         return None
 
     def has_checkpoint(self) -> bool:
         """Whether there is any, whole or not: then the run has begun."""
         return any(key.endswith(".json") for key, _ in self._stored())
 
-    def after(self, epochs: int) -> tuple[Checkpoint, bytes, bytes]:
-        """The checkpoint after `epochs` epochs.
+    def after(self, epochs: int, use: Callable[[Checkpoint, Source, Source], T]) -> T:
+        """What `use` makes of the checkpoint after `epochs` epochs, its weights and its state.
 
         Raises:
             CorruptObject: it is damaged or gone.
         """
         key = f"{self._prefix}/{epochs:08d}.json"
+        damaged = f"{self.log.store.url}/{key}, the best epoch, is damaged or gone"
+        remedy = f"Delete {self._prefix} and train again."
         try:
-            return self._checkpoint(key)
+            checkpoint = self._checkpoint(key)
         except _BROKEN as error:
-            raise CorruptObject(
-                f"{self.log.store.url}/{key}, the best epoch, is damaged or gone: {error}. Delete {self._prefix} and train again."
-            ) from error
+            raise CorruptObject(f"{damaged}: {error}. {remedy}") from error
+        try:
+            return self._used(checkpoint, use)
+        except (UnknownVersion, CorruptObject) as error:
+            raise CorruptObject(f"{damaged}: {error}. {remedy}") from error
 
-    def _checkpoint(self, key: str) -> tuple[Checkpoint, bytes, bytes]:
-        checkpoint = Checkpoint.model_validate(verified(self.log.store.read(key)))
-        return checkpoint, self.log.read_blob(checkpoint.weights), self.log.read_blob(checkpoint.state)
+    def _checkpoint(self, key: str) -> Checkpoint:
+        return Checkpoint.model_validate(verified(self.log.store.read(key)))
+
+    def _used(self, checkpoint: Checkpoint, use: Callable[[Checkpoint, Source, Source], T]) -> T:
+        return self.log.read_blobs(
+            (checkpoint.weights, checkpoint.state), lambda weights, state: use(checkpoint, weights, state)
+        )
 
     def finish(self, version: Version) -> None:
         """Record that nothing is left to do, and drop the checkpoints."""

@@ -23,18 +23,72 @@ from tidemill.storage.errors import (
     PreconditionFailed,
     on_one_line,
 )
+from tidemill.storage.pieces import Pieces
 from tidemill.storage.remote import AMBIGUOUS, retried
 from tidemill.storage.s3_client import ask, knows
 from tidemill.storage.s3_errors import FAILURES, Unexplained, translated
+from tidemill.storage.s3_parts import upload_in_parts
 from tidemill.storage.s3_session import sending_seconds, session_of
-from tidemill.storage.store import ObjectInfo, PassedOver, Store
+from tidemill.storage.store import ObjectInfo, PassedOver, Store, Upload
 
 logger = logging.getLogger("tidemill.storage")
 
 _REMEDY: Final = "the store is up and that AWS_ENDPOINT_URL_S3 names it"
 
 
-class S3Store(Store):
+class _Requests:
+    """Requests for the objects of a bucket, or of a prefix of one."""
+
+    retry_seconds: float = 90.0
+    """For how long a verb goes on trying; SeaweedFS takes 12 to 17 s to restart. Tests shorten it."""
+
+    stall_seconds: float = 30.0
+    """How long one attempt may wait for an answer, beyond the time that uploading may take."""
+
+    def __init__(self, bucket: str, prefix: str = "") -> None:
+        self._bucket = bucket
+        self._root = f"{prefix}/" if prefix else ""
+        self._aws_variables = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    def _call(self, method: str, key: str | None, **params: Any) -> dict[str, Any]:
+        """One request, retried while failures are transient. The `Body` of an answer is bytes."""
+        where = self.url
+        params["Bucket"] = self._bucket
+        if key is not None:
+            where = f"{self.url}/{key}"
+            if AMBIGUOUS.search(key):
+                raise InvalidKey(
+                    f"{where!r}: stores disagree about keys with empty, '.' or '..' segments, or such characters"
+                )
+            params["Key"] = self._root + key
+
+        def attempt() -> dict[str, Any]:
+            try:
+                return self._asked(method, params)
+            except FAILURES as error:
+                told = translated(error, method, where, key)
+                raise told from (None if isinstance(error, ValueError) else error)
+
+        def what() -> str:
+            return f"{method} of {where} at {session_of(self._aws_variables).endpoint}"
+
+        return retried(attempt, what, self.retry_seconds, _REMEDY)
+
+    def _asked(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        session = session_of(self._aws_variables)
+        address = session.address(self._bucket)
+        if address is not None and knows(method, params):
+            return ask(session, address, method, params, self.stall_seconds)
+        from tidemill.storage import s3_others  # here, because s3fs takes most of a second to import
+
+        seconds = sending_seconds(body := params.get("Body", b""), self.stall_seconds)
+        if isinstance(body, Pieces):
+            params = params | {"Body": body.joined()}
+        return s3_others.ask(self._aws_variables, method, params, seconds, anonymous=session.anonymous)
+
+
+class S3Store(_Requests, Store):
     """`s3://bucket/prefix`. Endpoint, credentials and region come from the standard AWS variables and profiles alone.
 
     Transient failures (no connection, time-outs, 5xx, throttling, broken bodies) are retried with exponential,
@@ -47,20 +101,14 @@ class S3Store(Store):
     surrogate pair. A listing skips such objects and warns once.
     """
 
-    retry_seconds: float = 90.0
-    """For how long a verb goes on trying; SeaweedFS takes 12 to 17 s to restart. Tests shorten it."""
+    in_parts_above: int = 64 * 2**20
+    """Bytes of an object above which it is uploaded in parts; up to that, one PUT is as fast, and two requests fewer."""
 
-    stall_seconds: float = 30.0
-    """How long one attempt may wait for an answer, beyond the time that uploading may take."""
+    part_bytes: int = 32 * 2**20
+    """Bytes of a part: at 30 ms a request the requests themselves are a small share of the time. S3 takes 5 MiB or more."""
 
     concurrency = 8
     readers = 3  # at 30 ms a request 2.7 times the rate of one; two have 1.9 times, four 3.1
-
-    def __init__(self, bucket: str, prefix: str = "") -> None:
-        self._bucket = bucket
-        self._root = f"{prefix}/" if prefix else ""
-        self._aws_variables = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
-        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
 
     def __repr__(self) -> str:
         return f"S3Store({self.url!r})"
@@ -152,6 +200,36 @@ class S3Store(Store):
         """
         return self._put(key, data)
 
+    def write_pieces(self, key: str, data: Pieces) -> ObjectInfo:
+        """One PUT, whose body is sent piece by piece; above `in_parts_above` in parts, `concurrency` of them at once."""
+        if len(data) <= self.in_parts_above:
+            return self._put(key, data)
+        try:
+            answer = upload_in_parts(self._call, key, data, self.concurrency, self.part_bytes)
+        except (
+            NotFound
+        ):  # the answer to the last request was lost, and then there was no such upload any more: or it is gone
+            if (found := self.stat(key)).size != len(data):
+                raise
+            return found
+        return ObjectInfo(key, len(data), _unquoted(answer["ETag"]), answer["Date"].astimezone(UTC))
+
+    def unfinished(self, prefix: str = "") -> Iterator[Upload]:
+        params: dict[str, str] = {"Prefix": self._root + prefix}
+        while True:
+            page = self._call("list_multipart_uploads", None, **params)
+            for entry in page.get("Uploads", ()):
+                if entry["Key"].startswith(params["Prefix"]):
+                    key = entry["Key"].removeprefix(self._root)
+                    yield Upload(key, entry["UploadId"], entry["Initiated"].astimezone(UTC))
+            if not page["IsTruncated"]:
+                return
+            params |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def abandon(self, upload: Upload) -> None:
+        with suppress(NotFound):
+            self._call("abort_multipart_upload", upload.key, UploadId=upload.id)
+
     def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         """One PUT with `If-None-Match: *`. SeaweedFS says "exists" also of a folder of other keys."""
         try:
@@ -185,7 +263,7 @@ class S3Store(Store):
         if if_match is not None and answer.get("DeleteMarker") and "VersionId" in answer:
             _take_back_if_other(self, key, if_match, answer["VersionId"])
 
-    def _put(self, key: str, data: bytes, **conditions: str) -> ObjectInfo:
+    def _put(self, key: str, data: bytes | Pieces, **conditions: str) -> ObjectInfo:
         answer = self._call("put_object", key, Body=data, **conditions)
         # The answer to a PUT has no LastModified; its Date is by the same clock and at most the request younger
         return ObjectInfo(key, len(data), _unquoted(answer["ETag"]), answer["Date"].astimezone(UTC))
@@ -195,40 +273,6 @@ class S3Store(Store):
         if if_match is not None and found.etag != if_match:
             raise PreconditionFailed(f"{self.url}/{key} has etag {found.etag}, not {if_match}")
         return found
-
-    def _call(self, method: str, key: str | None, **params: Any) -> dict[str, Any]:
-        """One request, retried while failures are transient. The `Body` of an answer is bytes."""
-        where = self.url
-        params["Bucket"] = self._bucket
-        if key is not None:
-            where = f"{self.url}/{key}"
-            if AMBIGUOUS.search(key):
-                raise InvalidKey(
-                    f"{where!r}: stores disagree about keys with empty, '.' or '..' segments, or such characters"
-                )
-            params["Key"] = self._root + key
-
-        def attempt() -> dict[str, Any]:
-            try:
-                return self._asked(method, params)
-            except FAILURES as error:
-                told = translated(error, method, where, key)
-                raise told from (None if isinstance(error, ValueError) else error)
-
-        def what() -> str:
-            return f"{method} of {where} at {session_of(self._aws_variables).endpoint}"
-
-        return retried(attempt, what, self.retry_seconds, _REMEDY)
-
-    def _asked(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
-        session = session_of(self._aws_variables)
-        address = session.address(self._bucket)
-        if address is not None and knows(method, params):
-            return ask(session, address, method, params, self.stall_seconds)
-        from tidemill.storage import s3_others  # here, because s3fs takes most of a second to import
-
-        seconds = sending_seconds(params.get("Body", b""), self.stall_seconds)
-        return s3_others.ask(self._aws_variables, method, params, seconds, anonymous=session.anonymous)
 
 
 def _take_back_if_other(store: S3Store, key: str, etag: str, marker: str) -> None:

@@ -31,6 +31,7 @@ _FIELDS: Final = {
     },
     "head_object": {"ETag": "etag", "ContentLength": "content-length", "LastModified": "last-modified"},
     "put_object": {"ETag": "etag", "Date": "date"},
+    "upload_part": {"ETag": "etag", "ChecksumCRC32": "x-amz-checksum-crc32"},
     "delete_object": {"DeleteMarker": "x-amz-delete-marker", "VersionId": "x-amz-version-id"},
 }
 """Headers, by method and field."""
@@ -59,12 +60,20 @@ def understood(method: str, answer: BaseHTTPResponse) -> dict[str, Any]:
     if not 200 <= answer.status < 300:
         raise _refusal(answer)
     headers = answer.headers
-    if method == "head_bucket":
+    if method in ("head_bucket", "abort_multipart_upload"):
         return {}
     if "etag" not in headers and headers.get("content-type", "").startswith("text/html"):
         raise NoS3Server(f"a web page came ({answer.status})")
     if method == "list_objects_v2":
         return _page(answer.data)
+    if method == "list_multipart_uploads":
+        return _uploads(answer.data)
+    if method == "create_multipart_upload":
+        begun = _root(answer.data, "InitiateMultipartUploadResult", "the number of an upload")
+        return {"UploadId": _text(begun, "UploadId")}
+    if method == "complete_multipart_upload":
+        done = _root(answer.data, "CompleteMultipartUploadResult", "the end of an upload")
+        return {"ETag": _text(done, "ETag"), "Date": _date(headers["date"]) if "date" in headers else datetime.now(UTC)}
     found: dict[str, Any] = {name: headers[field] for name, field in _FIELDS[method].items() if field in headers}
     if method == "delete_object":
         return found | {"DeleteMarker": found.get("DeleteMarker") == "true"}
@@ -77,7 +86,7 @@ def understood(method: str, answer: BaseHTTPResponse) -> dict[str, Any]:
             found["Body"] = answer.data
         elif method == "put_object":
             found["Date"] = _date(found["Date"]) if "Date" in found else datetime.now(UTC)
-        else:
+        elif method == "head_object":
             found["LastModified"] = _date(found["LastModified"])
             found["ContentLength"]  # an object has one
     except (KeyError, TypeError, ValueError) as error:
@@ -111,20 +120,59 @@ def check_body(answer: dict[str, Any]) -> None:
         return
 
 
-def _page(data: bytes) -> dict[str, Any]:
-    """`Contents`, `IsTruncated` and `NextContinuationToken` of a page of a listing."""
+def _root(data: bytes, name: str, what: str) -> ElementTree.Element:
+    """The root of an answer whose root has this name; `what` such an answer is, in words."""
     try:
         root = ElementTree.fromstring(data)
     except ElementTree.ParseError as error:
         if data.lstrip()[:9].lower() == b"<!doctype":  # whatever its content type says; XML of S3 has none
-            raise NoS3Server("a web page came in place of a listing") from error
-        raise Transient(f"half a page of a listing came, or none ({error})") from error
+            raise NoS3Server(f"a web page came in place of {what}") from error
+        raise Transient(f"half of {what} came, or none ({error})") from error
     namespace = root.tag[: root.tag.rfind("}") + 1]
     if root.tag == f"{namespace}Error":  # S3 may begin a success and end it so
         about = _texts(root)
         raise Transient(f"{about.get('Code')} (200): {about.get('Message')}")
-    if root.tag != f"{namespace}ListBucketResult":
-        raise NoS3Server(f"<{root.tag.removeprefix(namespace)}> came in place of a listing")
+    if root.tag != f"{namespace}{name}":
+        raise NoS3Server(f"<{root.tag.removeprefix(namespace)}> came in place of {what}")
+    return root
+
+
+def _text(root: ElementTree.Element, name: str) -> str:
+    """The text of an element that an answer must have."""
+    if not (found := _texts(root).get(name)):
+        raise Transient(f"an answer came that says nothing of its {name}")
+    return found
+
+
+def _uploads(data: bytes) -> dict[str, Any]:
+    """`Uploads`, `IsTruncated` and the two markers of what follows, of a page of unfinished uploads."""
+    root = _root(data, "ListMultipartUploadsResult", "a listing")
+    about = _texts(root)
+    decoded = unquote_plus if about.get("EncodingType") == "url" else str
+    namespace = root.tag[: root.tag.rfind("}") + 1]
+    try:
+        uploads = [_upload(_texts(element), decoded) for element in root.findall(f"{namespace}Upload")]
+        page: dict[str, Any] = {"Uploads": uploads, "IsTruncated": about.get("IsTruncated") == "true"}
+        if page["IsTruncated"]:
+            page["NextKeyMarker"] = decoded(about["NextKeyMarker"])
+            page["NextUploadIdMarker"] = about["NextUploadIdMarker"]
+    except (KeyError, ValueError) as error:
+        raise Transient(f"a page of a listing came that says nothing usable of {error}") from error
+    return page
+
+
+def _upload(texts: dict[str, str], decoded: Callable[[str], str]) -> dict[str, Any]:
+    return {
+        "Key": decoded(texts["Key"]),
+        "UploadId": texts["UploadId"],
+        "Initiated": _moment(texts["Initiated"]),
+    }
+
+
+def _page(data: bytes) -> dict[str, Any]:
+    """`Contents`, `IsTruncated` and `NextContinuationToken` of a page of a listing."""
+    root = _root(data, "ListBucketResult", "a listing")
+    namespace = root.tag[: root.tag.rfind("}") + 1]
     contents, about = f"{namespace}Contents", _texts(root)
     decoded = unquote_plus if about.get("EncodingType") == "url" else str
     try:
@@ -138,13 +186,17 @@ def _page(data: bytes) -> dict[str, Any]:
 
 
 def _entry(texts: dict[str, str], decoded: Callable[[str], str]) -> dict[str, Any]:
-    modified = datetime.fromisoformat(texts["LastModified"])
     return {
         "Key": decoded(texts["Key"]),
         "Size": int(texts["Size"]),
         "ETag": texts["ETag"],
-        "LastModified": modified if modified.tzinfo else modified.replace(tzinfo=UTC),
+        "LastModified": _moment(texts["LastModified"]),
     }
+
+
+def _moment(text: str) -> datetime:
+    found = datetime.fromisoformat(text)
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _texts(element: ElementTree.Element) -> dict[str, str]:

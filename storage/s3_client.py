@@ -8,8 +8,10 @@ from urllib.parse import quote, urlencode
 from botocore.exceptions import NoCredentialsError
 from urllib3 import BaseHTTPResponse
 
+from tidemill.storage.pieces import Pieces
 from tidemill.storage.s3_answers import check_body, understood
 from tidemill.storage.s3_errors import Refused, region_told
+from tidemill.storage.s3_parts import completion
 from tidemill.storage.s3_session import CHECKSUM, Address, Session
 
 _VERBS: Final = {
@@ -19,10 +21,24 @@ _VERBS: Final = {
     "delete_object": "DELETE",
     "list_objects_v2": "GET",
     "head_bucket": "HEAD",  # after each HEAD that finds nothing
+    "create_multipart_upload": "POST",
+    "upload_part": "PUT",
+    "complete_multipart_upload": "POST",
+    "abort_multipart_upload": "DELETE",
+    "list_multipart_uploads": "GET",
 }
-_HEADERS: Final = {"IfMatch": "if-match", "IfNoneMatch": "if-none-match", "Range": "range"}
-_QUERY: Final = {"Prefix": "prefix", "StartAfter": "start-after", "ContinuationToken": "continuation-token"}
-_KNOWN: Final = frozenset({"Bucket", "Key", "Body", *_HEADERS, *_QUERY})
+_HEADERS: Final = {
+    **{"IfMatch": "if-match", "IfNoneMatch": "if-none-match", "Range": "range"},
+    "ChecksumAlgorithm": "x-amz-checksum-algorithm",
+}
+_QUERY: Final = {
+    **{"Prefix": "prefix", "StartAfter": "start-after", "ContinuationToken": "continuation-token"},
+    **{"KeyMarker": "key-marker", "UploadIdMarker": "upload-id-marker"},
+    **{"UploadId": "uploadId", "PartNumber": "partNumber"},
+}
+_KNOWN: Final = frozenset({"Bucket", "Key", "Body", "MultipartUpload", *_HEADERS, *_QUERY})
+_LISTS: Final = {"list_objects_v2": {"list-type": "2"}, "list_multipart_uploads": {"uploads": ""}}
+"""What the query of a request for a page begins with."""
 
 
 def knows(method: str, params: dict[str, Any]) -> bool:
@@ -60,19 +76,24 @@ def _sent(
     session: Session, address: Address, method: str, params: dict[str, Any], stall_seconds: float
 ) -> BaseHTTPResponse:
     headers = {header: params[name] for name, header in _HEADERS.items() if name in params}
-    body: bytes | None = params.get("Body")
+    if not session.sends_checksums:
+        headers.pop(_HEADERS["ChecksumAlgorithm"], None)
+    body: bytes | Pieces | None = params.get("Body")
     if body is not None and session.sends_checksums:
-        headers[CHECKSUM] = b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
+        checksum = body.crc32() if isinstance(body, Pieces) else zlib.crc32(body)
+        headers[CHECKSUM] = b64encode(checksum.to_bytes(4, "big")).decode()
+    if method == "complete_multipart_upload":
+        body = completion(params["MultipartUpload"])
     if method == "get_object" and "Range" not in params and session.asks_checksums:
         headers["x-amz-checksum-mode"] = "ENABLED"
-    if method == "list_objects_v2":
-        query = {"list-type": "2", "encoding-type": "url"}
-        query |= {name: params[key] for key, name in _QUERY.items() if key in params}
-        resource = f"{address.root}?{urlencode(query, safe='-_.~', quote_via=quote)}"
-    elif method == "head_bucket":
-        resource = address.root
-    else:
-        resource = f"/{quote(params['Key'], safe='/-_.~')}"
+    query = {name: str(params[key]) for key, name in _QUERY.items() if key in params}
+    if method in _LISTS:
+        query = _LISTS[method] | {"encoding-type": "url"} | query
+    if method == "create_multipart_upload":
+        query = {"uploads": ""}
+    resource = f"/{quote(params['Key'], safe='/-_.~')}" if "Key" in params else address.root
+    if query:
+        resource += f"?{urlencode(query, safe='-_.~', quote_via=quote)}"
     return session.send(address, _VERBS[method], resource, headers, body, stall_seconds)
 
 

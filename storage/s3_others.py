@@ -45,11 +45,11 @@ async def _request(fs: s3fs.S3FileSystem, method: str, params: dict[str, Any], s
         raise Transient(f"no answer within {seconds:.0f} s") from error
     except ClientError as error:
         raise HTTPClientError(error=error) from error
-    if method == "put_object":
+    if method in ("put_object", "complete_multipart_upload"):
         answer["Date"] = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
     if method == "list_objects_v2" and "IsTruncated" not in answer:
         raise Transient("an empty answer came")
-    if method in ("get_object", "head_object", "put_object") and "ETag" not in answer:
+    if method in ("get_object", "head_object", "put_object", "upload_part") and "ETag" not in answer:
         raise Transient("an answer without an ETag came, unlike any of S3: the port of a web server?")
     return answer
 

@@ -22,6 +22,7 @@ from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, P
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ReadTimeoutError
 
+from tidemill.storage.pieces import Pieces
 from tidemill.storage.remote import Transient
 
 CONNECT_SECONDS: Final = 5.0
@@ -105,7 +106,7 @@ class Session:
         verb: str,
         resource: str,
         headers: dict[str, str],
-        body: bytes | None = None,
+        body: bytes | Pieces | None = None,
         stall_seconds: float = STALL_SECONDS,
     ) -> BaseHTTPResponse:
         """One request for `resource`, which is what follows the bucket's URL, and its answer with all of its body.
@@ -118,7 +119,7 @@ class Session:
             return address.pool.urlopen(
                 verb,
                 address.target + resource,
-                body,
+                body,  # type: ignore[arg-type]  # its buffers are sent as they are
                 self._signed(address, verb, resource, headers, body),
                 retries=False,  # S3Store retries; layers would multiply
                 redirect=False,
@@ -130,10 +131,12 @@ class Session:
             raise Transient(f"no answer within {seconds:.0f} s") from error
 
     def _signed(
-        self, address: Address, verb: str, resource: str, headers: dict[str, str], body: bytes | None
+        self, address: Address, verb: str, resource: str, headers: dict[str, str], body: bytes | Pieces | None
     ) -> dict[str, str]:
         """The headers of a request, signed by the credentials as they are now: those that expire are renewed here."""
         signed = {"host": urlsplit(address.url).netloc, **headers}
+        if isinstance(body, Pieces):
+            signed["content-length"] = str(len(body))  # or urllib3 would send it in chunks, which S3 does not take
         credentials = self._credentials()
         if credentials is not None:
             # Over https a body that has a checksum is not hashed a second time
@@ -219,7 +222,7 @@ class _Request:
     method: str
     url: str
     headers: dict[str, str]
-    body: bytes | None
+    body: bytes | Pieces | None
     context: dict[str, Any]
     params: None = None
 
@@ -232,6 +235,11 @@ class _Signer(S3SigV4Auth):  # type: ignore[misc]  # botocore has no types
     def headers_to_sign(self, request: _Request) -> Any:
         self._made = self._made or super().headers_to_sign(request)
         return self._made
+
+    def payload(self, request: _Request) -> Any:
+        if isinstance(request.body, Pieces) and self._should_sha256_sign_payload(request):
+            return request.body.sha256()
+        return super().payload(request)
 
 
 class _HTTP(HTTPConnection):
@@ -263,7 +271,7 @@ def aws_region() -> str | None:
     return os.environ.get("AWS_REGION")
 
 
-def sending_seconds(body: bytes, stall_seconds: float = STALL_SECONDS) -> float:
+def sending_seconds(body: bytes | Pieces, stall_seconds: float = STALL_SECONDS) -> float:
     """How long a request with this body may take to be sent, and then to be answered."""
     return stall_seconds + len(body) / SLOWEST_UPLOAD
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from tidemill.storage.errors import AlreadyExists
+from tidemill.storage.pieces import Pieces
 
 logger = logging.getLogger("tidemill.storage")
 
@@ -48,6 +49,16 @@ class ObjectInfo:
     def fingerprint_etag(self) -> str:
         """`lasting_etag`, or the etag where that is as lasting."""
         return self.lasting_etag or self.etag
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Parts of an object that was never completed: its writer is still at it, or died."""
+
+    key: str
+    id: str
+    began: datetime
+    """Timezone-aware, by the store's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +155,26 @@ class Store(ABC):
 
         Durable when it returns. A local file gets no permission that `mode` lacks, but its owner may read and write it.
         """
+
+    def write_pieces(self, key: str, data: Pieces) -> ObjectInfo:
+        """As `write`, of bytes that come in pieces, which need not all be in memory at once: here they are.
+
+        The pieces may be asked for several times. An error that they end with is raised, and then nothing is stored.
+
+        Raises:
+            NotFound: parts had been stored, and were given up (`abandon`).
+        """
+        return self.write(key, data.joined())
+
+    def unfinished(self, prefix: str = "") -> Iterator[Upload]:
+        """Yield what `write_pieces` has begun below a prefix and not completed; nothing where a store has no parts.
+
+        What is begun or completed meanwhile may be missing. No other verb sees any of it.
+        """
+        return iter(())
+
+    def abandon(self, upload: Upload) -> None:  # noqa: B027  # most stores have nothing to do
+        """Remove the parts of an upload: it can be completed no more. Nothing happens if it was completed or is gone."""
 
     @abstractmethod
     def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:

@@ -38,6 +38,7 @@ from tidemill.tasks.telling import chosen, decided, notes, unlabelled_rows
 from tidemill.tasks.training.environment import code_revision
 from tidemill.tasks.training.families import type_name
 from tidemill.tasks.training.groups import Split
+from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import Score
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.trial import warn_of_hidden_state
@@ -210,7 +211,15 @@ def register(run: BatchRun, result: Evaluation) -> Version:
     if (registered := run.progress.registered()) is not None:
         return registered[0]
     learner = run.load_best()
-    weights, state = learner.dump()
+    version = _committed(run, result, learner)
+    if warn_of_hidden_state(learner, run.dataset.row_groups):
+        run.forget()
+    return version
+
+
+def _committed(run: BatchRun, result: Evaluation, learner: Learner) -> Version:
+    """The learner as a version: this one, or that of an overlapping attempt of this run which was faster."""
+    weights, state = learner.pieces()
     counters, spec, losses = asdict(learner.counters), resolved_spec(learner), list(run.losses)
     epochs: dict[str, object] = {}
     if run.search is not None:
@@ -219,9 +228,6 @@ def register(run: BatchRun, result: Evaluation) -> Version:
         epochs = {"epoch_holdout": list(run.holdout_losses), "best_epoch": run.best_epoch}
     left_out = unlabelled_rows(learner.features)
     unlabelled = {"unlabelled_rows": left_out} if left_out else {}
-    warn_of_hidden_state(learner, run.dataset.row_groups)
-    if run.spec.import_paths:
-        run.forget()  # it has taken another step
     while True:
         parent = run.log.head() if run.log.exists() else None
         number = 0 if parent is None else parent.number + 1

@@ -12,11 +12,12 @@ from typing import Final, cast
 from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.log import VersionLog
 from tidemill.storage.records import WarmStart
-from tidemill.storage.runs import BatchProgress
+from tidemill.storage.runs import BatchProgress, Checkpoint
+from tidemill.storage.runs import Source as Blob
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.code import Code, code_of
-from tidemill.tasks.midways import Copied, Midways
+from tidemill.tasks.midways import ASIDE_BYTES, Copied, Midways
 from tidemill.tasks.ranks.leader import environment_of, steps_of
 from tidemill.tasks.ranks.passes import ReadByAll
 from tidemill.tasks.search import Clock, Search
@@ -35,8 +36,9 @@ from tidemill.tasks.training.midway import Midway
 from tidemill.tasks.training.resolving import Resolved
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
+from tidemill.tasks.training.tensors import copied
 from tidemill.tasks.training.warm import Source, keeping
-from tidemill.tasks.trial import try_out
+from tidemill.tasks.trial import tried
 from tidemill.tasks.warm_start import read, started
 
 NO_PART_OF_THE_KEY: Final = ("again", "init_from", "keep_statistics", "checkpoint_seconds", "checkpoint_rows")
@@ -143,7 +145,7 @@ class BatchRun:
     def forget(self) -> None:
         """Drop a learner that may be half trained: the next use reloads the checkpoint."""
         self.midways.wait()
-        self._learner = self._search = self._midway = None
+        self._learner = self._steps = self._search = self._midway = None
 
     def begun_pass(self) -> Midway | None:
         """Where the pass stands that the learner is in the middle of, if that was loaded so; to be asked once, by who goes on."""
@@ -179,10 +181,13 @@ class BatchRun:
                 if not search.scores_after(learner.counters.epochs) and self.clock.due():
                     self.save(learner)
 
-            self._learner = search.advance(learner, steps, epoch_done, self.begun_pass(), self.midways)
-            new = self._learner is not learner
-            learner, loss = self._learner, self.losses[-1]
-            self.losses = () if new else self.losses
+            new = search.advance(learner, steps, epoch_done, self.begun_pass(), self.midways)
+            loss = self.losses[-1]
+            if new:
+                features = learner.features
+                self._learner = self._steps = None
+                del learner, steps, epoch_done  # before the next one takes memory
+                self._learner, self.losses = (learner := self.new(features)), ()
             best = not search.plan.refit and search.progress.points != phase and search.is_best(learner.counters.epochs)
             if self.clock.due() or best:
                 self.save(learner)
@@ -200,12 +205,12 @@ class BatchRun:
     def load_best(self) -> Learner:
         """The learner after the best epoch."""
         self.midways.wait()  # what is stored later would stay, once the run has dropped its checkpoints
-        learner = self.load_or_fit()
-        if learner.counters.epochs != self.best_epoch:
-            _, weights, state = self.progress.after(self.best_epoch)
-            learner = self._learner = Learner.load(self.spec, weights, state, self.settings.device)
+        if self.load_or_fit().counters.epochs != self.best_epoch:
+            self._learner = self._steps = None  # before the other one takes memory
+            spec, device = self.spec, self.settings.device
+            self._learner = self.progress.after(self.best_epoch, lambda _, w, s: Learner.load(spec, w, s, device))
             logger.info("the best of %d epochs was %d", len(self.losses), self.best_epoch)
-        return learner
+        return self.load_or_fit()
 
     def save(self, learner: Learner) -> None:
         """Store a checkpoint after the epochs so far."""
@@ -219,7 +224,10 @@ class BatchRun:
         search = self._search
         before = 0 if search is None else search.epochs_before()
         chooses = self.settings.patience is not None if search is None else not search.plan.refit
-        weights, state = learner.dump()
+        weights, state = learner.pieces()
+        size = sum(buffer.nbytes for buffer in (*weights, *state))
+        if midway is not None and size <= ASIDE_BYTES:
+            weights, state = copied(weights), copied(state)
         store = partial(
             self.progress.save,
             self.losses,
@@ -235,7 +243,7 @@ class BatchRun:
             None if midway is None else midway.model_dump(mode="json"),
             0 if midway is None else midway.place.rows,
         )
-        return Copied(len(weights) + len(state), store)
+        return Copied(size, store)
 
     def holdout(self) -> Snapshot:
         """The separate dataset of the settings, as it was when it was first asked for."""
@@ -246,9 +254,9 @@ class BatchRun:
         return self._holdout
 
     def _restored(self) -> Learner | None:
-        if (stored := self.progress.latest()) is None:
-            return None
-        checkpoint, weights, state = stored
+        return self.progress.latest(self._go_on)
+
+    def _go_on(self, checkpoint: Checkpoint, weights: Blob, state: Blob) -> Learner:
         self._resolved = Resolved.model_validate(checkpoint.resolved or {"spec": self.asked})
         self._midway = Midway.model_validate(checkpoint.midway) if checkpoint.midway else None
         inside = "" if self._midway is None else f" and {self._midway.place.rows:,} rows of the next"
@@ -283,15 +291,13 @@ class BatchRun:
         if self.settings.holdout_dataset is not None:
             self._holdout = snapshot(self.settings.holdout_dataset, self.stores, features.types)
             _check_holdout(self._holdout, features)
-        learner = self.new(features, source)
-        try_out(learner, self.dataset.row_groups)
-        return learner
+        return tried(lambda: self.new(features, source), self.dataset.row_groups)
 
 
 def _searching(run: BatchRun, features: Features, progress: SearchProgress | None = None) -> Search:
     """The search of a run, from its beginning or from where a checkpoint has left it."""
     groups, split = run.dataset.row_groups, run.split
-    return Search(groups, split, run.spec, features, lambda: run.new(features), progress, run.read_by_all)
+    return Search(groups, split, run.spec, features, progress, run.read_by_all)
 
 
 def _check_holdout(holdout: Snapshot, features: Features) -> None:

@@ -14,6 +14,7 @@ from tidemill.storage.inbox import Shard
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Consumed, JoinedLabels, ShardRef, sha256
 from tidemill.storage.parquet import RowGroup as FileGroup
+from tidemill.storage.pieces import Buffers
 from tidemill.storage.records import IN_MEMORY
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.tasks.online.labels import Labels
@@ -102,8 +103,8 @@ def _stored(log: VersionLog, version: Version) -> Steps | None:
 
 def _same(learner: Learner, version: Version) -> bool:
     blobs = version.manifest.blobs
-    weights, state = learner.dump()
-    return (sha256(weights), sha256(state)) == (blobs.weights.sha256, blobs.state.sha256)
+    weights, state = (Buffers(part).sha256() for part in learner.pieces())
+    return (weights, state) == (blobs.weights.sha256, blobs.state.sha256)
 
 
 def train_again(

@@ -179,13 +179,12 @@ class Search:
         split: Subset | None,
         spec: Spec,
         features: Features,
-        fresh: Callable[[], Learner],
         progress: Progress | None = None,
         read_by_all: ReadByAll | None = None,
     ) -> None:
-        """`fresh` makes a learner that is not trained yet; `progress` is that of a checkpoint; `read_by_all` is for ranks."""
+        """`progress` is that of a checkpoint; `read_by_all` is for ranks."""
         assert features.statistics is not None, "rows are counted before"
-        self._groups, self._split, self._spec, self._features, self._fresh = groups, split, spec, features, fresh
+        self._groups, self._split, self._spec, self._features = groups, split, spec, features
         self._read_by_all = read_by_all
         self.plan = Plan.of(features.statistics.labelled or features.statistics.rows, spec.batch_size)
         self.progress = progress or Progress()
@@ -262,8 +261,8 @@ class Search:
         epoch_done: Callable[[float], None],
         start: Midway | None = None,
         keeper: Keeper | None = None,
-    ) -> Learner:
-        """Train up to the next point, and score there unless all rows are trained on. Returns the learner to go on with.
+    ) -> bool:
+        """Train up to the next point, and score there unless all rows are trained on. True: a new learner is to go on.
 
         `epoch_done` is told the loss of each epoch. `start` and `keeper`: as of `train_pass`. Raises what that raises.
         """
@@ -294,7 +293,7 @@ class Search:
                 epoch_done(result.loss)
         if self.progress.refit:
             logger.info("all rows: epoch %d of %d: loss %.6g", until, self.best_epochs, result.loss)
-            return learner
+            return False
         found = score(learner, data.holdout, data.holdout_rows)
         loss = found.loss if math.isfinite(found.loss) else sys.float_info.max / len(self.progress.points)
         point = Point(epochs=until, rows=found.rows, loss=loss, score=found.finite)
@@ -306,13 +305,13 @@ class Search:
         )
         self.progress = Progress(points=(*earlier, current))
         if not self._is_over(current) or not self.plan.refit:
-            return learner
+            return False
         if len(self.progress.points) < self.plan.searches:
             self.progress = Progress(points=(*self.progress.points, ()))
         else:
             self.progress = Progress(points=self.progress.points, refit=True)
             logger.info("%d epochs were best; now on all rows", self.best_epochs)
-        return self._fresh()
+        return True
 
     def _is_over(self, points: Sequence[Point]) -> bool:
         """Whether the search that has these scores has come to its end."""

@@ -10,7 +10,7 @@ the first rows alone, may be sound; what fails on both is refused, and so is wha
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -26,7 +26,7 @@ from tidemill.tasks.training.errors import (
     TrainingError,
 )
 from tidemill.tasks.training.groups import RowGroup, TableGroup, generator
-from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.learner import Learner, Network
 from tidemill.tasks.training.loop import score, train_shard
 from tidemill.tasks.training.made_up import made_up
 from tidemill.tasks.training.metrics import number_of
@@ -37,13 +37,17 @@ logger = logging.getLogger("tidemill.batch")
 
 SCORED_ROWS: Final = 64
 """Metrics are tried on this many rows, which is enough for those that need several."""
+COPIED_BYTES: Final = 256 * 2**20
+"""Bytes of a stored learner above which there is never a second one in memory."""
 
 
 # ---- before the first epoch, and before the first shard --------------------------------------------------------------
-def try_out(learner: Learner, groups: Sequence[RowGroup]) -> None:
+def try_out(learner: Learner, groups: Sequence[RowGroup]) -> bool:
     """Let a copy of a new learner be scored and take a step on made-up rows and on the first rows of the dataset.
 
-    The learner is not changed.
+    Returns:
+        True if the learner itself is used up: of one above `COPIED_BYTES` no copy is made, and whether it can be read back is
+        not tried.
 
     Raises:
         FactoryError: a metric of the user's gives no single number, or fails on both.
@@ -52,8 +56,9 @@ def try_out(learner: Learner, groups: Sequence[RowGroup]) -> None:
             dataset's beginning has labels.
     """
     if not learner.spec.import_paths:
-        return
-    copy = _read_back(learner)
+        return False
+    copies = learner.stored_bytes <= COPIED_BYTES
+    copy = _read_back(learner) if copies else learner
     doubtful = try_metrics(learner)
     count = max(SCORED_ROWS, learner.spec.batch_size)
     rows = _first_rows(learner, groups, count) or [made_up(learner.features, count)]
@@ -65,13 +70,24 @@ def try_out(learner: Learner, groups: Sequence[RowGroup]) -> None:
             )
     try:
         _take_step(copy, rows)
-        _read_back(copy)  # with the state that the step has made
+        if copies:
+            _read_back(copy)  # with the state that the step has made
     except NonFiniteLoss:
-        return  # training says how to go on
+        pass  # training says how to go on
+    return not copies
+
+
+def tried(make: Callable[[], Learner], groups: Sequence[RowGroup]) -> Learner:
+    """A new learner that was tried out: the one that was tried, or another where that used it up. Raises as `try_out`."""
+    learner = make()
+    if not try_out(learner, groups):
+        return learner
+    del learner  # before the next one takes memory
+    return make()
 
 
 def try_metrics(learner: Learner) -> Mapping[str, str]:
-    """Let a copy of the learner be scored on made-up rows: the same rule in `train` and in `follow`.
+    """Let a copy of its network be scored on made-up rows: the same rule in `train` and in `follow`.
 
     Returns:
         Name -> reason of the metrics that fail on these rows, whose values may be at fault: real rows decide. `train` has some.
@@ -83,7 +99,7 @@ def try_metrics(learner: Learner) -> Mapping[str, str]:
     """
     if not learner.spec.metrics:
         return {}
-    copy, rows = _copy(learner), made_up(learner.features, SCORED_ROWS)
+    copy, rows = learner.network(), made_up(learner.features, SCORED_ROWS)
     try:
         left_out = score(copy, [rows]).left_out
     except (ColumnError, ModelError) as error:
@@ -93,7 +109,7 @@ def try_metrics(learner: Learner) -> Mapping[str, str]:
     return left_out
 
 
-def _refuse_unless_a_number(learner: Learner, name: str, rows: str) -> None:
+def _refuse_unless_a_number(learner: Learner | Network, name: str, rows: str) -> None:
     """Raise FactoryError if this metric, which was left out, gives something else than one number."""
     try:
         number_of(learner.metrics[name])
@@ -104,14 +120,20 @@ def _refuse_unless_a_number(learner: Learner, name: str, rows: str) -> None:
 
 
 # ---- before the first commit -----------------------------------------------------------------------------------------
-def warn_of_hidden_state(learner: Learner, groups: Sequence[RowGroup]) -> None:
+def warn_of_hidden_state(learner: Learner, groups: Sequence[RowGroup]) -> bool:
     """Let the learner and what would be stored of it each take the same step, and warn if they differ.
 
     The learner takes a step before, so that state which it keeps elsewhere has begun to move, even if it was read from a
-    checkpoint a moment ago. It is used up. Not on accelerators, whose kernels need not give the same bits twice.
+    checkpoint a moment ago. Not on accelerators, whose kernels need not give the same bits twice, and not above `COPIED_BYTES`.
+
+    Returns:
+        True if the learner is used up.
     """
     if not learner.spec.import_paths or learner.device.type != "cpu":
-        return
+        return False
+    if learner.stored_bytes > COPIED_BYTES:
+        logger.info("whether a restart changes the bits was not found out: the learner is too large for a second one")
+        return False
     try:
         size = learner.spec.batch_size
         rows = _first_rows(learner, groups, size) or [made_up(learner.features, size)]
@@ -121,7 +143,7 @@ def warn_of_hidden_state(learner: Learner, groups: Sequence[RowGroup]) -> None:
             _take_step(each, rows)
     except TrainingError as error:
         logger.warning("whether a restart changes the bits was not found out: %s", error)
-        return
+        return True
     stored = read_back.model.state_dict()
     if differing := [name for name, value in learner.model.state_dict().items() if not _equal(value, stored[name])]:
         logger.warning(
@@ -132,6 +154,7 @@ def warn_of_hidden_state(learner: Learner, groups: Sequence[RowGroup]) -> None:
             differing[0],
             f" (and {len(differing) - 1} more)" if len(differing) > 1 else "",
         )
+    return True
 
 
 # ---- where a shard may be at fault -----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """From a version in the log to a learner in memory."""
 
 import os
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
@@ -12,6 +12,8 @@ from tidemill.storage.log import VersionLog
 from tidemill.tasks.training.imports import ALLOWED_MODULES, check_allowed
 from tidemill.tasks.training.learner import Learner, Network
 from tidemill.tasks.training.spec import Spec
+
+T = TypeVar("T")
 
 READ_AS: Final = ("family", "width")
 """What `resolved_spec` says of each feature beside its settings."""
@@ -30,7 +32,7 @@ def load_learner(log: VersionLog, version: Version, device: str = "cpu", *, allo
         FactoryError: the spec names a factory outside of the modules that the environment allows, or one that fails.
         StateMismatch: the model's code no longer fits its weights.
     """
-    return Learner.load(*_stored(log, version, allowed), device)
+    return _loaded(log, version, allowed, Learner.load, device)
 
 
 def load_frozen(log: VersionLog, version: Version, device: str = "cpu", *, allowed: Sequence[str] = ()) -> Network:
@@ -41,15 +43,15 @@ def load_frozen(log: VersionLog, version: Version, device: str = "cpu", *, allow
     Raises:
         UnknownVersion, CorruptObject, FactoryError, StateMismatch: as `load_learner`.
     """
-    return Network.load(*_stored(log, version, allowed), device)
+    return _loaded(log, version, allowed, Network.load, device)
 
 
-def _stored(log: VersionLog, version: Version, allowed: Sequence[str] = ()) -> tuple[Spec, bytes, bytes]:
-    """(spec, weights, state), verified."""
+def _loaded(log: VersionLog, version: Version, allowed: Sequence[str], load: Callable[..., T], device: str) -> T:
+    """What `load` makes of (spec, weights, state, device), all of it verified."""
     spec = spec_of(log, version)
     check_environment_allows(spec, allowed)
     blobs = version.manifest.blobs
-    return spec, log.read_blob(blobs.weights), log.read_blob(blobs.state)
+    return log.read_blobs((blobs.weights, blobs.state), lambda weights, state: load(spec, weights, state, device))
 
 
 def check_environment_allows(spec: Spec, allowed: Sequence[str] = ()) -> None:

@@ -9,7 +9,8 @@ from tidemill.storage.records import WarmStart
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.sources import SourceRef
-from tidemill.tasks.training.learner import Learner, parsed, parsed_tensors
+from tidemill.tasks.training.learner import Learner, parsed
+from tidemill.tasks.training.tensors import TensorFile
 from tidemill.tasks.training.warm import Source, begin
 from tidemill.tasks.versions import spec_of
 
@@ -27,11 +28,11 @@ def read(ref: SourceRef, stores: Callable[[str], Store] = open_store) -> Source:
         data = store.read(ref.name)
         if sha256(data) != ref.sha256[0]:
             raise CorruptObject(f"init_from: {ref.told} has changed since the run began: start the command again")
-        return Source(ref.told, parsed_tensors(data, f"bytes of {ref.told}"))
+        return Source(ref.told, TensorFile(data, f"bytes of {ref.told}").rest())
     log = VersionLog(store, ref.name)
     version = log.version(ref.version)
     blobs, spec = version.manifest.blobs, spec_of(log, version)
-    features, weights = parsed(spec, log.read_blob(blobs.weights), log.read_blob(blobs.state))
+    features, weights = log.read_blobs((blobs.weights, blobs.state), lambda *stored: parsed(spec, *stored))
     return Source(ref.told, weights, spec.model.factory, features)
 
 

@@ -60,7 +60,7 @@ class Kept:
         """
         manifest, head = version.manifest, self.head
         number = 0 if head is None else head.number + 1
-        weights, state = (original.read_blob(ref) for ref in (manifest.blobs.weights, manifest.blobs.state))
+        weights, state = self.log.copy_blobs(number, manifest.blobs, original)
         entry = Entry(
             kind="batch",
             spec=manifest.spec,
@@ -68,8 +68,8 @@ class Kept:
             columns=manifest.columns,
             unused_columns=manifest.unused_columns,
             blobs=Blobs(
-                weights=self.log.write_blob(number, "safetensors", weights),
-                state=self.log.write_blob(number, "state.safetensors", state),
+                weights=weights,
+                state=state,
                 tombstones=self.log.carried_tombstones(head),
             ),
             metrics=manifest.metrics,
@@ -99,7 +99,7 @@ class Kept:
         following, summary = parent.number + 1, Summary.of(consumed)
         cumulative = Summary.model_validate(parent.manifest.metrics.get("cumulative", {}))
         cumulative.add(consumed)
-        parts = list(zip(("safetensors", "state.safetensors"), learner.dump(), strict=True))
+        parts = list(zip(("safetensors", "state.safetensors"), learner.pieces(), strict=True))
         refs = concurrently(lambda part: self.log.write_blob(following, *part), parts, self.log.store.concurrency)
         entry = Entry(
             kind="online",

@@ -32,15 +32,14 @@ def commit(work: Work, selection: Selection, champion: Champion, places: Places,
     owed = (*head.owed, *debts(work, number, log.model, settings))
     for shard in work.consumed_objects:
         head.tombstones.add(shard.inbox, shard.key, shard.sha256, shard.etag)
-    weights, state = learner.dump()
-    agree(head.steps, weights, state)
+    agree(head.steps)
     recent = head.recent.copy()
     recent.extend(work.consumed)
     cumulative = head.cumulative.model_copy(deep=True)
     cumulative.add(work.consumed)
     compared = list(recent)[-settings.gate.recent_shards :]
     gate, holdout = _decide(work, compared, champion, settings)
-    parts = [("safetensors", weights), ("state.safetensors", state)]
+    parts = list(zip(("safetensors", "state.safetensors"), learner.pieces(), strict=True))
     refs = concurrently(lambda part: log.write_blob(number, *part), parts, log.store.concurrency)
     entry = Entry(
         kind="online",

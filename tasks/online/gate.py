@@ -158,7 +158,8 @@ class Champion:
             self._find(version, learner)
         else:
             self.alias, self._number = moved, version.number
-            self._network, self._holdout_score = learner.network(), None
+            self._network = self._holdout_score = None  # before the next one takes memory
+            self._network = learner.network()
 
     def _promote(self, version: Version) -> Alias | None:
         gate = version.manifest.gate

@@ -229,8 +229,8 @@ class OnlineRun:
         learner = head.learner
         if learner.spec.import_paths:
             rows = made_up(learner.features, learner.spec.batch_size)
-            warn_of_hidden_state(learner, [rows])
-            head.read_again(self.places.log, self.settings.device)
+            if warn_of_hidden_state(learner, [rows]):
+                head.read_again(self.places.log, self.settings.device)
 
     def lost(self, moved: HeadMoved) -> Step:
         """Another run was faster."""

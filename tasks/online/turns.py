@@ -20,6 +20,7 @@ from tidemill.storage.manifest import ObjectRef, Served
 from tidemill.storage.store import ObjectInfo
 from tidemill.tasks.online.gate import Champion
 from tidemill.tasks.online.places import Places
+from tidemill.tasks.online.points import KEPT_BYTES, KeptLearner
 from tidemill.tasks.online.reading import Later, Read, Readable, Reader, may_be_the_shards
 from tidemill.tasks.online.work import Head, Identity, Scored, Work, removal
 from tidemill.tasks.ranks.leader import agree, train_shard
@@ -55,8 +56,8 @@ class Fault:
 class _Point:
     """Where the learner goes back to when something fails on the next shards."""
 
-    learner: tuple[bytes, bytes] | None = None
-    """As `Learner.dump` gave it. None: as it was committed."""
+    learner: KeptLearner | None = None
+    """None: as it was committed."""
     consumed: int = 0
     """How many shards of the work it has been trained on."""
     rows: int = 0
@@ -104,6 +105,8 @@ class _Turns:
         """Of shards that have failed for good, and may be at fault."""
         self.unproven = 0
         """How many of them failed after the last shard that was trained on."""
+        self.failed = False
+        """Whether anything has."""
         self.witness: Readable | None = None
         """The last shard that was trained on after something had failed."""
 
@@ -122,7 +125,7 @@ class _Turns:
                 assert isinstance(read, Readable), "nothing else is trained on"
                 if read.labelled:
                     self.unproven = 0
-                    self.witness = self.witness if self.point.learner is None else read
+                    self.witness = read if self.failed else self.witness
             if self.again:
                 self.again -= 1
                 if not self.again:  # here something failed: what is good so far need not be trained on another time
@@ -131,6 +134,7 @@ class _Turns:
             prove(self.work, self.suspects, self.witness, self.places, self.settings)
             self._restore()
         self.work.rejected += [fault.shard.rejected(fault.reason) for fault in self.suspects]
+        self._move_point(_Point())
         return self.work
 
     def _takes_another(self) -> bool:
@@ -163,12 +167,14 @@ class _Turns:
         self._restore()
 
     def _restore(self) -> None:
-        work, head, device = self.work, self.work.head, self.settings.device
-        if self.point.learner is None:
-            head.read_again(self.places.log, device)
-            self.point.learner = head.learner.dump()  # so that it is read from the store once
+        work, head, log = self.work, self.work.head, self.places.log
+        self.failed = True
+        if self.point.learner is not None:
+            head.go_back(self.point.learner, log)
         else:
-            head.go_back(self.point.learner, device)
+            head.read_again(log, self.settings.device)
+            if head.learner.stored_bytes <= KEPT_BYTES:
+                self.point.learner = self._kept()  # so that it is read from the store once
         work.consumed, work.rows = work.consumed[: self.point.consumed], self.point.rows
         work.new_columns = self.point.new_columns.copy()
         self.since = []
@@ -176,10 +182,18 @@ class _Turns:
     def _make_point(self) -> None:
         work = self.work
         if work.consumed:
-            learner = work.head.learner.dump()
-            agree(work.head.steps, *learner)
-            self.point = _Point(learner, len(work.consumed), work.rows, work.new_columns.copy())
+            agree(work.head.steps)
+            self._move_point(_Point(self._kept(), len(work.consumed), work.rows, work.new_columns.copy()))
             self.since = []
+
+    def _move_point(self, point: _Point) -> None:
+        if self.point.learner is not None:
+            self.point.learner.drop(self.places.log)
+        self.point = point
+
+    def _kept(self) -> KeptLearner:
+        head = self.work.head
+        return KeptLearner.of(head.learner, self.places.log, head.version.number + 1, self.settings.device)
 
 
 def _within(limits: Limits, shards: int, size: int, rows: int) -> bool:

@@ -25,6 +25,7 @@ from tidemill.storage.manifest import (
 )
 from tidemill.storage.tombstones import Tombstones
 from tidemill.tasks.online.ledger import Ledger
+from tidemill.tasks.online.points import KeptLearner
 from tidemill.tasks.online.reading import Kept, Readable
 from tidemill.tasks.online.triggers import Judged, Trigger
 from tidemill.tasks.ranks.leader import steps_of
@@ -70,12 +71,14 @@ class Head:
         return self.steps.learner
 
     def read_again(self, log: VersionLog, device: str) -> None:
-        """Go back to the learner as it was committed. Raises what `read_learner` raises."""
+        """Go back to the learner as it was committed. Raises what `read_learner` raises; then there is no learner."""
+        del self.steps  # before the other learner takes memory
         self.steps = steps_of(read_learner(log, self.version, device))
 
-    def go_back(self, stored: tuple[bytes, bytes], device: str) -> None:
-        """Go back to the learner that `Learner.dump` gave."""
-        self.steps = steps_of(Learner.load(self.learner.spec, *stored, device))
+    def go_back(self, kept: KeptLearner, log: VersionLog) -> None:
+        """Go back to a learner that was kept. Raises what `KeptLearner.load` raises; then there is no learner."""
+        del self.steps
+        self.steps = steps_of(kept.load(log))
 
     def consumed(self, shard: Shard) -> bool:
         """Whether a shard was consumed before: the same key and the same bytes, whatever its etag is now."""

@@ -1,13 +1,14 @@
 """What all ranks do in the same way: the training of a shard, and the digest of what came of it."""
 
-import hashlib
 from collections.abc import Callable
 from typing import TypeVar
 
+from tidemill.storage.pieces import Buffers
 from tidemill.tasks.ranks.ending import end_here
 from tidemill.tasks.ranks.group import Group
 from tidemill.tasks.ranks.messages import gathered
 from tidemill.tasks.training.errors import described, of_the_machine
+from tidemill.tasks.training.learner import Learner
 
 R = TypeVar("R")
 
@@ -32,6 +33,6 @@ def together(group: Group, train: Callable[[], R]) -> R | Exception:
     return result if error is None else error
 
 
-def digest(weights: bytes, state: bytes) -> bytes:
-    """sha256 of the weights, then of the state."""
-    return hashlib.sha256(weights).digest() + hashlib.sha256(state).digest()
+def digest(learner: Learner) -> bytes:
+    """sha256 of the weights that would be stored of a learner, then of its state."""
+    return b"".join(bytes.fromhex(Buffers(part).sha256()) for part in learner.pieces())

@@ -127,7 +127,7 @@ class Crew:
         """Tell which bits this rank holds."""
         learner = self.held.learner
         learner.counters = Counters(**order.about["counters"])  # the leader counts shards without labels too
-        digests = gathered(self.group, digest(*learner.dump()))
+        digests = gathered(self.group, digest(learner))
         if len(set(digests)) > 1:
             self._steps = None
 

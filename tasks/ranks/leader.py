@@ -137,8 +137,8 @@ class Leader:
         with self.ordered("load", about, *learner.dump()):
             pass
 
-    def agree(self, steps: Steps, weights: bytes, state: bytes) -> None:
-        """Make sure that all ranks hold these bytes.
+    def agree(self, steps: Steps) -> None:
+        """Make sure that all ranks hold the bytes of the learner of these steps.
 
         Raises:
             RanksDiffer: one does not.
@@ -146,7 +146,7 @@ class Leader:
         if self._holds is not steps:
             return  # what all ranks trained on was taken back, or nothing was trained on
         with self.ordered("agree", {"counters": asdict(steps.learner.counters)}):
-            digests = gathered(self.group, digest(weights, state))
+            digests = gathered(self.group, digest(steps.learner))
         others = [rank for rank, other in enumerate(digests) if other != digests[0]]
         if others:
             self._holds = None
@@ -242,14 +242,14 @@ def train_shard(steps: Steps, groups: Sequence[RowGroup], passes: int, *, labell
     return _leader.train_shard(steps, groups, passes, labelled)
 
 
-def agree(steps: Steps, weights: bytes, state: bytes) -> None:
-    """Make sure that all ranks hold what this one is about to commit: the dump of the learner of these steps.
+def agree(steps: Steps) -> None:
+    """Make sure that all ranks hold what this one is about to commit: the bytes of the learner of these steps.
 
     Raises:
         RanksDiffer: one does not.
     """
     if _leader is not None:
-        _leader.agree(steps, weights, state)
+        _leader.agree(steps)
 
 
 def environment_of(spec: Spec) -> dict[str, str | int]:

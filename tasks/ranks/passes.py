@@ -121,7 +121,7 @@ def train_pass(
         return read_or_end(train)
 
     result = leads.train(steps, "pass", about, with_all)
-    leads.agree(steps, *steps.learner.dump())
+    leads.agree(steps)
     return result
 
 
@@ -145,7 +145,7 @@ class AlikeKeeper:
         self._group.broadcast_(due)
         if not due:
             return False
-        if len(set(gathered(self._group, digest(*self._steps.learner.dump())))) > 1:
+        if len(set(gathered(self._group, digest(self._steps.learner)))) > 1:
             raise RanksDiffer(
                 "ranks have other weights or states after the same rows: all go back to what was stored last"
             )

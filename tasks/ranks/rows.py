@@ -45,11 +45,7 @@ class Rows:
         if progress is None:
             return groups, self._split
         if self._search is None:
-            self._search = Search(groups, self._split, learner.spec, learner.features, _never)
+            self._search = Search(groups, self._split, learner.spec, learner.features)
         self._search.progress = Progress.model_validate(progress)
         data = self._search.data()
         return data.train, data.train_rows
-
-
-def _never() -> Learner:
-    raise AssertionError("the leader makes new learners")

@@ -7,16 +7,13 @@ of the optimizer and of the feature statistics, everything else as JSON in its m
 import copy
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
@@ -35,6 +32,7 @@ from tidemill.tasks.training.optimizers import (
 )
 from tidemill.tasks.training.replay import ReplayBuffer
 from tidemill.tasks.training.spec import BUILT_IN_MODELS, Spec
+from tidemill.tasks.training.tensors import Buffer, Kind, Readable, TensorFile, buffers_of, joined
 
 METADATA_KEY: Final = "tidemill"  # a single key: safetensors does not fix the order of several
 PREPROCESSING: Final = (
@@ -81,17 +79,17 @@ class Network:
         return metrics_of(self.spec)
 
     @classmethod
-    def load(cls, spec: Spec, weights: bytes, state: bytes, device: str = "cpu") -> Self:
+    def load(cls, spec: Spec, weights: bytes | Readable, state: bytes | Readable, device: str = "cpu") -> Self:
         """What `Learner.load` would serve, without an optimizer and its state.
 
         Raises:
             StateMismatch, FactoryError: as there.
         """
         with _telling_of_other_states():
-            stored = _Stored.parsed(spec, weights, state)
+            stored = _Stored.begun(spec, weights, state)
             served = build(stored.spec, stored.features).to(device_of(device))
-            _check_weights(served, stored.weights)
-            served.load_state_dict(stored.weights)
+            stored.take_weights(served)
+            stored.state.rest(lambda name: False)
             return cls(stored.spec, stored.features, served)
 
 
@@ -175,6 +173,19 @@ class Learner:
     def dump(self) -> tuple[bytes, bytes]:
         """(weights, state) as safetensors. Equal learners give equal bytes. The weights are those of `served`.
 
+        Raises FactoryError: as `pieces`.
+        """
+        weights, state = self.pieces()
+        return joined(weights), joined(state)
+
+    @property
+    def stored_bytes(self) -> int:
+        """How many `dump` would give."""
+        return sum(buffer.nbytes for part in self.pieces() for buffer in part)
+
+    def pieces(self) -> tuple[list[Buffer], list[Buffer]]:
+        """The bytes of `dump` as buffers of the tensors themselves, without a copy: they change with the next step.
+
         Raises FactoryError: the optimizer's state is of a kind that cannot be stored.
         """
         tensors, config = self.features.state()
@@ -207,32 +218,38 @@ class Learner:
             tensors |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.memory is not None:
             tensors |= {f"memory.{name}": tensor for name, tensor in self.memory.state().items()}
-        weights = tensor_bytes(_storable(self.served.state_dict()))
-        return weights, tensor_bytes(_storable(tensors), {METADATA_KEY: json.dumps(about, sort_keys=True)})
+        weights = buffers_of(self.served.state_dict())
+        return weights, buffers_of(tensors, {METADATA_KEY: json.dumps(about, sort_keys=True)})
 
     @classmethod
-    def load(cls, spec: Spec, weights: bytes, state: bytes, device: str = "cpu") -> Self:
+    def load(cls, spec: Spec, weights: bytes | Readable, state: bytes | Readable, device: str = "cpu") -> Self:
         """The learner that `dump` wrote, bit for bit, for the same spec; on a device as in `create`.
+
+        Of files that are read as streams the weights are in memory once more until the model has them, the state never.
 
         Raises StateMismatch if the bytes do not fit the spec's model or optimizer, and FactoryError.
         """
         with _telling_of_other_states():
-            stored = _Stored.parsed(spec, weights, state)
-            spec = stored.spec
+            stored = _Stored.begun(spec, weights, state)
+            spec, about = stored.spec, stored.about
             learner = cls.create(spec, stored.features, device)
-            _check_weights(learner.model, stored.weights)
-            learner.served.load_state_dict(stored.weights)
             if learner.averaged is not None:
-                trained_weights = _under("model.", stored.tensors)
-                _check_weights(learner.model, trained_weights)
+                _check_weights(learner.model, stored.weights.kinds)
+            stored.take_weights(learner.served)
+            tensors = stored.tensors | stored.state.rest()
+            stored.tensors.clear()
+            if learner.averaged is not None:
+                trained_weights = _taken("model.", tensors)
+                _check_weights(learner.model, _kinds(trained_weights))
                 learner.model.load_state_dict(trained_weights)
-                learner.averaged.n_averaged.copy_(stored.tensors["averaged.steps"])
-            restore_optimizer(learner.optimizer, spec, stored.about["optimizer"], _under("optimizer.", stored.tensors))
+                del trained_weights
+                learner.averaged.n_averaged.copy_(tensors["averaged.steps"])
+            restore_optimizer(learner.optimizer, spec, about["optimizer"], _taken("optimizer.", tensors))
             if learner.schedule is not None:
-                restore_schedule(learner.schedule, stored.about["schedule"])
+                restore_schedule(learner.schedule, about["schedule"])
             if learner.memory is not None:
-                learner.memory = ReplayBuffer.load(spec, stored.features, _under("memory.", stored.tensors))
-            learner.counters = Counters(**stored.about["counters"])
+                learner.memory = ReplayBuffer.load(spec, stored.features, _taken("memory.", tensors))
+            learner.counters = Counters(**about["counters"])
             return learner
 
 
@@ -242,37 +259,42 @@ def serving_state(state: bytes) -> bytes:
     Raises:
         StateMismatch: it is no such state.
     """
-    about = {name: value for name, value in _about(state).items() if name in ("format", "features")}
-    tensors = {name: tensor for name, tensor in parse_tensors(state).items() if name.startswith("features.")}
-    return tensor_bytes(tensors, metadata={METADATA_KEY: json.dumps(about)})
+    file = TensorFile(state, "training state")
+    about = {name: value for name, value in _about(file).items() if name in ("format", "features")}
+    tensors = file.rest(lambda name: name.startswith("features."))
+    return joined(buffers_of(tensors, {METADATA_KEY: json.dumps(about)}))
 
 
-def parsed(spec: Spec, weights: bytes, state: bytes) -> tuple[Features, dict[str, Tensor]]:
+def parsed(spec: Spec, weights: bytes | Readable, state: bytes | Readable) -> tuple[Features, dict[str, Tensor]]:
     """Features and weights of what `Learner.dump` wrote, without a model. Raises StateMismatch: it wrote something else."""
     with _telling_of_other_states():
-        stored = _Stored.parsed(spec, weights, state)
-        return stored.features, stored.weights
+        stored = _Stored.begun(spec, weights, state)
+        stored.state.rest(lambda name: False)
+        return stored.features, stored.weights.rest()
 
 
 # ---- what is stored --------------------------------------------------------------------------------------------------
-class _Stored(NamedTuple):
-    """What `Learner.dump` wrote, parsed and found to be for a spec."""
+@dataclass(eq=False)
+class _Stored:
+    """What `Learner.dump` wrote, read as far as to make a model, and found to be for a spec."""
 
     spec: Spec
     """With its task."""
     about: dict[str, Any]
     """The JSON in the state's metadata."""
-    tensors: dict[str, Tensor]
-    """Of the state."""
-    weights: dict[str, Tensor]
     features: Features
+    tensors: dict[str, Tensor]
+    """Of the state, as far as it has been read."""
+    state: TensorFile
+    weights: TensorFile
 
     @classmethod
-    def parsed(cls, spec: Spec, weights: bytes, state: bytes) -> Self:
+    def begun(cls, spec: Spec, weights: bytes | Readable, state: bytes | Readable) -> Self:
         """Raises StateMismatch: it is for another spec, or for a built-in model of other sizes."""
-        about = _about(state)
-        tensors = parsed_tensors(state, "training state")
-        features = Features.from_state(_under("features.", tensors), about["features"])
+        state_file = TensorFile(state, "bytes of the training state")
+        about = _about(state_file)
+        tensors = state_file.up_to_last(lambda name: name.startswith("features."))
+        features = Features.from_state(_taken("features.", tensors), about["features"])
         spec = _settled(spec, features)
         wanted = ([column.name for column in spec.features], spec.targets, spec.task)
         stored = ([column.name for column in features.columns], features.targets, features.task)
@@ -283,11 +305,16 @@ class _Stored(NamedTuple):
                 raise StateMismatch(
                     f"the stored state has {name} {getattr(features, name)}, the spec {getattr(spec, name)}"
                 )
-        stored_weights = parsed_tensors(weights, "weights")
+        weights_file = TensorFile(weights, "weights")
         if spec.model.factory in BUILT_IN_MODELS:
             with torch.device("meta"):  # before memory is taken for whatever sizes the spec asks for
-                _check_weights(build(spec, features), stored_weights)
-        return cls(spec, about, tensors, stored_weights, features)
+                _check_weights(build(spec, features), weights_file.kinds)
+        return cls(spec, about, features, tensors, state_file, weights_file)
+
+    def take_weights(self, served: nn.Module) -> None:
+        """Put the stored weights into a model. Raises StateMismatch: they are of another one."""
+        _check_weights(served, self.weights.kinds)
+        served.load_state_dict(self.weights.rest())
 
 
 @contextmanager
@@ -326,35 +353,9 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with a copy where safetensors needs one: not contiguous, or sharing memory with another.
-
-    A tied weight is stored under each of its names, as in `state_dict`, so that the file is complete to any reader.
-    """
-    stored: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        if memory in seen or not tensor.is_contiguous():
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
-        seen.add(memory)
-        stored[name] = tensor
-    return stored
-
-
-def parsed_tensors(data: bytes, what: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises StateMismatch: it is none."""
-    try:
-        return parse_tensors(data)
-    except SafetensorError as error:
-        raise StateMismatch(f"the {what} are not a safetensors file: {error}") from error
-
-
-def _about(state: bytes) -> dict[str, Any]:
-    """The JSON in the metadata. A safetensors file begins with an 8-byte little-endian length and that much JSON."""
-    parsed_tensors(state, "bytes of the training state")
-    header = json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])
-    about: dict[str, Any] = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+def _about(state: TensorFile) -> dict[str, Any]:
+    """The JSON in the metadata."""
+    about: dict[str, Any] = json.loads(state.metadata.get(METADATA_KEY, "{}"))
     stated = _format(about.get("format"))
     if stated is None:
         raise StateMismatch("the training state says no format: are the weights passed in place of the state?")
@@ -374,24 +375,24 @@ def _format(stated: object) -> tuple[int, ...] | None:
     return None
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _taken(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by what follows; they are taken out of `tensors`, which may hold the only ones."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
-def _check_weights(model: nn.Module, stored: dict[str, Tensor]) -> None:
-    expected = model.state_dict()
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, Kind]:
+    return {name: Kind.of(tensor) for name, tensor in tensors.items()}
+
+
+def _check_weights(model: nn.Module, stored: Mapping[str, Kind]) -> None:
+    expected = _kinds(model.state_dict())
     problems = [f"{name} is missing" for name in expected.keys() - stored.keys()]
     problems += [f"{name} is unknown to the model" for name in stored.keys() - expected.keys()]
     for name in expected.keys() & stored.keys():
-        old, new = stored[name], expected[name]
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            problems.append(f"{name} is {_shape(old)}, the model has {_shape(new)}")
+        if stored[name] != expected[name]:
+            problems.append(f"{name} is {stored[name]}, the model has {expected[name]}")
     if problems:
         raise StateMismatch(
             f"the stored weights do not fit the model of the spec: {'; '.join(sorted(problems)[:10])}: "
             f"has the code of the factory changed since?"
         )
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -17,6 +17,7 @@ from torch.overrides import has_torch_function_unary
 
 from tidemill.tasks.training.calling import first_line
 from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch
+from tidemill.tasks.training.large import BLOCK, serves, step_in_blocks, take_step
 from tidemill.tasks.training.spec import OptimizerName, ScheduleName, Spec
 
 
@@ -247,20 +248,22 @@ class _Table:
 
     def step(self, gradient_RE: Tensor) -> None:
         """A step of the optimizer, as of all rows."""
-        used_R = self._used_R | (gradient_RE.abs().amax(1) != 0)
+        used_R = self._used_R | (gradient_RE.amax(1) != 0) | (gradient_RE.amin(1) != 0)  # without a tensor beside it
         if int(used_R.count_nonzero()) > len(self._rows_U):
             self._used_R, self._rows_U = used_R, used_R.nonzero().squeeze(1)
         rate, decay = self._group["lr"], self._group["weight_decay"]
         if decay:
             self.table_RE.mul_(1 - rate * decay)
         whole = [self.table_RE, self._state["exp_avg"], self._state["exp_avg_sq"]]
-        parts = [tensor.index_select(0, self._rows_U) for tensor in whole]
-        values_UE, average_UE, square_UE = parts
-        gradient_UE = gradient_RE.index_select(0, self._rows_U)
-        count = [self._state["step"]]
-        _adam([values_UE], [gradient_UE], [average_UE], [square_UE], [], count, lr=rate, **self._arguments)
-        for tensor, part in zip(whole, parts, strict=True):
-            tensor.index_copy_(0, self._rows_U, part)
+        *earlier, last_U = torch.split(self._rows_U, max(1, BLOCK // self.table_RE.shape[1]))
+        for rows_U in (*earlier, last_U):
+            parts = [tensor.index_select(0, rows_U) for tensor in whole]
+            values_UE, average_UE, square_UE = parts
+            gradient_UE = gradient_RE.index_select(0, rows_U)
+            count = self._state["step"] if rows_U is last_U else self._state["step"].clone()
+            _adam([values_UE], [gradient_UE], [average_UE], [square_UE], [], [count], lr=rate, **self._arguments)
+            for tensor, part in zip(whole, parts, strict=True):
+                tensor.index_copy_(0, rows_U, part)
 
 
 class Update:
@@ -279,6 +282,8 @@ class Update:
         trained = {id(parameter) for parameter in parameters}
         self._tables: list[_Table] = []
         self._groups = []  # (settings, parameters, their state, arguments)
+        self._large: list[tuple[dict[str, Any], Tensor]] = []
+        """Parameters, each with the settings of its group, that are updated in blocks."""
         for group in optimizer.param_groups:
             arguments = arguments_of(group, self._function)
             of_group = []
@@ -288,6 +293,9 @@ class Update:
                     if table.is_sparse:
                         self._tables.append(table)
                         continue
+                if parameter.grad is not None and serves(parameter, parameter.grad):
+                    self._large.append((group, parameter))
+                    continue
                 of_group.append(parameter)
             self._groups.append((group, of_group, states_of(optimizer, name, of_group), arguments))
 
@@ -305,10 +313,11 @@ class Update:
         """As `Optimizer.step`: changes the parameters by their gradients."""
         gradients = [[p.grad for p in parameters] for _, parameters, _, _ in self._groups]
         of_tables = [table.table_RE.grad for table in self._tables]
+        of_large = [parameter.grad for _, parameter in self._large]
         if any(
-            gradient is None for of_group in (*gradients, of_tables) for gradient in of_group
+            gradient is None for of_group in (*gradients, of_tables, of_large) for gradient in of_group
         ):  # what was not used, torch leaves out
-            self._optimizer.step()
+            take_step(self._optimizer)
             for table in self._tables:
                 table.look()
             return
@@ -318,6 +327,8 @@ class Update:
                 table.step(gradient)
             for (group, parameters, states, arguments), of_group in zip(self._groups, gradients, strict=True):
                 self._function(parameters, of_group, *states, lr=group["lr"], **arguments)
+            for group, parameter in self._large:
+                step_in_blocks(self._optimizer, group, parameter)
 
 
 # ---- storing ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tidemill.tasks.training.compiled import CompiledSteps, Forward
 from tidemill.tasks.training.cutting import Batch, Blocks, even, in_batches
 from tidemill.tasks.training.errors import ModelError, TrainingError, of_the_machine
 from tidemill.tasks.training.keras_models import KerasModule
+from tidemill.tasks.training.large import blocks, is_large, take_step
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.losses import is_column, loss_of
 from tidemill.tasks.training.optimizers import Update, backward
@@ -229,7 +230,7 @@ class Steps:
             self._update.step()
         else:
             optimizer = learner.optimizer
-            optimizer.step()
+            take_step(optimizer)
             # torch skips parameters without a gradient, and which ones may change from step to step, so all must have one.
             if Update.serves(optimizer) and all(p.grad is not None and not p.grad.is_sparse for p in self._trainable):
                 name, alone = learner.spec.optimizer.name, self._compiled is None
@@ -272,4 +273,6 @@ def is_finite(tensor: Tensor) -> bool:
     values = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
     if values.dtype.itemsize == 1 and values.is_floating_point():
         values = values.float()  # torch has no such check for its 8-bit types
+    if is_large(values):
+        return all(bool(torch.isfinite(block).all()) for block in blocks(values))
     return bool(torch.isfinite(values).all())

@@ -41,9 +41,12 @@ def actions(request: web.Request) -> list[tuple[str, str]]:
     place = f"arn:aws:s3:::{bucket}"
     if not key:
         assert request.method in (hdrs.METH_GET, hdrs.METH_HEAD), f"{request.method} {request.path_qs}"
-        return [("s3:ListBucketVersions" if "versions" in request.query else "s3:ListBucket", place)]
+        listed = {"versions": "s3:ListBucketVersions", "uploads": "s3:ListBucketMultipartUploads"}
+        return [(next((action for name, action in listed.items() if name in request.query), "s3:ListBucket"), place)]
+    if request.method == hdrs.METH_DELETE and "uploadId" in request.query:
+        return [("s3:AbortMultipartUpload", f"{place}/{key}")]
     version = "Version" if "versionId" in request.query else ""
-    verb = {"GET": "Get", "HEAD": "Get", "PUT": "Put", "DELETE": "Delete"}[request.method]
+    verb = {"GET": "Get", "HEAD": "Get", "PUT": "Put", "POST": "Put", "DELETE": "Delete"}[request.method]
     needed = [(f"s3:{verb}Object{version}", f"{place}/{key}")]
     if verb in ("Put", "Delete") and hdrs.IF_MATCH in request.headers:
         needed.append(("s3:GetObject", f"{place}/{key}"))

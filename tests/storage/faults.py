@@ -13,7 +13,8 @@ from datetime import datetime
 from typing import Literal, TypeVar
 
 from tidemill.storage.errors import AlreadyExists, NotFound, PermissionDenied, PreconditionFailed, StorageError
-from tidemill.storage.store import ObjectInfo, PassedOver, Promises, Store
+from tidemill.storage.pieces import Pieces
+from tidemill.storage.store import ObjectInfo, PassedOver, Promises, Store, Upload
 from tidemill.storage.urls import open_store
 
 Phase = Literal["before", "after"]
@@ -106,6 +107,15 @@ class FaultStore(Store):
 
     def write(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         return self._around("write", key, lambda: self._store.write(key, data, mode=mode))
+
+    def write_pieces(self, key: str, data: Pieces) -> ObjectInfo:
+        return self._around("write", key, lambda: self._store.write_pieces(key, data))
+
+    def unfinished(self, prefix: str = "") -> Iterator[Upload]:
+        return self._store.unfinished(prefix)
+
+    def abandon(self, upload: Upload) -> None:
+        self._around("abandon", upload.key, lambda: self._store.abandon(upload))
 
     def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
         return self._around("create", key, lambda: self._store.create(key, data, mode=mode))

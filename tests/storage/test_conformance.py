@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +24,9 @@ from tidemill.storage.errors import (
     PreconditionFailed,
     StoreNotFound,
 )
+from tidemill.storage.pieces import Pieces
 from tidemill.storage.probe import check_preconditions
+from tidemill.storage.s3 import S3Store
 from tidemill.storage.store import Store, create_or_same
 from tidemill.storage.urls import open_store
 
@@ -554,3 +556,61 @@ def test_a_missing_root_is_an_error_not_an_empty_store(nowhere: Store):
     ):
         with pytest.raises(StoreNotFound, match="Check the URL"):
             verb()
+
+
+# ---- bytes in pieces -------------------------------------------------------------------------------------------------
+SMALL_PARTS = 5 * 2**20
+"""Of an upload to S3: it takes no smaller ones."""
+
+
+class Given(Pieces):
+    """Pieces of 1 MiB, which may end with an error."""
+
+    def __init__(self, data: bytes, error: Exception | None = None, after: int = 0) -> None:
+        self._data, self._error, self._after = data, error, after
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for number, at in enumerate(range(0, len(self._data), 2**20)):
+            if self._error is not None and number == self._after:
+                raise self._error
+            yield memoryview(self._data)[at : at + 2**20]
+
+
+def in_small_parts(store: Store) -> Store:
+    """The store; if it is S3, whose objects above 5 MiB go up in parts."""
+    if isinstance(store, S3Store):
+        store.in_parts_above = store.part_bytes = SMALL_PARTS
+    return store
+
+
+SIZES = [1, 2**20 + 1, SMALL_PARTS, 2 * SMALL_PARTS, 2 * SMALL_PARTS + 7]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_was_written_in_pieces_is_what_is_read(store: Store, outside: Outside, size: int):
+    data = hashlib.shake_128(b"pieces").digest(size)
+    info = in_small_parts(store).write_pieces("folder/object", Given(data))
+    assert info == replace(store.stat("folder/object"), last_modified=info.last_modified)
+    assert (info.size, outside.get("folder/object")) == (size, data)
+    assert store.read("folder/object", if_match=info.etag) == data
+    assert (
+        store.read("folder/object", if_match=info.etag, start=size // 2, length=size - size // 2) == data[size // 2 :]
+    )
+
+
+def test_pieces_overwrite_as_any_write_does(store: Store, outside: Outside):
+    store.write("a", b"old")
+    in_small_parts(store).write_pieces("a", Given(b"new" * SMALL_PARTS))
+    assert outside.get("a") == b"new" * SMALL_PARTS
+
+
+@pytest.mark.parametrize("after", [0, 1, 12])
+def test_pieces_that_end_with_an_error_leave_nothing(store: Store, outside: Outside, after: int):
+    store.write("a", b"old")
+    with pytest.raises(CorruptObject, match="torn"):
+        in_small_parts(store).write_pieces("a", Given(bytes(3 * SMALL_PARTS), CorruptObject("torn"), after))
+    assert (outside.keys(), outside.get("a")) == ({"a"}, b"old")
+    assert list(store.unfinished()) == []

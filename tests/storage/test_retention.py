@@ -1,7 +1,9 @@
 """Retention: which blobs a collection removes, and which never, whatever others do meanwhile."""
 
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -13,6 +15,7 @@ from tidemill.storage.errors import (
     CorruptObject,
     HeadMoved,
     NotFound,
+    PermissionDenied,
     UnknownModel,
     UnknownVersion,
 )
@@ -22,8 +25,8 @@ from tidemill.storage.manifest import (
     Entry,
 )
 from tidemill.storage.memory import MemoryStore
-from tidemill.storage.retention import collect_garbage
-from tidemill.storage.store import Store
+from tidemill.storage.retention import STALE, collect_garbage
+from tidemill.storage.store import Store, Upload
 
 
 @pytest.fixture
@@ -193,3 +196,48 @@ def test_a_frozen_writer_that_wakes_after_a_collection_cannot_commit(log: Versio
     assert log.head() == head
     with pytest.raises(NotFound):
         log.store.stat(blobs.weights.key)
+
+
+# ---- uploads that were never finished --------------------------------------------------------------------------------
+class Unfinished(MemoryStore):
+    """Has parts of objects as S3 has them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.uploads: list[Upload] = []
+
+    def unfinished(self, prefix: str = "") -> Iterator[Upload]:
+        yield from [upload for upload in self.uploads if upload.key.startswith(prefix)]
+
+    def abandon(self, upload: Upload) -> None:
+        self.uploads.remove(upload)
+
+
+def test_a_collection_removes_uploads_that_can_count_for_nothing_any_more() -> None:
+    store = Unfinished(uuid.uuid4().hex)
+    log = VersionLog(store, "taxi")
+    grow(log, 3)
+    now, old = datetime.now(UTC), datetime.now(UTC) - STALE - timedelta(minutes=1)
+    name = f"{uuid.uuid4().hex}.safetensors"
+    lost = [Upload(f"taxi/blobs/{number:08d}-{name}", "1", now) for number in (0, 2)]
+    lost.append(Upload(f"taxi/runs/abc/00000001-{name}", "2", old))
+    kept = [
+        Upload(f"taxi/blobs/{3:08d}-{name}", "3", old),  # of a run that may be about to commit, however slow it is
+        Upload(f"taxi/runs/abc/00000001-{name}", "4", now),
+        Upload(f"taxi/other/{0:08d}-{name}", "5", old),
+        Upload(f"taxi2/blobs/{0:08d}-{name}", "6", old),
+    ]
+    store.uploads = [*lost, *kept]
+    assert collect_garbage(log, keep=1) != []
+    assert store.uploads == kept
+
+
+def test_a_collection_that_may_not_list_uploads_does_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    class Denied(MemoryStore):
+        def unfinished(self, prefix: str = "") -> Iterator[Upload]:
+            raise PermissionDenied("list_multipart_uploads is not allowed")
+
+    log = VersionLog(Denied(uuid.uuid4().hex), "taxi")
+    grow(log, 3)
+    assert len(collect_garbage(log, keep=1)) == 6
+    assert "what killed processes had begun to upload stays" in caplog.text

@@ -13,11 +13,15 @@ from tidemill.storage.errors import CorruptObject, Unavailable
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Blobs, Entry, verified
 from tidemill.storage.memory import MemoryStore
-from tidemill.storage.runs import BatchProgress
+from tidemill.storage.runs import BatchProgress, Checkpoint, Source
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 
 KEY = "0123456789abcdef"
+
+
+def as_stored(checkpoint: Checkpoint, weights: Source, state: Source) -> tuple[Checkpoint, Source, Source]:
+    return checkpoint, weights, state
 
 
 @pytest.fixture
@@ -57,11 +61,11 @@ def test_a_run_from_its_beginning_to_its_end(log: VersionLog) -> None:
     progress = BatchProgress(log, KEY)
     assert progress.registered() is None
     progress.begin()
-    assert progress.latest() is None
+    assert progress.latest(as_stored) is None
     assert progress.registered() is None
     save(progress, 1)
     save(progress, 2)
-    found = progress.latest()
+    found = progress.latest(as_stored)
     assert found is not None
     checkpoint, weights, state = found
     assert (checkpoint.epochs, checkpoint.losses) == (2, (1.0, 0.5))
@@ -71,7 +75,7 @@ def test_a_run_from_its_beginning_to_its_end(log: VersionLog) -> None:
     progress.finish(version)
     assert progress.registered() == (version, True)
     assert kept(progress) == ["done.json", "run.json"]
-    assert progress.latest() is None
+    assert progress.latest(as_stored) is None
 
 
 def test_a_run_started_again_finds_its_version_among_later_ones(log: VersionLog) -> None:
@@ -115,11 +119,11 @@ def test_two_runs_do_not_see_each_other(log: VersionLog) -> None:
     b.begin()
     save(a, 1)
     version = commit(log, a.key)
-    assert b.latest() is None
+    assert b.latest(as_stored) is None
     assert b.registered() is None
     a.finish(version)
     save(b, 1)
-    assert b.latest() is not None
+    assert b.latest(as_stored) is not None
     assert (a.registered(), b.registered()) == ((version, True), None)
 
 
@@ -129,7 +133,7 @@ def test_a_registry_that_is_not_there_yet_has_no_progress(tmp_path: Path) -> Non
     progress = BatchProgress(log, KEY)
     progress.begin()
     save(progress, 1)
-    assert progress.latest() is not None
+    assert progress.latest(as_stored) is not None
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------------
@@ -149,7 +153,7 @@ def test_a_damaged_checkpoint_is_passed_over(log: VersionLog, lost: str, damage:
     progress = BatchProgress(log, KEY)
     save(progress, 1)
     save(progress, 2)
-    found = progress.latest()
+    found = progress.latest(as_stored)
     assert found is not None
     key = {
         "checkpoint": f"taxi/runs/{KEY}/00000002.json",
@@ -161,7 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over(log: VersionLog, lost: str, damage:
     else:
         data = log.store.read(key)
         log.store.write(key, b"" if damage == "empty" else bytes([data[0] ^ 1]) + data[1:])
-    older = progress.latest()
+    older = progress.latest(as_stored)
     assert older is not None
     assert (older[0].epochs, older[1]) == (1, b"weights 1")
 
@@ -171,7 +175,7 @@ def test_if_no_checkpoint_is_whole_the_run_starts_over(memory: VersionLog) -> No
     save(progress, 1)
     for info in list(memory.store.list(f"taxi/runs/{KEY}/0")):
         memory.store.write(info.key, b"[" * 99_999)
-    assert progress.latest() is None
+    assert progress.latest(as_stored) is None
 
 
 def test_an_unreachable_checkpoint_is_not_a_damaged_one(memory: VersionLog) -> None:
@@ -180,7 +184,7 @@ def test_an_unreachable_checkpoint_is_not_a_damaged_one(memory: VersionLog) -> N
     for index in range(4):  # the listing, the checkpoint, its two blobs
         faulty = FaultStore(memory.store, fail_at(index, "before", Unavailable("no answer")))
         with pytest.raises(Unavailable):
-            BatchProgress(VersionLog(faulty, "taxi"), KEY).latest()
+            BatchProgress(VersionLog(faulty, "taxi"), KEY).latest(as_stored)
 
 
 def test_the_same_epoch_may_be_saved_by_two_attempts(log: VersionLog) -> None:
@@ -188,7 +192,7 @@ def test_the_same_epoch_may_be_saved_by_two_attempts(log: VersionLog) -> None:
     save(progress, 1)
     save(progress, 2)
     save(BatchProgress(log, KEY), 2)
-    found = progress.latest()
+    found = progress.latest(as_stored)
     assert found is not None
     assert found[1] == b"weights 2"
 
@@ -198,7 +202,7 @@ def test_a_slow_attempt_does_not_hide_the_progress_of_a_fast_one(log: VersionLog
     for epochs in (1, 2, 3, 4):
         save(fast, epochs)
     save(slow, 2)
-    found = slow.latest()
+    found = slow.latest(as_stored)
     assert found is not None
     assert found[0].epochs == 4
 
@@ -230,7 +234,7 @@ def test_killed_at_any_call_of_a_save_the_run_goes_on_from_a_whole_checkpoint(me
 
             with pytest.raises(Killed):
                 save(BatchProgress(VersionLog(FaultStore(memory.store, hook), "taxi"), KEY), 3)
-            found = progress.latest()
+            found = progress.latest(as_stored)
             assert found is not None
             assert found[0].epochs in (2, 3)
             assert found[1] == f"weights {found[0].epochs}".encode()
