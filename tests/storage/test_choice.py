@@ -121,7 +121,7 @@ def world() -> tuple[str, pa.Table]:
 
 @given(where=CONDITIONS)
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 def test_the_rows_are_those_of_duckdb(world: tuple[str, pa.Table], where: str) -> None:
     url, table = world

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
@@ -298,6 +299,13 @@ def test_a_damaged_log_is_an_error_that_names_the_table(path: Path) -> None:
     write_deltalake(path, table(0, 3))
     (path / "_delta_log/00000000000000000000.json").write_text("{")
     with pytest.raises(DatasetError, match=f"{path}: version 0 of this Delta table cannot be read"):
+        snapshot(str(path))
+
+
+def test_without_its_library_the_extra_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_deltalake(path, table(0, 3))
+    monkeypatch.setitem(sys.modules, "deltalake", None)
+    with pytest.raises(UnsupportedTable, match=r"deltalake is not installed: pip install 'tidemill\[delta\]'"):
         snapshot(str(path))
 
 

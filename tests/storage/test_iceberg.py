@@ -2,6 +2,7 @@
 
 import datetime
 import gzip
+import sys
 import warnings
 from collections.abc import Iterator
 from decimal import Decimal
@@ -248,6 +249,14 @@ def test_damaged_metadata_are_an_error_that_names_them(catalog: Catalog) -> None
     path = Path(table.metadata_location.removeprefix("file://"))
     path.write_text("{}")
     with pytest.raises(DatasetError, match=f"{path.name}: this Iceberg table cannot be read"):
+        snapshot(table.metadata_location)
+
+
+def test_without_its_library_the_extra_is_named(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = made(catalog)
+    table.append(rows_of(0))
+    monkeypatch.setitem(sys.modules, "pyiceberg.table", None)
+    with pytest.raises(UnsupportedTable, match=r"pyiceberg is not installed: pip install 'tidemill\[iceberg\]'"):
         snapshot(table.metadata_location)
 
 
