@@ -6,7 +6,7 @@ Nothing but pydantic is imported here. The command line makes its flags from the
 
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 
 class _Settings(BaseModel):
@@ -49,18 +49,20 @@ class RowSettings(_Settings):
         "was killed goes on with its own.)",
     )
 
+    @field_validator("where", "last")
+    @classmethod
+    def _read(cls, given: str | None, info: ValidationInfo) -> str | None:
+        if given is not None:
+            from tidemill.storage import sql  # here, because it is seldom needed
+
+            sql.parse(given) if info.field_name == "where" else sql.duration(given)
+        return given
+
     @model_validator(mode="after")
     def _rows(self) -> Self:
         if (self.last is None) != (self.time_column is None):
             given, lacking = ("last", "time_column") if self.last is not None else ("time_column", "last")
             raise ValueError(f"{given} needs {lacking}: give both, such as last 90d and the column of times")
-        if self.where is not None or self.last is not None:
-            from tidemill.storage import sql  # here, because it is seldom needed
-
-            if self.where is not None:
-                sql.parse(self.where)
-            if self.last is not None:
-                sql.duration(self.last)
         return self
 
 
