@@ -232,7 +232,8 @@ def audited(found: "Audit", again: "Reproduction | None") -> View:
     facts: dict[str, Any] = found.model_dump()
     if again is not None:
         made = f"{count(again.reproduced, 'version')} made again from {count(again.shards, 'shard')}: the same bits"
-        lines.append(("reproduced", f"{made}; {again.skipped:,} could not be, their start is retired"))
+        not_made = f"{again.skipped:,} could not be: their start is retired, or ranks trained them without parts"
+        lines.append(("reproduced", f"{made}; {not_made}"))
         findings = [*findings, *again.findings]
         facts |= {"reproduced": again.model_dump()}
     if findings:
