@@ -19,7 +19,7 @@ from tidemill.tasks import batch
 from tidemill.tasks.errors import GateClosed
 from tidemill.tasks.online.gate import decide
 from tidemill.tasks.online.report import OnlineReport
-from tidemill.tasks.online.step import OnlineRun, Outcome, step
+from tidemill.tasks.online.step import OnlineRun, Outcome, retraining, step
 from tidemill.tasks.settings import GateSettings, OnlineSettings
 from tidemill.tasks.training.loop import Score, score
 from tidemill.tasks.versions import load_learner
@@ -335,6 +335,13 @@ def test_many_refusals_may_ask_for_a_batch_training(world: World) -> None:
     outcomes = [step(run).outcome for _ in range(3)]
     assert outcomes == [Outcome.COMMITTED, Outcome.COMMITTED, Outcome.RETRAIN], "the rest is poison too"
     assert run.report.head == 9
+
+
+def test_a_model_is_trained_anew_on_the_rows_that_are_asked_for(world: World) -> None:
+    gate = {"after_refusals": {"retrain_on": world.url("dataset"), "where": "a > 0", "last": "90d", "time_column": "t"}}
+    dataset, _, _, _, settings = retraining(world.run(gate=gate))
+    assert dataset == world.url("dataset")
+    assert (settings.where, settings.last, settings.time_column) == ("a > 0", "90d", "t")
 
 
 # ---- crashes and restarts --------------------------------------------------------------------------------------------
