@@ -41,8 +41,9 @@ from tidemill.tasks.ranks.transport import TorchGroup
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.training.spec import Spec
 
-SECONDS: Final = 60.0
-"""How long a rank waits for another one that is not dead, where that is not what a test is about."""
+SECONDS: Final = 600.0
+"""How long a rank waits for another one that is not dead, where that is not what a test is about: so long that its leader, which
+lets it hear of itself four times in that time, does so in no run, and the moments of a run are always the same."""
 SPEC: Final = Spec.model_validate(ONE_PROCESS.model_dump() | {"parts": 4})
 """The bits are those of one process, whatever the number of ranks."""
 INBOX: Final = SHARDS | REJECTED
