@@ -87,7 +87,7 @@ MOMENTS = {"local": 9, "s3": 5, MINIO_LIKE: 4, GCS: 5, AZURE: 5}
 """How many moments of a sweep CI takes, spread over the run; more of an online run on local, fewer of what takes long."""
 OF_MANY = {"local": 2, "s3": 1}
 """The same of a run of many models, whose moments are calls by number."""
-SAMPLE, FULL = {"local": 4, "s3": 2}, {"local": 1000, "s3": 100}
+SAMPLE, FULL = {"local": 3, "s3": 2}, {"local": 1000, "s3": 100}
 """How many runs are killed again and again."""
 
 
@@ -150,6 +150,7 @@ def base(make_url: MakeUrl, tmp_path: Path) -> str:
     return make_url("base")
 
 
+@pytest.mark.parametrize("backend", ["local", pytest.param("s3", marks=pytest.mark.prove)], indirect=True)
 def test_many_models_in_one_process(backend: str, base: str, make_url: MakeUrl, tmp_path: Path, full: bool) -> None:
     """Three take turns, and one learner stays in memory; the weights of the third are not what was committed.
 

@@ -383,7 +383,7 @@ def test_a_run_through_a_mix_of_faults(
     full: bool, proxy: FaultProxy, place: str, undisturbed: Undisturbed, record_property: Callable[[str, object], None]
 ) -> None:
     """Verbs give up early here, so that steps and whole runs are begun again too. Every other server keeps no checksums."""
-    seeds = 120 if full else 3
+    seeds = 120 if full else 2
     happened: Counter[Fault] = Counter()
     errors = requests = 0
     for seed in range(seeds):

@@ -81,7 +81,10 @@ def check_head(log: VersionLog, number: int) -> None:
         log.verify_blob(ref)
 
 
-def test_a_kill_at_any_request_of_an_upload_leaves_nothing_that_counts(make_url: Callable[[str], str]) -> None:
+def test_a_kill_at_any_request_of_an_upload_leaves_nothing_that_counts(
+    make_url: Callable[[str], str], full: bool
+) -> None:
+    """CI takes each other one of the moments."""
     log = history(make_url("clean"))
     status, requests = run(make_url("clean"), "never")
     assert status == 0
@@ -109,7 +112,8 @@ def test_a_kill_at_any_request_of_an_upload_leaves_nothing_that_counts(make_url:
         check_head(log, 2)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(check, [f"{phase} {request}" for request in requests for phase in ("before", "after")]))
+        moments = [f"{phase} {request}" for request in requests for phase in ("before", "after")]
+        list(pool.map(check, moments if full else moments[::2] + moments[-1:]))
 
 
 def test_an_upload_whose_attempt_lost_is_given_up_and_says_so(make_url: Callable[[str], str]) -> None:
