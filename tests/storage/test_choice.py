@@ -119,6 +119,7 @@ def world() -> tuple[str, pa.Table]:
     return store.url, pa.concat_tables(tables)
 
 
+@pytest.mark.slow
 @given(where=CONDITIONS)
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

@@ -112,6 +112,7 @@ def history(catalog: Catalog) -> Table:
     return table
 
 
+@pytest.mark.slow
 def test_every_snapshot_has_the_rows_that_pyiceberg_and_polars_read(catalog: Catalog) -> None:
     table = history(catalog)
     assert len(table.snapshots()) >= 6

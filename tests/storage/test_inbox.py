@@ -132,6 +132,7 @@ def test_the_limit_takes_the_oldest_and_the_rest_is_counted() -> None:
         assert (listing.waiting, listing.oldest) == (100, NOW - timedelta(seconds=99))
 
 
+@pytest.mark.slow
 def test_a_limit_bounds_the_memory_however_full_the_inbox() -> None:
     inbox = Inbox(Listed(lambda: (info(f"{i:09d}", -i) for i in range(50_000))))
     for known in (unknown, lambda _: True):

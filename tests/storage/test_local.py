@@ -448,6 +448,7 @@ for i in range(100):
     assert own_files(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_many_processes_lose_no_update(tmp_path: Path):
     LocalStore(str(tmp_path)).write("counter", b"0")
     code = """

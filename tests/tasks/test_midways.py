@@ -73,6 +73,7 @@ SPECS: dict[str, tuple[Spec, dict[str, Any]]] = {
     "a search": (changed(**NOTHING), {}),
     LONG: (changed(**NOTHING, batch_size=64), {"holdout": 0.2}),
 }
+MARKS = {"a search": pytest.mark.slow, LONG: pytest.mark.prove}
 
 
 def opened(
@@ -99,7 +100,7 @@ def bits(log: VersionLog) -> tuple[str, str, object]:
 
 @pytest.mark.parametrize(
     ("spec", "settings"),
-    [pytest.param(*SPECS[name], marks=pytest.mark.prove if name == LONG else (), id=name) for name in SPECS],
+    [pytest.param(*SPECS[name], marks=MARKS.get(name, ()), id=name) for name in SPECS],
 )
 def test_killed_inside_of_an_epoch_a_run_ends_with_the_same_bits(
     dataset: str, memory_url: MakeUrl, spec: Spec, settings: dict[str, Any]

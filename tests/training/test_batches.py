@@ -84,6 +84,7 @@ def test_every_labelled_row_comes_once_in_full_batches(sizes, batch_size, window
     assert all(batch.x_BF.is_contiguous() and batch.ids_BC is None for batch in batches)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 1),
@@ -188,6 +189,7 @@ def test_a_row_group_larger_than_the_window_is_mixed_in_slices():
     assert slices != [{0}, {1}, {2}, {3}]
 
 
+@pytest.mark.slow
 def test_shuffling_is_uniform():
     groups = cut(counted(20), 10)
     first_rows = torch.tensor([rows_of(stream(groups, shuffle_seed=("s", i)))[0] for i in range(600)])

@@ -116,6 +116,7 @@ def test_rows_that_are_kept_in_memory_are_gone_on_with() -> None:
     goes_on_everywhere(spec, Kept(GROUPS, features, 2**20, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [False, True])
 def test_blocks_of_several_steps_are_the_same_from_there_on(memory: bool) -> None:
     spec = wide(compile="on", batch_size=8, **({"replay": {"rows": 40}} if memory else {}))

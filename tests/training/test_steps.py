@@ -121,6 +121,7 @@ def test_every_optimizer_is_torchs(name: str) -> None:
     assert furthest(eager, compiled) < 1e-5
 
 
+@pytest.mark.slow
 def test_old_rows_from_the_memory_are_part_of_compiled_steps() -> None:
     settings: dict[str, Any] = {"replay": {"rows": 100, "ratio": 0.5}}
     eager, compiled = trained("off", old_rows=True, **settings), trained("on", old_rows=True, **settings)

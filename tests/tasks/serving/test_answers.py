@@ -97,6 +97,7 @@ def as_json(table: pa.Table) -> list[dict[str, Any]]:
     return [{name: plain(row[name]) for name in names} | {"more": 1} for row in table.to_pylist()]
 
 
+@pytest.mark.slow
 def test_the_log_holds_what_was_asked_and_answered_as_the_model_reads_it(memory_url: MakeUrl) -> None:
     """Of the rows of the log the version predicts what it answered, whatever the column and however they were sent."""
     table = zoo()

@@ -225,6 +225,7 @@ def test_it_is_ready_once_there_is_a_version(memory_url: MakeUrl, caplog: pytest
         assert asking.predict(ROW).json["version"] == 0
 
 
+@pytest.mark.slow
 def test_fifty_champions_are_swapped_under_load_without_an_error_or_a_step_back(
     memory_url: MakeUrl, registry: str
 ) -> None:
