@@ -1,12 +1,14 @@
 """What a run is told beside the spec: its limits and its habits.
 
-Nothing but pydantic is imported here. The command line makes its flags from these descriptions, and Prefect its form;
+Of packages only pydantic is imported here. The command line makes its flags from these descriptions, and Prefect its form;
 `--help` must not wait for torch or Prefect.
 """
 
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+
+from tidemill.tasks.defaults import BEHIND_SECONDS
 
 
 class _Settings(BaseModel):
@@ -15,8 +17,6 @@ class _Settings(BaseModel):
 
 LEARNERS: Final = 16
 """The most learners that a run of many models keeps in memory, by default."""
-BEHIND_SECONDS: Final = 900.0
-"""Longer than this no shard should wait, by default."""
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 _DEVICE = "Where tensors are computed; auto takes an accelerator if there is one. Bits differ between devices."

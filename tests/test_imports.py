@@ -41,7 +41,7 @@ UNWANTED: Final[list[tuple[str, list[str]]]] = [
     ),
     (
         "tidemill.flows.cli, tidemill.flows.commands.reading",
-        ["tidemill.tasks.training.spec", "tidemill.tasks.choosing", "tidemill.tasks.history.drawing"],
+        ["tidemill.tasks.settings", "tidemill.tasks.training", "tidemill.tasks.choosing", "tidemill.tasks.history"],
     ),
 ]
 """(modules, what must not be loaded once they are)."""

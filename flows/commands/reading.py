@@ -11,7 +11,7 @@ from cyclopts.validators import Number
 from tidemill.flows import launch, terminal, views
 from tidemill.flows.commands.shared import AsJson, Name, PairsFile, Registry, Which, opened, read_pairs, tell
 from tidemill.flows.usage import UsageError
-from tidemill.tasks.settings import BEHIND_SECONDS
+from tidemill.tasks.defaults import BEHIND_SECONDS
 
 if TYPE_CHECKING:
     from tidemill.tasks.tenants.pairs import Pair
