@@ -83,7 +83,7 @@ DELAYED = ONLINE.model_copy(
     }
 )
 PATIENT = BatchSettings(holdout=0.3, patience=1)
-MOMENTS = {"local": 9, "s3": 5, MINIO_LIKE: 4, GCS: 5, AZURE: 5}
+MOMENTS = {"local": 7, "s3": 3, MINIO_LIKE: 3, GCS: 5, AZURE: 5}
 """How many moments of a sweep CI takes, spread over the run; more of an online run on local, fewer of what takes long."""
 OF_MANY = {"local": 2, "s3": 1}
 """The same of a run of many models, whose moments are calls by number."""
