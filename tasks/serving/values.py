@@ -29,13 +29,13 @@ _INT64: Final = 2**63
 _EXACT_IN_FLOAT32: Final = frozenset(("bool", "int8", "uint8", "int16", "uint16", "halffloat", "float"))
 """`columns.EXACT_IN_FLOAT32` by the names that a manifest has for them."""
 _FLOATS: Final = {"halffloat": pa.float16(), "float": pa.float32()}
-_PLAIN: Final = frozenset((float, int, bool))
-_INTEGERS: Final = frozenset((int, type(None)))
-_EPOCH: Final = dt.datetime(1970, 1, 1)
-_EPOCH_UTC: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-_FIRST_DAY: Final = _EPOCH.toordinal()
+PLAIN: Final = frozenset((float, int, bool))
+INTEGERS: Final = frozenset((int, type(None)))
+EPOCH: Final = dt.datetime(1970, 1, 1)
+EPOCH_UTC: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_FIRST_DAY: Final = EPOCH.toordinal()
 _MICROSECONDS: Final = {"s": 1_000_000, "ms": 1_000, "us": 1}
-_BELOW_MICROSECONDS: Final = re.compile(r"[.,]\d{6}(\d+)")
+BELOW_MICROSECONDS: Final = re.compile(r"[.,]\d{6}(\d+)")
 
 Add = Callable[[Any, list[Any]], None]
 """Appends what one value of a column adds to the numbers, or to the ids, of a row."""
@@ -72,7 +72,7 @@ def _float64(center: float, scale: float) -> Add:
     def add(value: Any, numbers: list[float]) -> None:
         if value is None:
             numbers.append(0.0)
-        elif type(value) in _PLAIN:
+        elif type(value) in PLAIN:
             numbers.append((value - center) / scale)
         else:
             numbers.append((_as_float(value) - center) / scale)
@@ -110,7 +110,7 @@ def _vector(width: int, kind: StoredType, center_K: Sequence[float], scale_K: Se
         items = _items(value)
         if len(items) != width or (len(shape) > 1 and len(items) == shape[0] and _is_nested(items)):
             items = _flat(items, shape)
-        plain = _PLAIN.issuperset(map(type, items))
+        plain = PLAIN.issuperset(map(type, items))
         if exact:
             if plain and read is _as_float:
                 numbers.extend(map(float, items))
@@ -157,7 +157,7 @@ def _as_float(value: Any) -> float:
 
     A Decimal is rounded as Arrow rounds decimals.
     """
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         return float(value)
     if isinstance(value, np.number | np.bool_):
         return float(value)
@@ -184,10 +184,10 @@ def _seconds(value: Any, unit: str) -> float:
             raise ValueError(
                 f"holds {_shown(value)}, but the model takes a time: give ISO 8601, as 2026-11-28T12:00:00Z"
             ) from None
-        if ("." in text or "," in text) and (more := _BELOW_MICROSECONDS.search(text)) is not None:
+        if ("." in text or "," in text) and (more := BELOW_MICROSECONDS.search(text)) is not None:
             below = more[1]
     if isinstance(value, dt.datetime):
-        since = value - (_EPOCH if value.tzinfo is None else _EPOCH_UTC)
+        since = value - (EPOCH if value.tzinfo is None else EPOCH_UTC)
         return _of_ticks(since, unit, below)
     if isinstance(value, dt.date):
         return (value.toordinal() - _FIRST_DAY) * SECONDS_PER_DAY
@@ -227,7 +227,7 @@ def _of_ticks(span: dt.timedelta, unit: str, below: str) -> float:
 
 
 # ---- categories ------------------------------------------------------------------------------------------------------
-class _Ids(dict[Any, int]):
+class Ids(dict[Any, int]):
     """The id of each value of a column: as `columns.bucket_ids` has it. Those that were asked for are remembered.
 
     Equal keys of a dict may be of several types, as 1 and True are: whoever asks has made sure that all of them would do.
@@ -257,28 +257,37 @@ def _is_small(value: object) -> bool:
     return not isinstance(value, int) or -_INT64 <= value < _INT64
 
 
-def category_of(column: Input, kind: StoredType) -> Add:
-    """Text, bytes or UUIDs; for a number an int, a boolean, a float or a Decimal. An int never passes through a float."""
+def ids_of(column: Input, kind: StoredType) -> Ids:
+    """The ids of the values of a category or a sequence.
+
+    A category is text, bytes or UUIDs; of numbers an int, a boolean, a float or a Decimal. An int never passes through a float. A
+    sequence holds text or ints.
+    """
+    if column.family in ("text", "list of text"):
+        return Ids(column.buckets, _text)
+    if column.length:
+        return Ids(column.buckets, _integer)
+    return Ids(column.buckets, partial(_number, kind=_FLOATS.get(kind.item, pa.float64())))
+
+
+def category_of(column: Input, known: Ids) -> Add:
+    """Adds the id of a value."""
     if column.family == "text":
-        known = _Ids(column.buckets, _text)
 
         def add_text(value: Any, ids: list[int]) -> None:
             ids.append(known[value])
 
         return add_text
-    data_of = partial(_number, kind=_FLOATS.get(kind.item, pa.float64()))
-    numbers = _Ids(column.buckets, data_of)
 
     def add_number(value: Any, ids: list[int]) -> None:
-        ids.append(numbers[value] if type(value) is int else numbers.of(value))
+        ids.append(known[value] if type(value) is int else known.of(value))
 
     return add_number
 
 
-def sequence_of(column: Input) -> Add:
-    """A list, a tuple or a numpy array of text, or of ints; the last items count, as many as the spec says."""
+def sequence_of(column: Input, known: Ids) -> Add:
+    """Adds those of a list, a tuple or a numpy array; its last items count, as many as the spec says."""
     length, text = column.length, column.family == "list of text"
-    known = _Ids(column.buckets, _text if text else _integer)
     padding = [0] * length
 
     def add(value: Any, ids: list[int]) -> None:
@@ -286,7 +295,7 @@ def sequence_of(column: Input) -> Add:
             ids.extend(padding)
             return
         items = _items(value)[-length:]
-        remembered = text or _INTEGERS.issuperset(map(type, items))
+        remembered = text or INTEGERS.issuperset(map(type, items))
         ids.extend(map(known.__getitem__ if remembered else known.of, items))
         ids.extend(padding[len(items) :])
 

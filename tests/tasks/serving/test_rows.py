@@ -10,12 +10,14 @@ from zoneinfo import ZoneInfo
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.rows import TableGroup, same_bits
-from tidemill.tasks.serving.rows import ROWS_AT_ONCE, RowEncoder, RowError
-from tidemill.tasks.serving.values import LONGEST, REMEMBERED, _Ids
+from tidemill.tasks.serving.many import Part, id_part, number_part
+from tidemill.tasks.serving.rows import BY_COLUMN, ROWS_AT_ONCE, Row, RowEncoder, RowError
+from tidemill.tasks.serving.values import LONGEST, REMEMBERED, Ids, StoredType
 from tidemill.tasks.training.columns import hash_bucket
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.families import type_name
@@ -152,8 +154,21 @@ def encoders(table: pa.Table, kinds: dict[str, str], **settings: Any) -> tuple[F
 
 
 def assert_equal_bits(features: Features, encoder: RowEncoder, table: pa.Table) -> None:
-    by_table, by_rows = features.encode(table, "the table"), encoder.encode(table.to_pylist())
-    assert_same(by_table, by_rows)
+    assert_same_however_many(features.encode(table, "the table"), encoder, table.to_pylist())
+
+
+def assert_same_however_many(expected: Encoded, encoder: RowEncoder, rows: list[Row]) -> None:
+    """Few rows are read one after the other, many column by column."""
+    assert_same(expected, encoder.encode(rows))
+    few = BY_COLUMN - 1
+    assert_same(expected, joined([encoder.encode(rows[at : at + few]) for at in range(0, len(rows), few)]))
+    if len(rows) < BY_COLUMN:
+        assert_same(joined([expected] * BY_COLUMN), encoder.encode(rows * BY_COLUMN))
+
+
+def joined(parts: list[Encoded]) -> Encoded:
+    x_NF, ids_NC = zip(*parts, strict=True)
+    return Encoded(torch.cat(x_NF), None if ids_NC[0] is None else torch.cat(ids_NC))
 
 
 def assert_same(a: Encoded, b: Encoded) -> None:
@@ -186,7 +201,7 @@ def test_rows_have_the_bits_of_a_table_of_their_types(
         with pytest.raises(RowError, match="column 'a' of row"):
             encoder.encode(table.to_pylist())
         return
-    assert_same(by_table, encoder.encode(table.to_pylist()))
+    assert_same_however_many(by_table, encoder, table.to_pylist())
 
 
 MIXED: Final[dict[str, tuple[Any, str, st.SearchStrategy[Any]]]] = {
@@ -270,7 +285,7 @@ def test_json_means_what_the_values_of_the_types_mean() -> None:
     table = mixed_dataset()
     rows = [row | {"at": None if row["at"] is None else row["at"].isoformat()} for row in table.to_pylist()]
     sent = json.loads(json.dumps(rows))
-    assert_same(features.encode(table, "the table"), encoder.encode(sent))
+    assert_same_however_many(features.encode(table, "the table"), encoder, sent)
 
 
 MOMENT: Final = dt.datetime(2026, 11, 28, 12, 30, 15, 250_000, dt.UTC)
@@ -347,7 +362,7 @@ def test_what_is_remembered_of_categories_is_bounded() -> None:
         hashed.append(value)
         return str(value).encode()
 
-    ids = _Ids(1000, data_of)
+    ids = Ids(1000, data_of)
     assert [ids[value] for value in ("a", None, 7, "a", None, 7)] == [ids.of("a"), 0, ids.of(7)] * 2
     hashed.clear()
     for value in ("a", 7, "z" * (LONGEST + 1), 2**64):
@@ -377,6 +392,110 @@ def test_without_the_types_of_the_dataset_numbers_are_scaled_in_float64() -> Non
     vectors = pa.array(table["embedding"].to_pylist(), pa.list_(pa.float64(), 4))
     wide = wide.set_column(wide.schema.get_field_index("embedding"), "embedding", vectors)
     assert_same(features.encode(wide, "t"), RowEncoder(features, {}).encode(wide.to_pylist()))
+
+
+# ---- many rows -------------------------------------------------------------------------------------------------------
+def texts_of(moments: st.SearchStrategy[dt.datetime], digits: int) -> st.SearchStrategy[str]:
+    """Times as text, with some digits after those of the microseconds."""
+    more = st.text("0123456789", min_size=digits, max_size=digits)
+    fractions = moments.map(lambda moment: moment.replace(microsecond=moment.microsecond | 1).isoformat())
+    return st.builds(str.__add__, fractions, more)
+
+
+def vectors(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[float]]:
+    return st.lists(values, min_size=2, max_size=2)
+
+
+ISO: Final = MOMENTS.map(dt.datetime.isoformat)
+ZONED_ISO: Final = st.datetimes(dt.datetime(1800, 1, 1), dt.datetime(2200, 1, 1), timezones=st.just(dt.UTC)).map(
+    dt.datetime.isoformat
+)
+DATASETS: Final[dict[Any, list[Any]]] = {
+    **{key: [1, 2, 4] for key in (pa.float32(), pa.float64(), pa.int64(), pa.duration("ms"))},
+    **{key: [dt.datetime(2026, 1, 1), dt.datetime(2026, 1, 3)] for key in (pa.timestamp(unit) for unit, _ in UNITS)},
+    pa.date32(): [dt.date(2026, 1, 1), dt.date(2026, 1, 3)],
+    pa.time64("us"): [dt.time(1), dt.time(2)],
+    pa.string(): ["a", "b"],
+    pa.list_(pa.float32(), 2): [[1, 2], [3, 5]],
+    pa.list_(pa.float64(), 2): [[1, 2], [3, 5]],
+    pa.list_(pa.list_(pa.float64(), 1), 2): [[[1], [2]], [[3], [5]]],
+    pa.list_(pa.string()): [["a"]],
+    pa.list_(pa.int64()): [[1]],
+}
+PLAIN_FORMS: Final[dict[str, tuple[Any, str, st.SearchStrategy[Any]]]] = {
+    "numbers for float64": (pa.float64(), "number", FLOATS | ints(64) | st.booleans()),
+    "numbers for float32": (pa.float32(), "number", FLOATS32 | ints(24) | st.booleans()),
+    **{f"text for {unit}": (pa.timestamp(unit), "number", ISO) for unit, _ in UNITS},
+    **{f"text with a zone for {unit}": (pa.timestamp(unit), "number", ZONED_ISO) for unit, _ in UNITS},
+    "text for days": (pa.date32(), "number", st.dates(dt.date(1800, 1, 1), dt.date(2200, 1, 1)).map(dt.date.isoformat)),
+    "datetimes for ns": (pa.timestamp("ns"), "number", MOMENTS),
+    "numbers for a vector of float32": (pa.list_(pa.float32(), 2), "number", vectors(FLOATS32 | ints(24))),
+    "numbers for a vector of float64": (pa.list_(pa.float64(), 2), "number", vectors(FLOATS | ints(64))),
+    "seconds for a duration": (pa.duration("ms"), "number", FLOATS),
+    "whole numbers for a category": (pa.int64(), "category", ints(64)),
+    "text for a category": (pa.string(), "category", TEXT),
+    "text for a sequence": (pa.list_(pa.string()), "sequence", some(TEXT)),
+    "whole numbers for a sequence": (pa.list_(pa.int64()), "sequence", some(ints(64))),
+}
+OTHER_FORMS: Final[dict[str, tuple[Any, str, st.SearchStrategy[Any]]]] = {
+    "other numbers": (pa.float64(), "number", decimals(9, 2) | FLOATS32.map(np.float32) | st.booleans() | FLOATS),
+    "text with nanoseconds": (pa.timestamp("ns"), "number", texts_of(MOMENTS, 3)),
+    "text with picoseconds": (pa.timestamp("us"), "number", texts_of(MOMENTS, 6)),
+    "text of all years": (pa.timestamp("ms"), "number", st.datetimes().map(dt.datetime.isoformat)),
+    "text with and without a zone": (pa.timestamp("us"), "number", ISO | ZONED_ISO),
+    "times of several kinds": (pa.timestamp("us"), "number", MOMENTS | ISO | st.dates()),
+    "times of day": (pa.time64("us"), "number", TIMES | TIMES.map(dt.time.isoformat) | st.floats(0, 86_400)),
+    "other lists": (
+        pa.list_(pa.float32(), 2),
+        "number",
+        vectors(st.none() | FLOATS32).flatmap(
+            lambda pair: st.sampled_from([pair, tuple(pair), np.array([v or 0.5 for v in pair], np.float32)])
+        ),
+    ),
+    "nested lists, and flat ones": (
+        pa.list_(pa.list_(pa.float64(), 1), 2),
+        "number",
+        st.sampled_from([[[1.5], [2.0]], [1.5, 2.0], [None, [2.0]], [[None], [2.0]]]),
+    ),
+    "other numbers for a category": (
+        pa.float64(),
+        "category",
+        ints(64) | st.booleans() | st.integers(-9, 9).map(float) | decimals(7, 2),
+    ),
+    "text, bytes and UUIDs for a category": (pa.string(), "category", TEXT | st.binary(max_size=4) | st.uuids()),
+    "other sequences": (
+        pa.list_(pa.int64()),
+        "sequence",
+        some(ints(64)).flatmap(
+            lambda items: st.sampled_from(
+                [items, tuple(items), np.array([i for i in items if i is not None], np.int64)]
+            )
+        ),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [*PLAIN_FORMS, *OTHER_FORMS])
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_many_rows_have_the_bits_of_each_of_them_alone(form: str, data: st.DataObject) -> None:
+    """In the forms that values have in JSON and in Python, beside each other as no table has them."""
+    kind, read_as, values = (PLAIN_FORMS | OTHER_FORMS)[form]
+    features, encoder = encoders(with_target({"a": pa.array(DATASETS[kind], kind)}), {"a": read_as})
+    nulls = data.draw(st.sampled_from([values, st.none() | values]))
+    rows = [{"a": value} for value in data.draw(st.lists(nulls, min_size=BY_COLUMN, max_size=3 * BY_COLUMN))]
+    assert_same_however_many(joined([encoder.encode([row]) for row in rows]), encoder, rows)
+    if form in PLAIN_FORMS:
+        given_values = [row["a"] for row in rows if row["a"] is not None]
+        part = part_of(features, kind)
+        assert not given_values or part.many(given_values, set(map(type, given_values))) is not None, "one by one"
+
+
+def part_of(features: Features, kind: Any) -> Part:
+    """The only column of features, as it is read where rows are many."""
+    column, stored = features.columns[0], StoredType(type_name(kind))
+    return id_part(0, column, stored, 0) if column.buckets else number_part(0, column, stored, [0.0] * 2, [1.0] * 2, 0)
 
 
 # ---- what is no row --------------------------------------------------------------------------------------------------
@@ -413,11 +532,14 @@ WRONG: Final = [
 ]
 
 
+@pytest.mark.parametrize("others", [1, BY_COLUMN])
 @pytest.mark.parametrize(("column", "value", "said"), WRONG, ids=lambda value: str(value)[:20])
-def test_what_a_column_cannot_hold_is_refused_by_row_and_column(column: str, value: Any, said: str) -> None:
+def test_what_a_column_cannot_hold_is_refused_by_row_and_column(
+    column: str, value: Any, said: str, others: int
+) -> None:
     _, encoder = encoders(mixed_dataset(), KINDS)
     with pytest.raises(RowError) as caught:
-        encoder.encode([GOOD, GOOD, GOOD | {column: value}, GOOD])
+        encoder.encode([GOOD, GOOD, GOOD | {column: value}, *[GOOD] * others])
     assert (caught.value.row, caught.value.column) == (2, column)
     assert f"column {column!r} of row 2" in str(caught.value)
     assert said in str(caught.value)
@@ -428,17 +550,31 @@ def test_a_row_that_lacks_a_column_is_refused_and_what_it_has_besides_is_not_loo
     _, encoder = encoders(mixed_dataset(), KINDS)
     assert_same(encoder.encode([GOOD]), encoder.encode([GOOD | {"y": object(), "more": 1}]))
     lacking = {name: value for name, value in GOOD.items() if name != "price"}
-    with pytest.raises(RowError, match="column 'price' is missing from row 1: did you mean 'prize'") as caught:
-        encoder.encode([GOOD, lacking | {"prize": 1.0}])
-    assert (caught.value.row, caught.value.column) == (1, "price")
+    for others in (0, BY_COLUMN):
+        with pytest.raises(RowError, match="column 'price' is missing from row 1: did you mean 'prize'") as caught:
+            encoder.encode([GOOD, lacking | {"prize": 1.0}, *[GOOD] * others])
+        assert (caught.value.row, caught.value.column) == (1, "price")
 
 
+@pytest.mark.parametrize("others", [0, BY_COLUMN])
 @pytest.mark.parametrize("row", [[1, 2], "text", None, 5])
-def test_a_row_that_is_no_dict_is_refused(row: Any) -> None:
+def test_a_row_that_is_no_dict_is_refused(row: Any, others: int) -> None:
     _, encoder = encoders(mixed_dataset(), KINDS)
     with pytest.raises(RowError, match=f"row 1 is a {type(row).__name__}: give a dict") as caught:
-        encoder.encode([GOOD, row])
+        encoder.encode([GOOD, row, *[GOOD] * others])
     assert (caught.value.row, caught.value.column) == (1, None)
+
+
+def test_of_several_faults_the_first_row_s_is_told() -> None:
+    _, encoder = encoders(mixed_dataset(), KINDS)
+    rows = [GOOD] * ROWS_AT_ONCE + [
+        GOOD | {"price": math.inf},
+        GOOD | {"hour": "7"},
+        GOOD | {"age": "31"},
+        *[GOOD] * BY_COLUMN,
+    ]
+    with pytest.raises(RowError, match=f"column 'hour' of row {ROWS_AT_ONCE + 1}: holds '7'"):
+        encoder.encode(rows)
 
 
 def test_one_column_alone_is_read_too() -> None:
