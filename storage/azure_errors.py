@@ -13,17 +13,13 @@ from azure.core.exceptions import (
 )
 
 from tidemill.storage.errors import (
-    CorruptObject,
     InvalidKey,
     InvalidURL,
-    NotFound,
     PermissionDenied,
-    PreconditionFailed,
     StorageError,
     StoreFull,
-    StoreNotFound,
 )
-from tidemill.storage.remote import Transient
+from tidemill.storage.remote import Transient, usual
 
 FAILURES: Final = (AzureError, OSError, ValueError)
 
@@ -70,20 +66,16 @@ def translated(error: BaseException, verb: str, where: str, key: str | None) -> 
         return _without_answer(error, where)
     status, code = error.status_code or 0, _code(error)
     said = f"{code} ({status})"
-    if code in _LOST or (status == 412 and code not in _HELD):
-        return PreconditionFailed(f"{where} does not have the etag that {verb} named")
+    if code in _LOST:
+        status = 412  # some come with 409
     if code in _HELD:
         return PermissionDenied(f"{where}: {code}: {_HELD[code]}")
     if code in _IN_THE_WAY:
         return InvalidKey(f"{where}: {code}: an object and a folder would need the same name")
-    if code == "ContainerNotFound" or (status == 404 and key is None):
-        return StoreNotFound(
-            f"{where}: there is no such container. Check the URL and the account, or make the container"
-        )
-    if status == 404:
-        return NotFound(f"{where} does not exist")
-    if status == 416:
-        return CorruptObject(f"{where} is shorter than the range asked for")
+    no_container = key is None or code == "ContainerNotFound"
+    missing = "container. Check the URL and the account, or make the container" if no_container else ""
+    if (found := usual(status, verb, where, missing=missing)) is not None:
+        return found
     if code == "AccountLimitExceeded" or status == 507:
         return StoreFull(f"{where}: {said}. Nothing was written. Make room, or raise the quota, and start again")
     if status >= 500 or status in (408, 409, 429) or code in _BUSY:

@@ -4,19 +4,22 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
 from google.api_core.exceptions import GoogleAPIError
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.cloud.storage import Blob, Client
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+from google.cloud.storage.retry import DEFAULT_RETRY
+from requests.exceptions import RequestException
 from urllib3.exceptions import HTTPError  # bodies are read without requests, which would wrap it
 
-from tidemill.storage.errors import AlreadyExists, CorruptObject, NotFound, PreconditionFailed, StorageError
+from tidemill.storage.errors import NotFound, StorageError
 from tidemill.storage.gcs_errors import KNOWN_MISSING, translated
+from tidemill.storage.pieces import Buffers, Pieces, in_parts
 from tidemill.storage.remote import AMBIGUOUS, RemoteStore, Transient
-from tidemill.storage.store import ObjectInfo, PassedOver
+from tidemill.storage.store import ObjectInfo
 
 R = TypeVar("R")
 
@@ -24,6 +27,7 @@ _TIMEOUT: Final = (5.0, 30.0)
 """Seconds for connecting, and for which a connection may be silent."""
 _ONCE: Final[dict[str, Any]] = {"retry": None, "timeout": _TIMEOUT}
 """Of each request: GCSStore retries; layers would multiply."""
+_TYPE: Final = "application/octet-stream"
 _FIELDS: Final = "items(name,size,generation,timeCreated),nextPageToken"
 _NEVER: Final = 1
 """A generation that no object has: they count microseconds since 1970. 0 would mean that nothing is there."""
@@ -33,9 +37,11 @@ class GCSStore(RemoteStore):
     """`gs://bucket/prefix`. Credentials are those that Google's clients find (Application Default Credentials); without any,
     requests are not signed, which is enough for a public bucket.
 
-    An etag is the generation: each write makes another, also of the same bytes. What is sent and read whole is compared with its
-    CRC32C. The service takes about one write a second of one key; more are retried.
+    An etag is the generation. What is sent and read whole is compared with its CRC32C. The service takes about one write a second
+    of one key; more are retried.
     """
+
+    part_bytes = 32 * 2**20  # parts go up one after the other; a multiple of 256 KiB, by the service's rule
 
     _refused = re.compile(rf"{AMBIGUOUS.pattern}|[\r\n]|^\.well-known/acme-challenge/")
     _failures = (GoogleAPIError, GoogleAuthError, DataCorruption, InvalidResponse, HTTPError, OSError, ValueError)
@@ -45,102 +51,67 @@ class GCSStore(RemoteStore):
         super().__init__(f"gs://{bucket}", prefix)
         self._bucket, self._variables = bucket, _variables()
 
-    def list(
-        self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False
-    ) -> Iterator[ObjectInfo]:
-        """One request for each 1,000 objects, as they are consumed. Folder markers (empty, key ends in `/`) are skipped."""
-        if self._refused.search(f"{prefix}x"):
-            return  # no key of ours starts like that
-        token: str | None = None
-        while True:
-            blobs, token = self._call("list", None, partial(self._page, self._root + prefix, after, token))
-            for blob in blobs:
-                key = blob.name.removeprefix(self._root)
-                if not self._refused.search(key):
-                    if key > after:  # the service begins at `after` itself
-                        yield _info(key, blob)
-                elif blob.size or not blob.name.endswith("/"):
-                    (passed_over or self._warn_of)(key, "stores disagree about such keys")
-            if not token:
-                return
-
-    def _page(self, prefix: str, after: str, token: str | None) -> tuple[Sequence[Blob], str | None]:
-        client = _client(os.getpid(), self._variables)
-        start = self._root + after if after else None
-        pages = client.list_blobs(
-            self._bucket, prefix=prefix, start_offset=start, page_token=token, fields=_FIELDS, **_ONCE
-        )
-        blobs = [*next(pages.pages)]
-        return blobs, pages.next_page_token
-
     def stat(self, key: str) -> ObjectInfo:
         blob = self._blob(key)
         self._call("stat", key, lambda: blob.reload(**_ONCE))
         return _info(key, blob)
 
-    def read(self, key: str, *, if_match: str | None = None, start: int = 0, length: int | None = None) -> bytes:
-        """One GET; all of an object is compared with its CRC32C."""
-        end = None if length is None else start + length
-        if length == 0:
-            if start > self._stat_if_match(key, if_match).size:
-                raise CorruptObject(f"{self.url}/{key} has no byte {start}")
-            return b""
-        part = {"start": start or None, "end": None if end is None else end - 1}
-        try:
-            data: bytes = self._call(
-                "read",
-                key,
-                lambda: self._blob(key).download_as_bytes(
-                    **part, **_if(if_match), raw_download=True, single_shot_download=True, **_ONCE
-                ),
+    def write_pieces(self, key: str, data: Pieces) -> ObjectInfo:
+        """A large object is there with the last request of its (resumable) upload; what is begun and not completed goes by itself
+        within a week."""
+        if len(data) <= self.part_bytes:
+            return super().write_pieces(key, data)
+
+        def upload() -> Blob:
+            blob, parts = self._blob(key), _File(in_parts(data, self.part_bytes))
+            blob.chunk_size = self.part_bytes
+            try:
+                again = DEFAULT_RETRY.with_timeout(self.retry_seconds)
+                blob.upload_from_file(
+                    parts, size=len(data), content_type=_TYPE, checksum="crc32c", retry=again, timeout=_TIMEOUT
+                )
+            except ValueError as error:  # how its client says that not all bytes of a part have been taken
+                if not parts.tell() or isinstance(error, RequestException):
+                    raise
+                raise Transient(f"a part was not taken whole: {error}") from error
+            return blob
+
+        return _info(key, self._call("write", key, upload))
+
+    # ---- requests ----------------------------------------------------------------------------------------------------------
+    def _page(self, prefix: str, after: str, token: str | None) -> tuple[Sequence[ObjectInfo], str | None]:
+        client = _client(os.getpid(), self._variables)
+        pages = client.list_blobs(
+            self._bucket, prefix=prefix, start_offset=after or None, page_token=token, fields=_FIELDS, **_ONCE
+        )
+        return [_info(blob.name, blob) for blob in next(pages.pages)], pages.next_page_token
+
+    def _get(self, key: str, if_match: str | None, start: int, length: int | None) -> bytes:
+        part = {"start": start or None, "end": None if length is None else start + length - 1}
+
+        def request() -> bytes:
+            found: bytes = self._blob(key).download_as_bytes(
+                **part, **_if(if_match), raw_download=True, single_shot_download=True, **_ONCE
             )
-        except CorruptObject:
-            if start and end is None and start == self._stat_if_match(key, if_match).size:
-                return b""  # nothing follows the last byte, which HTTP has no range for
-            raise
-        except PreconditionFailed:
-            self.stat(key)  # as in replace
-            raise
-        if length is not None and len(data) != length:
-            raise CorruptObject(f"{self.url}/{key} has {start + len(data)} bytes, not bytes {start} to {end}")
-        return data
+            return found
 
-    def write(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
-        """One request up to 8 MiB, a resumable upload above it: the object is there with its last request."""
-        return self._put("write", key, data, {})
+        return self._call("read", key, request)
 
-    def create(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
-        """An upload on the condition that no generation is there."""
-        try:
-            return self._put("create", key, data, {"if_generation_match": 0})
-        except PreconditionFailed as error:
-            raise AlreadyExists(f"{self.url}/{key} exists") from error
+    def _put(
+        self, verb: str, key: str, data: bytes, *, if_match: str | None = None, absent: bool = False
+    ) -> ObjectInfo:
+        """One request up to 8 MiB, a resumable upload above it."""
+        condition = {"if_generation_match": 0} if absent else _if(if_match)
 
-    def replace(self, key: str, data: bytes, *, if_match: str) -> ObjectInfo:
-        """An upload on the condition that this generation is there."""
-        try:
-            return self._put("replace", key, data, _if(if_match))
-        except PreconditionFailed:
-            self.stat(key)  # the service answers 412 too where nothing is: raise NotFound then
-            raise
-
-    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
-        """One DELETE with the condition. An etag is of one write, so that `sha256` has nothing to add."""
-        try:
-            self._call("delete", key, lambda: self._blob(key).delete(**_if(if_match), **_ONCE))
-        except PreconditionFailed:
-            self.stat(key)  # as in replace
-            raise
-
-    def _put(self, verb: str, key: str, data: bytes, condition: dict[str, int]) -> ObjectInfo:
         def request() -> Blob:
             blob = self._blob(key)
-            blob.upload_from_string(
-                data, content_type="application/octet-stream", checksum="crc32c", **condition, **_ONCE
-            )
+            blob.upload_from_string(data, content_type=_TYPE, checksum="crc32c", **condition, **_ONCE)
             return blob
 
         return _info(key, self._call(verb, key, request))
+
+    def _delete(self, key: str, if_match: str | None) -> None:
+        self._call("delete", key, lambda: self._blob(key).delete(**_if(if_match), **_ONCE))
 
     def _blob(self, key: str) -> Blob:
         return _client(os.getpid(), self._variables).bucket(self._bucket).blob(self._root + key)
@@ -155,6 +126,21 @@ class GCSStore(RemoteStore):
 
     def _translated(self, error: BaseException, verb: str, where: str, key: str | None) -> StorageError | Transient:
         return translated(error, verb, where, key)
+
+
+class _File:
+    """Parts as the client reads them: each call takes the next one, whose size it asks for."""
+
+    def __init__(self, parts: Iterator[Buffers]) -> None:
+        self._parts, self._at = parts, 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int) -> bytes:
+        data = next(self._parts).joined()
+        self._at += len(data)
+        return data
 
 
 def _if(etag: str | None) -> dict[str, int]:

@@ -13,13 +13,10 @@ from tidemill.storage.errors import (
     CorruptObject,
     InvalidKey,
     InvalidURL,
-    NotFound,
     PermissionDenied,
-    PreconditionFailed,
     StorageError,
-    StoreNotFound,
 )
-from tidemill.storage.remote import Transient
+from tidemill.storage.remote import Transient, usual
 
 KNOWN_MISSING: Final = "No such object"
 """What the service says where the bucket is there, and the object is not."""
@@ -38,14 +35,10 @@ def translated(error: BaseException, verb: str, where: str, key: str | None) -> 
     if status is None:
         return _without_answer(error, where)
     said = f"{_reason(error)} ({status})"
-    if status == 412:
-        return PreconditionFailed(f"{where} does not have the etag that {verb} named")
-    if status == 404 and (key is None or "bucket does not exist" in str(error)):
-        return StoreNotFound(f"{where}: there is no such bucket. Check the URL, or make the bucket")
-    if status == 404:
-        return NotFound(f"{where} does not exist")
-    if status == 416:
-        return CorruptObject(f"{where} is shorter than the range asked for")
+    no_bucket = key is None or "bucket does not exist" in str(error)
+    missing = "bucket. Check the URL, or make the bucket" if no_bucket else ""
+    if (found := usual(status, verb, where, missing=missing)) is not None:
+        return found
     if status >= 500 or status in (408, 409, 429) or not status >= 300:
         return Transient(f"{said}: {_message(error)}")
     if status == 400 and key is None:

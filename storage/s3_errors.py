@@ -11,15 +11,12 @@ from tidemill.storage.errors import (
     CorruptObject,
     InvalidKey,
     InvalidURL,
-    NotFound,
     PermissionDenied,
-    PreconditionFailed,
     StorageError,
     StoreFull,
-    StoreNotFound,
     UnsupportedStore,
 )
-from tidemill.storage.remote import Transient
+from tidemill.storage.remote import Transient, usual
 
 
 class Refused(Exception):
@@ -107,16 +104,10 @@ def translated(error: BaseException, method: str, where: str, key: str | None) -
         )
     if (status >= 500 and status != 501) or status in (307, 408, 409, 429) or code in _BUSY:
         return Transient(f"{code} ({status}): {message}")
-    if status == 412:
-        return PreconditionFailed(f"{where} does not have the etag that {method} named")
-    if code == "NoSuchBucket" or (status == 404 and key is None):
-        return StoreNotFound(
-            f"{where}: there is no such bucket. Check the URL and AWS_ENDPOINT_URL_S3, or make the bucket"
-        )
-    if status == 404:
-        return NotFound(f"{where} does not exist")
-    if status == 416:
-        return CorruptObject(f"{where} is shorter than the range asked for")
+    no_bucket = key is None or code == "NoSuchBucket"
+    missing = "bucket. Check the URL and AWS_ENDPOINT_URL_S3, or make the bucket" if no_bucket else ""
+    if (found := usual(status, method, where, missing=missing)) is not None:
+        return found
     if status == 501:
         return UnsupportedStore(f"{where}: the store lacks what Tidemill needs for {method}: {message}")
     if status == 301 or code in _REGION:

@@ -4,15 +4,13 @@ A part that fails is sent again by itself. What was uploaded of an object that i
 until it is given up: by the writer, or after its death by garbage collection (`storage.retention`).
 """
 
-import threading
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Final
 from xml.sax.saxutils import escape
 
 from tidemill.storage.errors import StorageError
+from tidemill.storage.parallel import concurrently
 from tidemill.storage.pieces import Buffers, Pieces, in_parts
 
 MOST_PARTS: Final = 10_000
@@ -43,32 +41,14 @@ def upload_in_parts(call: Call, key: str, data: Pieces, calls: int, part: int) -
 
 def _sent(call: Call, key: str, begun: str, data: Pieces, size: int, calls: int) -> list[dict[str, Any]]:
     """Send all parts. Returns what completing the upload names of each. After an error no further request begins."""
-    stop = threading.Event()
 
-    def send(number: int, part: Buffers) -> dict[str, Any]:
-        if stop.is_set():
-            return {}  # nobody sees it: an error is on its way
-        try:
-            answer = call("upload_part", key, UploadId=begun, PartNumber=number, Body=part)
-        except BaseException:
-            stop.set()
-            raise
+    def send(numbered: tuple[int, Buffers]) -> dict[str, Any]:
+        number, part = numbered
+        answer = call("upload_part", key, UploadId=begun, PartNumber=number, Body=part)
         checksum = {"ChecksumCRC32": answer["ChecksumCRC32"]} if "ChecksumCRC32" in answer else {}
         return {"PartNumber": number, "ETag": answer["ETag"], **checksum}
 
-    found: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(calls, thread_name_prefix="tidemill-store") as pool:
-        under_way: deque[Future[dict[str, Any]]] = deque()
-        try:
-            for number, part in enumerate(in_parts(data, size), 1):
-                if len(under_way) == calls:
-                    found.append(under_way.popleft().result())
-                under_way.append(pool.submit(send, number, part))
-            found += [each.result() for each in under_way]
-        except BaseException:
-            stop.set()
-            raise
-    return found
+    return concurrently(send, enumerate(in_parts(data, size), 1), calls)
 
 
 def completion(told: dict[str, Any]) -> bytes:

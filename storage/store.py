@@ -167,7 +167,7 @@ class Store(ABC):
         return self.write(key, data.joined())
 
     def unfinished(self, prefix: str = "") -> Iterator[Upload]:
-        """Yield what `write_pieces` has begun below a prefix and not completed; nothing where a store has no parts.
+        """Yield what `write_pieces` has begun below a prefix and not completed; nothing where a store itself drops such parts.
 
         What is begun or completed meanwhile may be missing. No other verb sees any of it.
         """

@@ -1,7 +1,8 @@
 """Servers that stand in for Google Cloud Storage and Azure Blob Storage in the tests. The clients before them are the real ones.
 
 fake-gcs-server comes from PyPI. It ignores ifGenerationMatch of a DELETE, of the GET of a body, and of resumable uploads: behind
-it a broken protocol would pass. The proxy before it keeps these conditions, as the service documents them.
+it a broken protocol would pass. It takes a part of an upload that is sent again for more bytes. The proxy before it keeps these
+conditions, and ignores such bytes, as the service documents both.
 
 Azurite comes from npm: `make test-clouds` installs it below .azurite/, or TIDEMILL_TEST_AZURITE names its blob/main.js. It keeps
 all conditions.
@@ -67,6 +68,8 @@ class KeepsConditions(FaultProxy):
         self._turn = asyncio.Lock()
         self._uploads: dict[str, tuple[str, str]] = {}
         """Of resumable uploads on a condition: upload_id -> (path of the object, generation)."""
+        self._parts: dict[tuple[str, str], Answer] = {}
+        """Of resumable uploads: (upload_id, range of a part) -> what was answered."""
 
     async def _forward(self, request: web.Request, data: bytes) -> Answer:
         if request.method == hdrs.METH_GET:
@@ -82,6 +85,9 @@ class KeepsConditions(FaultProxy):
     async def _changed(self, request: web.Request, data: bytes) -> Answer:
         wanted = request.query.get("ifGenerationMatch")
         upload = request.query.get("upload_id", "")
+        part = upload, request.headers.get(hdrs.CONTENT_RANGE, "")
+        if upload and part in self._parts:
+            return self._parts[part]
         if request.method == hdrs.METH_DELETE and wanted is not None:
             path = request.raw_path.partition("?")[0]
             if await self._generation(request, path) not in (wanted, "0"):
@@ -91,6 +97,8 @@ class KeepsConditions(FaultProxy):
             if await self._generation(request, path) != wanted_then:
                 return _condition_not_met()
         answer = await super()._forward(request, data)
+        if upload and answer.status in (200, 308):
+            self._parts[part] = answer
         if request.query.get("uploadType") == "resumable" and wanted is not None and answer.status == 200:
             name = request.query.get("name") or json.loads(data)["name"]
             path = f"{request.path.removeprefix('/upload')}/{quote(name, safe='')}"

@@ -4,7 +4,12 @@ import logging
 import multiprocessing
 import os
 import random
+import signal
+import subprocess
+import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import requests
+from aiohttp import hdrs, web
 from azure.core import exceptions as azure
 from azure.storage.blob import StorageErrorCode
 from google.api_core import exceptions as google
@@ -19,8 +25,9 @@ from google.auth import exceptions as google_auth
 
 from tests.cloud_servers import AZURE_ENDPOINT
 from tests.conftest import CLOUDS, urls_of
-from tests.guarantees.proxy import Asked, Fault, FaultProxy
+from tests.guarantees.proxy import Answer, Asked, Fault, FaultProxy
 from tests.storage.faults import FaultStore
+from tests.storage.histories import grow, keys
 from tidemill.storage import azure_errors, gcs_errors
 from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import (
@@ -36,7 +43,10 @@ from tidemill.storage.errors import (
     StoreNotFound,
     Unavailable,
 )
+from tidemill.storage.log import VersionLog
+from tidemill.storage.pieces import Pieces
 from tidemill.storage.remote import RemoteStore, Transient
+from tidemill.storage.retention import collect_garbage
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 
@@ -168,6 +178,16 @@ def make_url(request: pytest.FixtureRequest, tmp_path: Any) -> Callable[[str], s
     return urls_of(request, tmp_path)
 
 
+class KeepsAtIt(FaultProxy):
+    """Where the server says where an upload goes on, that is here."""
+
+    async def _forward(self, request: web.Request, data: bytes) -> Answer:
+        answer = await super()._forward(request, data)
+        if (place := answer.headers.get(hdrs.LOCATION)) is not None:
+            answer.headers[hdrs.LOCATION] = place.replace(str(self._upstream).rstrip("/"), self.endpoint)
+        return answer
+
+
 @pytest.fixture
 def faults(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Store, FaultProxy]]]:
     """`faults(*plan)`: the store through a proxy that does these to the next requests, one after the other; None: nothing."""
@@ -175,7 +195,7 @@ def faults(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
     is_google = store.url.startswith("gs:")
     connection = os.environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
     endpoint = os.environ["STORAGE_EMULATOR_HOST"] if is_google else AZURE_ENDPOINT.search(connection)[1]
-    with FaultProxy(endpoint) as proxy:
+    with KeepsAtIt(endpoint) as proxy:
         if is_google:
             monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.endpoint)
         else:
@@ -252,6 +272,105 @@ def test_each_verb_is_one_request(store: Store, faults: Callable[..., tuple[Stor
     put = "POST" if store.url.startswith("gs:") else "PUT"
     stat = "GET" if store.url.startswith("gs:") else "HEAD"
     assert [asked.method for asked, _ in proxy.asked] == [put, stat, "GET", "GET", put, "GET", "DELETE"]
+
+
+# ---- large objects ---------------------------------------------------------------------------------------------------
+PART = 3 * 2**20
+"""Bytes. Google takes multiples of 256 KiB, and its client makes one request of what has up to 8 MiB."""
+
+
+class Made(Pieces):
+    """Bytes that are made as they are taken, a quarter of a part at a time."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[memoryview]:
+        draw = random.Random(0)
+        for at in range(0, self._size, PART // 4):
+            yield memoryview(draw.randbytes(min(PART // 4, self._size - at)))
+
+
+def in_small_parts(store: Store) -> Store:
+    store.part_bytes, store.concurrency = PART, 1
+    return store
+
+
+def test_a_large_object_is_never_whole_in_memory(store: Store):
+    data = Made(30 * PART)
+    tracemalloc.start()
+    try:
+        written = in_small_parts(store).write_pieces("a", data)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 10 * PART
+    assert store.read("a", if_match=written.etag) == data.joined()
+
+
+@pytest.mark.parametrize("fault", [Fault.RESET, Fault.DROPPED, Fault.ERROR_503], ids=lambda fault: fault.name)
+def test_a_part_that_the_network_breaks_is_sent_again_by_itself(
+    fault: Fault, store: Store, faults: Callable[..., tuple[Store, FaultProxy]]
+):
+    data = Made(3 * PART + 7)
+    through, proxy = faults()
+    in_small_parts(through).write_pieces("whole", data)
+    requests = [asked.method for asked, _ in proxy.asked]
+    one_more = "POST" if store.url.startswith("gs:") else "PUT"  # before the parts, or after them
+    assert sorted(requests) == sorted([one_more, *["PUT"] * 4])
+    for number in range(len(requests)):
+        through, proxy = faults(*[None] * number, fault)
+        written = in_small_parts(through).write_pieces("a", data)
+        assert len(proxy.asked) == len(requests) + 1, number
+        assert (written.etag, store.read("a")) == (store.stat("a").etag, data.joined()), number
+
+
+CHILD = """
+import os, signal, sys
+from tidemill.storage.log import open_log
+from tidemill.storage.manifest import Blobs, Entry
+
+class Deadly:
+    nbytes = 9 * 2**20 + 1
+    def __getitem__(self, part):
+        if moment != "written" and part.start >= int(moment):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return memoryview(bytes(self.nbytes))[part]
+
+url, moment = sys.argv[1:]
+log = open_log(url, "taxi")
+log.store.part_bytes = 3 * 2**20
+head = log.head()
+weights = log.write_blob(head.number + 1, "safetensors", [Deadly()])
+if moment == "written":
+    os.kill(os.getpid(), signal.SIGKILL)
+blobs = Blobs(weights=weights, state=weights, tombstones=log.carried_tombstones(head))
+log.commit(head, Entry(kind="online", spec={}, blobs=blobs))
+"""
+
+
+@pytest.mark.parametrize("moment", [0, 4 * 2**20, 8 * 2**20, "written"])
+def test_a_kill_while_a_blob_goes_up_leaves_nothing_that_counts(store: Store, moment: int | str):
+    def run(moment: int | str) -> int:
+        command = [sys.executable, "-c", CHILD, store.url, str(moment)]
+        return subprocess.run(command, cwd=Path(__file__).parents[2], check=False).returncode
+
+    log = VersionLog(store, "taxi")
+    grow(log, 2)
+    before = keys(store)
+    assert run(moment) == -signal.SIGKILL
+    assert len(keys(store) - before) == (moment == "written"), "what is not complete is no object"
+    assert log.head().number == 1
+    assert run(10**9) == 0
+    collect_garbage(log, keep=3)
+    head = log.head()
+    assert head.number == 2
+    named = {ref.key for version in log.history(head, 3) for ref in version.manifest.blobs.refs}
+    assert keys(store, "taxi/blobs/") == named
+    log.verify_blob(head.manifest.blobs.weights)
 
 
 def test_a_dataset_is_read_by_row_groups_and_not_whole(store: Store):

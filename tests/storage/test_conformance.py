@@ -26,6 +26,7 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.pieces import Pieces
 from tidemill.storage.probe import check_preconditions
+from tidemill.storage.remote import RemoteStore
 from tidemill.storage.s3 import S3Store
 from tidemill.storage.store import Store, create_or_same
 from tidemill.storage.urls import open_store
@@ -580,9 +581,11 @@ class Given(Pieces):
 
 
 def in_small_parts(store: Store) -> Store:
-    """The store; if it is S3, whose objects above 5 MiB go up in parts."""
+    """The store; if it has parts, objects above 5 MiB go up in them."""
     if isinstance(store, S3Store):
-        store.in_parts_above = store.part_bytes = SMALL_PARTS
+        store.in_parts_above = SMALL_PARTS
+    if isinstance(store, S3Store | RemoteStore):
+        store.part_bytes = SMALL_PARTS
     return store
 
 

@@ -56,3 +56,38 @@ def test_after_an_error_no_call_begins_and_the_first_in_order_is_raised_once_not
     with pytest.raises(ValueError, match="first"):
         concurrently(call, range(1000), 2)
     assert (begun, ended) == ({0, 1}, [0])
+
+
+def test_items_that_are_made_one_by_one_are_taken_no_faster_than_calls_end() -> None:
+    taken, ended = 0, 0
+
+    def items():
+        nonlocal taken
+        for item in range(50):
+            taken += 1
+            assert taken - ended <= 3 + 1
+            yield item
+
+    def call(item: int) -> int:
+        nonlocal ended
+        ended += 1
+        return item
+
+    assert concurrently(call, items(), 3) == [*range(50)]
+
+
+def test_an_error_of_the_items_is_raised_once_nothing_is_under_way() -> None:
+    begun, ended = threading.Event(), []
+
+    def items():
+        yield 0
+        assert begun.wait(60)
+        raise ValueError("of the items")
+
+    def call(item: int) -> None:
+        begun.set()
+        ended.append(item)
+
+    with pytest.raises(ValueError, match="of the items"):
+        concurrently(call, items(), 2)
+    assert ended == [0]
