@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 
 KERAS := .venv-keras
 
+# Processes of the tests: one more than CI has cores, since many tests wait for servers and disks.
+WORKERS ?= 3
+
 # All tests but those that need more than this environment.
 LOCAL := not browser and not notebook and not keras and not mlflow and not horovod and not clouds
 
@@ -16,10 +19,10 @@ demo: $(VENV)/installed
 
 # What needs no server, in a minute or so: at each change.
 quick: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --quick $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --quick $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 # What a person sees in a browser, in real Chromium (`make system` installs it): tests marked `browser`, which `test` leaves out.
 test-browser: $(VENV)/installed

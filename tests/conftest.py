@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Final
 
@@ -52,18 +52,30 @@ def _piece(given: str) -> slice:
     return slice(int(number) - 1, None, int(pieces))
 
 
+SLOW_FOLDERS: Final = frozenset({"browser", "docs", "flows", "guarantees", "keras", "ranks"})
+"""All of whose tests start servers or processes, or need another environment."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """--quick does not even import what it leaves out: to import the tests takes as long as to run a thousand of them."""
+    if config.getoption("--quick") and collection_path.is_dir() and collection_path.name in SLOW_FOLDERS:
+        return True
+    return None  # as the other rules say
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what the options do not ask for. The power-loss test is not left out in silence for want of root."""
     power = [item for item in items if item.path.name == "test_power.py"]
     if config.getoption("--power") and power and os.geteuid():
         raise pytest.UsageError("the power-loss test mounts file systems: run it as root, or name other tests by ARGS")
-    left_out = [] if config.getoption("--power") else power
+    left_out = set() if config.getoption("--power") else {*power}
     if not config.getoption("--full"):
-        left_out += [item for item in items if item.get_closest_marker("prove") is not None]
+        left_out |= {item for item in items if item.get_closest_marker("prove") is not None}
     if config.getoption("--quick"):
-        left_out += [item for item in items if _takes_long(item)]
-    config.hook.pytest_deselected(items=left_out)
+        known = {item.nodeid for item in items}
+        left_out |= {item for item in items if _takes_long(item) or _is_repeated_on_disk(item, known)}
+    config.hook.pytest_deselected(items=[*left_out])
     items[:] = [item for item in items if item not in left_out]
 
 
@@ -77,8 +89,18 @@ def _takes_long(item: pytest.Item) -> bool:
     return (
         not SERVERS.isdisjoint(getattr(item, "fixturenames", ()))
         or any(value in ("s3", MINIO_LIKE, GCS, AZURE) for value in parameters if isinstance(value, str))
-        or not {"flows", "guarantees", "ranks"}.isdisjoint(item.path.parent.parts)
+        or not SLOW_FOLDERS.isdisjoint(item.path.relative_to(item.config.rootpath).parts)
         or item.get_closest_marker("slow") is not None
+    )
+
+
+def _is_repeated_on_disk(item: pytest.Item, known: Set[str]) -> bool:
+    """Whether a test of `tasks` is there in memory too. What differs between the stores is tried in tests/storage."""
+    test, bracket, parameters = item.nodeid.partition("[")
+    return (
+        "tests/tasks/" in test
+        and "local" in parameters
+        and test + bracket + parameters.replace("local", "memory") in known
     )
 
 

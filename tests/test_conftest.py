@@ -10,8 +10,14 @@ import pytest
 from tests.conftest import _piece, pytest_collection_modifyitems
 
 
+class Item(SimpleNamespace):
+    """What stands for a test; each is another."""
+
+    __hash__ = object.__hash__
+
+
 def item(file: str, *markers: str) -> Any:
-    return SimpleNamespace(path=Path(file), get_closest_marker={name: name for name in markers}.get)
+    return Item(path=Path(file), get_closest_marker={name: name for name in markers}.get)
 
 
 POWER = item("tests/guarantees/test_power.py")

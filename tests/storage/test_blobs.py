@@ -110,6 +110,7 @@ def cut(log: VersionLog, ref: BlobRef) -> None:
     log.store.write(ref.key, LARGE[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [altered, cut])
 def test_a_large_blob_of_other_bytes_is_refused_whatever_was_made_of_it(
     log: VersionLog, ref: BlobRef, damage: Callable[[VersionLog, BlobRef], None]
@@ -156,6 +157,7 @@ def test_a_large_blob_that_is_replaced_while_it_is_read_is_no_mixture(log: Versi
         log.read_blobs([ref], taken)
 
 
+@pytest.mark.slow
 def test_a_rollback_copies_large_blobs_under_other_names(log: VersionLog, ref: BlobRef) -> None:
     copy, _ = log.copy_blobs(2, Blobs(weights=ref, state=ref))
     assert copy.key.startswith("taxi/blobs/00000002-")

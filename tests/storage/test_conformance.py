@@ -140,6 +140,7 @@ def test_write_overwrites(store: Store, outside: Outside):
     assert outside.keys() == {"a"}
 
 
+@pytest.mark.slow
 def test_other_bytes_always_have_another_etag(store: Store):
     etags = [store.write("a", f"{i:04}".encode()).etag for i in range(100)]
 

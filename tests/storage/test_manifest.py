@@ -114,6 +114,7 @@ def test_floats_survive_exactly(value: float) -> None:
     assert (back, math.copysign(1, back)) == (value, math.copysign(1, value))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.recursive(

@@ -98,6 +98,7 @@ def bits(log: VersionLog) -> tuple[str, str, object]:
     return manifest.blobs.weights.sha256, manifest.blobs.state.sha256, manifest.metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "settings"),
     [pytest.param(*SPECS[name], marks=MARKS.get(name, ()), id=name) for name in SPECS],

@@ -45,6 +45,7 @@ def rows_of(batches):
     return torch.cat([batch.y_B for batch in batches]).long().tolist()
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),

@@ -98,6 +98,7 @@ def goes_on_everywhere(
         assert resumed.dump() == learner.dump()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_from_any_block_on_the_bits_are_the_same(settings: dict[str, Any]) -> None:
     spec = wide(**settings)

@@ -29,6 +29,8 @@ from tidemill.tasks.settings import LabelSettings, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss, SpecError
 from tidemill.tasks.training.spec import Model, Spec
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 
 OWN = Spec.model_validate(

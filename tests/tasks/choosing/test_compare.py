@@ -16,6 +16,8 @@ from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.training.errors import SpecError, TrainingError
 from tidemill.tasks.training.spec import Spec
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 
 

@@ -368,6 +368,7 @@ def test_an_alias_that_a_person_moved_back_stays(world: World) -> None:
     assert world.champion == 3
 
 
+@pytest.mark.slow
 def test_runs_of_one_step_each_decide_as_one_run_does() -> None:
     straight, restarted = World(), World()
     for world in (straight, restarted):

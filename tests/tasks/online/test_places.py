@@ -91,6 +91,7 @@ def test_an_archive_inside_a_dataset_is_wanted_but_not_of_delayed_labels(registr
         open_run(make_url("inbox"), registry, **archive, labels={"inbox": make_url("labels"), "key": "id"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", ["link/inbox", "/", "file:////", "relative"])
 def test_an_inbox_that_is_kept_is_not_trained_on_again_under_another_spelling(
     spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

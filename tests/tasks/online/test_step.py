@@ -292,6 +292,7 @@ def rewritten_before_its_removal(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "after_commit"),
     [("in place", "delete"), ("in place", "archive"), ("memory map", "delete"), ("memory map", "archive")],

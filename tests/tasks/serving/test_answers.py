@@ -226,6 +226,7 @@ def test_what_a_closed_log_cannot_store_is_counted(predictor: Predictor, memory_
     assert 'tidemill_served_log_dropped_rows_total{model="model"} 6.0' in numbers.shown("")[0].decode()
 
 
+@pytest.mark.slow
 def test_a_lost_answer_of_the_store_makes_no_second_shard(predictor: Predictor, memory_url: MakeUrl) -> None:
     lost: list[str] = []
 

@@ -29,6 +29,7 @@ def served_since(log: VersionLog, number: int) -> Means:
     return means
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arrow", [False, True], ids=["as JSON", "as Arrow"])
 def test_what_was_served_is_labelled_trained_on_and_served_better(memory_url: MakeUrl, arrow: bool) -> None:
     """The world has changed since the batch training. In each round the errors of the answers become smaller."""
