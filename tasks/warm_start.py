@@ -9,7 +9,8 @@ from tidemill.storage.records import WarmStart
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks.sources import SourceRef
-from tidemill.tasks.training.learner import Learner, parsed
+from tidemill.tasks.training.learner import Learner
+from tidemill.tasks.training.stored import parsed
 from tidemill.tasks.training.tensors import TensorFile
 from tidemill.tasks.training.warm import Source, begin
 from tidemill.tasks.versions import spec_of

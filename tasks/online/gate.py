@@ -158,8 +158,9 @@ class Champion:
             self._find(version, learner)
         else:
             self.alias, self._number = moved, version.number
+            tables = {} if self._network is None else self._network.renewed(learner)
             self._network = self._holdout_score = None  # before the next one takes memory
-            self._network = learner.network()
+            self._network = learner.network(tables)
 
     def _promote(self, version: Version) -> Alias | None:
         gate = version.manifest.gate

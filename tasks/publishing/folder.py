@@ -20,7 +20,7 @@ from tidemill.tasks.publishing.pyfunc import MANIFEST, STATE, WEIGHTS
 from tidemill.tasks.training.classes import PREDICTED
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.inputs import Input
-from tidemill.tasks.training.learner import serving_state
+from tidemill.tasks.training.stored import serving_state
 from tidemill.tasks.versions import load_frozen
 
 LOADER: Final = "tidemill.tasks.publishing.pyfunc"

@@ -6,23 +6,22 @@ of the optimizer and of the feature statistics, everything else as JSON in its m
 
 import copy
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
-from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch, TrainingError
+from tidemill.tasks.training.errors import FactoryError, SpecError
 from tidemill.tasks.training.features import Features
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.metrics import Metric, metrics_of
 from tidemill.tasks.training.models import build
 from tidemill.tasks.training.optimizers import (
+    goes_by_rows,
     make_average,
     make_optimizer,
     make_schedule,
@@ -31,21 +30,19 @@ from tidemill.tasks.training.optimizers import (
     schedule_position,
 )
 from tidemill.tasks.training.replay import ReplayBuffer
-from tidemill.tasks.training.spec import BUILT_IN_MODELS, Spec
-from tidemill.tasks.training.tensors import Buffer, Kind, Readable, TensorFile, buffers_of, joined
-
-METADATA_KEY: Final = "tidemill"  # a single key: safetensors does not fix the order of several
-PREPROCESSING: Final = (
-    "standardize_features",
-    "standardize_target",
-    "running_statistics",
-    "soft_limit",
-    "null_indicators",
-    "limit_predictions",
+from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.stored import (
+    METADATA_KEY,
+    STATE_FORMAT,
+    Stored,
+    check_weights,
+    kinds_of,
+    settled,
+    taken,
+    telling_of_other_states,
 )
-"""What spec and stored features must agree on."""
-STATE_FORMAT: Final = "1.1"
-"""`major.minor`. A field's meaning never changes; a new one is optional, under a higher minor. It and all lower ones are read."""
+from tidemill.tasks.training.tensors import Buffer, Readable, buffers_of, joined
+from tidemill.tasks.training.touched import Mark, Touched
 
 
 @dataclass
@@ -67,6 +64,8 @@ class Network:
     spec: Spec
     features: Features
     served: nn.Module
+    since: Mark | None = None
+    """When it was copied of a learner."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -85,12 +84,29 @@ class Network:
         Raises:
             StateMismatch, FactoryError: as there.
         """
-        with _telling_of_other_states():
-            stored = _Stored.begun(spec, weights, state)
+        with telling_of_other_states():
+            stored = Stored.begun(spec, weights, state)
             served = build(stored.spec, stored.features).to(device_of(device))
             stored.take_weights(served)
             stored.state.rest(lambda name: False)
             return cls(stored.spec, stored.features, served)
+
+    @torch.no_grad()
+    def renewed(self, learner: "Learner") -> dict[int, nn.Parameter]:
+        """The tables that can be a part of the next copy of what this learner serves: by the id of the learner's own ones.
+
+        They are those of which it is known which rows have changed since this copy was made: these are brought up to date. The
+        network is of no use any more.
+        """
+        if self.since is None or not learner.changes.by_rows:
+            return {}
+        found, copies = {}, dict(self.served.named_parameters())
+        for name, original in learner.served.named_parameters():
+            rows = self.since.rows(original)
+            if rows is not None and (table := copies.get(name)) is not None:
+                table.index_copy_(0, rows, original.index_select(0, rows))
+                found[id(original)] = table
+        return found
 
 
 @dataclass(eq=False)
@@ -109,6 +125,8 @@ class Learner:
     counters: Counters = field(default_factory=Counters)
     resting: tuple[nn.Module, ...] = ()
     """Parts of the model that its factory left in evaluation mode, as a frozen backbone: they stay so while it is trained."""
+    _committed: Mark | None = None
+    """When `committed` was called; None: never."""
 
     @classmethod
     def create(cls, spec: Spec, features: Features, device: str = "cpu") -> Self:
@@ -119,7 +137,7 @@ class Learner:
         """
         if not features.fitted:
             raise SpecError("the spec needs statistics of the columns: pass what features.fit(groups) returned")
-        spec = _settled(spec, features)
+        spec = settled(spec, features)
         place = device_of(device)
         model = build(spec, features).to(place)
         # A whole model in evaluation mode is just what a library returned.
@@ -161,14 +179,14 @@ class Learner:
         """Lets predictions reach as far as the targets of `groups`. Raises ColumnError."""
         self.features = self.features.widened(groups)
 
-    def network(self) -> Network:
-        """A copy of what is served now, which further training does not change."""
+    def network(self, tables: Mapping[int, nn.Parameter] | None = None) -> Network:
+        """A copy of what is served now, which further training does not change. `tables`: of an earlier one (`renewed`)."""
         try:
-            served = copy.deepcopy(self.served)
+            served = copy.deepcopy(self.served, dict(tables or {}))
         except Exception:  # noqa: BLE001  # of the user's classes, or of a result with a gradient that the model keeps
             served = build(self.spec, self.features).to(self.device)
             served.load_state_dict(self.served.state_dict())
-        return Network(self.spec, self.features, served)
+        return Network(self.spec, self.features, served, self.changes.mark())
 
     def dump(self) -> tuple[bytes, bytes]:
         """(weights, state) as safetensors. Equal learners give equal bytes. The weights are those of `served`.
@@ -188,18 +206,23 @@ class Learner:
 
         Raises FactoryError: the optimizer's state is of a kind that cannot be stored.
         """
+        weights, state, about = self._contents()
+        return buffers_of(weights), buffers_of(state, {METADATA_KEY: json.dumps(about, sort_keys=True)})
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """(tensors of the weights, of the state, and what else the state holds). Raises FactoryError: as `pieces`."""
         tensors, config = self.features.state()
         tensors = {f"features.{name}": tensor for name, tensor in tensors.items()}
         plain: dict[
             str, dict[str, Any]
-        ] = {}  # optimizer state that is no tensor, such as a momentum that is still None
+        ] = {}  # state of the optimizer that is no tensor, as a momentum that is still None
         for index, values in self.optimizer.state_dict()["state"].items():
             for name, value in values.items():
                 if isinstance(value, Tensor):
                     if value.layout != torch.strided:
                         raise FactoryError(
                             f"{name} of optimizer {self.spec.optimizer.name} is sparse, as the gradients are, and cannot be "
-                            "stored: use adagrad, sgd without momentum, or sparse=False"
+                            "stored: use adagrad, sparse_adam, sgd without momentum, or sparse=False"
                         )
                     tensors[f"optimizer.{index}.{name}"] = value
                 else:
@@ -218,8 +241,29 @@ class Learner:
             tensors |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.memory is not None:
             tensors |= {f"memory.{name}": tensor for name, tensor in self.memory.state().items()}
-        weights = buffers_of(self.served.state_dict())
-        return weights, buffers_of(tensors, {METADATA_KEY: json.dumps(about, sort_keys=True)})
+        return self.served.state_dict(), tensors, about
+
+    # ---- what has changed --------------------------------------------------------------------------------------------
+    @cached_property
+    def changes(self) -> Touched:
+        """What is known of the changes that steps make."""
+        by_rows = goes_by_rows(self.spec.optimizer)
+        return Touched(self.model.parameters() if by_rows else (), self.optimizer)
+
+    def committed(self) -> None:
+        """What the learner holds now is what a version holds: `touched` tells what has changed since."""
+        self._committed = self.changes.mark()
+
+    def touched(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """(of the weights, of the state): which rows of which tensors may have changed since `committed` was called.
+
+        By the names of the tensors in what `dump` writes: int64 [rows] on the CPU, sorted, each once. All other rows of these
+        tensors have the same bytes as then. Of what is not named here nothing is known. It costs what was touched.
+        """
+        if self._committed is None or not self.changes.by_rows:
+            return {}, {}
+        weights, state, _ = self._contents()
+        return _rows(self._committed, weights), _rows(self._committed, state)
 
     @classmethod
     def load(cls, spec: Spec, weights: bytes | Readable, state: bytes | Readable, device: str = "cpu") -> Self:
@@ -229,118 +273,28 @@ class Learner:
 
         Raises StateMismatch if the bytes do not fit the spec's model or optimizer, and FactoryError.
         """
-        with _telling_of_other_states():
-            stored = _Stored.begun(spec, weights, state)
+        with telling_of_other_states():
+            stored = Stored.begun(spec, weights, state)
             spec, about = stored.spec, stored.about
             learner = cls.create(spec, stored.features, device)
             if learner.averaged is not None:
-                _check_weights(learner.model, stored.weights.kinds)
+                check_weights(learner.model, stored.weights.kinds)
             stored.take_weights(learner.served)
             tensors = stored.tensors | stored.state.rest()
             stored.tensors.clear()
             if learner.averaged is not None:
-                trained_weights = _taken("model.", tensors)
-                _check_weights(learner.model, _kinds(trained_weights))
+                trained_weights = taken("model.", tensors)
+                check_weights(learner.model, kinds_of(trained_weights))
                 learner.model.load_state_dict(trained_weights)
                 del trained_weights
                 learner.averaged.n_averaged.copy_(tensors["averaged.steps"])
-            restore_optimizer(learner.optimizer, spec, about["optimizer"], _taken("optimizer.", tensors))
+            restore_optimizer(learner.optimizer, spec, about["optimizer"], taken("optimizer.", tensors))
             if learner.schedule is not None:
                 restore_schedule(learner.schedule, about["schedule"])
             if learner.memory is not None:
-                learner.memory = ReplayBuffer.load(spec, stored.features, _taken("memory.", tensors))
+                learner.memory = ReplayBuffer.load(spec, stored.features, taken("memory.", tensors))
             learner.counters = Counters(**about["counters"])
             return learner
-
-
-def serving_state(state: bytes) -> bytes:
-    """Of a state that `Learner.dump` wrote, what `Network.load` needs: no optimizer, no old rows.
-
-    Raises:
-        StateMismatch: it is no such state.
-    """
-    file = TensorFile(state, "training state")
-    about = {name: value for name, value in _about(file).items() if name in ("format", "features")}
-    tensors = file.rest(lambda name: name.startswith("features."))
-    return joined(buffers_of(tensors, {METADATA_KEY: json.dumps(about)}))
-
-
-def parsed(spec: Spec, weights: bytes | Readable, state: bytes | Readable) -> tuple[Features, dict[str, Tensor]]:
-    """Features and weights of what `Learner.dump` wrote, without a model. Raises StateMismatch: it wrote something else."""
-    with _telling_of_other_states():
-        stored = _Stored.begun(spec, weights, state)
-        stored.state.rest(lambda name: False)
-        return stored.features, stored.weights.rest()
-
-
-# ---- what is stored --------------------------------------------------------------------------------------------------
-@dataclass(eq=False)
-class _Stored:
-    """What `Learner.dump` wrote, read as far as to make a model, and found to be for a spec."""
-
-    spec: Spec
-    """With its task."""
-    about: dict[str, Any]
-    """The JSON in the state's metadata."""
-    features: Features
-    tensors: dict[str, Tensor]
-    """Of the state, as far as it has been read."""
-    state: TensorFile
-    weights: TensorFile
-
-    @classmethod
-    def begun(cls, spec: Spec, weights: bytes | Readable, state: bytes | Readable) -> Self:
-        """Raises StateMismatch: it is for another spec, or for a built-in model of other sizes."""
-        state_file = TensorFile(state, "bytes of the training state")
-        about = _about(state_file)
-        tensors = state_file.up_to_last(lambda name: name.startswith("features."))
-        features = Features.from_state(_taken("features.", tensors), about["features"])
-        spec = _settled(spec, features)
-        wanted = ([column.name for column in spec.features], spec.targets, spec.task)
-        stored = ([column.name for column in features.columns], features.targets, features.task)
-        if wanted != stored:
-            raise StateMismatch(f"the stored state is for (features, target, task) {stored}, the spec has {wanted}")
-        for name in PREPROCESSING:
-            if getattr(features, name) != getattr(spec, name):
-                raise StateMismatch(
-                    f"the stored state has {name} {getattr(features, name)}, the spec {getattr(spec, name)}"
-                )
-        weights_file = TensorFile(weights, "weights")
-        if spec.model.factory in BUILT_IN_MODELS:
-            with torch.device("meta"):  # before memory is taken for whatever sizes the spec asks for
-                _check_weights(build(spec, features), weights_file.kinds)
-        return cls(spec, about, features, tensors, state_file, weights_file)
-
-    def take_weights(self, served: nn.Module) -> None:
-        """Put the stored weights into a model. Raises StateMismatch: they are of another one."""
-        _check_weights(served, self.weights.kinds)
-        served.load_state_dict(self.weights.rest())
-
-
-@contextmanager
-def _telling_of_other_states() -> Iterator[None]:
-    """What bytes that Tidemill did not write may raise, as StateMismatch."""
-    try:
-        yield
-    except TrainingError:
-        raise
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise StateMismatch(
-            f"the training state is not what Tidemill writes: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _settled(spec: Spec, features: Features) -> Spec:
-    """The spec with its task, where it leaves that open: what the features were resolved for."""
-    return spec if spec.task is not None else spec.model_copy(update={"task": features.task})
 
 
 def device_of(name: str) -> torch.device:
@@ -353,46 +307,7 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _about(state: TensorFile) -> dict[str, Any]:
-    """The JSON in the metadata."""
-    about: dict[str, Any] = json.loads(state.metadata.get(METADATA_KEY, "{}"))
-    stated = _format(about.get("format"))
-    if stated is None:
-        raise StateMismatch("the training state says no format: are the weights passed in place of the state?")
-    if stated > (_format(STATE_FORMAT) or ()):
-        raise StateMismatch(
-            f"the training state has format {about['format']}, this Tidemill reads up to {STATE_FORMAT}: upgrade Tidemill."
-        )
-    return about
-
-
-def _format(stated: object) -> tuple[int, ...] | None:
-    """(major, minor); None for what is no format. The number 1 was written before there were minor ones."""
-    if type(stated) is int:
-        return (stated, 0)
-    if isinstance(stated, str) and re.fullmatch(r"\d{1,9}\.\d{1,9}", stated):
-        return tuple(map(int, stated.split(".")))
-    return None
-
-
-def _taken(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin so, by what follows; they are taken out of `tensors`, which may hold the only ones."""
-    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-
-
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, Kind]:
-    return {name: Kind.of(tensor) for name, tensor in tensors.items()}
-
-
-def _check_weights(model: nn.Module, stored: Mapping[str, Kind]) -> None:
-    expected = _kinds(model.state_dict())
-    problems = [f"{name} is missing" for name in expected.keys() - stored.keys()]
-    problems += [f"{name} is unknown to the model" for name in stored.keys() - expected.keys()]
-    for name in expected.keys() & stored.keys():
-        if stored[name] != expected[name]:
-            problems.append(f"{name} is {stored[name]}, the model has {expected[name]}")
-    if problems:
-        raise StateMismatch(
-            f"the stored weights do not fit the model of the spec: {'; '.join(sorted(problems)[:10])}: "
-            f"has the code of the factory changed since?"
-        )
+def _rows(since: Mark, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows that have changed, of the tensors of which that is known."""
+    found = {name: since.rows(tensor) for name, tensor in tensors.items()}
+    return {name: rows.cpu() for name, rows in found.items() if rows is not None}

@@ -58,8 +58,8 @@ class Inputs:
 class _Items(nn.Embedding):
     """[B, E]: mean or sum of the embeddings of the items of each row's sequence; 0 without items."""
 
-    def __init__(self, buckets: int, size: int, mode: Literal["mean", "sum"]) -> None:
-        super().__init__(buckets + 1, size, padding_idx=0)
+    def __init__(self, buckets: int, size: int, mode: Literal["mean", "sum"], sparse: bool = False) -> None:
+        super().__init__(buckets + 1, size, padding_idx=0, sparse=sparse)
         self.mode = mode
 
     def forward(self, ids_BL: Tensor) -> Tensor:
@@ -73,17 +73,19 @@ class _Items(nn.Embedding):
         item_BL = ids_BL != 0
         count_B = item_BL.sum(1)
         ids_I = ids_BL[item_BL]
-        return functional.embedding_bag(ids_I, self.weight, count_B.cumsum(0) - count_B, mode=self.mode)
+        return functional.embedding_bag(
+            ids_I, self.weight, count_B.cumsum(0) - count_B, mode=self.mode, sparse=self.sparse
+        )
 
 
 class _WithIds(nn.Module):
     """A network on x_BF, the embeddings of categories and the mean embeddings of sequences, side by side."""
 
-    def __init__(self, inputs: Inputs, embedding: int, network: nn.Module) -> None:
+    def __init__(self, inputs: Inputs, embedding: int, network: nn.Module, sparse: bool) -> None:
         super().__init__()
         self.inputs = inputs
-        self.embeddings = nn.ModuleList(nn.Embedding(count + 1, embedding) for count in inputs.buckets)
-        self.items = nn.ModuleList(_Items(sequence.buckets, embedding, "mean") for sequence in inputs.sequences)
+        self.embeddings = nn.ModuleList(nn.Embedding(count + 1, embedding, sparse=sparse) for count in inputs.buckets)
+        self.items = nn.ModuleList(_Items(sequence.buckets, embedding, "mean", sparse) for sequence in inputs.sequences)
         self.network = network
 
     def forward(self, x_BF: Tensor, ids_BC: Tensor) -> Tensor:
@@ -100,11 +102,13 @@ class _LinearWithIds(nn.Module):
     An embedding row is the weights of one value.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, sparse: bool) -> None:
         super().__init__()
         self.inputs = inputs
-        self.embeddings = nn.ModuleList(_zeroed(nn.Embedding(count + 1, inputs.outputs)) for count in inputs.buckets)
-        self.items = nn.ModuleList(_zeroed(_Items(s.buckets, inputs.outputs, "sum")) for s in inputs.sequences)
+        self.embeddings = nn.ModuleList(
+            _zeroed(nn.Embedding(count + 1, inputs.outputs, sparse=sparse)) for count in inputs.buckets
+        )
+        self.items = nn.ModuleList(_zeroed(_Items(s.buckets, inputs.outputs, "sum", sparse)) for s in inputs.sequences)
         self.bias = nn.Parameter(torch.zeros(inputs.outputs))
         self.numbers = nn.Linear(inputs.numbers, inputs.outputs, bias=False) if inputs.numbers else None
 
@@ -127,14 +131,15 @@ class _FirstLayer(nn.Module):
 
     first_row_C: Tensor
 
-    def __init__(self, inputs: Inputs, width: int) -> None:
+    def __init__(self, inputs: Inputs, width: int, sparse: bool) -> None:
         super().__init__()
         self.inputs = inputs
         bound = (inputs.numbers + len(inputs.buckets) + len(inputs.sequences)) ** -0.5
         self.numbers = nn.Linear(inputs.numbers, width, bias=False) if inputs.numbers else None
         self.bias = nn.Parameter(torch.empty(width))
-        self.values = nn.Embedding(sum(count + 1 for count in inputs.buckets), width) if inputs.buckets else None
-        self.items = nn.ModuleList(_Items(sequence.buckets, width, "mean") for sequence in inputs.sequences)
+        values = sum(count + 1 for count in inputs.buckets)
+        self.values = nn.Embedding(values, width, sparse=sparse) if inputs.buckets else None
+        self.items = nn.ModuleList(_Items(sequence.buckets, width, "mean", sparse) for sequence in inputs.sequences)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
         rows = [0, *(count + 1 for count in inputs.buckets[:-1])]
@@ -147,7 +152,8 @@ class _FirstLayer(nn.Module):
             if torch.compiler.is_exporting():  # as in _Items
                 output = output + functional.embedding(rows_BC, self.values.weight).sum(1)
             else:
-                output = output + functional.embedding_bag(rows_BC, self.values.weight, mode="sum")
+                weight, sparse = self.values.weight, self.values.sparse
+                output = output + functional.embedding_bag(rows_BC, weight, mode="sum", sparse=sparse)
         if self.items:
             _, sequences = self.inputs.split(ids_BC)
             for embed, ids_BL in zip(self.items, sequences, strict=True):
@@ -171,10 +177,13 @@ def _zeroed(embedding: nn.Embedding) -> nn.Embedding:
     return embedding
 
 
-def linear(inputs: Inputs) -> nn.Module:
-    """Linear, logistic or softmax regression. Categories count as one-hot columns, sequences as counts of their items."""
+def linear(inputs: Inputs, sparse: bool = False) -> nn.Module:
+    """Linear, logistic or softmax regression. Categories count as one-hot columns, sequences as counts of their items.
+
+    `sparse`: the weights of ids have sparse gradients, so that a step costs what its ids cost, however many buckets there are.
+    """
     if inputs.buckets or inputs.sequences:
-        return _LinearWithIds(inputs)
+        return _LinearWithIds(inputs, sparse)
     return nn.Linear(inputs.numbers, inputs.outputs)
 
 
@@ -184,19 +193,20 @@ def mlp(
     embedding: int | None = 8,
     dropout: float = 0.0,
     base_rates: bool = False,
+    sparse: bool = False,
 ) -> nn.Module:
     """Fully connected layers with ReLU and dropout between them.
 
     Each category becomes `embedding` numbers, and so does each sequence: the mean over its items. With `embedding` None (null
     in JSON) they go into the first layer as one-hot columns. With `base_rates` the biases of the output begin at the logits
-    of how often each class occurs in the dataset (classes only).
+    of how often each class occurs in the dataset (classes only). `sparse`: as of `linear`.
     """
     ids = bool(inputs.buckets or inputs.sequences)
     one_hot = embedding is None and ids
     width = inputs.numbers + (embedding or 0) * (len(inputs.buckets) + len(inputs.sequences))
     layers: list[nn.Module] = []
     for size in (*hidden, inputs.outputs):
-        layers.append(_FirstLayer(inputs, size) if one_hot and not layers else nn.Linear(width, size))
+        layers.append(_FirstLayer(inputs, size, sparse) if one_hot and not layers else nn.Linear(width, size))
         layers += [nn.ReLU()] + ([nn.Dropout(dropout)] if dropout else [])
         width = size
     layers = layers[: -2 if dropout else -1]  # nothing follows the output
@@ -206,7 +216,7 @@ def mlp(
     if one_hot:
         return _OneHot(*layers)
     network = nn.Sequential(*layers)
-    return _WithIds(inputs, embedding, network) if ids and embedding is not None else network
+    return _WithIds(inputs, embedding, network, sparse) if ids and embedding is not None else network
 
 
 def _bias(layer: nn.Module) -> Tensor:
@@ -220,7 +230,8 @@ def build(spec: Spec, features: Features) -> nn.Module:
     The global random state is left as it was. Raises FactoryError.
     """
     name = spec.model.factory
-    factory = {"linear": linear, "mlp": mlp}.get(name) or imported(name, "model.factory")
+    built_in: dict[str, Callable[..., nn.Module]] = {"linear": linear, "mlp": mlp}
+    factory = built_in.get(name) or imported(name, "model.factory")
     arguments: dict[str, Any] = dict(spec.model.arguments)
     if "inputs" in _parameters(factory, name):
         arguments["inputs"] = Inputs(

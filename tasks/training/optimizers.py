@@ -18,7 +18,8 @@ from torch.overrides import has_torch_function_unary
 from tidemill.tasks.training.calling import first_line
 from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch
 from tidemill.tasks.training.large import BLOCK, serves, step_in_blocks, take_step
-from tidemill.tasks.training.spec import OptimizerName, ScheduleName, Spec
+from tidemill.tasks.training.sparse_adam import SparseAdam
+from tidemill.tasks.training.spec import Optimizer, OptimizerName, ScheduleName, Spec
 
 
 def _uncompiled(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
@@ -32,7 +33,7 @@ def _uncompiled(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Opti
     take_step = inspect.unwrap(optimizer.step)
 
     def step(self: torch.optim.Optimizer, closure: Callable[[], float] | None = None) -> float | None:
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             loss: float | None = take_step(self, closure)
         return loss
 
@@ -62,6 +63,7 @@ OPTIMIZERS: Final[dict[OptimizerName, Kind]] = {
     "adamax": Kind(_uncompiled(torch.optim.Adamax), adamax.adamax, ("exp_avg", "exp_inf", "step")),
     "nadam": Kind(_uncompiled(torch.optim.NAdam), nadam.nadam, ("exp_avg", "exp_avg_sq", "mu_product", "step")),
     "radam": Kind(_uncompiled(torch.optim.RAdam), radam.radam, ("exp_avg", "exp_avg_sq", "step")),
+    "sparse_adam": Kind(_uncompiled(SparseAdam), partial(adam.adam, amsgrad=False, weight_decay=0.0), _ADAM),
 }
 SCHEDULES: Final[dict[ScheduleName, Callable[..., lr_scheduler.LRScheduler]]] = {
     "constant": partial(lr_scheduler.ConstantLR, factor=1.0),
@@ -101,6 +103,13 @@ def make_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         return make(parameters, lr=spec.learning_rate, **arguments)  # type: ignore[call-arg]  # not in the base
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise SpecError(f"optimizer.arguments: {settings.name} refuses {settings.arguments}: {error}") from error
+
+
+def goes_by_rows(settings: Optimizer) -> bool:
+    """Whether the optimizer leaves all rows alone, weights and its own state, that are not in a sparse gradient."""
+    if settings.name == "sgd":
+        return not (settings.arguments.get("momentum") or settings.arguments.get("weight_decay"))
+    return settings.name in ("adagrad", "sparse_adam")
 
 
 def make_schedule(spec: Spec, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler | None:

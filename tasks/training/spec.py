@@ -25,7 +25,9 @@ Loss = Literal["mse", "l1", "huber", "bce", "cross_entropy"]
 ScheduleName = Literal[
     "constant", "linear", "step", "multistep", "exponential", "cosine", "cosine_restarts", "polynomial"
 ]
-OptimizerName = Literal["sgd", "adam", "adamw", "adagrad", "rmsprop", "adadelta", "adamax", "nadam", "radam"]
+OptimizerName = Literal[
+    "sgd", "adam", "adamw", "adagrad", "rmsprop", "adadelta", "adamax", "nadam", "radam", "sparse_adam"
+]
 
 BUILT_IN_MODELS: Final = ("linear", "mlp")
 LOSSES: Final[dict[Task, tuple[Loss, ...]]] = {  # the first of each is the default
@@ -120,7 +122,10 @@ class Model(_Settings):
 class Optimizer(_Settings):
     """Which torch optimizer to use."""
 
-    name: OptimizerName = Field(default="sgd", description="Name of the torch optimizer, in lower case.")
+    name: OptimizerName = Field(
+        default="sgd",
+        description="Name of the torch optimizer, in lower case. sparse_adam: SparseAdam where gradients are sparse, else Adam.",
+    )
     arguments: dict[str, JsonValue] = Field(
         default_factory=dict,
         description="Its keyword arguments other than the learning rate, such as momentum, betas, weight_decay.",

@@ -8,11 +8,10 @@ Shape legend: K steps of a call, B rows of a batch, F numbers and C ids of one r
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from tidemill.tasks.ranks.group import ALONE, Group
@@ -20,8 +19,9 @@ from tidemill.tasks.training.calling import model_error, told, torch_as_usual
 from tidemill.tasks.training.compiled import CompiledSteps, Forward
 from tidemill.tasks.training.cutting import Batch, Blocks, even, in_batches
 from tidemill.tasks.training.errors import ModelError, TrainingError, of_the_machine
+from tidemill.tasks.training.finite import Finite
 from tidemill.tasks.training.keras_models import KerasModule
-from tidemill.tasks.training.large import blocks, is_large, take_step
+from tidemill.tasks.training.large import take_step
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.losses import is_column, loss_of
 from tidemill.tasks.training.optimizers import Update, backward
@@ -115,8 +115,7 @@ class Steps:
         """Made after the first step, which makes the optimizer's state."""
         self._column: bool | None = None
         """Whether the output is [B, 1] where the targets are [B]; None: not seen yet."""
-        self._masks = {id(tensor) for tensor in _kept(model) if not is_finite(tensor)}
-        """Tensors that were not finite when the learner was made or loaded."""
+        self._finite = Finite(learner)
         self._parts = self._compiled = None
         if in_parts:
             self._parts = Parts(learner, self._forward, self._loss, group, backend if self._compiles else None)
@@ -230,9 +229,13 @@ class Steps:
             self._update.step()
         else:
             optimizer = learner.optimizer
-            take_step(optimizer)
+            if sparse := [p for p in self._trainable if p.grad is not None and p.grad.is_sparse]:
+                with learner.changes.step(sparse):
+                    take_step(optimizer)
+            else:
+                take_step(optimizer)
             # torch skips parameters without a gradient, and which ones may change from step to step, so all must have one.
-            if Update.serves(optimizer) and all(p.grad is not None and not p.grad.is_sparse for p in self._trainable):
+            if not sparse and Update.serves(optimizer) and all(p.grad is not None for p in self._trainable):
                 name, alone = learner.spec.optimizer.name, self._compiled is None
                 self._update = Update(optimizer, name, self._trainable, alone=alone)
         if learner.schedule is not None:
@@ -253,26 +256,5 @@ class Steps:
             return self._loss(output, batch.y_B.unsqueeze(1) if column else batch.y_B, batch.w_B)
 
     def is_finite(self) -> bool:
-        """Whether all that a version would hold is: weights, buffers, the optimizer's state.
-
-        What was not from the start, as a causal mask of -inf, may stay so, but for NaN.
-        """
-        states = (value for state in self.learner.optimizer.state.values() for value in state.values())
-        kept = chain(_kept(self.learner.model), (value for value in states if isinstance(value, Tensor)))
-        return all(
-            is_finite(tensor) or (id(tensor) in self._masks and not bool(torch.isnan(tensor).any())) for tensor in kept
-        )
-
-
-def _kept(model: nn.Module) -> Iterator[Tensor]:
-    return chain(model.parameters(), model.buffers())
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; of any layout and type."""
-    values = tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
-    if values.dtype.itemsize == 1 and values.is_floating_point():
-        values = values.float()  # torch has no such check for its 8-bit types
-    if is_large(values):
-        return all(bool(torch.isfinite(block).all()) for block in blocks(values))
-    return bool(torch.isfinite(values).all())
+        """Whether all that a version would hold is: weights, buffers, the optimizer's state."""
+        return self._finite.all()

@@ -43,8 +43,8 @@ from tidemill.storage.urls import open_store
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.settings import BatchSettings, Limits, OnlineSettings
 from tidemill.tasks.training.errors import StateMismatch, TrainingError
-from tidemill.tasks.training.learner import METADATA_KEY
 from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.stored import METADATA_KEY
 from tidemill.tasks.versions import load_learner
 
 MakeUrl = Callable[[str], str]

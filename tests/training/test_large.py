@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from tidemill.tasks.training.finite import is_finite
 from tidemill.tasks.training.large import BLOCK, LARGE, blocks, is_large, step_in_blocks, take_step
 from tidemill.tasks.training.optimizers import OPTIMIZERS
 from tidemill.tasks.training.spec import OptimizerName
-from tidemill.tasks.training.steps import is_finite
 
 ROWS = 2 * BLOCK + 37
 CASES: list[tuple[OptimizerName, dict[str, object]]] = [

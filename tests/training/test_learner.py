@@ -10,10 +10,11 @@ from safetensors.torch import save as tensor_bytes
 from tests.training.rows import begin, cut, numbers_table, plain_spec
 from tidemill.tasks.training.errors import FactoryError, SpecError, StateMismatch
 from tidemill.tasks.training.features import Features
-from tidemill.tasks.training.learner import STATE_FORMAT, Learner, Network
+from tidemill.tasks.training.learner import Learner, Network
 from tidemill.tasks.training.loop import predict, score, train_pass
 from tidemill.tasks.training.optimizers import OPTIMIZERS
 from tidemill.tasks.training.steps import Steps
+from tidemill.tasks.training.stored import STATE_FORMAT
 
 OPTIMIZER_CASES = [
     ("sgd", {}),
@@ -24,7 +25,7 @@ OPTIMIZER_CASES = [
     ("adamw", {"fused": True}),
     ("adagrad", {"initial_accumulator_value": 0.1}),
     ("rmsprop", {"momentum": 0.9, "centered": True}),
-    *((name, {}) for name in ("adadelta", "adamax", "nadam", "radam")),
+    *((name, {}) for name in ("adadelta", "adamax", "nadam", "radam", "sparse_adam")),
 ]
 GROUPS = cut(numbers_table(700), 300)
 

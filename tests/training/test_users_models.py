@@ -60,7 +60,7 @@ def test_it_is_trained_scored_copied_and_resumed_with_the_same_bits(name: str) -
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "sparse_adam"])
 def test_sparse_gradients_are_those_of_torch(optimizer: str) -> None:
     features = ["x0", "x1", {"name": "c", "kind": "category", "buckets": 20}]
     settings = {"features": features, "optimizer": {"name": optimizer}, "batch_size": 65}
@@ -87,6 +87,8 @@ def test_sparse_gradients_are_those_of_torch(optimizer: str) -> None:
         ({"optimizer": {"name": "sgd", "arguments": {"momentum": 0.9}}}, "momentum_buffer of optimizer sgd is sparse"),
         ({"optimizer": {"name": "sgd"}, "clip_norm": 1.0}, "clip_norm: torch has no norm of sparse gradients"),
         ({"optimizer": {"name": "adam"}}, "Adam does not support sparse gradients"),
+        ({"optimizer": {"name": "sparse_adam"}, "parts": 2}, "sparse gradients, which parts and ranks cannot add up"),
+        ({"optimizer": {"name": "sparse_adam"}, "clip_norm": 1.0}, "clip_norm: torch has no norm of sparse gradients"),
     ],
 )
 def test_what_sparse_gradients_cannot_do_is_refused(settings: dict[str, Any], message: str) -> None:

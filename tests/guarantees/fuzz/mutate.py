@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tidemill.storage.parquet import MAGIC
-from tidemill.tasks.training.learner import METADATA_KEY
+from tidemill.tasks.training.stored import METADATA_KEY
 
 Random = random.Random
 
