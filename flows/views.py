@@ -232,8 +232,9 @@ def audited(found: "Audit", again: "Reproduction | None") -> View:
     facts: dict[str, Any] = found.model_dump()
     if again is not None:
         made = f"{count(again.reproduced, 'version')} made again from {count(again.shards, 'shard')}: the same bits"
-        not_made = f"{again.skipped:,} could not be: their start is retired, or ranks trained them without parts"
-        lines.append(("reproduced", f"{made}; {not_made}"))
+        if again.skipped:
+            made += f"; {again.skipped:,} could not be: their start is retired, or ranks trained them without parts"
+        lines.append(("reproduced", made))
         findings = [*findings, *again.findings]
         facts |= {"reproduced": again.model_dump()}
     if findings:
