@@ -31,9 +31,16 @@ R = TypeVar("R")
 # SeaweedFS takes `a//b`, `/a/b` and `a\b` for `a/b`, so that a read or delete would hit another object; it refuses
 # `.` and `..`. Azure takes `a\b` for `a/b`. Google Cloud Storage forbids `.` and `..`.
 AMBIGUOUS: Final = re.compile(r"[\\\0\ud800-\udfff]|(^|/)\.{0,2}(/|$)")
+_USUAL: Final = re.compile(r"[\w=-][\w=.-]*(?:/[\w=-][\w=.-]*)*", re.ASCII)
+"""What nearly all keys are, and no ambiguous one is: a fifth of the time to look for."""
 
 _TOLD_AFTER_SECONDS: Final = 2.0
 """A call that has failed for this long says so: nothing listens there, or the server is down."""
+
+
+def is_ambiguous(key: str) -> bool:
+    """Whether stores disagree on what object a key names."""
+    return _USUAL.fullmatch(key) is None and AMBIGUOUS.search(key) is not None
 
 
 class Transient(Exception):

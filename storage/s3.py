@@ -24,7 +24,7 @@ from tidemill.storage.errors import (
     on_one_line,
 )
 from tidemill.storage.pieces import Pieces
-from tidemill.storage.remote import AMBIGUOUS, retried
+from tidemill.storage.remote import is_ambiguous, retried
 from tidemill.storage.s3_client import ask, knows
 from tidemill.storage.s3_errors import FAILURES, Unexplained, translated
 from tidemill.storage.s3_parts import upload_in_parts
@@ -57,7 +57,7 @@ class _Requests:
         params["Bucket"] = self._bucket
         if key is not None:
             where = f"{self.url}/{key}"
-            if AMBIGUOUS.search(key):
+            if is_ambiguous(key):
                 raise InvalidKey(
                     f"{where!r}: stores disagree about keys with empty, '.' or '..' segments, or such characters"
                 )
@@ -120,7 +120,7 @@ class S3Store(_Requests, Store):
 
         Folder markers (empty, key ends in `/`) are skipped.
         """
-        if AMBIGUOUS.search(f"{prefix}x"):
+        if is_ambiguous(f"{prefix}x"):
             return  # no key of ours starts like that; MinIO would answer 400
         params = {"Prefix": self._root + prefix} | ({"StartAfter": self._root + after} if after else {})
         while True:
@@ -129,7 +129,7 @@ class S3Store(_Requests, Store):
                 if not entry["Key"].startswith(params["Prefix"]):
                     continue  # SeaweedFS answers `a//` as if it were `a/`
                 key = entry["Key"].removeprefix(self._root)
-                if not AMBIGUOUS.search(key):
+                if not is_ambiguous(key):
                     yield ObjectInfo(
                         key, entry["Size"], _unquoted(entry["ETag"]), entry["LastModified"].astimezone(UTC)
                     )

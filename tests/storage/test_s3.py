@@ -20,6 +20,8 @@ from zlib import crc32
 
 import pytest
 from botocore.client import BaseClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import BUCKET
 from tests.s3_server import S3, running_server
@@ -38,6 +40,7 @@ from tidemill.storage.errors import (
     UnsupportedStore,
 )
 from tidemill.storage.probe import check_inbox, check_preconditions
+from tidemill.storage.remote import AMBIGUOUS, is_ambiguous
 from tidemill.storage.s3 import S3Store
 from tidemill.storage.store import ObjectInfo, Promises
 
@@ -609,6 +612,12 @@ def test_such_keys_are_told_one_by_one_to_who_asks(monkeypatch: pytest.MonkeyPat
         assert [info.key for info in store.list(passed_over=told.__setitem__)] == ["good"]
     assert set(told) == {"a//b", "../c"}
     assert not [record for record in caplog.records if record.name == "tidemill.storage"]
+
+
+@settings(max_examples=500)
+@given(st.text(st.sampled_from("a0_.=- /\\\0\n\u00e9\ud800"), max_size=9))
+def test_the_short_cut_finds_the_same_keys_ambiguous(key: str):
+    assert is_ambiguous(key) == (AMBIGUOUS.search(key) is not None)
 
 
 @pytest.mark.parametrize("prefix", ["a//", "../", "/", "a/../b", "a\\"])
