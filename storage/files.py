@@ -217,6 +217,14 @@ def make_folder(folder: str) -> None:
         fsync_folder(parent)
 
 
+def file_system_of(folder: str) -> tuple[str, int] | None:
+    """What tells the file system of a folder from others; None while there is no such folder."""
+    try:
+        return "file", os.stat(folder).st_dev
+    except OSError:
+        return None
+
+
 def fsync_folder(folder: str) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

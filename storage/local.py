@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 from tidemill.storage.errors import (
@@ -30,6 +30,7 @@ from tidemill.storage.files import (
     OWN,
     clean_up,
     etag_of,
+    file_system_of,
     fsync_folder,
     lasting_etag_of,
     link,
@@ -69,6 +70,10 @@ class LocalStore(Store):
 
     def __repr__(self) -> str:
         return f"LocalStore({self.url!r})"
+
+    @property
+    def keeper(self) -> Hashable:
+        return file_system_of(self._root) or self.url
 
     def list(
         self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False

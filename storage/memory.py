@@ -5,7 +5,7 @@ Stores of one name share their objects, as a bucket would.
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -43,11 +43,17 @@ class MemoryStore(Store):
     def __init__(self, name: str, prefix: str = "") -> None:
         self._root = f"{prefix}/" if prefix else ""
         self.url = f"memory://{name}/{prefix}".rstrip("/")
+        self._name = name
         with _buckets_lock:
             self._bucket = _buckets.setdefault(name, _Bucket())
 
     def __repr__(self) -> str:
         return f"MemoryStore({self.url!r})"
+
+    @property
+    def keeper(self) -> Hashable:
+        """All that shares its objects."""
+        return "memory", self._name
 
     def list(
         self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False

@@ -2,6 +2,7 @@
 
 import logging
 import uuid
+from collections.abc import Hashable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -30,6 +31,8 @@ _OLD: Final = timedelta(hours=1)
 
 _found: dict[str, Promises] = {}
 """What was found out, by URL, for the life of this process."""
+_shown: dict[Hashable, Promises] = {}
+"""What a store has shown, by who keeps its promises (`Store.keeper`), whichever place it was asked at."""
 _unasked: set[str] = set()
 """URLs of inboxes where nothing may be created, so that they cannot be asked."""
 _warned: set[tuple[str, str]] = set()
@@ -60,19 +63,24 @@ def check_preconditions(store: Store) -> None:
 def check_inbox(store: Store) -> None:
     """The same for an inbox, out of which objects will be deleted: warn, once a bucket, if deletes are not compared.
 
-    A consumer need not be allowed to write there, and the disk may be full: then each delete compares for itself.
+    Nothing is created in an inbox to ask what its bucket, or its disk, has shown at another place before: at the registry, or
+    at the inbox of another model. A consumer need not be allowed to write there, and the disk may be full: then each delete
+    compares for itself.
 
     Raises:
         UnsupportedStore: as `check_preconditions`.
     """
-    try:
-        if store.url not in _unasked:
-            check_preconditions(store)
-    except (PermissionDenied, StoreFull):
-        _unasked.add(store.url)
-    if store.url in _unasked:
-        store.promises = Promises()
-        return
+    if (shown := _shown.get(store.keeper)) is not None:
+        store.promises = shown
+    else:
+        try:
+            if store.url not in _unasked:
+                check_preconditions(store)
+        except (PermissionDenied, StoreFull):
+            _unasked.add(store.url)
+        if store.url in _unasked:
+            store.promises = Promises()
+            return
     place = urlsplit(store.url)[:2]
     if not store.promises.compares_on_delete and place not in _warned:
         _warned.add(place)
@@ -96,7 +104,10 @@ def _ask(store: Store, key: str) -> Promises:
         store.create(key, b"first")
     try:
         _check_create(store, key)
-        store.promises = Promises(compares_on_delete=_compares_on_delete(store, key))
+        compares = _compares_on_delete(store, key)
+        store.promises = Promises(compares_on_delete=compares is not False)
+        if compares is not None:
+            _shown[store.keeper] = store.promises
         return store.promises
     finally:
         # A registry may well forbid deletes, and the policy of an inbox's bucket those that compare nothing
@@ -114,13 +125,16 @@ def _check_create(store: Store, key: str) -> None:
     )
 
 
-def _compares_on_delete(store: Store, key: str) -> bool:
+def _compares_on_delete(store: Store, key: str) -> bool | None:
+    """None: nothing may be deleted here, which shows nothing of places where it may."""
     stale = "0" * 32  # no etag of these bytes
     store.promises = Promises(compares_on_delete=True)  # so that the server is asked: else `delete` compares for itself
     try:
         store.delete(key, if_match=stale)
-    except (PreconditionFailed, PermissionDenied):
+    except PreconditionFailed:
         return True
+    except PermissionDenied:
+        return None
     finally:
         store.promises = Promises()
     return False

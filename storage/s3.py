@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import suppress
 from datetime import UTC
 from typing import Any, Final
@@ -112,6 +112,11 @@ class S3Store(_Requests, Store):
 
     def __repr__(self) -> str:
         return f"S3Store({self.url!r})"
+
+    @property
+    def keeper(self) -> Hashable:
+        """The bucket at the server that these variables name."""
+        return "s3", self._bucket, self._aws_variables
 
     def list(
         self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False

@@ -18,7 +18,7 @@ can find nothing. Callers that must know read back (`tidemill.storage.log` does)
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -81,6 +81,12 @@ class Store(ABC):
 
     promises: Promises = Promises()
     """Set once for each instance, by the probe."""
+
+    @property
+    def keeper(self) -> Hashable:
+        """Who keeps the promises: stores with equal ones keep the same, as all places of one bucket of a server do. Unless a
+        backend says otherwise, each place for itself."""
+        return self.url
 
     concurrency: int = 1
     """How many calls are worth having under way at once. 1: a call returns sooner than another thread could take it over."""

@@ -7,7 +7,7 @@ is called in the thread of the call; several may be under way.
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal, TypeVar
@@ -75,6 +75,10 @@ class FaultStore(Store):
         self._numbering = Numbering() if numbering is None else numbering
         self.concurrency = store.concurrency if concurrency is None else concurrency
         self.readers = store.readers if concurrency is None else min(concurrency, store.readers)
+
+    @property
+    def keeper(self) -> Hashable:
+        return self._store.keeper
 
     @property
     def promises(self) -> Promises:  # type: ignore[override]  # the wrapped store acts on them

@@ -4,12 +4,13 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.storage.faults import Call, FaultStore
+from tests.storage.faults import Call, FaultStore, fails
 from tidemill.storage.errors import (
     NotFound,
     PermissionDenied,
@@ -132,6 +133,52 @@ def test_it_asks_once_per_url(name: str):
         "stat",
         "delete",
     ]
+
+
+class OfBucket(DeletesAnyway):
+    """All places of the name are kept by one, as those of a bucket are."""
+
+    denies = False
+
+    @property
+    def keeper(self) -> Hashable:
+        return "bucket", self.url.split("/")[2]
+
+    def delete(self, key: str, *, if_match: str | None = None, sha256: str | None = None) -> None:
+        if self.denies:
+            raise PermissionDenied("no")
+        super().delete(key)
+
+
+def test_an_inbox_is_not_asked_for_what_its_bucket_has_shown_at_another_place(name: str):
+    check_preconditions(OfBucket(name, "registry"))
+    calls: list[Call] = []
+    for inbox in ("a", "b"):
+        store = FaultStore(OfBucket(name, inbox), calls.append)
+        store.promises = Promises(compares_on_delete=True)
+        check_inbox(store)
+        assert not store.promises.compares_on_delete
+    assert calls == []
+    with pytest.raises(StoreFull):  # whether a registry takes anything is another question
+        check_preconditions(FaultStore(OfBucket(name, "full"), fails("create", StoreFull("no room"))))
+
+
+def test_where_nothing_may_be_deleted_nothing_is_shown_of_an_inbox_where_it_may(name: str):
+    registry = OfBucket(name, "registry")
+    registry.denies = True
+    check_preconditions(registry)
+    assert registry.promises.compares_on_delete
+    inbox = OfBucket(name, "inbox")
+    check_inbox(inbox)
+    assert not inbox.promises.compares_on_delete
+
+
+def test_two_places_of_a_bucket_or_a_disk_have_one_keeper(make_url: Callable[[str], str]):
+    one, other = open_store(make_url("one")), open_store(make_url("other"))
+    one.write("a", b"")
+    other.write("a", b"")
+    assert one.keeper == other.keeper
+    assert open_store("s3://another-bucket/one").keeper != one.keeper
 
 
 def test_a_lost_answer_is_no_refusal(name: str):
