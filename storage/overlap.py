@@ -34,6 +34,7 @@ from tidemill.storage.records import IN_MEMORY
 from tidemill.storage.urls import open_store
 
 if TYPE_CHECKING:
+    from tidemill.storage.chain import Version
     from tidemill.storage.log import VersionLog
 
 logger = logging.getLogger("tidemill.storage")
@@ -160,11 +161,12 @@ def check_holdout(dataset: str, holdout: str) -> None:
 
 
 # ---- what a registry knows of places ---------------------------------------------------------------------------------
-def named_datasets(log: "VersionLog") -> dict[str, int]:
+def named_datasets(log: "VersionLog", head: "Version | None" = None) -> dict[str, int]:
     """URL of each dataset that a batch version was trained on -> the oldest such version that was looked at.
 
     Those are version 0, the head, and the versions of the newest `_BATCH_RUNS` finished batch runs. A manifest that cannot be
-    read is passed over with a warning: what it names is not known.
+    read is passed over with a warning: what it names is not known. `head` is the model's head as it was read a moment ago, if
+    it was.
     """
     prefix = f"{log.model}/runs/"
     done = [info for info in log.store.list(prefix) if info.key.endswith("/done.json")]
@@ -178,7 +180,8 @@ def named_datasets(log: "VersionLog") -> dict[str, int]:
 
     def dataset(version: int) -> list[tuple[int, str]]:
         try:
-            ref = log.version(version).manifest.dataset
+            read = known if known.number == version else log.version(version)
+            ref = read.manifest.dataset
         except (UnknownVersion, CorruptObject, UnsupportedFormat) as error:
             logger.warning("which dataset version %d was trained on is not known: %s", version, error)
             return []
@@ -186,13 +189,10 @@ def named_datasets(log: "VersionLog") -> dict[str, int]:
 
     workers = log.store.concurrency
     try:
-        numbers = {
-            0,
-            log.head().number,
-            *itertools.chain(*concurrently(number, [info.key for info in newest], workers)),
-        }
+        known = head or log.head()
     except UnknownModel:
         return {}
+    numbers = {0, known.number, *itertools.chain(*concurrently(number, [info.key for info in newest], workers))}
     found = itertools.chain(*concurrently(dataset, sorted(numbers), workers))
     return {url: version for version, url in sorted(found, reverse=True)}
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
+from tidemill.storage.chain import Version
 from tidemill.storage.disposal import dispose
-from tidemill.storage.errors import InvalidURL
+from tidemill.storage.errors import InvalidURL, UnknownModel
 from tidemill.storage.inbox import Inbox
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed
@@ -42,7 +43,7 @@ class Places:
         """Open the places; nothing is written but what `check_preconditions` tries out.
 
         Raises:
-            UnknownModel: the name cannot be a model's name.
+            UnknownModel: the registry holds no such model, or the name cannot be a model's name.
             UnsupportedStore: the registry ignores put-if-absent.
             PlacesOverlap: one place is, holds or lies in another's way.
             InvalidURL: an inbox is no folder.
@@ -55,7 +56,15 @@ class Places:
         """Where labels arrive that come later than their features."""
         self.spelled = spelled_as(*(inbox.url for inbox in self.inboxes))
         """The URL by which this run knows an inbox, however an earlier run spelled it."""
-        keep_apart(self.log, [each.url for each in self.inboxes], settings, self.store)
+        inboxes = [each.url for each in self.inboxes]
+        try:
+            head = self.log.head()
+        except UnknownModel:
+            keep_apart(self.log, inboxes, settings, self.store)  # which would be the reason
+            raise
+        self.head: Version | None = head
+        """As it was when these were opened. None once it was read anew, so that it takes no memory for ever."""
+        keep_apart(self.log, inboxes, settings, self.store, head)
         archive = [] if settings.archive_to is None else [self.store(settings.archive_to).url]
         self._allowed = (*(each.url for each in self.inboxes), *archive, *allowed_places())
         self._may = dict.fromkeys(self._allowed, True)
@@ -100,7 +109,11 @@ class Places:
 
 
 def keep_apart(
-    log: VersionLog, inboxes: Sequence[str], settings: OnlineSettings, stores: Callable[[str], Store] = open_store
+    log: VersionLog,
+    inboxes: Sequence[str],
+    settings: OnlineSettings,
+    stores: Callable[[str], Store] = open_store,
+    head: Version | None = None,
 ) -> None:
     """Every object below an inbox is a shard, to be consumed and removed: no other place may be, hold or lie in one.
 
@@ -109,6 +122,7 @@ def keep_apart(
         inboxes: URL of the store of the inbox, and of that of the labels if there is one.
         settings: They name the other places.
         stores: Opens the store at a URL.
+        head: Of the model, if it was read a moment ago.
 
     Raises:
         PlacesOverlap: before anything is written.
@@ -124,7 +138,7 @@ def keep_apart(
     for name, inbox in named.items():
         keep_out_of_inbox(inbox, others, name)
         others.append((name, inbox))
-    trained_on = {f"the dataset of version {number}": url for url, number in named_datasets(log).items()}
+    trained_on = {f"the dataset of version {number}": url for url, number in named_datasets(log, head).items()}
     for name, inbox in named.items():
         keep_out_of_inbox(inbox, trained_on.items(), name)
     if (archive := places.get(_ARCHIVE)) is not None:

@@ -87,7 +87,8 @@ class OnlineRun:
         """
         self.settings = settings
         self.places = Places(inbox, registry, model, settings, stores)
-        self.report = OnlineReport(model=model, head=self.places.log.head().number)
+        assert self.places.head is not None, "it was read a moment ago"
+        self.report = OnlineReport(model=model, head=self.places.head.number)
         self.champion = Champion(self.places.log, settings.gate, settings.device, self.places.store)
         self._head: Head | None = None
         self._selection: Selection | None = None
@@ -115,7 +116,7 @@ class OnlineRun:
 
     def _read_head(self) -> Head:
         log, settings = self.places.log, self.settings
-        version = log.head()
+        version, self.places.head = log.head(), None
         manifest, learner = version.manifest, read_learner(log, version, settings.device)
         try:
             tombstones = log.tombstones(version)
