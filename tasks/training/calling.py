@@ -46,6 +46,14 @@ def seed_random_numbers(device: torch.device, seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
+def seed_all_random_numbers(seed: int) -> None:
+    """As `torch.manual_seed`, which formats three stack traces where there is no accelerator: as long as a small net takes."""
+    if torch.accelerator.current_accelerator(check_available=True) is None:
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 class _UsualTypes:
     """The default type as it was, while some threads need float32. It belongs to the whole process."""
 

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 
-from tidemill.tasks.training.calling import first_line, frames_of, importing, random_numbers_kept, told
+from tidemill.tasks.training.calling import (
+    first_line,
+    frames_of,
+    importing,
+    random_numbers_kept,
+    seed_all_random_numbers,
+    told,
+)
 from tidemill.tasks.training.errors import FactoryError, ModelError
 from tidemill.tasks.training.features import Features, SequenceInput
 from tidemill.tasks.training.imports import imported
@@ -238,7 +245,7 @@ def build(spec: Spec, features: Features) -> nn.Module:
             features.numbers, features.buckets, spec.outputs, features.sequences, features.base_logits
         )
     with random_numbers_kept(), importing():
-        torch.manual_seed(spec.seed)
+        seed_all_random_numbers(spec.seed)
         try:
             model = factory(**arguments)
         except Exception as error:  # the user's code may raise anything
