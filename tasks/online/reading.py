@@ -252,6 +252,11 @@ class Reader:
         self._prefetch()
         return info, coming.result()
 
+    def begin(self) -> None:
+        """Begin to read what comes first, before its turn."""
+        if self._ahead:
+            self._prefetch()
+
     def _prefetch(self) -> None:
         size = sum(self._size(info) for info, _ in self._coming)
         while self._waiting and len(self._coming) < self._ahead:

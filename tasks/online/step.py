@@ -182,6 +182,20 @@ class OnlineRun:
         except (HeadMoved, Unavailable):
             return True  # the step finds out for itself, with its retries
 
+    def prepare(self) -> None:
+        """Read the head, list the inbox, and begin to read what waits: the next step goes on from there. Raises as `step`.
+
+        In any thread, if nothing else is done with this run meanwhile.
+        """
+        try:
+            head = self.head()
+            if not self.settings.train_when.by_score:  # which computes: to be done where steps are taken
+                self._look(head, set()).reader.begin()
+        except BaseException as error:
+            self.forget()
+            if not isinstance(error, HeadMoved):  # the step finds the new one
+                raise
+
     def take_in(self, work: Work) -> None:
         """What became of the shards that are neither trained on nor rejected."""
         self._remove(work.head, work.duplicates)

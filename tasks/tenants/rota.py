@@ -24,6 +24,10 @@ IDLE_MOST: Final = 12
 """The pause between two looks at an inbox where nothing waits doubles, up to this many times `poll_seconds`."""
 FAILED_MOST_SECONDS: Final = 600.0
 """The pause after a failure doubles up to this, from `BACKOFF_SECONDS` on."""
+AHEAD: Final = 3
+"""So many whose turns come next prepare for them while others have theirs, as far as the bound of learners leaves room."""
+ENDS_SECONDS: Final = 5.0
+"""How long the end waits for those who prepare."""
 
 
 class Member(Protocol):
@@ -38,6 +42,9 @@ class Member(Protocol):
 
     def look(self) -> bool:
         """Whether a turn may find something to do. Called in another thread, never during a turn of the same member."""
+
+    def prepare(self) -> None:
+        """Take the memory that a turn needs, so that the turn finds it. Called in another thread, as `look`, before a turn."""
 
     def turn(self) -> Outcome:
         """Take one step. With an error nothing of it counts."""
@@ -71,10 +78,39 @@ class _Place:
     """How many times in a row nothing was found."""
     failures: int = 0
     """How many times in a row it failed."""
+    queued: bool = False
+    """Whether it stands in the queue for turns."""
     looked: bool = False
     """Whether a look since its last turn has found something."""
-    its_turn: bool = False
-    """Whether that look was sent when its turn had come: then it is the next."""
+    away: bool = False
+    """Whether a lookout is with it, who looks or prepares: it has no turn meanwhile, and others overtake it."""
+
+
+class _Learners:
+    """Who keeps a learner in memory: so many at most."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: OrderedDict[str, Member] = OrderedDict()
+        """By name, the one whose turn was longest ago first."""
+        self.coming: set[str] = set()
+        """The names of those who prepare, or have done so, and must not lose it before their turn."""
+
+    def __contains__(self, member: Member) -> bool:
+        return member.name in self._kept
+
+    def make_room_for(self, member: Member) -> None:
+        """It keeps one from now on. Of those who have had a turn since they took theirs, whose was longest ago give it up."""
+        self._kept.pop(member.name, None)
+        while len(self._kept) >= self._most:
+            self.give_up(next(one for name, one in self._kept.items() if name not in self.coming))
+        self._kept[member.name] = member
+
+    def give_up(self, member: Member) -> None:
+        """It keeps none any more, if it did."""
+        self.coming.discard(member.name)
+        if self._kept.pop(member.name, None) is not None:
+            member.let_go()
 
 
 class Rota:
@@ -104,12 +140,14 @@ class Rota:
         self._looks, self._drains, self._now = looks, drains, now
         self._after_turn, self._alive = after_turn, alive
         self._ready: deque[_Place] = deque()
+        """Whose turn comes next."""
+        self._ahead = min(AHEAD, learners - 1)
+        self._front = learners + AHEAD
+        """How many of them are looked at ahead of their turns, and may overtake each other."""
         self._later: list[tuple[float, int, _Place]] = []
         """Due moment, a number that makes it unique, and who is to be looked at then: a heap."""
         self._number = itertools.count()
-        self._warm: OrderedDict[str, Member] = OrderedDict()
-        """Who keeps a learner, the one whose turn was longest ago first."""
-        self._learners = learners
+        self._learners = _Learners(learners)
         self.failing: dict[str, str] = {}
         """Whose last turn, or last look, failed -> why."""
         self._left = len(members)
@@ -122,44 +160,93 @@ class Rota:
             self._send_who_is_due()
             for place, found in self._looks.back():
                 self._heard(place, found)
-            if self._ready:
-                self._next(self._ready.popleft())
+            place = self._whose_turn()
+            self._send_ahead()
+            if place is not None:
+                self._turn(place)
             elif self._left:
                 self._alive(len(self.failing))
                 due = self._later[0][0] - self._now() if self._later else float("inf")
                 self._looks.wait(max(0.0, due), stop)
+        self._wait_for_who_prepares()
+
+    def _wait_for_who_prepares(self) -> None:
+        """A thread that ends with its process must not be inside of torch. One that waits for a store is left behind."""
+        ends = Stop(ENDS_SECONDS)
+        while not ends and any(place.away and place.member.name in self._learners.coming for place in self._ready):
+            self._looks.wait(ENDS_SECONDS, ends)
+            for place, _ in self._looks.back():
+                place.away = False
 
     # ---- looks -------------------------------------------------------------------------------------------------------
     def _look(self, place: _Place) -> None:
+        place.away = True
         self._looks.send(place, place.member.look)
+
+    def _prepare(self, place: _Place) -> None:
+        member = place.member
+
+        def prepared() -> bool:
+            member.prepare()
+            return True
+
+        place.away = True
+        self._learners.make_room_for(member)
+        self._learners.coming.add(member.name)
+        self._looks.send(place, prepared)
 
     def _send_who_is_due(self) -> None:
         while self._later and self._later[0][0] <= self._now():
             self._look(heapq.heappop(self._later)[2])
 
+    def _send_ahead(self) -> None:
+        """Whoever has a turn soon and keeps no learner is looked at; then it prepares, if there is room for one more.
+
+        So no learner is read to find that nothing is left, and none is waited for while others have their turns.
+        """
+        for place in itertools.islice(self._ready, self._front):
+            if place.away or place.member in self._learners:
+                continue
+            if not place.looked:
+                self._look(place)
+            elif len(self._learners.coming) < self._ahead:
+                self._prepare(place)
+
     def _heard(self, place: _Place, found: bool | Exception) -> None:
+        place.away = False
         if isinstance(found, Exception):
             self._failed(place, found)
-        elif found:
-            (self._ready.appendleft if place.its_turn else self._ready.append)(place)
-            place.looked, place.its_turn = True, False
-        else:
-            place.its_turn = False
+        elif not found:
             place.member.nothing_new()
             self._nothing_to_do(place)
+        else:
+            place.looked = True
+            self._queue(place)
 
     # ---- turns -------------------------------------------------------------------------------------------------------
-    def _next(self, place: _Place) -> None:
-        """A turn; or a look, if the learner is gone by now: it is not read again to find that nothing is left."""
-        if place.looked or place.member.name in self._warm:
-            self._turn(place)
-        else:
-            place.its_turn = True
-            self._look(place)
+    def _whose_turn(self) -> _Place | None:
+        """The first in the queue who is prepared; with room for one learner alone, who has something to do. None: nobody yet."""
+        for number, place in enumerate(itertools.islice(self._ready, self._front)):
+            if not place.away and (place.member in self._learners or (place.looked and not self._ahead)):
+                del self._ready[number]
+                place.queued = False
+                self._learners.coming.discard(place.member.name)
+                self._learners.make_room_for(place.member)
+                return place
+        return None
+
+    def _queue(self, place: _Place) -> None:
+        if not place.queued:
+            place.queued = True
+            self._ready.append(place)
+
+    def _leave_queue(self, place: _Place) -> None:
+        if place.queued:
+            place.queued = False
+            self._ready.remove(place)
 
     def _turn(self, place: _Place) -> None:
         member, place.looked = place.member, False
-        self._make_room_for(member)
         try:
             outcome = member.turn()
         except Exception as error:  # noqa: BLE001  # of whatever class: it is that member's, and the others go on
@@ -171,16 +258,10 @@ class Rota:
             return
         self._well(place)
         place.idle = 0
-        self._ready.append(place)
-
-    def _make_room_for(self, member: Member) -> None:
-        """Of those who keep a learner, the ones whose turn was longest ago give it up."""
-        self._warm.pop(member.name, None)
-        while len(self._warm) >= self._learners:
-            self._warm.popitem(last=False)[1].let_go()
-        self._warm[member.name] = member
+        self._queue(place)
 
     def _nothing_to_do(self, place: _Place) -> None:
+        self._leave_queue(place)
         self._well(place)
         if self._drains:
             self._done(place)
@@ -192,9 +273,9 @@ class Rota:
     # ---- failures ----------------------------------------------------------------------------------------------------
     def _failed(self, place: _Place, error: Exception) -> None:
         member = place.member
-        self._warm.pop(member.name, None)
-        member.let_go()
-        place.looked = place.its_turn = False
+        self._leave_queue(place)
+        self._learners.give_up(member)
+        place.looked = False
         reason = on_one_line(str(error) or repr(error))
         member.failed(reason)
         place.failures += 1
@@ -226,8 +307,7 @@ class Rota:
 
     def _done(self, place: _Place) -> None:
         self._left -= 1
-        if self._warm.pop(place.member.name, None) is not None:
-            place.member.let_go()
+        self._learners.give_up(place.member)
 
 
 def _is_ours(error: Exception) -> bool:

@@ -10,7 +10,6 @@ from typing import Final
 
 from tidemill.progress import happened, listening, under_way
 from tidemill.storage.aliases import find_alias
-from tidemill.storage.log import VersionLog
 from tidemill.storage.store import Store
 from tidemill.tasks import batch
 from tidemill.tasks.online import step as protocol
@@ -81,6 +80,17 @@ class Tenant:
         return None if self._run is None else self._run.places
 
     # ---- in the thread of a lookout ----------------------------------------------------------------------------------
+    def prepare(self) -> None:
+        """Read the learner, and begin to read what waits, ahead of the turn that needs them.
+
+        Raises:
+            Exception: what `turn` raises. The turn would have.
+        """
+        run = self._run
+        assert run is not None, "a look opens it"
+        with self._telling():
+            run.prepare()
+
     def look(self) -> bool:
         """Open the run if it is not; then whether a turn may find something to do.
 
@@ -98,7 +108,7 @@ class Tenant:
         if self.report is not None:
             run.report = self.report  # it goes on counting
         if self._numbers is not None:
-            _begin(self._numbers, run.places.log, settings)
+            _begin(self._numbers, run.places, settings)
         self._has_committed, self._sight, self._settled = False, None, None
         self._run, self.report = run, run.report
         return run
@@ -112,8 +122,9 @@ class Tenant:
             return True
         if any(True for inbox in run.places.inboxes for _ in entries(inbox)):
             return True
-        log = run.places.log
-        log.make_durable(head := log.head())  # before anything follows from it
+        head, run.places.head = run.places.head, None
+        assert head is not None, "the run was opened in this look"
+        run.places.log.make_durable(head)  # before anything follows from it
         run.champion.finish(head)
         return False
 
@@ -191,12 +202,13 @@ class Tenant:
             yield
 
 
-def _begin(numbers: Numbers, log: VersionLog, settings: OnlineSettings) -> None:
+def _begin(numbers: Numbers, places: Places, settings: OnlineSettings) -> None:
     """Count from where the model stands. It cannot fail the run, which finds out for itself what is wrong."""
     try:
-        numbers.begin(log.head().manifest, find_alias(log, settings.gate.alias))
+        assert places.head is not None, "the places were opened a moment ago"
+        numbers.begin(places.head.manifest, find_alias(places.log, settings.gate.alias))
     except Exception as error:  # noqa: BLE001  # of whatever class
-        logger.warning("%s is not counted from where it stands: %r", log.url, error)
+        logger.warning("%s is not counted from where it stands: %r", places.log.url, error)
 
 
 def _sight(there: Iterator[tuple[str, str]]) -> _Sight:

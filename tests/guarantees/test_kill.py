@@ -152,7 +152,7 @@ def base(make_url: MakeUrl, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("backend", ["local", pytest.param("s3", marks=pytest.mark.prove)], indirect=True)
 def test_many_models_in_one_process(backend: str, base: str, make_url: MakeUrl, tmp_path: Path, full: bool) -> None:
-    """Three take turns, and one learner stays in memory; the weights of the third are not what was committed.
+    """Three take turns, with two learners in memory, one of them read ahead; the weights of the third are not as committed.
 
     Which turn comes first is a matter of time, so that a moment is the number of a call, and may be another's in each run.
     """
@@ -174,9 +174,9 @@ def test_many_models_in_one_process(backend: str, base: str, make_url: MakeUrl, 
             pairs.append(Pair(inbox=inbox, registry=registry, model="model", name=tenant))
         blob = VersionLog(open_store(pairs[-1].registry), "model").head().manifest.blobs.weights
         open_store(pairs[-1].registry).write(blob.key, bytes(blob.bytes))
-        moments = in_child(drain_pairs, pairs, GATED, 1, kill=kill, tmp_path=tmp_path)
+        moments = in_child(drain_pairs, pairs, GATED, 2, kill=kill, tmp_path=tmp_path)
         if kill is not None:
-            in_child(drain_pairs, pairs, GATED, 1, kill=None, tmp_path=tmp_path)
+            in_child(drain_pairs, pairs, GATED, 2, kill=None, tmp_path=tmp_path)
         for pair in pairs[:-1]:
             log = VersionLog(open_store(pair.registry), "model")
             audit(log, shards[pair.name].items())

@@ -1,5 +1,6 @@
 """Many models in one process: each has what a run of its own would have given it, and what one fails of is its own."""
 
+import itertools
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import threading
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from tidemill.tasks import batch, online
 from tidemill.tasks.settings import Archive, GateSettings, Limits, OnlineSettings, Retrain
 from tidemill.tasks.tenants import doors, rota, tenant
 from tidemill.tasks.tenants.pairs import Pair
+from tidemill.tasks.training.spec import Spec
 
 MakeUrl = Callable[[str], str]
 ONE_A_COMMIT = OnlineSettings(limits=Limits(max_shards=1), grace_seconds=0, poll_seconds=0.01)
@@ -30,12 +33,12 @@ ONE_A_COMMIT = OnlineSettings(limits=Limits(max_shards=1), grace_seconds=0, poll
 class Town:
     """Models in one registry, each with an inbox."""
 
-    def __init__(self, make_url: MakeUrl, names: str) -> None:
+    def __init__(self, make_url: MakeUrl, names: str, spec: Spec = SPEC) -> None:
         self._make_url = make_url
         self.registry = make_url("registry")
         for name in names:
             put(make_url(f"dataset/{name}"), {"part-0.parquet": rows(60, ord(name))})
-            batch.train(make_url(f"dataset/{name}"), self.registry, name, SPEC.model_copy(update={"seed": ord(name)}))
+            batch.train(make_url(f"dataset/{name}"), self.registry, name, spec.model_copy(update={"seed": ord(name)}))
         self.pairs = [self.pair(name) for name in names]
 
     def inbox(self, name: str) -> str:
@@ -58,6 +61,10 @@ class Town:
         """The weights of the head are others than were committed."""
         blob = open_log(self.registry, name).head().manifest.blobs.weights
         open_store(self.registry).write(blob.key, bytes(blob.bytes))
+
+
+def _below(make_url: MakeUrl, folder: str, name: str) -> str:
+    return make_url(f"{folder}/{name}")
 
 
 def stop_after(shards: int) -> Hook:
@@ -103,6 +110,30 @@ def test_each_has_the_bits_of_a_run_of_its_own_and_the_poisoned_one_stops_nobody
     assert keys(town.inbox("a")) == keys(town.inbox("c")) == []
     assert keys(town.inbox("b")) == ["00.parquet", "01.parquet"]
     assert caplog.text.count("b failed") == 1
+
+
+def test_the_next_learner_is_read_while_another_commits_and_the_bits_are_those_of_a_run_of_its_own(
+    memory_url: MakeUrl,
+) -> None:
+    spec = Spec.model_validate({**SPEC.model_dump(), "model": {"factory": "mlp", "arguments": {"dropout": 0.5}}})
+    towns = [Town(partial(_below, memory_url, at), "ab", spec) for at in ("together", "alone")]
+    for town, name in itertools.product(towns, "ab"):
+        town.fill(name, 3)
+    for name in "ab":
+        online.drain(towns[1].inbox(name), towns[1].registry, name, ONE_A_COMMIT)
+    read = {name: threading.Event() for name in "ab"}
+    waited: list[bool] = []
+
+    def hook(call: Call) -> None:
+        model = call.key[:1]
+        if (call.verb, call.phase) == ("read", "after") and "/blobs/" in call.key:
+            read[model].set()
+        elif (call.verb, call.phase) == ("create", "before") and "/log/" in call.key and not waited:
+            waited.append(read["b" if model == "a" else "a"].wait(30))
+
+    report = doors.drain(towns[0].pairs, ONE_A_COMMIT, learners=2, stores=hooked(hook))
+    assert (waited, report.failing, report.shards) == ([True], {}, 6)
+    assert [towns[0].bits(name) for name in "ab"] == [towns[1].bits(name) for name in "ab"]
 
 
 def test_log_lines_say_whose_they_are(small: Town, caplog: pytest.LogCaptureFixture) -> None:

@@ -52,7 +52,7 @@ def test_no_more_learners_are_kept_than_the_bound_and_the_one_used_longest_ago_g
         kept.append("".join(one.name for one in members if one.warm))
 
     Rota(members, Looks(clock), drains=True, learners=2, now=clock, after_turn=count).go(Stop())
-    assert kept[:4] == ["a", "ab", "bc", "ac"]
+    assert kept[:4] == ["ab", "bc", "ac", "ab"]  # who had the turn, and who has prepared for the next one
     assert max(map(len, kept)) == 2
     assert not any(one.warm for one in members)  # who is done keeps none
 
@@ -63,6 +63,58 @@ def test_a_learner_that_is_gone_is_not_read_again_to_find_that_nothing_is_left()
     assert turns(done) == "abc" + "c"  # c still had its learner
     done, _ = drained(*(One(name, 1, []) for name in "a"), learners=1)
     assert done == ["look a", "turn a", "turn a", "let go a"]
+
+
+def test_whose_turns_come_next_prepare_before_the_turn_of_another_as_far_as_the_bound_leaves_room() -> None:
+    done, _ = drained(*(One(name, 1, events) for name in "abcde" for events in [[]]), learners=1)
+    assert not [event for event in done if "prepare" in event]
+    for learners, prepared in ((2, "ab"), (3, "abc"), (9, "abcd")):
+        events: list[str] = []
+        drained(*(One(name, 1, events) for name in "abcde"), learners=learners)
+        first = events.index("turn a")
+        assert [event for event in events[:first] if "prepare" in event] == [f"prepare {name}" for name in prepared]
+        assert turns(events)[:5] == "abcde"
+
+
+def test_who_is_slow_to_prepare_is_overtaken_and_is_given_its_turn_then() -> None:
+    clock, events = Clock(), list[str]()
+
+    class Slow(One):
+        def prepare(self) -> None:
+            super().prepare()
+            slow.append(self.name)
+
+    slow: list[str] = []
+    looks = Looks(clock, seconds=lambda place: 90.0 if slow and slow.pop() else 0.0)
+    members = [Slow("s", 2, events), *(One(name, 3, events) for name in "bc")]
+    Rota(members, looks, drains=True, learners=3, now=clock).go(Stop())
+    assert turns(events) == "bcbcbcbc" + "sss"
+
+
+def test_who_cannot_prepare_fails_alone_and_its_learner_is_given_up() -> None:
+    events: list[str] = []
+    done, rota = drained(One("a", 1, events, [CorruptObject("rotten")], at="prepare"), One("b", 1, events), learners=2)
+    assert turns(done) == "bb"
+    assert rota.failing == {"a": "rotten"}
+    assert "let go a" in done
+
+
+def test_the_end_waits_for_who_prepares_so_that_no_thread_ends_inside_of_torch() -> None:
+    clock, stop = Clock(), Stop()
+
+    class Signalled(One):
+        def turn(self) -> Outcome:
+            stop._ask(15, None)
+            return super().turn()
+
+    class Slow(One):
+        def prepare(self) -> None:
+            slow.append(self.name)
+
+    slow: list[str] = []
+    looks = Looks(clock, seconds=lambda place: 2.0 if slow and slow.pop() else 0.0)
+    Rota([Signalled("a", 3, []), Slow("s", 3, [])], looks, drains=True, learners=2, now=clock).go(stop)
+    assert (clock.now, looks.back()) == (2.0, [])
 
 
 def test_who_has_nothing_to_do_is_looked_at_after_pauses_that_double_up_to_a_bound() -> None:

@@ -57,7 +57,7 @@ class One:
     def __init__(
         self, name: str, commits: int, events: list[str], errors: Iterable[Exception] = (), at: str = "turn"
     ) -> None:
-        """The first turns, or looks (`at`), raise these errors, one each."""
+        """The first turns, looks or preparations (`at`) raise these errors, one each."""
         self.name, self.left, self.events, self.at = name, commits, events, at
         self._errors = [*errors]
         self.told: list[str | None] = []
@@ -67,6 +67,11 @@ class One:
         self.events.append(f"look {self.name}")
         self._fail("look")
         return self.left > 0
+
+    def prepare(self) -> None:
+        self.events.append(f"prepare {self.name}")
+        self._fail("prepare")
+        self.warm = True
 
     def turn(self) -> Outcome:
         self.events.append(f"turn {self.name}")
