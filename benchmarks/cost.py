@@ -7,8 +7,9 @@
 `measure` takes one part after the other in this process: opening, reading a learner, commits of different sizes, looks. Requests
 are counted where they are sent. `check` fits the seconds of the parts to the turns of a small run, lets the product's own rota
 (`tidemill/tasks/tenants/rota.py`) take the turns of the large one on a clock that jumps, and then runs it: processes of their
-own, from their start to their end, by the clock and by the CPU, which counts on a busy machine. Prices are the list prices of S3
-and EC2 in us-east-1: see `PRICES`.
+own, from their start to their end, by the clock and by the CPU, which counts on a busy machine. What the first of each part takes
+longer than the others is done once in a process, and counts as its start. Prices are the list prices of S3 and EC2 in us-east-1:
+see `PRICES`.
 """
 
 import argparse
@@ -226,14 +227,17 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 # ---- a simulation, and what it simulates -----------------------------------------------------------------------------
 CLOCKS = ("clock", "cpu")
-READ_AHEAD = 16
-"""Shards that a run on S3 reads ahead, and drops if its learner is dropped."""
+READ_AHEAD = {"s3": 16, "local": 8}
+"""Shards that a run reads ahead, and drops if its learner is dropped."""
+LOOKS = ("open", "look", "prepare")
+"""What lookouts do."""
 
 
 def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, int], clock: str) -> float:
     """Seconds of a drain of so many shards of each model, by the product's rota on a clock that jumps.
 
-    By the clock, lookouts look while others have their turns; of the CPU, they take their share in any case.
+    By the clock, lookouts look and prepare while others have their turns. By the CPU, what they take is taken at once, and nobody
+    waits.
     """
     from tidemill.tasks.online.step import Outcome
     from tidemill.tasks.stopping import Stop
@@ -246,14 +250,18 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
         poll_seconds = 5.0
 
         def __init__(self, name: str, left: int) -> None:
-            self.name, self.left, self.opened, self.warm = name, left, False, False
+            self.name, self.left, self.opened, self.took = name, left, False, 0.0
 
         def look(self) -> bool:
+            self.took = costs["look"] if self.opened else costs["open"]
+            self.opened = True
             return self.left > 0
 
+        def prepare(self) -> None:
+            self.took = costs["prepare"]
+
         def turn(self) -> Outcome:
-            now[0] += costs["turn"] + (0.0 if self.warm else costs["learner"])
-            self.warm = True
+            now[0] += costs["turn"]
             taken = min(self.left, settings["max_shards"])
             if not taken:
                 return Outcome.IDLE
@@ -264,7 +272,6 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
         def nothing_new(self) -> None: ...
 
         def let_go(self) -> None:
-            self.warm = False
             now[0] += costs["dropped"] * min(self.left, settings["read_ahead"])
 
         def failed(self, reason: str | None) -> None: ...
@@ -278,11 +285,10 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
             self._number = itertools.count()
 
         def send(self, who: Any, look: Callable[[], bool]) -> None:
-            model: Model = who.member
-            seconds = costs["look"] if model.opened else costs["open"]
-            found, model.opened = look(), True
+            found = look()
+            seconds = who.member.took
             if clock == "cpu":
-                now[0] += seconds
+                now[0], seconds = now[0] + seconds, 0.0
             ends = max(now[0], heapq.heappop(self._free)) + seconds
             heapq.heappush(self._free, ends)
             heapq.heappush(self._back, (ends, next(self._number), who, found))
@@ -310,28 +316,32 @@ from tidemill.tasks.tenants import doors, tenant
 from tidemill.tasks.tenants.pairs import Pair
 pairs, settings, learners = json.loads(sys.stdin.read())
 turns, looks, dropped = [], [], [0]
-turn, look, let_go = tenant.Tenant.turn, tenant.Tenant.look, tenant.Tenant.let_go
+turn, look, prepare, let_go = tenant.Tenant.turn, tenant.Tenant.look, tenant.Tenant.prepare, tenant.Tenant.let_go
 ready, last = time.time(), [time.perf_counter(), time.process_time(), 0]
 start_cpu = time.process_time()
 def timed_turn(one):
-    cold, shards = one._run._head is None, one.report.shards
+    shards = one.report.shards
     at, went = time.perf_counter(), last[2]
     outcome = turn(one)
     cpu = time.process_time() - last[1] - sum(spent for _, spent, _ in looks[went:])  # all but that of lookouts
-    turns.append((time.perf_counter() - at, cpu, cold, outcome.value, one.report.shards - shards, dropped[0]))
+    turns.append((time.perf_counter() - at, cpu, outcome.value, one.report.shards - shards, dropped[0]))
     last[1:], dropped[0] = [time.process_time(), len(looks)], 0
     return outcome
-def timed_look(one):
-    opens = one._run is None
+def timed(what, do, one):
     at, cpu = time.perf_counter(), time.thread_time()
-    found = look(one)
-    looks.append((time.perf_counter() - at, time.thread_time() - cpu, opens))
+    found = do(one)
+    looks.append((time.perf_counter() - at, time.thread_time() - cpu, what))
     return found
+def timed_look(one):
+    return timed("open" if one._run is None else "look", look, one)
+def timed_prepare(one):
+    return timed("prepare", prepare, one)
 def counted_let_go(one):
     selection = None if one._run is None else one._run._selection
     dropped[0] += 0 if selection is None else len(selection.reader._coming)
     let_go(one)
-tenant.Tenant.turn, tenant.Tenant.look, tenant.Tenant.let_go = timed_turn, timed_look, counted_let_go
+tenant.Tenant.turn, tenant.Tenant.let_go = timed_turn, counted_let_go
+tenant.Tenant.look, tenant.Tenant.prepare = timed_look, timed_prepare
 report = doors.drain([Pair(**pair) for pair in pairs], OnlineSettings(limits=Limits(**settings)), learners=learners)
 print(json.dumps({"start": (ready - began, start_cpu), "drained": (time.time() - ready, time.process_time() - start_cpu),
                   "turns": turns, "looks": looks, "shards": report.shards, "failing": report.failing}))
@@ -367,13 +377,15 @@ def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[Both, d
 
 
 def fitted(told: dict[str, Any], seconds: Both, which: int) -> dict[str, float]:
-    """Seconds of the parts, by least squares over the turns of a run: a turn, a learner read, a commit, a shard, one dropped.
+    """Seconds of the parts, by least squares over the turns of a run: a turn, a commit, a shard, one dropped.
 
-    `which` is 0 by the clock, 1 of the CPU.
+    `which` is 0 by the clock, 1 of the CPU. The start has what the first turn, and the first of each look, took longer than the
+    others: imports, connections, the first calls of torch.
     """
     turns = told["turns"]
-    known = np.array([[1.0, cold, what == "committed", shards, dropped] for _, _, cold, what, shards, dropped in turns])
-    spent = np.array([turn[which] for turn in turns])
+    all_known = np.array([[1.0, what == "committed", shards, dropped] for _, _, what, shards, dropped in turns])
+    all_spent = np.array([turn[which] for turn in turns])
+    known, spent = all_known[1:], all_spent[1:]
     # No part takes less than nothing: those that would are left out, and the others fitted again
     left, parts = [*range(known.shape[1])], np.zeros(known.shape[1])
     while left:
@@ -382,16 +394,21 @@ def fitted(told: dict[str, Any], seconds: Both, which: int) -> dict[str, float]:
             parts[left] = solved
             break
         left.remove(left[int(solved.argmin())])
-    looks = {opens: [look[which] for look in told["looks"] if look[2] == opens] for opens in (True, False)}
-    means = {opens: statistics.mean(found) if found else 0.0 for opens, found in looks.items()}
-    end = max(0.0, seconds[which] - told["start"][which] - told["drained"][which])
-    outside = {"start": told["start"][which], "end": end, "open": means[True], "look": means[False]}
-    return outside | dict(zip(("turn", "learner", "commit", "shard", "dropped"), map(float, parts), strict=True))
+    start = told["start"][which]
+    end = max(0.0, seconds[which] - start - told["drained"][which])
+    start += max(0.0, float(all_spent[0] - all_known[0] @ parts))
+    means = dict.fromkeys(LOOKS, 0.0)
+    for what in LOOKS:
+        first, *others = [look[which] for look in told["looks"] if look[2] == what] or [0.0]
+        means[what] = statistics.mean(others or [first])
+        start += max(0.0, first - means[what])
+    outside = {"start": start, "end": end, **means}
+    return outside | dict(zip(("turn", "commit", "shard", "dropped"), map(float, parts), strict=True))
 
 
 def check(where: str, models: int, times: int) -> None:
     """Calibrate on `models`, simulate and run `times` as many; and the same models with `times` as many shards."""
-    settings = {"max_shards": 8, "learners": 4, "read_ahead": READ_AHEAD if where == "s3" else 0}
+    settings = {"max_shards": 8, "learners": 4, "read_ahead": READ_AHEAD[where]}
     small = [10 + 4 * number for number in range(models)]
     with tempfile.TemporaryDirectory() as folder, places(where, Path(folder)) as base:
         seconds, told = run(f"{base}/small", small, settings)
