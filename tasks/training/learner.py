@@ -253,6 +253,7 @@ class Learner:
     def committed(self) -> None:
         """What the learner holds now is what a version holds: `touched` tells what has changed since."""
         self._committed = self.changes.mark()
+        self.changes.keep_rows(self._committed)
 
     def touched(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """(of the weights, of the state): which rows of which tensors may have changed since `committed` was called.
@@ -262,6 +263,7 @@ class Learner:
         """
         if self._committed is None or not self.changes.by_rows:
             return {}, {}
+        self.changes.compare_rows(self._committed)
         weights, state, _ = self._contents()
         return _rows(self._committed, weights), _rows(self._committed, state)
 

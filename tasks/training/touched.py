@@ -4,11 +4,14 @@ An optimizer that goes by the rows of a sparse gradient (`goes_by_rows`) changes
 and no others. Whatever else writes to a tensor in place, as a dense gradient, `max_norm` of an embedding or `load_state_dict`,
 moves the version on that torch counts for each tensor: from then on it is not known what has changed.
 
-Torch does not count what a model writes through `.data` or through numpy.
+Torch does not count what a model writes through `.data` or numpy, as code does that keeps weights in bounds. Some rows of each
+large table are therefore kept at a commit, and compared at the next one: a table of which one has changed that no gradient has
+named is known to change in other ways, and nothing is told of it any more.
 
-Shape legend: R rows of a table, N row numbers as they come, U distinct ones.
+Shape legend: R rows of a table, E columns, N row numbers as they come, U distinct ones, S rows that are kept.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -21,6 +24,13 @@ MANY: Final = 2**16
 """Row numbers of a table that are kept as they come; of more, those that repeat others are dropped."""
 SHARE: Final = 4
 """Of a table of which more than one row in so many has changed, it is no longer kept which ones: it is as good as all of them."""
+SAMPLED: Final = 4096
+"""Rows of a table that are kept, evenly spread, others each time; of fewer, all."""
+LARGE: Final = 2**18
+"""Numbers of a table from which on rows are kept: smaller ones are stored whole anyway."""
+_PRIME: Final = 7919
+
+logger = logging.getLogger("tidemill.training")
 
 
 class Touched:
@@ -33,6 +43,7 @@ class Touched:
         self.by_rows = False
         """Whether a parameter has had a sparse gradient: of others nothing is known."""
         self._marks: WeakSet[Mark] = WeakSet()
+        self._samples = 0
 
     def mark(self) -> "Mark":
         """What changes from now on."""
@@ -58,10 +69,33 @@ class Touched:
             for mark in self._marks:
                 mark.add(key, rows_N)
 
+    def keep_rows(self, mark: "Mark") -> None:
+        """Keep some rows of each large table as they are at this moment."""
+        self._samples += 1
+        for key, table in self.tables.items():
+            if table.parameter.numel() >= LARGE and table.trusted:
+                mark.kept[key] = table.sample(self._samples)
+
+    def compare_rows(self, mark: "Mark") -> None:
+        """Compare them. Trust no table of which one has changed that no gradient has named."""
+        for key, (rows_S, was_SE) in mark.kept.items():
+            table = self.tables[key]
+            told_U = mark.rows(table.parameter)
+            if told_U is None:
+                continue
+            differs_S = (was_SE != table.bits(rows_S)).any(1)
+            if bool((differs_S & ~torch.isin(rows_S, told_U)).any()):
+                table.trusted = False
+                logger.warning(
+                    "a table of the model, %s, changes where no gradient has named a row, as by a write through .data: each "
+                    "version stores all of it",
+                    list(table.parameter.shape),
+                )
+
     def holds(self, key: int, tensor: Tensor) -> bool:
         """Whether a tensor is one of a table that goes by rows. A change by something else than a step is noted first."""
         table = self.tables[key]
-        if not table.by_rows:
+        if not (table.by_rows and table.trusted):
             return False
         self._look(key)
         return table.holds(tensor)
@@ -86,6 +120,8 @@ class Mark:
         """Of tables whose changes are known."""
         self._key_at = {address: key for key, table in owner.tables.items() for address in table.versions}
         """Tensors that were there at that moment."""
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        """Of large tables some rows of then: int64 [S], and their bytes."""
 
     def rows(self, tensor: Tensor) -> Tensor | None:
         """int64 [U] on the tensor's device, sorted: no other rows have changed. None: that is not known.
@@ -115,6 +151,8 @@ class _Table:
         self.parameter = parameter
         self.by_rows = False
         """Whether it has had a sparse gradient."""
+        self.trusted = True
+        """Whether only gradients are known to write to it."""
         self.versions: dict[int, int] = {}
         """By the address of each tensor, as they were when last looked at."""
         self._tensors: dict[int, Tensor] = {}
@@ -127,6 +165,18 @@ class _Table:
         kept = [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape and not v.is_sparse]
         self._tensors = {tensor.data_ptr(): tensor for tensor in (parameter, *kept)}
         self.versions = {address: tensor._version for address, tensor in self._tensors.items()}
+
+    def sample(self, number: int) -> tuple[Tensor, Tensor]:
+        """int64 [S] and uint8 [S, bytes]: some rows and their bytes, others for each number; the first and the last always."""
+        rows = len(self.parameter)
+        stride = -(-rows // SAMPLED)
+        numbers = [0, *range(number * _PRIME % stride, rows, stride), rows - 1]
+        rows_S = torch.tensor(numbers, device=self.parameter.device)
+        return rows_S, self.bits(rows_S)
+
+    def bits(self, rows_S: Tensor) -> Tensor:
+        """uint8 [S, bytes]: these rows of the parameter."""
+        return self.parameter.detach().index_select(0, rows_S).flatten(1).view(torch.uint8)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor that begins at one of the addresses is that one."""

@@ -52,15 +52,3 @@ class Tables(nn.Module):
             if kind == "tied":  # a gradient for every row too
                 embedded_BE = embedded_BE + functional.linear(embedded_BE, table.weight).mean(1, keepdim=True)
         return self.out(torch.cat([x_BF, embedded_BE], 1))
-
-
-def writing_past_torch(inputs: Inputs) -> nn.Module:
-    """Writes to its table where torch does not count it."""
-
-    class Writing(Tables):
-        def forward(self, x_BF: Tensor, ids_BC: Tensor) -> Tensor:
-            if self.training:
-                self.tables[0].weight.data.mul_(0.99)
-            return super().forward(x_BF, ids_BC)
-
-    return Writing(inputs, ["plain"] * len(inputs.buckets))

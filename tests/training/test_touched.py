@@ -172,6 +172,45 @@ def test_what_something_else_has_written_is_not_told(how: str) -> None:
     assert learner.touched()[0].keys() == {"tables.0.weight", "tables.1.weight"}
 
 
+@pytest.mark.parametrize("writes", ["in each step", "in the last step"])
+def test_a_table_that_is_written_to_where_torch_does_not_count_it_is_found(
+    writes: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(touched, "LARGE", 100)
+    monkeypatch.setattr(touched, "SAMPLED", 16)
+    groups = cut(table_of(20, 2, 9, 0))
+    learner = begin(spec_of("plain", "plain", optimizer={"name": "sparse_adam"}), groups)
+    weight = dict(learner.model.named_parameters())["tables.0.weight"]
+    if writes == "in each step":
+        learner.model.register_forward_hook(lambda *_: (weight.data.mul_(0.99), None)[1])
+    steps = Steps(learner)
+    for number in range(3):
+        learner.committed()
+        before = stored(learner)
+        train_pass(steps, groups, key=("shard", number))
+        if number == 2:
+            weight.data[60] += 1  # the last row is always kept
+        weights, _ = check(learner, before)
+        found = writes == "in each step" or number == 2
+        assert weights == ({"tables.1.weight"} if found else {"tables.0.weight", "tables.1.weight"})
+    learner.committed()
+    assert learner.touched()[0].keys() == {"tables.1.weight"}, "for good"
+    assert caplog.text.count("changes where no gradient has named a row") == 1
+
+
+def test_the_rows_that_are_kept_are_others_each_time_and_those_at_the_ends() -> None:
+    weight = nn.Parameter(torch.zeros(touched.LARGE // 4, 4))
+    changes = Touched([weight, nn.Parameter(torch.zeros(4, 4))], torch.optim.SGD([weight], lr=0.1))
+    seen = []
+    for _ in range(3):
+        mark = changes.mark()
+        changes.keep_rows(mark)
+        ((rows_S, bits_S16),) = mark.kept.values()
+        assert touched.SAMPLED <= len(rows_S) == len(bits_S16) <= touched.SAMPLED + 2
+        seen.append(set(rows_S.tolist()))
+    assert seen[0] & seen[1] & seen[2] == {0, len(weight) - 1}
+
+
 @pytest.mark.parametrize("optimizer", [{"name": "sgd", "arguments": {"momentum": 0.9}}, {"name": "adam"}], ids=str)
 def test_of_an_optimizer_that_changes_other_rows_too_nothing_is_told(optimizer: dict[str, Any]) -> None:
     learner = begin(spec_of("dense", optimizer=optimizer), cut(table_of(20, 1, 9, 0)))
