@@ -3,7 +3,6 @@
 Reads the log and an inbox; nothing here can touch a commit. What each problem means, and what to do: `docs/operations.md`.
 """
 
-import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -14,7 +13,6 @@ from pydantic import BaseModel
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.audit import lost_versions
 from tidemill.storage.chain import Version
-from tidemill.storage.disposal import reason_of
 from tidemill.storage.errors import (
     CorruptObject,
     NotFound,
@@ -31,6 +29,7 @@ from tidemill.storage.manifest import Gate, Manifest, Owed
 from tidemill.storage.overlap import spelled_as
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.probe import check_preconditions
+from tidemill.storage.rejected import RejectedShard, rejected
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.tombstones import Seen
 from tidemill.storage.traces import traces_above
@@ -38,8 +37,6 @@ from tidemill.storage.urls import open_store
 
 LATELY: Final = timedelta(days=1)
 """A shard that was rejected within this time is a problem. After it, it is a thing to be tidied up."""
-NEWEST: Final = 5
-"""So many rejected shards are named with their reasons."""
 IN_A_ROW: Final = 3
 """So many refused versions in a row are a problem: one or two may be chance."""
 LOOKED_AT: Final = 20
@@ -62,19 +59,6 @@ class Problem(BaseModel):
 
     def __str__(self) -> str:
         return on_one_line(f"{self.what}: {self.remedy}")
-
-
-class RejectedShard(BaseModel):
-    """A shard in quarantine."""
-
-    name: str
-    """As `tidemill requeue` takes it."""
-    version: int
-    """The version that rejected it."""
-    rejected: datetime
-    inbox: str
-    key: str
-    reason: str
 
 
 class Status(BaseModel):
@@ -154,7 +138,7 @@ def look(
     manifest, aliases = head.manifest, all_aliases(log)
     own = {shard.inbox for shard in (*manifest.consumed_objects, *manifest.rejected)}
     owed_in = dict(Counter(debt.inbox for debt in manifest.owed))
-    kept, newest, lately = _quarantine(log, now)
+    quarantine = rejected(log, head.number, since=now - LATELY)
     found = Status(
         model=log.model,
         url=log.url,
@@ -171,9 +155,9 @@ def look(
         owed=len(manifest.owed),
         owed_in=owed_in,
         owed_elsewhere={url: objects for url, objects in owed_in.items() if url not in own},
-        quarantined=kept,
-        rejected=newest,
-        rejected_lately=lately,
+        quarantined=quarantine.kept,
+        rejected=quarantine.newest,
+        rejected_lately=quarantine.lately,
         lost_versions=lost_versions(log) if next(traces_above(log.store, log.model, head.number), None) else [],
         **({} if inbox is None else _waiting(log, head, inbox)),
     )
@@ -187,43 +171,6 @@ def look(
 
 
 # ---- what there is ---------------------------------------------------------------------------------------------------
-def _quarantine(log: VersionLog, now: datetime) -> tuple[int, list[RejectedShard], int]:
-    """(shards in quarantine, the newest of them with their reasons, how many came lately). Only those reasons are read."""
-    prefix, kept, lately = f"{log.model}/quarantine/", 0, 0
-
-    def records() -> Iterator[ObjectInfo]:
-        nonlocal kept, lately
-        for info in log.store.list(prefix):
-            if info.key.endswith(".json"):
-                kept += 1
-                lately += now - info.last_modified < LATELY
-                yield info
-
-    newest = heapq.nlargest(NEWEST, records(), key=lambda info: info.key)  # their names begin with the version
-    read = concurrently(lambda info: _rejected(log, prefix, info), newest, log.store.concurrency)
-    return kept, [shard for shard in read if shard is not None], lately
-
-
-def _rejected(log: VersionLog, prefix: str, info: ObjectInfo) -> RejectedShard | None:
-    """One of them; None if it was sent back since it was listed."""
-    name = info.key.removeprefix(prefix).removesuffix(".json")
-    number = name.partition("-")[0]
-    try:
-        about = reason_of(log, info.key)
-    except NotFound:
-        return None
-    except CorruptObject as error:  # which must not hide all the rest
-        about = {"inbox": "", "key": name, "reason": str(error)}
-    return RejectedShard(
-        name=name,
-        version=int(number) if number.isdecimal() else -1,
-        rejected=info.last_modified,
-        inbox=about["inbox"],
-        key=about["key"],
-        reason=about["reason"].removeprefix(f"{about['key']}: "),
-    )
-
-
 def _waiting(log: VersionLog, head: Version, inbox: Inbox) -> dict[str, Any]:
     """What waits in an inbox, and how much is still in it though the model has consumed it."""
     tombstones, spelled = log.tombstones(head), spelled_as(inbox.url)

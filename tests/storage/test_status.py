@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -11,14 +11,14 @@ import pytest
 from tests.storage.faults import Call, FaultStore, fails
 from tests.storage.histories import append, grow
 from tests.storage.shards import owe, parquet
-from tidemill.storage import status
 from tidemill.storage.aliases import promote
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject, PermissionDenied, UnknownModel
 from tidemill.storage.inbox import Inbox, open_inbox
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Compared, Consumed, Gate, checked
-from tidemill.storage.status import Problem, Status, look
+from tidemill.storage.rejected import MANY, NEWEST, rejected
+from tidemill.storage.status import LATELY, Problem, ProblemName, Status, look
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 
@@ -128,7 +128,7 @@ def test_rejected_shards_are_counted_and_the_newest_named(log: VersionLog) -> No
     for number in range(8):
         last = quarantine(log, number // 3, number, f"{number}.parquet: no column y{number}")
     found = look(log, behind_seconds=900)
-    assert (found.quarantined, found.rejected_lately, len(found.rejected)) == (8, 8, status.NEWEST)
+    assert (found.quarantined, found.rejected_lately, len(found.rejected)) == (8, 8, NEWEST)
     newest = found.rejected[0]
     assert (newest.name, newest.version, newest.key, newest.reason) == (last, 2, "7.parquet", "no column y7")
     problem = only(found)
@@ -150,7 +150,33 @@ def test_only_the_newest_reasons_are_read(log: VersionLog) -> None:
             reads.append(call.key)
 
     found = look(VersionLog(FaultStore(log.store, count), "taxi"), behind_seconds=900)
-    assert (found.quarantined, len(reads)) == (50, status.NEWEST)
+    assert (found.quarantined, len(reads)) == (50, NEWEST)
+
+
+@memory
+@pytest.mark.parametrize(("head", "listings"), [(49_999, 5), (3, 4), (7, 8), (10**8 + 9, 1)])
+def test_many_rejected_shards_are_counted_in_parts_at_once_each_in_one_of_them(
+    log: VersionLog, head: int, listings: int
+) -> None:
+    first = 0 if head < 10**8 else 10**8  # names of more digits sort in another way
+    for number in range(MANY):
+        name = f"{first + number * (head + 1 - first) // MANY:08d}-{number:032x}.json"
+        log.store.write(f"taxi/quarantine/{name}", b"{}")  # the newest alone are read
+    last = [
+        quarantine(log, head + later, MANY + later) for later in (0, 1, 7)
+    ]  # two of them since the head was looked up
+    log.store.write("taxi/quarantine/what.json", b"of nobody")
+    prefixes: list[str] = []
+
+    def note(call: Call) -> None:
+        if call.phase == "before" and call.verb == "list":
+            prefixes.append(call.key)
+
+    several = VersionLog(FaultStore(log.store, note, concurrency=9), "taxi")
+    found = rejected(several, head, datetime.now(UTC) - LATELY)
+    assert (found.kept, found.lately) == (MANY + 4, MANY + 4)
+    assert [shard.name for shard in found.newest[1:4]] == last[::-1]
+    assert len(prefixes) == (1 if listings == 1 else 1 + listings + 1)
 
 
 @memory
@@ -317,4 +343,4 @@ def test_every_problem_is_made_somewhere_in_these_tests() -> None:
     from typing import get_args
 
     text = Path(__file__).read_text()
-    assert [name for name in get_args(status.ProblemName) if f'"{name}"' not in text] == []
+    assert [name for name in get_args(ProblemName) if f'"{name}"' not in text] == []
