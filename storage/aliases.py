@@ -102,9 +102,9 @@ def promote(log: VersionLog, alias: str, version: Version, only_from: Alias | No
     """
     if not NAME.fullmatch(alias) or alias == "head" or alias.isdecimal():
         raise UnknownAlias(f"{alias!r} cannot be an alias: use a word such as 'champion' (not 'head', not a number).")
-    for ref in (version.manifest.blobs.weights, version.manifest.blobs.state):
+    for blob in version.manifest.blobs.learner_keys:
         try:
-            log.store.stat(ref.key)
+            log.store.stat(blob)
         except NotFound:
             raise UnknownVersion(
                 f"{log.url}: the blobs of version {version.number} were removed by retention; it cannot be served."

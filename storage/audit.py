@@ -13,9 +13,9 @@ from pydantic import BaseModel
 from tidemill.progress import each
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.chain import Version
-from tidemill.storage.errors import CorruptObject, StorageError, UnknownVersion, UnsupportedFormat
+from tidemill.storage.errors import CorruptObject, NotFound, StorageError, UnknownVersion, UnsupportedFormat
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import BlobRef
+from tidemill.storage.refs import Unit
 from tidemill.storage.tombstones import WINDOW
 from tidemill.storage.traces import traces_above
 
@@ -66,7 +66,7 @@ def audit(log: VersionLog) -> Audit:
     served = _aliased(log, len(numbers), result.findings)
     shards = _Shards(result.findings)
     before: Version | None = None
-    tombstones: BlobRef | None = None  # compared last: neighbours name one blob
+    sound = frozenset[Unit]()  # of the version before: neighbours name the same tombstones, and segments of large files
     for number in each("audit", numbers, unit="versions"):
         try:
             version = log.version(number)
@@ -81,14 +81,13 @@ def audit(log: VersionLog) -> Audit:
             shards.consumed(number, shard.identity, shard.last_modified.isoformat())
         for rejected in manifest.rejected:
             shards.rejected(number, rejected.identity, rejected.last_modified.isoformat())
-        refs = [ref for ref in manifest.blobs.refs if ref != tombstones]
-        gone = [ref for ref in refs if not _is_whole(log, ref, number, result)]
-        if manifest.blobs.tombstones not in gone:
-            tombstones = manifest.blobs.tombstones
+        units = [unit for ref in manifest.blobs.refs for unit in ref.units]
+        gone = [unit for unit in units if unit not in sound and not _is_whole(log, unit, number, result)]
+        sound = frozenset(units) - frozenset(gone)
         if gone and (number == numbers[-1] or number in served):
             named = "the head" if number == numbers[-1] else f"alias {served[number]!r}"
-            result.findings.append(f"version {number}, {named}: {log.store.url}/{gone[0].key} is missing")
-        result.removed += any(ref in (manifest.blobs.weights, manifest.blobs.state) for ref in gone)
+            result.findings.append(f"version {number}, {named}: {log.store.url}/{_lacking(log, gone[0])} is missing")
+        result.removed += any(unit != manifest.blobs.tombstones for unit in gone)
         result.versions += 1
         result.consumed += len(manifest.consumed)
         result.rejected += len(manifest.rejected)
@@ -141,6 +140,9 @@ def _broken_links(log: VersionLog, before: Version, version: Version) -> Iterato
     parent, manifest, older = version.manifest.parent, version.manifest, before.manifest
     if parent is None or parent.sha256 != before.sha256:
         yield f"it was made from another version {before.number} than the one stored; the history was altered"
+    own = f"{manifest.model}/blobs/{manifest.version:08d}-"
+    if strange := {key for key in manifest.blobs.object_keys - older.blobs.object_keys if not key.startswith(own)}:
+        yield f"it names blobs that it has not stored and the version before it does not name, such as {min(strange)}"
     if manifest.kind == "online":
         if manifest.spec != older.spec:
             yield "online training changed the spec"
@@ -193,16 +195,26 @@ def _broken_rollback(log: VersionLog, version: Version) -> Iterator[str]:
         yield f"its weights, state or counters are not those of version {number}, to which it goes back"
 
 
-def _is_whole(log: VersionLog, ref: BlobRef, number: int, result: Audit) -> bool:
+def _is_whole(log: VersionLog, unit: Unit, number: int, result: Audit) -> bool:
     """False if the blob is gone; a blob that is not what was committed is a finding."""
     try:
-        log.verify_blob(ref)
+        log.verify_blob(unit)
     except UnknownVersion:
         return False
     except CorruptObject as error:
         result.findings.append(f"version {number}: {error}")
     result.blobs += 1
     return True
+
+
+def _lacking(log: VersionLog, unit: Unit) -> str:
+    """The key of an object that is gone."""
+    for key in unit.object_keys:
+        try:
+            log.store.stat(key)
+        except NotFound:
+            return key
+    return unit.key
 
 
 def _forgotten(log: VersionLog, head: Version, shards: "_Shards") -> Iterator[str]:

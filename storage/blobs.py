@@ -1,160 +1,150 @@
 """Blobs: written under names that only one attempt uses, read and verified.
 
-Large ones are written in pieces, and read as streams: in ranges that are fetched ahead, verified when the last byte has come.
+Large ones are written in pieces, and read as streams (`streams.py`); large files of tensors in segments (`segments.py`).
 """
 
 import hashlib
 import logging
 import uuid
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from tidemill.storage.chain import Chain
-from tidemill.storage.errors import CorruptObject, HeadMoved, NotFound, PreconditionFailed, UnknownVersion
-from tidemill.storage.manifest import BlobRef, Blobs, sha256
-from tidemill.storage.pieces import Buffer, Buffers, Hashed, Pieces
-from tidemill.storage.store import Store
+from tidemill.storage.errors import CorruptObject, HeadMoved, NotFound
+from tidemill.storage.manifest import Blobs, sha256
+from tidemill.storage.parallel import concurrently
+from tidemill.storage.pieces import BlockHash, Buffer, Buffers, Hash, Hashed, Pieces
+from tidemill.storage.refs import BlobRef, ChangedRows, FileRef, Segment, Segments, Unit
+from tidemill.storage.segments import (
+    LEAST,
+    Cut,
+    KnownBlocks,
+    blocks_of,
+    blocks_with,
+    can_change,
+    cut,
+    is_same,
+    joint,
+)
+from tidemill.storage.streams import Stored, Stream, check_digest, gone, pinned
 
 logger = logging.getLogger("tidemill.storage")
 
+if TYPE_CHECKING:
+    from tidemill.storage.rows import Rows, Touched
+
 T = TypeVar("T")
+H = TypeVar("H", bound=Hash)
 
 STREAMED_ABOVE: Final = 64 * 2**20
 """Bytes of a blob from which on it is read in ranges; a smaller one is read whole, and verified before it is parsed."""
-RANGE: Final = 4 * 2**20
-"""Bytes of a range. As many ranges are in memory as calls of the store are under way."""
 WHOLE: Final = 2**20
 """Bytes of a blob up to which its pieces are joined before they are written: one call of a store, as of any small object."""
-RESTORE: Final = "Nothing was loaded. Restore the object, or `tidemill rollback` to another version."
+SUFFIXES: Final = ("safetensors", "state.safetensors")
+"""How the keys of weights and state end."""
+UNKNOWN: Final["tuple[Touched, Touched]"] = ({}, {})
+"""Nothing is known of which rows have changed."""
 
 
-def pinned(store: Store, ref: BlobRef) -> str:
-    """The etag of a blob that has the size which was committed.
+class WritingChain(Chain):
+    """A chain of versions, and the blobs of the next one."""
 
-    Raises:
-        UnknownVersion: the blob is gone (retention).
-        CorruptObject: it has another size.
-    """
-    where = f"{store.url}/{ref.key}"
-    try:
-        found = store.stat(ref.key)
-    except NotFound:
-        raise gone(where) from None
-    if found.size != ref.bytes:  # before memory is taken for it
-        raise CorruptObject(f"{where} is not what was committed: {found.size} bytes instead of {ref.bytes}. {RESTORE}")
-    return found.etag
+    segmented_above: int = STREAMED_ABOVE
+    """Bytes of a file of tensors from which on it is stored in segments."""
+    least_segment: int = LEAST
+    """Bytes of a segment; see `segments.LEAST`."""
 
+    @cached_property
+    def _known(self) -> KnownBlocks:
+        return KnownBlocks()
 
-def gone(where: str) -> UnknownVersion:
-    """What to raise where a blob is not there any more."""
-    return UnknownVersion(
-        f"{where} is gone: retention removed the blobs of this version. Choose a newer one (`tidemill log`)."
-    )
+    def write_learner(
+        self,
+        number: int,
+        pieces: Sequence[Sequence[Buffer]],
+        parent: Blobs | None = None,
+        touched: "tuple[Touched, Touched]" = UNKNOWN,
+    ) -> list[FileRef]:
+        """Store weights and state for version `number`, which does not exist yet; see `write_blob`.
 
+        Of a large file, `parent`'s segments are named again where they hold the same bytes. Where few rows have changed, only
+        these are stored. `parent` must be the version that `number` follows: no collection removes its blobs before there is
+        another, and `commit` takes no blobs of others.
 
-def check_digest(where: str, found: str, ref: BlobRef) -> None:
-    """Raises CorruptObject: the blob at `where` has another sha256 than was committed."""
-    if found != ref.sha256:
-        raise CorruptObject(f"{where} is not what was committed: sha256 {found} instead of {ref.sha256}. {RESTORE}")
-
-
-class Stream:
-    """A blob, read once from its beginning to its end.
-
-    Its last bytes are handed out only if all of them are what was committed. What was made of the others must be thrown away
-    where that fails.
-    """
-
-    def __init__(self, store: Store, ref: BlobRef) -> None:
-        """Raises UnknownVersion, CorruptObject: as `pinned`."""
-        self._ref, self._ranges = ref, _verified_ranges(store, ref, pinned(store, ref))
-        self._range = memoryview(b"")
-        self.nbytes = ref.bytes
-
-    def readinto(self, buffer: memoryview) -> int:
-        """Fill a flat buffer with the bytes that follow. Returns how many there were: fewer only at the end.
-
-        Raises:
-            UnknownVersion: the blob went meanwhile (retention).
-            CorruptObject: it is not what was committed.
+        Args:
+            pieces: Of both files, as `Learner.pieces` gives them. They must not change meanwhile.
+            parent: The blobs of the version before; None: all is stored.
+            touched: For both files, which rows may hold other bytes than in `parent`.
         """
-        at = 0
-        while at < len(buffer):
-            if not self._range and (following := next(self._ranges, None)) is not None:
-                self._range = following
-            elif not self._range:
-                break
-            taken = self._range[: len(buffer) - at]
-            buffer[at : at + len(taken)] = taken
-            self._range, at = self._range[len(taken) :], at + len(taken)
-        return at
+        parts = list(zip(SUFFIXES, pieces, strict=True))
+        large = [sum(buffer.nbytes for buffer in part) > self.segmented_above for part in pieces]
+        if not any(large):
+            return [*concurrently(lambda part: self.write_blob(number, *part), parts, self.store.concurrency)]
+        befores = (None, None) if parent is None else (parent.weights, parent.state)
+        jobs = [
+            [
+                _Job(suffix, each, _same_place(each, before), each.rows_of(rows))
+                for each in cut(part, self.least_segment)
+            ]
+            for (suffix, part), before, rows, is_large in zip(parts, befores, touched, large, strict=True)
+            if is_large
+        ]
+        made = iter(self._write_segments(number, [job for file in jobs for job in file]))
+        segments = iter([[next(made) for _ in file] for file in jobs])
+        return [
+            Segments.of(next(segments)) if is_large else self.write_blob(number, *part)
+            for part, is_large in zip(parts, large, strict=True)
+        ]
 
-    def finish(self) -> None:
-        """Read what is left, so that all of it is verified. Raises as `readinto`."""
-        for _ in self._ranges:
-            pass
+    def _write_segments(self, number: int, jobs: Sequence["_Job"]) -> list[Segment]:
+        """Several at once: of large ones, each of which may be stored in parts at once, two."""
+        made: list[Segment | None] = [None] * len(jobs)
+        sizes = [len(job.cut.pieces) for job in jobs]
+        for calls, chosen in (
+            (self.store.concurrency, [at for at, size in enumerate(sizes) if size <= STREAMED_ABOVE]),
+            (min(2, self.store.concurrency), [at for at, size in enumerate(sizes) if size > STREAMED_ABOVE]),
+        ):
+            done = concurrently(lambda at: self._write_segment(number, jobs[at]), chosen, calls)
+            for at, segment in zip(chosen, done, strict=True):
+                made[at] = segment
+        return [segment for segment in made if segment is not None]
 
-    def close(self) -> None:
-        """Fetch nothing more."""
-        self._ranges.close()
+    def _write_segment(self, number: int, job: "_Job") -> Segment:
+        """A segment for version `number`: that of the version before if it is the same, its changed rows, or all of it."""
+        cut, before, rows = job.cut, job.before, job.rows
+        if before is not None:
+            known = self._known.get(before.sha256)
+            if rows is None:
+                if is_same(cut, before, known):
+                    return before
+            elif not len(rows):
+                return before
+            elif can_change(before, cut.row_bytes, len(rows)):
+                return self._write_rows(number, job, before, rows)
+        key = self._key(number, f"{job.suffix}.segment")
+        blocks = self._write_hashed(key, cut.pieces, number, BlockHash).blocks
+        self._known.put(digest := joint(blocks), blocks)
+        return Segment(name=cut.name, key=key, bytes=len(cut.pieces), sha256=digest)
 
+    def _write_rows(self, number: int, job: "_Job", before: Segment, rows: "Rows") -> Segment:
+        """The segment before with these rows over it. Costs what they do, where its blocks are known."""
+        from tidemill.storage.rows import changed_rows, touched_blocks  # and numpy, which nobody else here needs
 
-class Stored(Pieces):
-    """The bytes of a blob, to be written elsewhere. Verified each time that they are read."""
+        (buffer,), size, known = job.cut.buffers, job.cut.row_bytes, self._known.get(before.sha256)
+        blocks = blocks_of(job.cut) if known is None else blocks_with(buffer, known, touched_blocks(size, rows))
+        digest = joint(blocks)
+        if digest == before.sha256:
+            return before
+        blob = self.write_blob(number, f"{job.suffix}.rows", changed_rows(buffer, size, rows))
+        self._known.put(digest, blocks)
+        changed = (*(before.changed or ()), ChangedRows(**dict(blob), rows=len(rows)))
+        return before.model_copy(update={"sha256": digest, "changed": changed})
 
-    def __init__(self, store: Store, ref: BlobRef) -> None:
-        self._store, self._ref = store, ref
-
-    def __len__(self) -> int:
-        return self._ref.bytes
-
-    def __iter__(self) -> Iterator[memoryview]:
-        return _verified_ranges(self._store, self._ref, pinned(self._store, self._ref))
-
-
-def _verified_ranges(store: Store, ref: BlobRef, etag: str) -> Generator[memoryview]:
-    where, digest = f"{store.url}/{ref.key}", hashlib.sha256()
-
-    def fetch(start: int) -> bytes:
-        try:
-            return store.read(ref.key, if_match=etag, start=start, length=min(RANGE, ref.bytes - start))
-        except NotFound:
-            raise gone(where) from None
-        except PreconditionFailed as error:
-            raise CorruptObject(f"{where} was replaced while it was read: {error}. {RESTORE}") from error
-
-    left = ref.bytes
-    for data in _ahead(fetch, range(0, ref.bytes, RANGE), store.concurrency):
-        digest.update(data)
-        left -= len(data)
-        if not left:
-            check_digest(where, digest.hexdigest(), ref)
-        yield memoryview(data)
-
-
-def _ahead(fetch: Callable[[int], bytes], starts: range, calls: int) -> Iterator[bytes]:
-    """What is fetched from each start, in order, with so many calls under way; with one they are made here, in turn."""
-    if calls == 1:
-        yield from map(fetch, starts)
-        return
-    pool = ThreadPoolExecutor(calls, thread_name_prefix="tidemill-store")
-    under_way: deque[Future[bytes]] = deque()
-    try:
-        for start in starts:
-            if len(under_way) == calls:
-                yield under_way.popleft().result()
-            under_way.append(pool.submit(fetch, start))
-        while under_way:
-            yield under_way.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-# ---- of a model ----------------------------------------------------------------------------------------------------------
-class BlobChain(Chain):
-    """A chain of versions, and the blobs that they name."""
+    def _key(self, number: int, suffix: str) -> str:
+        """A name that only this call gives."""
+        return f"{self.model}/blobs/{number:08d}-{uuid.uuid4().hex}.{suffix}"
 
     def write_blob(self, number: int, suffix: str, data: bytes | Sequence[Buffer]) -> BlobRef:
         """Store bytes for version `number`, which does not exist yet, under a name that only this call uses.
@@ -180,40 +170,71 @@ class BlobChain(Chain):
         return BlobRef(key=key, bytes=len(data), sha256=sha256(data))
 
     def _write_pieces(self, key: str, pieces: Pieces, number: int | None) -> BlobRef:
-        hashed = Hashed(pieces)
+        taken = self._write_hashed(key, pieces, number, hashlib.sha256)
+        return BlobRef(key=key, bytes=len(pieces), sha256=taken.hexdigest())
+
+    def _write_hashed(self, key: str, pieces: Pieces, number: int | None, make: Callable[[], H]) -> H:
+        """Store pieces, and hash them meanwhile."""
+        hashed = Hashed(pieces, make)
         try:
-            self.store.write_pieces(key, hashed)
+            if len(pieces) > WHOLE:
+                self.store.write_pieces(key, hashed)
+            else:
+                self.store.write(key, hashed.joined())
         except NotFound as error:  # its upload: that of a version which exists by now is given up by retention
             if number is None or self.head().number < number:
                 raise
             raise HeadMoved(f"{self.url}: another run committed version {number} first.") from error
-        return BlobRef(key=key, bytes=len(pieces), sha256=hashed.digest)
+        return hashed.hash
 
-    def copy_blobs(self, number: int, blobs: Blobs, source: "BlobChain | None" = None) -> tuple[BlobRef, BlobRef]:
+
+class BlobChain(WritingChain):
+    """A chain of versions, and the blobs that they name."""
+
+    def copy_blobs(
+        self, number: int, blobs: Blobs, source: "BlobChain | None" = None, parent: Blobs | None = None
+    ) -> tuple[FileRef, FileRef]:
         """Store weights and state of a version, of this log or of another one, for version `number`; see `write_blob`.
+
+        A segment that `parent` has too, the version that `number` follows, is not stored again. Changed rows are put into
+        what is stored.
 
         Raises:
             UnknownVersion, CorruptObject: as `read_blob`. Of small blobs nothing is stored then.
         """
         source = source or self
-        refs = {"safetensors": blobs.weights, "state.safetensors": blobs.state}
-        read = {suffix: source.read_blob(ref) for suffix, ref in refs.items() if ref.bytes <= STREAMED_ABOVE}
-        made = []
+        refs = dict(zip(SUFFIXES, (blobs.weights, blobs.state), strict=True))
+        read = {suffix: source.read_blob(ref) for suffix, ref in refs.items() if _is_small(ref)}
+        older = {} if parent is None else {each.sha256: each for each in (*parent.weights.units, *parent.state.units)}
+        made: list[FileRef] = []
         for suffix, ref in refs.items():
             if suffix in read:
                 made.append(self.write_blob(number, suffix, read[suffix]))
+            elif isinstance(ref, BlobRef):
+                made.append(self._write_pieces(self._key(number, suffix), Stored(source.store, ref), number))
             else:
-                key = f"{self.model}/blobs/{number:08d}-{uuid.uuid4().hex}.{suffix}"
-                made.append(self._write_pieces(key, Stored(source.store, ref), number))
+                made.append(Segments.of(self._copied(number, suffix, each, source, older) for each in ref.segments))
         return made[0], made[1]
 
-    def read_blob(self, ref: BlobRef) -> bytes:
-        """The bytes of a blob, verified before anyone parses them.
+    def _copied(
+        self, number: int, suffix: str, segment: Segment, source: "BlobChain", older: Mapping[str, Unit]
+    ) -> Segment:
+        same = older.get(segment.sha256)
+        if isinstance(same, Segment):
+            return same.model_copy(update={"name": segment.name})
+        key = self._key(number, f"{suffix}.segment")
+        self._write_hashed(key, Stored(source.store, segment), number, BlockHash)
+        return segment.model_copy(update={"key": key, "changed": None})
+
+    def read_blob(self, ref: FileRef) -> bytes:
+        """The bytes of a blob, or of a file in segments, verified before anyone parses them.
 
         Raises:
             UnknownVersion: the blob is gone (retention).
             CorruptObject: length or sha256 differ.
         """
+        if isinstance(ref, Segments):
+            return Stored(self.store, ref).joined()
         where = f"{self.store.url}/{ref.key}"
         pinned(self.store, ref)
         try:
@@ -223,7 +244,7 @@ class BlobChain(Chain):
         check_digest(where, sha256(data), ref)
         return data
 
-    def read_blobs(self, refs: Sequence[BlobRef], use: Callable[..., T]) -> T:
+    def read_blobs(self, refs: Sequence[FileRef], use: Callable[..., T]) -> T:
         """What `use` makes of the blobs: of each its bytes, or a `Stream` of them if they are many.
 
         A stream is verified when its last bytes are read. What `use` returns or raises is of verified bytes alone. If bytes
@@ -234,7 +255,9 @@ class BlobChain(Chain):
         """
         for attempt in (1, 2):
             # A stream has nothing under way before it is read
-            sources = [self.read_blob(ref) if ref.bytes <= STREAMED_ABOVE else Stream(self.store, ref) for ref in refs]
+            sources = [
+                self.read_blob(ref) if _is_small(ref) else Stream(self.store, ref, self._known.put) for ref in refs
+            ]
             try:
                 try:
                     found = use(*sources)
@@ -253,12 +276,38 @@ class BlobChain(Chain):
                         source.close()
         raise AssertionError("the second attempt returns or raises")
 
-    def verify_blob(self, ref: BlobRef) -> None:
-        """Read a blob, and keep nothing. Raises as `read_blob`."""
-        self.read_blobs([ref], lambda source: None)
+    def verify_blob(self, ref: FileRef | Unit) -> None:
+        """Read a blob, a segment or a file, and keep nothing. Raises as `read_blob`."""
+        self.read_blobs([Segments.of([ref]) if isinstance(ref, Segment) else ref], lambda source: None)
 
 
 def _finish(sources: Sequence[bytes | Stream]) -> None:
     for source in sources:
         if isinstance(source, Stream):
             source.finish()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A segment to store."""
+
+    suffix: str
+    cut: Cut
+    before: Segment | None
+    """Of the version before."""
+    rows: "Rows | None"
+    """Which may have changed since; None: any."""
+
+
+def _same_place(cut: Cut, before: FileRef | None) -> Segment | None:
+    """The segment that had the place of this one in the version before."""
+    if isinstance(before, Segments):
+        for segment in before.segments:
+            if (segment.name, segment.bytes) == (cut.name, len(cut.pieces)):
+                return segment
+    return None
+
+
+def _is_small(ref: FileRef) -> bool:
+    """Whether it is read whole: a blob that is not large."""
+    return isinstance(ref, BlobRef) and ref.bytes <= STREAMED_ABOVE

@@ -28,13 +28,13 @@ from tidemill.storage.manifest import (
     Entry,
     Manifest,
     Parent,
-    TombstonesRef,
     decode,
     encode,
     sha256,
 )
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.probe import check_preconditions
+from tidemill.storage.refs import TombstonesRef
 from tidemill.storage.store import create_or_same
 from tidemill.storage.tombstones import Tombstones, due
 from tidemill.storage.urls import open_store
@@ -113,8 +113,10 @@ class VersionLog(BlobChain):
         Raises:
             HeadMoved: another run appended first. Reload the head; nothing of this attempt counts.
             CorruptObject: the parent is gone or altered; or, for version 0, a lost history had one. Nothing is committed.
+            ValueError: the version would name blobs that neither its parent names nor this attempt has written.
         """
         nonce, number = uuid.uuid4().hex, 0 if parent is None else parent.number + 1
+        self._check_blobs(parent, entry.blobs, number)
         manifest = Manifest(
             **dict(entry),
             model=self.model,
@@ -144,6 +146,17 @@ class VersionLog(BlobChain):
                 logger.warning("version %d is committed, but head.json could not be written: %s", number, error)
         return version
 
+    def _check_blobs(self, parent: Version | None, blobs: Blobs, number: int) -> None:
+        """Raises ValueError: a version would need blobs that a collection may be removing.
+
+        A collection keeps all that the head needs which it has found, and touches no number above that head. So what is kept for
+        a version is kept for its children, however long ago the collection or the writer began; of other versions it is not.
+        """
+        own = f"{self.model}/blobs/{number:08d}-"
+        kept = frozenset[str]() if parent is None else parent.manifest.blobs.object_keys
+        if strange := {key for key in blobs.object_keys - kept if not key.startswith(own)}:
+            raise ValueError(f"{self.url}: version {number} would name {min(strange)}, which its parent does not name")
+
     def _check_ground(self, parent: Version | None) -> None:
         """Raises CorruptObject: a version after `parent` would stand on nothing."""
         if parent is not None:
@@ -165,10 +178,10 @@ class VersionLog(BlobChain):
                     if self.has(version.number + 1):
                         return
                     self.store.delete(key, if_match=info.etag)
-            for ref in version.manifest.blobs.refs:
-                if ref.key.startswith(own):
+            for blob in version.manifest.blobs.object_keys:
+                if blob.startswith(own):
                     with contextlib.suppress(NotFound, StoreNotFound):
-                        self.store.delete(ref.key)
+                        self.store.delete(blob)
         except StorageError as error:
             logger.warning(
                 "%s: what was written for version %d could not be taken back: %s", self.url, version.number, error
@@ -177,14 +190,15 @@ class VersionLog(BlobChain):
     def rollback(self, target: Version, head: Version | None = None) -> Version:
         """Append a version with the weights and state of `target`. Owed shards and tombstones stay the head's.
 
-        The blobs are copied under new names: garbage collection may be removing the old ones at this moment.
+        The blobs are copied under new names: garbage collection may be removing the old ones at this moment. Only what the head
+        names too is named again.
 
         Raises:
             HeadMoved: `head`, about which it was decided (None: whichever it is now), is the head no more.
         """
         head = head or self.head()
         number = head.number + 1
-        weights, state = self.copy_blobs(number, target.manifest.blobs)
+        weights, state = self.copy_blobs(number, target.manifest.blobs, parent=head.manifest.blobs)
         entry = Entry(
             kind="rollback",
             spec=target.manifest.spec,

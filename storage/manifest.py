@@ -11,42 +11,36 @@ from pydantic import Field, model_serializer, model_validator
 from tidemill.storage.errors import CorruptObject, UnsupportedFormat
 from tidemill.storage.formats import from_format_1, parsed_format
 from tidemill.storage.records import DatasetRef, Record, WarmStart
+from tidemill.storage.refs import FileRef, TombstonesRef
 
-FORMAT: Final = "2.3"
+FORMAT: Final = "2.4"
 """What this Tidemill writes, `major.minor`. It reads this and every lower one. A field's meaning never changes; a new field is
 optional, and comes with a higher minor."""
 
 
-class BlobRef(Record):
-    """A blob by key, with what its bytes must be."""
-
-    key: str
-    """Below the registry."""
-    bytes: int
-    """Its size."""
-    sha256: str
-
-
-class TombstonesRef(BlobRef):
-    """A blob of tombstones. Those of the shards that later versions consumed stand in the manifests of these."""
-
-    version: int | None = None
-    """The last version whose shards it has; None: the version that names it."""
-
-
 class Blobs(Record):
     """The blobs of one version. Stored as a list of named parts, so that a later minor format can add some:
-    `[{"name": "weights", "key": ..., "bytes": ..., "sha256": ...}, ...]`."""
+    `[{"name": "weights", "key": ..., "bytes": ..., "sha256": ...}, ...]`. Of a large file, `segments` stand in place of `key`."""
 
-    weights: BlobRef
-    state: BlobRef
+    weights: FileRef
+    state: FileRef
     tombstones: TombstonesRef | None = None
     """None: all that was ever consumed stands in the manifests."""
 
     @property
-    def refs(self) -> tuple[BlobRef, ...]:
+    def refs(self) -> tuple[FileRef, ...]:
         """All that there are."""
         return tuple(ref for ref in (self.weights, self.state, self.tombstones) if ref is not None)
+
+    @property
+    def object_keys(self) -> frozenset[str]:
+        """Of all objects that the version needs, whichever version has stored them."""
+        return frozenset(key for ref in self.refs for key in ref.object_keys)
+
+    @property
+    def learner_keys(self) -> tuple[str, ...]:
+        """Of those that weights and state need."""
+        return (*self.weights.object_keys, *self.state.object_keys)
 
     @model_validator(mode="before")
     @classmethod

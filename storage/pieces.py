@@ -3,10 +3,12 @@
 import hashlib
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, Protocol
+from typing import Final, Generic, Protocol, TypeVar
 
+BLOCK: Final = 16 * 2**10
+"""Bytes of a block of `BlockHash`. What a change costs grows with it, and what is kept of the blocks shrinks."""
 PIECE: Final = 4 * 2**20
 """Bytes of a piece at most: few enough to be hashed while the one before is written, many enough for that to be cheap."""
 
@@ -67,26 +69,69 @@ class Buffers(Pieces):
                 yield buffer[at : at + PIECE]
 
 
-class Hashed(Pieces):
-    """The same bytes, whose sha256 is known once the last one was taken. A thread hashes a piece while its taker writes it."""
+class Hash(Protocol):
+    """What `hashlib` has, and `BlockHash`."""
 
-    def __init__(self, pieces: Pieces) -> None:
-        self._pieces, self.digest = pieces, ""
-        """In hexadecimal digits, of the last time that all pieces were taken."""
+    def update(self, data: memoryview, /) -> None:
+        """Take the bytes that follow."""
+
+    def hexdigest(self) -> str:
+        """Of all that were taken."""
+
+
+H = TypeVar("H", bound=Hash)
+
+
+class BlockHash:
+    """The sha256 of the sha256 of each block of 16 KiB: where a few bytes change, only their blocks are hashed again."""
+
+    def __init__(self) -> None:
+        self.whole = bytearray()
+        """The sha256 of each block that is whole, 32 bytes each."""
+        self._open, self._room = hashlib.sha256(), BLOCK
+
+    def update(self, data: memoryview, /) -> None:
+        """Take the bytes that follow."""
+        at = 0
+        while at < data.nbytes:
+            taken = data[at : at + self._room]
+            self._open.update(taken)
+            at, self._room = at + taken.nbytes, self._room - taken.nbytes
+            if not self._room:
+                self.whole += self._open.digest()
+                self._open, self._room = hashlib.sha256(), BLOCK
+
+    @property
+    def blocks(self) -> bytes:
+        """The same with that of the last block, which may be a shorter one."""
+        return bytes(self.whole) + (self._open.digest() if self._room < BLOCK else b"")
+
+    def hexdigest(self) -> str:
+        """Of all that were taken."""
+        return hashlib.sha256(self.blocks).hexdigest()
+
+
+class Hashed(Pieces, Generic[H]):
+    """The same bytes, whose hash is known once the last one was taken. A thread hashes a piece while its taker writes it."""
+
+    def __init__(self, pieces: Pieces, make: Callable[[], H]) -> None:
+        self._pieces, self._make = pieces, make
+        self.hash = make()
+        """Of all pieces, from the last time that all of them were taken."""
 
     def __len__(self) -> int:
         return len(self._pieces)
 
     def __iter__(self) -> Iterator[memoryview]:
-        digest = hashlib.sha256()
+        taken = self._make()
         before: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="tidemill-sha256") as pool:
             for piece in self._pieces:
                 if before is not None:
                     before.result()
-                before = pool.submit(digest.update, piece)
+                before = pool.submit(taken.update, piece)
                 yield piece
-        self.digest = digest.hexdigest()
+        self.hash = taken
 
 
 def in_parts(pieces: Iterable[memoryview], size: int) -> Iterator[Buffers]:

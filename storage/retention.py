@@ -44,7 +44,9 @@ def collect_garbage(log: VersionLog, keep: int) -> list[str]:
             retained.append(aliased(log, alias))
         except UnknownAlias as error:  # it was deleted just now, or it names nothing: then it keeps nothing
             logger.warning("%s", error)
-    named = {ref.key for version in retained for ref in version.manifest.blobs.refs}
+    named = {
+        key for version in retained for key in version.manifest.blobs.object_keys
+    }  # whichever version has stored them
     deleted = []
     for key in sorted(listed):
         number = _BLOB.fullmatch(key.removeprefix(prefix))

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
-from tidemill.storage.blobs import Stream
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject, NotFound, StoreNotFound, UnknownVersion
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import BlobRef, checked, verified
+from tidemill.storage.manifest import checked, verified
 from tidemill.storage.pieces import Buffer
 from tidemill.storage.records import Record, WarmStart
+from tidemill.storage.refs import BlobRef
 from tidemill.storage.store import create_or_same
+from tidemill.storage.streams import Stream
 
 T = TypeVar("T")
 Source = bytes | Stream

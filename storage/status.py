@@ -256,9 +256,8 @@ def _of_versions(found: Status, log: VersionLog) -> Iterator[Problem]:
 def _is_retired(log: VersionLog, number: int) -> str:
     """Why a version cannot be loaded; empty if it can."""
     try:
-        blobs = log.version(number).manifest.blobs
-        for ref in (blobs.weights, blobs.state):
-            log.store.stat(ref.key)
+        for key in log.version(number).manifest.blobs.learner_keys:
+            log.store.stat(key)
     except UnknownVersion:
         return "which does not exist"
     except NotFound:

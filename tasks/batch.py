@@ -219,7 +219,7 @@ def register(run: BatchRun, result: Evaluation) -> Version:
 
 def _committed(run: BatchRun, result: Evaluation, learner: Learner) -> Version:
     """The learner as a version: this one, or that of an overlapping attempt of this run which was faster."""
-    weights, state = learner.pieces()
+    pieces = learner.pieces()
     counters, spec, losses = asdict(learner.counters), resolved_spec(learner), list(run.losses)
     epochs: dict[str, object] = {}
     if run.search is not None:
@@ -233,6 +233,7 @@ def _committed(run: BatchRun, result: Evaluation, learner: Learner) -> Version:
         number = 0 if parent is None else parent.number + 1
         try:
             # Written anew for each number: blobs of a number that another run has taken are garbage, and may be collected.
+            refs = run.log.write_learner(number, pieces, None if parent is None else parent.manifest.blobs)
             entry = Entry(
                 kind="batch",
                 spec=run.asked.model_dump(mode="json"),
@@ -240,8 +241,8 @@ def _committed(run: BatchRun, result: Evaluation, learner: Learner) -> Version:
                 unused_columns=run.resolved.unused,
                 columns={field.name: type_name(field.type) for field in run.dataset.schema},
                 blobs=Blobs(
-                    weights=run.log.write_blob(number, "safetensors", weights),
-                    state=run.log.write_blob(number, "state.safetensors", state),
+                    weights=refs[0],
+                    state=refs[1],
                     tombstones=run.log.carried_tombstones(parent),
                 ),
                 owed=() if parent is None else parent.manifest.owed,

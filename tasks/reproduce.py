@@ -16,6 +16,7 @@ from tidemill.storage.manifest import Consumed, JoinedLabels, ShardRef, sha256
 from tidemill.storage.parquet import RowGroup as FileGroup
 from tidemill.storage.pieces import Buffers
 from tidemill.storage.records import IN_MEMORY
+from tidemill.storage.segments import is_of
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.tasks.online.labels import Labels
 from tidemill.tasks.online.latest import LabelRows, join_again
@@ -103,8 +104,8 @@ def _stored(log: VersionLog, version: Version) -> Steps | None:
 
 def _same(learner: Learner, version: Version) -> bool:
     blobs = version.manifest.blobs
-    weights, state = (Buffers(part).sha256() for part in learner.pieces())
-    return (weights, state) == (blobs.weights.sha256, blobs.state.sha256)
+    files = zip((blobs.weights, blobs.state), learner.pieces(), strict=True)
+    return all(is_of(ref, Buffers(part)) for ref, part in files)
 
 
 def train_again(

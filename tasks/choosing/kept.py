@@ -7,8 +7,8 @@ from typing import Final
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import NotFound
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import Blobs, Consumed, Entry, TombstonesRef, consumed_objects
-from tidemill.storage.parallel import concurrently
+from tidemill.storage.manifest import Blobs, Consumed, Entry, consumed_objects
+from tidemill.storage.refs import TombstonesRef
 from tidemill.tasks.scores import Summary
 from tidemill.tasks.training.environment import code_revision, environment
 from tidemill.tasks.training.learner import Learner
@@ -99,8 +99,7 @@ class Kept:
         following, summary = parent.number + 1, Summary.of(consumed)
         cumulative = Summary.model_validate(parent.manifest.metrics.get("cumulative", {}))
         cumulative.add(consumed)
-        parts = list(zip(("safetensors", "state.safetensors"), learner.pieces(), strict=True))
-        refs = concurrently(lambda part: self.log.write_blob(following, *part), parts, self.log.store.concurrency)
+        refs = self.log.write_learner(following, learner.pieces(), parent.manifest.blobs)
         entry = Entry(
             kind="online",
             spec=parent.manifest.spec,
@@ -136,8 +135,10 @@ class Kept:
 
     def _drop(self, version: Version) -> None:
         """Remove the weights and state of a version that nothing goes on from any more."""
-        for ref in (version.manifest.blobs.weights, version.manifest.blobs.state):
+        going = [each for at, each in self.reached.items() if each.manifest.kind == "batch" or at in self.needed]
+        kept = {key for each in (*going, self.head) if each is not None for key in each.manifest.blobs.object_keys}
+        for key in set(version.manifest.blobs.learner_keys) - kept:
             try:
-                self.log.store.delete(ref.key)
+                self.log.store.delete(key)
             except NotFound:
                 continue

@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from tidemill.storage.disposal import quarantine_key
-from tidemill.storage.manifest import Blobs, Consumed, Entry, Gate, Owed, TombstonesRef
-from tidemill.storage.parallel import concurrently
+from tidemill.storage.manifest import Blobs, Consumed, Entry, Gate, Owed
+from tidemill.storage.refs import TombstonesRef
 from tidemill.tasks.online.gate import Champion, decide
 from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.reading import Kept
@@ -39,8 +39,7 @@ def commit(work: Work, selection: Selection, champion: Champion, places: Places,
     cumulative.add(work.consumed)
     compared = list(recent)[-settings.gate.recent_shards :]
     gate, holdout = _decide(work, compared, champion, settings)
-    parts = list(zip(("safetensors", "state.safetensors"), learner.pieces(), strict=True))
-    refs = concurrently(lambda part: log.write_blob(number, *part), parts, log.store.concurrency)
+    refs = log.write_learner(number, learner.pieces(), parent.blobs)
     entry = Entry(
         kind="online",
         spec=parent.spec,

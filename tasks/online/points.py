@@ -6,7 +6,7 @@ from typing import Final
 
 from tidemill.storage.errors import StorageError
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import BlobRef
+from tidemill.storage.refs import BlobRef
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.spec import Spec
 

@@ -122,10 +122,9 @@ def _is_version(log: VersionLog, number: int, sha256: str) -> bool:
 
 
 def _is_gone(log: VersionLog, version: Version) -> bool:
-    blobs = version.manifest.blobs
     try:
-        for ref in (blobs.weights, blobs.state):
-            log.store.stat(ref.key)
+        for key in version.manifest.blobs.learner_keys:
+            log.store.stat(key)
     except NotFound:
         return True
     return False

@@ -11,6 +11,8 @@ import numpy as np
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject
 from tidemill.storage.manifest import decode, sha256
+from tidemill.storage.pieces import Buffers
+from tidemill.storage.segments import is_of
 from tidemill.tasks.serving.predictor import Predictor
 from tidemill.tasks.training.learner import Network
 from tidemill.tasks.versions import check_environment_allows, resolved_of
@@ -37,7 +39,7 @@ class Pyfunc:
         data = (folder / MANIFEST).read_bytes()
         version = Version(decode(data, str(folder / MANIFEST)), sha256(data))
         weights = (folder / WEIGHTS).read_bytes()
-        if sha256(weights) != version.manifest.blobs.weights.sha256:
+        if not is_of(version.manifest.blobs.weights, Buffers([memoryview(weights)])):
             raise CorruptObject(f"{folder / WEIGHTS} is not what was committed: publish the version again.")
         spec = resolved_of(version)
         check_environment_allows(spec)

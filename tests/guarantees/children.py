@@ -29,6 +29,7 @@ import torch
 
 from tests.data import EveryNinth, parquet
 from tests.storage.faults import Call, Dated, act_once, hooked, together
+from tests.storage.segmented import InRows
 from tidemill.flows.display import Lines, Shown
 from tidemill.progress import Activity, listening
 from tidemill.storage import retention
@@ -45,6 +46,7 @@ from tidemill.tasks.choosing import backtest
 from tidemill.tasks.choosing.compare import compare
 from tidemill.tasks.online import doors
 from tidemill.tasks.online import step as online
+from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.rowwise import RowLabels
 from tidemill.tasks.online.work import Work
 from tidemill.tasks.search import Clock
@@ -87,6 +89,16 @@ SPEC = Spec.model_validate(
 WHOLE_VERSIONS = 2
 """Of `tidemill.storage.tombstones`, so that short histories have both, tombstones in a blob and tombstones in manifests."""
 BATCH = BatchSettings(holdout=0.2)
+ROWS = Spec.model_validate(
+    SPEC.model_dump()
+    | {
+        "features": ["a", "b", {"name": "c", "kind": "category", "buckets": 512}],
+        "optimizer": {"name": "sgd"},
+        "ema_decay": None,
+        "model": {"factory": "mlp", "arguments": {"hidden": [8], "embedding": 16}},
+    }
+)
+"""A table of which a shard changes a few rows: the optimizer leaves the others alone."""
 CLASSES = Spec.model_validate(
     SPEC.model_dump()
     | {
@@ -294,6 +306,22 @@ def rollback(stores: Stores, registry: str, version: str) -> None:
 def collect_garbage(stores: Stores, registry: str, keep: int) -> None:
     """`tidemill gc`."""
     retention.collect_garbage(VersionLog(stores(registry), "model"), keep)
+
+
+class InSegmentsPlaces(Places):
+    """Files of any size are stored in segments, and of tables the rows that have changed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.log = InRows(self.log.store, self.log.model)
+
+
+def drain_in_segments(stores: Stores, inbox: str, registry: str, settings: OnlineSettings) -> None:
+    """As `drain`, with a collection after each step, which leaves the head what it names, and the aliases."""
+    with patch.object(online, "Places", InSegmentsPlaces):
+        run = online.OnlineRun(inbox, registry, "model", settings, stores)
+        while online.step(run).outcome is not online.Outcome.IDLE:
+            collect_garbage(stores, registry, 1)
 
 
 class OnlyConsumed:

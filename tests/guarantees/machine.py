@@ -30,6 +30,7 @@ from tidemill.storage import disposal, retention
 from tidemill.storage.aliases import all_aliases, promote
 from tidemill.storage.dataset import snapshot
 from tidemill.storage.errors import (
+    CorruptObject,
     HeadMoved,
     NotFound,
     PermissionDenied,
@@ -44,6 +45,7 @@ from tidemill.storage.manifest import Manifest, decode, sha256
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.overlap import PLACES
 from tidemill.storage.probe import check_preconditions
+from tidemill.storage.refs import FileRef
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch, batch_run
@@ -459,7 +461,7 @@ class World:
         """Nothing is left but the blobs of versions in retention, and of attempts that may still commit."""
         self.look()
         kept = {number for number in range(self.head + 1) if number > self.head - keep or number in aliased}
-        named = {ref.key for number in kept for ref in self.versions[number].blobs.refs}
+        named = {key for number in kept for key in self.versions[number].blobs.object_keys}
         left = {info.key for info in self.registry.list("model/blobs/")}
         old = {key for key in left if int(key.rpartition("/")[2][:8]) <= self.head}
         assert old <= named, "garbage was left"
@@ -487,7 +489,7 @@ class World:
             )
         for number in self.retained:
             for ref in self.versions[number].blobs.refs:
-                assert self._reads(ref.key) == ref.sha256, f"a blob of version {number} is gone or altered"
+                assert self._is_whole(ref), f"a blob of version {number} is gone or altered"
         runs = Counter(version.run for version in self.versions if version.run)
         assert max(runs.values()) == 1, "a batch run registered two versions"
         remembered = {(key, digest) for _, key, digest in self.log.tombstones(self.log.head())}
@@ -510,11 +512,12 @@ class World:
                 for info in list(store.list()):
                     store.delete(info.key)
 
-    def _reads(self, key: str) -> str | None:
+    def _is_whole(self, ref: FileRef) -> bool:
         try:
-            return sha256(self.registry.read(key))
-        except NotFound:
-            return None
+            self.log.verify_blob(ref)
+        except (CorruptObject, UnknownVersion):
+            return False
+        return True
 
     def end(self) -> None:
         """Drain, then what must hold in the end. Every world ends here."""

@@ -10,7 +10,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count
 from unittest.mock import patch
@@ -20,11 +20,14 @@ import pytest
 
 from tests.guarantees.machine import BAD, GOOD, Fault, Meanwhile, Plan, Protocol, World, begun
 from tests.storage.faults import Call, FaultStore
+from tests.storage.segmented import InRows, InSegments
 from tidemill.storage.aliases import aliased, all_aliases
+from tidemill.storage.blobs import BlobChain
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import AlreadyExists, CorruptObject, HeadMoved, StorageError
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import BlobRef, Entry, Owed, decode, encode
+from tidemill.storage.manifest import Blobs, Entry, Owed, decode, encode
+from tidemill.storage.refs import BlobRef, FileRef
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.tombstones import Tombstones
 from tidemill.storage.urls import open_store
@@ -180,6 +183,20 @@ def altered(protocol: Protocol, stride: int) -> Iterator[World]:
     raise AssertionError("a run went on from altered history")
 
 
+def gone_back(protocol: Protocol, stride: int) -> Iterator[World]:
+    """Garbage collection before any call of a rollback to a version that is not in retention."""
+    for at in count(1):
+        world = world_of(protocol)
+        go_on(world, FIRST)
+        world.rollback(1, Plan(None, (Meanwhile(at, "collect", (1,)),)))
+        over = not world.collections
+        world.check()
+        world.end()
+        yield world
+        if over:
+            return
+
+
 def begun_anew(protocol: Protocol, stride: int) -> Iterator[World]:
     """The history is removed and begun anew while a trainer has the old head in memory: it removes nothing on top of that."""
     world = world_of(protocol)
@@ -223,7 +240,7 @@ def _fails(*_: object) -> None:
 Scenario = Callable[[Protocol, int], Iterator[World]]
 SCENARIOS: Sequence[Scenario] = (
     *(failed, overtaken, overwritten, collected, sent_again, denied, altered),
-    *(begun_anew, deployed_badly),
+    *(gone_back, begun_anew, deployed_badly),
 )
 
 
@@ -387,6 +404,18 @@ class RollbackForgets(VersionLog):
         return super().commit(parent, entry)
 
 
+class NamesItsTarget(InSegments):
+    """A rollback names the blobs of the version that it goes back to, and nobody looks whose they are."""
+
+    def copy_blobs(
+        self, number: int, blobs: Blobs, source: BlobChain | None = None, parent: Blobs | None = None
+    ) -> tuple[FileRef, FileRef]:
+        return blobs.weights, blobs.state
+
+    def _check_blobs(self, parent: Version | None, blobs: Blobs, number: int) -> None:
+        pass
+
+
 def with_log(log: type[VersionLog]) -> Protocol:
     """Everybody uses this log."""
 
@@ -463,6 +492,20 @@ def collects_aliased(log: VersionLog, keep: int) -> list[str]:
     return garbage
 
 
+def collects_what_others_stored(log: VersionLog, keep: int) -> list[str]:
+    """Keeps of a version in retention only what that version has stored itself."""
+    retained = [*log.history(log.head(), keep), *(aliased(log, name) for name in all_aliases(log))]
+    own = {(f"{version.number:08d}", key) for version in retained for key in version.manifest.blobs.learner_keys}
+    named = {key for number, key in own if key.rpartition("/")[2].startswith(number)}
+    named |= {ref.key for version in retained if (ref := version.manifest.blobs.tombstones) is not None}
+    number = log.head().number
+    listed = [info.key for info in log.store.list(f"{log.model}/blobs/")]
+    garbage = [key for key in listed if key not in named and int(key.rpartition("/")[2][:8]) <= number]
+    for key in garbage:
+        log.store.delete(key)
+    return garbage
+
+
 @dataclass(frozen=True)
 class Control:
     protocol: Protocol
@@ -506,6 +549,10 @@ CONTROLS = {
     "collection of aliased versions": Control(
         Protocol(collect_garbage=collects_aliased), "collected", "a blob of version 0 is gone"
     ),
+    "blobs of the version gone back to": Control(with_log(NamesItsTarget), "gone_back", "is gone"),
+    "collection of segments that an older version stored": Control(
+        replace(with_log(InSegments), collect_garbage=collects_what_others_stored), "gone_back", "is gone"
+    ),
 }
 
 
@@ -525,6 +572,14 @@ def test_the_product_has_no_defects(stride: int, record_property: Callable[[str,
             histories += 1
         record_property(scenario.__name__, histories)
         print(f"{scenario.__name__}: {histories} histories, no defect")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("log", [InSegments, InRows])
+def test_the_product_has_no_defects_where_files_are_in_segments(log: type[VersionLog], stride: int) -> None:
+    for scenario in (collected, gone_back):
+        for world in scenario(with_log(log), stride):
+            world.forget()
 
 
 @pytest.mark.timeout(1200)

@@ -25,6 +25,7 @@ from tests.guarantees.children import (
     DATASET,
     ONLINE,
     REJECTED,
+    ROWS,
     SHARDS,
     SPEC,
     Kill,
@@ -37,6 +38,7 @@ from tests.guarantees.children import (
     copy,
     dated_drain,
     drain,
+    drain_in_segments,
     drain_pairs,
     fill,
     in_child,
@@ -49,8 +51,9 @@ from tests.guarantees.children import (
     waiting,
     watched_drain,
 )
-from tidemill.storage.aliases import all_aliases
+from tidemill.storage.aliases import all_aliases, promote
 from tidemill.storage.log import VersionLog
+from tidemill.storage.refs import Segment
 from tidemill.storage.urls import open_store
 from tidemill.tasks.settings import (
     Archive,
@@ -217,6 +220,41 @@ def test_online_run(sweep: Sweep, backend: str, base: str, make_url: MakeUrl, tm
         return moments
 
     sweep(run_and_check, times=2 if backend == "local" else 1)
+
+
+def test_online_run_whose_versions_name_blobs_of_older_ones(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
+    """Files in segments: what has not changed is named again, of a table only changed rows are stored; collections in between.
+
+    The first version is refused, and rolled back.
+    """
+    fill(make_url("dataset"), DATASET)
+    in_child(train, make_url("dataset"), make_url("base"), ROWS, BATCH, kill=None, tmp_path=tmp_path)
+    start = VersionLog(open_store(make_url("base")), "model")
+    promote(start, "start", start.head())  # so that all can be trained again
+    reference: list[tuple[str, str]] = []
+
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
+        inbox, registry = make_url(f"{name}/inbox"), make_url(f"{name}/registry")
+        fill(inbox, SHARDS | REJECTED)
+        copy(make_url("base"), registry)
+        moments = in_child(drain_in_segments, inbox, registry, GATED, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(drain_in_segments, inbox, registry, GATED, kill=None, tmp_path=tmp_path)
+        log = VersionLog(open_store(registry), "model")
+        audit(log, (SHARDS | REJECTED).items())
+        head = log.head()
+        blobs = head.manifest.blobs
+        for ref in blobs.refs:
+            log.verify_blob(ref)
+        own = f"model/blobs/{head.number:08d}-"
+        assert any(not key.startswith(own) for key in blobs.weights.object_keys), "nothing was named again"
+        if kill is None:
+            assert any(each.changed for each in blobs.weights.units if isinstance(each, Segment)), "no rows were stored"
+        reference.append(bits(log))
+        assert reference[-1] == reference[0]
+        return moments
+
+    sweep(run_and_check, times=0.5)
 
 
 @pytest.mark.parametrize("backend", ["local"], indirect=True)

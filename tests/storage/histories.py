@@ -7,7 +7,6 @@ from typing import Any
 from tidemill.storage.chain import Version
 from tidemill.storage.log import HINT_EVERY, VersionLog
 from tidemill.storage.manifest import (
-    BlobRef,
     Blobs,
     Entry,
     Manifest,
@@ -15,6 +14,7 @@ from tidemill.storage.manifest import (
     encode,
     sha256,
 )
+from tidemill.storage.refs import BlobRef
 from tidemill.storage.store import Store
 from tidemill.storage.tombstones import Tombstones
 

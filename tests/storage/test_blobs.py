@@ -10,13 +10,15 @@ import pytest
 
 from tests.storage.faults import Call, FaultStore, act_once
 from tests.storage.histories import append, grow
-from tidemill.storage.blobs import RANGE, STREAMED_ABOVE, WHOLE, Stream
+from tidemill.storage.blobs import STREAMED_ABOVE, WHOLE
 from tidemill.storage.errors import CorruptObject, HeadMoved, NotFound, Unavailable, UnknownVersion
 from tidemill.storage.log import VersionLog
-from tidemill.storage.manifest import BlobRef, Blobs
+from tidemill.storage.manifest import Blobs
 from tidemill.storage.memory import MemoryStore
 from tidemill.storage.pieces import Pieces
+from tidemill.storage.refs import BlobRef
 from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.streams import RANGE, Stream
 
 LARGE = hashlib.shake_128(b"large").digest(2**20) * 64 + b"and some more"
 assert len(LARGE) > STREAMED_ABOVE

@@ -33,7 +33,6 @@ from tidemill.storage.errors import (
 )
 from tidemill.storage.log import HINT_EVERY, VersionLog, list_models, open_log
 from tidemill.storage.manifest import (
-    BlobRef,
     Blobs,
     Consumed,
     Entry,
@@ -45,6 +44,7 @@ from tidemill.storage.manifest import (
     encode,
 )
 from tidemill.storage.memory import MemoryStore
+from tidemill.storage.refs import BlobRef
 from tidemill.storage.retention import collect_garbage
 from tidemill.storage.runs import BatchProgress
 from tidemill.storage.store import ObjectInfo, Store
@@ -455,7 +455,7 @@ def test_a_commit_asks_for_its_parent_twice_and_nothing_more(memory: MemoryStore
 def test_a_newer_tidemills_head_is_refused_as_such(memory: MemoryStore) -> None:
     log = VersionLog(memory, "taxi")
     grow(log, 2)
-    memory.write(manifest_key(1), memory.read(manifest_key(1)).replace(b'"format": "2.3"', b'"format": "2.4"'))
+    memory.write(manifest_key(1), memory.read(manifest_key(1)).replace(b'"format": "2.4"', b'"format": "2.5"'))
     with pytest.raises(UnsupportedFormat, match="Upgrade"):
         log.head()
 

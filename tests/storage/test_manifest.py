@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from tidemill.storage.errors import CorruptObject, UnsupportedFormat
 from tidemill.storage.manifest import (
     FORMAT,
-    BlobRef,
     Blobs,
     Consumed,
     DatasetRef,
@@ -29,11 +28,11 @@ from tidemill.storage.manifest import (
     Parent,
     Record,
     Rejected,
-    TombstonesRef,
     decode,
     encode,
     sha256,
 )
+from tidemill.storage.refs import BlobRef, TombstonesRef
 
 WHERE = "s3://bucket/registry/taxi/log/00000042.json"
 WHEN = datetime(2026, 2, 3, 4, 5, 6, 789_012, tzinfo=UTC)
@@ -91,7 +90,7 @@ def test_a_manifest_comes_back_as_it_was_stored() -> None:
 
 def test_it_is_plain_json_that_jq_can_read() -> None:
     stored = json.loads(encode(manifest()))
-    assert stored["format"] == FORMAT == "2.3"
+    assert stored["format"] == FORMAT == "2.4"
     assert stored["version"] == 42
     assert stored["blobs"][0] == {"name": "weights", "key": "taxi/blobs/w", "bytes": 1, "sha256": sha256(b"w")}
     assert [part["name"] for part in stored["blobs"]] == ["weights", "state", "tombstones"]
@@ -163,9 +162,9 @@ def test_records_are_immutable_and_know_their_fields() -> None:
 # ---- what was not written by this Tidemill -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("newer", ["2.4", "3.0", "2.10", "10.0", 10**9])
+@pytest.mark.parametrize("newer", ["2.5", "3.0", "2.10", "10.0", 10**9])
 def test_a_newer_format_is_named_as_such(newer: str | int) -> None:
-    with pytest.raises(UnsupportedFormat, match=f"{WHERE} has format {newer}; .* up to 2.3. Upgrade"):
+    with pytest.raises(UnsupportedFormat, match=f"{WHERE} has format {newer}; .* up to 2.4. Upgrade"):
         decode(json.dumps({"format": newer, "anything": "else"}).encode(), WHERE)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tidemill.storage.pieces import PIECE, Buffers, Hashed, Pieces, in_parts
+from tidemill.storage.pieces import BLOCK, PIECE, BlockHash, Buffers, Hashed, Pieces, in_parts
 
 DATA = bytes(range(256)) * 41_000  # 10 MB, no multiple of a piece
 
@@ -39,12 +39,24 @@ def test_parts_have_the_size_that_was_asked_for(size: int) -> None:
 
 
 def test_a_digest_is_that_of_the_last_time_that_all_pieces_were_taken() -> None:
-    hashed = Hashed(buffers(PIECE, 3))
+    hashed = Hashed(buffers(PIECE, 3), hashlib.sha256)
     next(iter(hashed))
-    assert hashed.digest == ""
+    assert hashed.hash.hexdigest() == hashlib.sha256(b"").hexdigest()
     for _ in range(2):
         assert hashed.joined() == DATA
-        assert hashed.digest == hashlib.sha256(DATA).hexdigest()
+        assert hashed.hash.hexdigest() == hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 77])
+def test_a_hash_by_blocks_is_that_of_their_hashes_however_the_bytes_come(size: int) -> None:
+    data = DATA[:size]
+    blocks = b"".join(hashlib.sha256(data[at : at + BLOCK]).digest() for at in range(0, size, BLOCK))
+    for step in (1 + size // 3, BLOCK, size or 1):
+        taken = BlockHash()
+        for at in range(0, size, step):
+            taken.update(memoryview(data)[at : at + step])
+        assert taken.blocks == blocks
+        assert taken.hexdigest() == hashlib.sha256(blocks).hexdigest()
 
 
 def test_the_error_that_pieces_end_with_comes_through_the_hash() -> None:
@@ -57,4 +69,4 @@ def test_the_error_that_pieces_end_with_comes_through_the_hash() -> None:
             raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        Hashed(Torn()).joined()
+        Hashed(Torn(), hashlib.sha256).joined()

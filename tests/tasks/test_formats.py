@@ -1,6 +1,6 @@
 """Registries of every format that was ever written are read, audited and gone on from.
 
-`tests/storage/formats/1` was written by the last Tidemill before format 2.0, `2.0` to `2.3` by the first ones with these.
+`tests/storage/formats/1` was written by the last Tidemill before format 2.0, `2.0` to `2.4` by the first ones with these.
 Each has a batch version, an online version that archived its shard, one that rejected, a rollback, and one with delayed labels
 that the gate refused.
 """
@@ -9,17 +9,27 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from tests.data import put, rows
+from tidemill.storage.aliases import promote
 from tidemill.storage.audit import audit
 from tidemill.storage.disposal import quarantined
+from tidemill.storage.errors import CorruptObject
 from tidemill.storage.log import VersionLog, open_log
-from tidemill.storage.manifest import FORMAT, Compared, decode
+from tidemill.storage.manifest import FORMAT, Compared, decode, sha256
+from tidemill.storage.memory import MemoryStore
+from tidemill.storage.refs import Segments
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.online.used import decoded
+from tidemill.tasks.publishing.folder import write_folder
+from tidemill.tasks.publishing.pyfunc import WEIGHTS, _load_pyfunc
+from tidemill.tasks.serving.loading import load
 from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.sources import find
 from tidemill.tasks.versions import load_learner
+from tidemill.tasks.warm_start import read
 
 FORMATS = Path(__file__).parents[1] / "storage/formats"
 
@@ -35,7 +45,9 @@ def test_a_history_of_any_format_is_sound_and_says_what_it_said(log: VersionLog)
     assert (found.findings, found.versions, found.consumed, found.rejected) == ([], 6, 3, 1)
     versions = [log.version(number).manifest for number in range(6)]
     assert [v.kind for v in versions] == ["batch", "online", "online", "online", "rollback", "online"]
-    assert {v.format for v in versions} <= {"2.0", "2.1", "2.2", FORMAT}, "told as the newest major format tells it"
+    assert {v.format for v in versions} <= {"2.0", "2.1", "2.2", "2.3", FORMAT}, (
+        "told as the newest major format tells it"
+    )
     [debt] = versions[1].owed
     assert (debt.key, debt.action, debt.destination) == ("a.parquet", "archive", "memory://format-1/archive")
     [debt] = versions[2].owed
@@ -90,6 +102,50 @@ def test_what_format_2_3_has_more_is_there(tmp_path: Path) -> None:
     assert of.until is not None
     assert (of.until - of.since).days == 4
     assert 0 < ref.rows < 2 * 96
+
+
+def test_what_format_2_4_has_more_is_there(tmp_path: Path) -> None:
+    shutil.copytree(FORMATS / "2.4", tmp_path / "registry")
+    log = open_log(str(tmp_path / "registry"), "model")
+    files = [log.version(number).manifest.blobs.weights for number in range(6)]
+    segments = [{each.name: each for each in file.segments} for file in files if isinstance(file, Segments)]
+    assert [[*each] for each in segments] == [["", "bias", "weight"]] * 6
+    assert len({each[""].key for each in segments}) == 1, "the header is that of version 0 in all of them"
+    assert [len(each["weight"].changed or ()) for each in segments] == [0, 1, 1, 2, 3, 4]
+    weights = [sha256(log.read_blob(file)) for file in files]
+    before = open_log(str(shutil.copytree(FORMATS / "2.3", tmp_path / "before")), "model")
+    assert weights == [before.version(number).manifest.blobs.weights.sha256 for number in range(6)]
+
+
+def test_files_in_segments_are_put_to_use_as_others_are(tmp_path: Path) -> None:
+    """Loaded, published, begun with, named by an alias, copied to a history of its own: the same history in either format."""
+    table = pa.table({"a": [0.5, 1.0, 2.0], "b": [1.0, -1.0, 0.0]})
+    found = []
+    for number in ("2.3", "2.4"):
+        log = open_log(str(shutil.copytree(FORMATS / number, tmp_path / number)), "model")
+        version = log.version(3)
+        promote(log, "three", version)
+        predicted = load(log.store.url, "model", "three").predict(table).to_pylist()
+        folder = tmp_path / f"folder {number}"
+        folder.mkdir()
+        write_folder(folder, log, version, "r" * 32, "m-1")
+        published = _load_pyfunc(str(folder / "data")).predict(table.to_pandas())
+        (folder / "data" / WEIGHTS).write_bytes(bytes(200))
+        with pytest.raises(CorruptObject, match="publish the version again"):
+            _load_pyfunc(str(folder / "data"))
+        source = read(find(f"{log.store.url}/model@three"))
+        copy = VersionLog(MemoryStore(f"copy of {tmp_path} {number}"), "model")
+        weights, _ = copy.copy_blobs(0, version.manifest.blobs, log)
+        assert all(key.startswith("model/blobs/00000000-") for key in weights.object_keys)
+        found.append(
+            (
+                predicted,
+                published["prediction"].tolist(),
+                {name: tensor.tolist() for name, tensor in source.weights.items()},
+                copy.read_blob(weights),
+            )
+        )
+    assert found[0] == found[1]
 
 
 def test_a_history_of_any_format_is_gone_on_from(log: VersionLog, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Final
 from tidemill.storage.chain import Version
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import (
-    BlobRef,
     Blobs,
     Compared,
     Consumed,
@@ -23,6 +22,7 @@ from tidemill.storage.manifest import (
     sha256,
 )
 from tidemill.storage.memory import MemoryStore
+from tidemill.storage.refs import BlobRef
 from tidemill.tasks.scores import Summary
 
 BEGAN: Final = datetime(2026, 3, 1, tzinfo=UTC)
