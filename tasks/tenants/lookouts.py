@@ -69,4 +69,6 @@ class Lookouts(Generic[T]):
                 found: bool | Exception = look()
             except Exception as error:  # noqa: BLE001  # of whatever class: it is told to who sent us
                 found = error
+            except BaseException as error:  # noqa: BLE001  # some package's SystemExit: without an answer they would wait for ever
+                found = RuntimeError(f"{type(error).__name__}: {error}")
             self._found.put((who, found))

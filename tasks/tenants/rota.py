@@ -256,6 +256,8 @@ class Rota:
         if outcome is Outcome.IDLE:
             self._nothing_to_do(place)
             return
+        if outcome is not Outcome.COMMITTED:  # its learner is gone: it is read ahead of the next turn, as any other
+            self._learners.give_up(member)
         self._well(place)
         place.idle = 0
         self._queue(place)

@@ -89,7 +89,7 @@ class Tenant:
         run = self._run
         assert run is not None, "a look opens it"
         with self._telling():
-            run.prepare()
+            protocol.prepare(run)
 
     def look(self) -> bool:
         """Open the run if it is not; then whether a turn may find something to do.
@@ -99,7 +99,10 @@ class Tenant:
         """
         with speaking_of(self.name):
             if self._run is None:
-                return self._must_begin(self._open())
+                run = self._open()
+                must = self._must_begin(run)
+                run.places.head = None  # many wait for a turn, and only so many may take memory
+                return must
             return self._see(self._run)
 
     def _open(self) -> OnlineRun:
@@ -122,7 +125,7 @@ class Tenant:
             return True
         if any(True for inbox in run.places.inboxes for _ in entries(inbox)):
             return True
-        head, run.places.head = run.places.head, None
+        head = run.places.head
         assert head is not None, "the run was opened in this look"
         run.places.log.make_durable(head)  # before anything follows from it
         run.champion.finish(head)

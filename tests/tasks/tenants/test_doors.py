@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from tests.data import SPEC, keys, put, rows
 from tests.storage.faults import Call, Hook, hooked, together
 from tests.tasks.online.test_step import days
 from tidemill.storage.aliases import all_aliases
+from tidemill.storage.audit import audit
 from tidemill.storage.errors import PermissionDenied, Unavailable
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
@@ -24,6 +26,8 @@ from tidemill.tasks import batch, online
 from tidemill.tasks.settings import Archive, GateSettings, Limits, OnlineSettings, Retrain
 from tidemill.tasks.tenants import doors, rota, tenant
 from tidemill.tasks.tenants.pairs import Pair
+from tidemill.tasks.training.imports import ALLOWED_MODULES
+from tidemill.tasks.training.models import Inputs
 from tidemill.tasks.training.spec import Spec
 
 MakeUrl = Callable[[str], str]
@@ -112,28 +116,49 @@ def test_each_has_the_bits_of_a_run_of_its_own_and_the_poisoned_one_stops_nobody
     assert caplog.text.count("b failed") == 1
 
 
-def test_the_next_learner_is_read_while_another_commits_and_the_bits_are_those_of_a_run_of_its_own(
+def test_learners_are_read_in_the_threads_that_look_ahead_and_the_bits_are_those_of_a_run_of_its_own(
     memory_url: MakeUrl,
 ) -> None:
+    """With dropout, whose random numbers are the whole process's."""
     spec = Spec.model_validate({**SPEC.model_dump(), "model": {"factory": "mlp", "arguments": {"dropout": 0.5}}})
-    towns = [Town(partial(_below, memory_url, at), "ab", spec) for at in ("together", "alone")]
-    for town, name in itertools.product(towns, "ab"):
+    towns = [Town(partial(_below, memory_url, at), "abc", spec) for at in ("together", "alone")]
+    for town, name in itertools.product(towns, "abc"):
         town.fill(name, 3)
-    for name in "ab":
+    for name in "abc":
         online.drain(towns[1].inbox(name), towns[1].registry, name, ONE_A_COMMIT)
-    read = {name: threading.Event() for name in "ab"}
-    waited: list[bool] = []
+    readers: set[str] = set()
 
     def hook(call: Call) -> None:
-        model = call.key[:1]
-        if (call.verb, call.phase) == ("read", "after") and "/blobs/" in call.key:
-            read[model].set()
-        elif (call.verb, call.phase) == ("create", "before") and "/log/" in call.key and not waited:
-            waited.append(read["b" if model == "a" else "a"].wait(30))
+        if call.verb == "read" and "/blobs/" in call.key:
+            readers.add(threading.current_thread().name.rpartition("-")[0])
 
     report = doors.drain(towns[0].pairs, ONE_A_COMMIT, learners=2, stores=hooked(hook))
-    assert (waited, report.failing, report.shards) == ([True], {}, 6)
-    assert [towns[0].bits(name) for name in "ab"] == [towns[1].bits(name) for name in "ab"]
+    assert (readers, report.failing, report.shards) == ({"tidemill-lookout"}, {}, 9)
+    assert [towns[0].bits(name) for name in "abc"] == [towns[1].bits(name) for name in "abc"]
+
+
+built_in: list[str] = []
+
+
+def own_net(inputs: Inputs) -> nn.Module:
+    """A model of the user's own code, which takes down in which thread it is made."""
+    built_in.append(threading.current_thread().name)
+    return nn.Linear(inputs.numbers, 1)
+
+
+def test_the_users_own_code_runs_in_the_thread_that_trains_and_in_no_other(
+    memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may change what belongs to the whole process, such as torch's default type, while another model is trained."""
+    monkeypatch.setenv(ALLOWED_MODULES, __name__)
+    own = Spec.model_validate({**SPEC.model_dump(), "model": {"factory": f"{__name__}:own_net"}})
+    town = Town(memory_url, "ab", own)
+    for name in "ab":
+        town.fill(name, 3)
+    built_in.clear()
+    report = doors.drain(town.pairs, ONE_A_COMMIT, learners=2)
+    assert (report.failing, report.shards) == ({}, 6)
+    assert {*built_in} == {threading.current_thread().name}
 
 
 def test_log_lines_say_whose_they_are(small: Town, caplog: pytest.LogCaptureFixture) -> None:
@@ -197,6 +222,85 @@ def test_follow_trains_each_on_what_arrives_until_a_signal_and_ends_between_two_
     assert [(report.models[name].shards, small.head(name)) for name in "ab"] == [(1, 1), (1, 1)]
     assert keys(small.inbox("b")) == ["01.parquet"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+DENIED: dict[str, tuple[str, str]] = {
+    "its inbox": ("list", "inbox/a"),
+    "reading its shards": ("read", "inbox/a"),
+    "removing its shards": ("delete", "inbox/a"),
+    "its part of the registry": ("", "registry/a/"),
+    "its versions": ("create", "registry/a/log/"),
+    "its alias": ("replace", "registry/a/aliases/"),
+}
+"""What one of several models may not do in the bucket that they share: a verb, any if empty, and where."""
+
+
+@pytest.mark.parametrize("what", DENIED)
+def test_what_is_denied_to_one_in_the_bucket_of_all_is_its_own_trouble(small: Town, what: str) -> None:
+    verb, where = DENIED[what]
+    asked: list[str] = []
+
+    def deny(call: Call) -> None:
+        if call.phase == "before" and verb in ("", call.verb) and where in f"{call.url}/{call.key}":
+            asked.append(call.name)
+            raise PermissionDenied(f"{call.verb} of {call.url}/{call.key} is not allowed")
+
+    for name in "ab":
+        small.fill(name, 2)
+    report = doors.drain(small.pairs, ONE_A_COMMIT, stores=hooked(deny))
+    assert asked
+    assert (report.models["b"].shards, small.head("b"), keys(small.inbox("b"))) == (2, 2, [])
+    told = report.failing.get("a", "")
+    assert ("is not allowed" in told) == (what not in ("reading its shards", "removing its shards"))
+    if what == "reading its shards":
+        assert report.models["a"].passed_over == 2
+    if what == "removing its shards":
+        assert (report.models["a"].shards, report.models["a"].owed) == (2, 2)
+
+
+@pytest.mark.parametrize("learners", [1, 3])
+def test_a_registry_that_is_removed_while_others_have_their_turns_ends_nobody_else(
+    small: Town, memory_url: MakeUrl, learners: int
+) -> None:
+    """At the first commit of another: before its own first turn, after it, or while it prepares."""
+    other = Town(partial(_below, memory_url, "other"), "z")
+    for town, name, count in ((small, "a", 3), (small, "b", 3), (other, "z", 12)):
+        town.fill(name, count)
+    commits: list[str] = []
+
+    def remove(call: Call) -> None:
+        if (call.verb, call.phase) == ("create", "after") and "/log/" in call.key:
+            commits.append(call.key[0])
+            if commits.count("z") == len(commits) - 1 and call.key[0] != "z":
+                store = open_store(other.registry)
+                for info in [*store.list()]:
+                    store.delete(info.key)
+
+    report = doors.drain([*other.pairs, *small.pairs], ONE_A_COMMIT, learners=learners, stores=hooked(remove))
+    assert {name: report.models[name].shards for name in "ab"} == {"a": 3, "b": 3}
+    assert [*report.failing] == ["z"]
+    assert len(keys(other.inbox("z"))) == 12 - commits.count("z")
+
+
+def test_two_processes_with_the_same_pairs_train_each_shard_once(small: Town) -> None:
+    """Each with threads of its own, at the same time."""
+    for name in "ab":
+        small.fill(name, 6)
+    reports: list[doors.TenantsReport] = []
+    both = [
+        threading.Thread(target=lambda: reports.append(doors.drain(small.pairs, ONE_A_COMMIT, learners=2)))
+        for _ in range(2)
+    ]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join(60)
+    assert [report.failing for report in reports] == [{}, {}]
+    for name in "ab":
+        found = audit(open_log(small.registry, name))
+        assert (found.findings, found.consumed) == ([], 6)
+        assert sum(report.models[name].shards for report in reports) == 6
+        assert keys(small.inbox(name)) == []
 
 
 def test_who_could_not_be_opened_before_the_end_is_named(small: Town) -> None:
