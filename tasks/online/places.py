@@ -1,11 +1,12 @@
 """The stores of an online run: opened once, asked what they promise, and none of them inside another one's inbox."""
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Final
 
 from tidemill.storage.chain import Version
 from tidemill.storage.disposal import dispose
-from tidemill.storage.errors import InvalidURL, UnknownModel
+from tidemill.storage.errors import InvalidURL, UnknownModel, UnknownVersion
 from tidemill.storage.inbox import Inbox
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import Owed
@@ -63,7 +64,10 @@ class Places:
             keep_apart(self.log, inboxes, settings, self.store)  # which would be the reason
             raise
         self.head: Version | None = head
-        """As it was when these were opened. None once it was read anew, so that it takes no memory for ever."""
+        """As it was when these were opened. To be set to None when nobody needs it: a manifest may be large."""
+        self._seen: tuple[int, str] | None = None
+        """Number and sha256 of the newest version, where it was found a moment ago."""
+        self.remember(head)
         keep_apart(self.log, inboxes, settings, self.store, head)
         archive = [] if settings.archive_to is None else [self.store(settings.archive_to).url]
         self._allowed = (*(each.url for each in self.inboxes), *archive, *allowed_places())
@@ -78,6 +82,21 @@ class Places:
     def inboxes(self) -> list[Inbox]:
         """That of the shards, and that of the labels if there is one."""
         return [self.inbox] if self.labels is None else [self.inbox, self.labels]
+
+    def newest(self) -> Version:
+        """The head, as `VersionLog.head` finds it. One that is remembered, as that of the opening is, is not searched for again
+        if none was committed since: its manifest is read, and must be the same. Raises as `VersionLog.head`."""
+        seen, self._seen, self.head = self._seen, None, None
+        if seen is not None and not self.log.has(seen[0] + 1):
+            with suppress(UnknownVersion):
+                version = self.log.version(seen[0])
+                if version.sha256 == seen[1]:
+                    return version
+        return self.log.head()
+
+    def remember(self, head: Version) -> None:
+        """It was found a moment ago: `newest` begins there, once."""
+        self._seen = head.number, head.sha256
 
     def store(self, url: str) -> Store:
         """The store at this URL, opened once: what was found out about it is kept."""

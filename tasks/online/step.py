@@ -107,16 +107,15 @@ class OnlineRun:
             HeadMoved: while it was read, others went on and retention removed it.
         """
         if (head := self._head) is None:
-            head = self._head = self._read_head()
+            head = self._head = self._read_head(self.places.newest())
         elif head.owed and time.monotonic() - head.disposed_at > DISPOSE_AGAIN_SECONDS:
             self.places.log.check(head.version)
             head.owed, head.disposed_at = self.places.dispose(head.owed), time.monotonic()
         self.report.head, self.report.owed = head.version.number, len(head.owed)
         return head
 
-    def _read_head(self) -> Head:
+    def _read_head(self, version: Version) -> Head:
         log, settings = self.places.log, self.settings
-        version, self.places.head = log.head(), None
         manifest, learner = version.manifest, read_learner(log, version, settings.device)
         try:
             tombstones = log.tombstones(version)
@@ -181,20 +180,6 @@ class OnlineRun:
             return bool(self._look(self.head(), set()))
         except (HeadMoved, Unavailable):
             return True  # the step finds out for itself, with its retries
-
-    def prepare(self) -> None:
-        """Read the head, list the inbox, and begin to read what waits: the next step goes on from there. Raises as `step`.
-
-        In any thread, if nothing else is done with this run meanwhile.
-        """
-        try:
-            head = self.head()
-            if not self.settings.train_when.by_score:  # which computes: to be done where steps are taken
-                self._look(head, set()).reader.begin()
-        except BaseException as error:
-            self.forget()
-            if not isinstance(error, HeadMoved):  # the step finds the new one
-                raise
 
     def take_in(self, work: Work) -> None:
         """What became of the shards that are neither trained on nor rejected."""
@@ -294,6 +279,28 @@ def open_run(
 ) -> OnlineRun:
     """Open the registry and the inbox; see `OnlineRun`."""
     return OnlineRun(inbox, registry, model, settings, stores)
+
+
+def prepare(run: OnlineRun) -> None:
+    """Read the head, list the inbox, and begin to read what waits: the next step goes on from there. Raises as `step`.
+
+    In any thread, if nothing else is done with this run meanwhile. A model of the user's own code is left to the step: that code
+    may change what belongs to the whole process, and runs where steps are taken.
+    """
+    places = run.places
+    try:
+        if run._head is None:
+            version = places.newest()
+            if spec_of(places.log, version).import_paths:
+                places.remember(version)
+                return
+            run._head = run._read_head(version)
+        if not run.settings.train_when.by_score:  # which computes: to be done where steps are taken
+            run._look(run.head(), set()).reader.begin()
+    except BaseException as error:
+        run.forget()
+        if not isinstance(error, HeadMoved):  # the step finds the new one
+            raise
 
 
 def step(run: OnlineRun) -> Step:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.data import keys, put, rows
+from tests.storage.faults import Counting, hooked
 from tests.tasks.online.test_step import begin, drain, open_run
 from tidemill.storage.audit import audit
-from tidemill.storage.errors import InvalidURL, PlacesOverlap, StoreNotFound
+from tidemill.storage.errors import InvalidURL, PlacesOverlap, StoreNotFound, UnknownModel
 from tidemill.storage.log import open_log
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
@@ -112,6 +113,37 @@ def test_an_inbox_that_is_kept_is_not_trained_on_again_under_another_spelling(
     assert audit(log).findings == []
     assert drain(open_run(other, "registry", after_commit="delete")).duplicates == 2  # known, hence removed
     assert keys(first) == []
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "a commit", "begun anew", "removed"])
+def test_the_head_of_the_opening_is_gone_on_from_only_if_nothing_has_happened_since(
+    memory_registry: str, memory_url: MakeUrl, meanwhile: str
+) -> None:
+    put(memory_url("inbox"), {"a.parquet": rows(20, 1)})
+    counting = Counting()
+    run = open_run(memory_url("inbox"), memory_registry, hooked(counting))
+    store = open_store(memory_registry)
+    if meanwhile == "a commit":
+        assert drain(open_run(memory_url("inbox"), memory_registry)).shards == 1
+        put(memory_url("inbox"), {"b.parquet": rows(20, 2)})
+    if meanwhile in ("begun anew", "removed"):
+        for info in [*store.list("model/")]:
+            store.delete(info.key)
+    if meanwhile == "begun anew":
+        begin(memory_registry, memory_url("again"))
+    before = counting.calls.total()
+    if meanwhile == "removed":
+        with pytest.raises(UnknownModel):
+            run.head()
+        return
+    head = run.head().version
+    assert head.sha256 == open_log(memory_registry, "model").head().sha256
+    assert head.number == (1 if meanwhile == "a commit" else 0)
+    after = counting.calls.total()
+    run.forget()
+    run.head()
+    assert (counting.calls.total() - after > after - before) == (meanwhile == "nothing")
+    assert online.step(run).outcome is online.Outcome.COMMITTED
 
 
 @pytest.mark.parametrize("name", ["in/*.parquet", "in/part-[01]", "in/part-0.parquet"])
