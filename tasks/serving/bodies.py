@@ -50,9 +50,9 @@ def _json(body: bytes, most: int) -> list[Row]:
     if not isinstance(rows, list) or not rows:
         raise Refused(422, 'send one row as an object, {"column": value}, or a list of rows')
     _check_count(len(rows), most)
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise Refused(422, f'row {number} is no object, such as {{"column": value}}', row=number)
+    if set(map(type, rows)) != {dict}:
+        number = next(number for number, row in enumerate(rows) if not isinstance(row, dict))
+        raise Refused(422, f'row {number} is no object, such as {{"column": value}}', row=number)
     return rows
 
 

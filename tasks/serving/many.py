@@ -36,8 +36,9 @@ Many = Callable[[Values, set[type]], Array | None]
 read here. What is no value of the column raises what `values.py` raises, or passes on what Python or numpy raises."""
 
 _NONE: Final = type(None)
-_ONE: Final = dt.timedelta(microseconds=1)
-_WHOLE_IN_FLOAT64: Final = 2**53
+_MICROSECOND: Final = dt.timedelta(microseconds=1)
+_EXACT_SECONDS: Final = 2**53 / 1e6
+"""So long before which a float64 counts microseconds without a gap: 285 years."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,13 @@ def _times(unit: str) -> Many:
         elif kinds != {dt.datetime} or len(set(map(attrgetter("tzinfo"), values))) > 1:
             return None
         epoch = EPOCH if values[0].tzinfo is None else EPOCH_UTC
-        micros_N = np.array([(value - epoch) // _ONE for value in values])
-        if abs(micros_N).max() > _WHOLE_IN_FLOAT64:
+        # A quotient of two whole numbers that a float64 holds is rounded once, whatever the unit in which they are counted
+        seconds_N = np.array([(value - epoch).total_seconds() for value in values])
+        if abs(seconds_N).max() >= _EXACT_SECONDS:
             return None
-        # A quotient of whole numbers that a float64 holds is rounded once: milliseconds / 1e3 have the bits of microseconds / 1e6
         if unit != "ns":
-            return micros_N / TICKS_PER_SECOND["us"]
-        return (micros_N * 1000) / TICKS_PER_SECOND["ns"]  # below 2**63
+            return seconds_N
+        return np.array([(value - epoch) // _MICROSECOND * 1000 for value in values]) / TICKS_PER_SECOND["ns"]
 
     return of
 
