@@ -51,14 +51,14 @@ class Choice:
     @classmethod
     def of(cls, stored: ChosenRows | None) -> Choice | None:
         """What a manifest says was asked."""
-        if stored is None:
-            return None
-        window = None
-        if stored.last is not None:
-            column, since, until = stored.time_column, stored.since, stored.until
-            assert column is not None and since is not None and until is not None, "a window has all"  # noqa: PT018
-            window = Window(stored.last, column, since, until)
-        return cls(stored.where, window)
+        match stored:
+            case None:
+                return None
+            case ChosenRows(
+                last=str(last), time_column=str(column), since=datetime() as since, until=datetime() as until
+            ):
+                return cls(stored.where, Window(last, column, since, until))
+        return cls(stored.where)
 
     @functools.cached_property
     def condition(self) -> Condition:

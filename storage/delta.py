@@ -5,6 +5,7 @@ The log is read through our own store, with its credentials, retries and errors,
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +32,8 @@ _UNDERSTOOD: Final = {
     *("typeWidening", "typeWidening-preview"),
 }
 """Features of readers whose tables are read as they should be; a mode of `columnMapping` is refused by itself."""
+_NOT_UNDERSTOOD: Final = re.compile("Feature '.*' is not supported|Unsupported")
+"""What deltalake says of a feature that it does not know itself."""
 _REWRITE: Final = "or write its rows to another table or folder"
 
 
@@ -67,6 +70,8 @@ def open_table(store: Store, infos: Mapping[str, ObjectInfo], version: int | Non
             schema = pa.schema(arrow)
         except deltalake.exceptions.DeltaError as error:
             told = str(error).replace(folder, store.url)
+            if _NOT_UNDERSTOOD.search(told):
+                raise _unknown(store.url, told) from error
             raise DatasetError(f"{store.url}: version {found} of this Delta table cannot be read: {told}") from error
     if len({file.key for file in files}) < len(files) or deleted.keys() - {file.key for file in files}:
         raise DatasetError(f"{store.url}: the log of version {found} of this Delta table contradicts itself.")
@@ -93,10 +98,17 @@ def _of_version(store: Store, infos: Mapping[str, ObjectInfo], version: int | No
     if wanted > newest:
         raise DatasetError(f"{store.url}: this Delta table has versions up to {newest}, and none {wanted}.")
     whole = [
-        number for number, parts in checkpoints.items() if number <= wanted and any(len(parts) >= of for _, of in parts)
+        number
+        for number, parts in checkpoints.items()
+        if number <= wanted and any(count >= of for of, count in Counter(of for _, of in parts).items())
     ]
     start = max(whole, default=-1)
     needed = range(start + 1, wanted + 1)
+    for number in needed:
+        if number not in commits:  # gone, or written after that part of the log was listed
+            if not _is_there(store, key := f"{LOG}{number:020d}.json"):
+                break
+            commits[number] = key
     if gone := [number for number in needed if number not in commits]:
         raise DatasetError(
             f"{store.url}: version {wanted} of this Delta table is no longer in its log, which lacks commit {gone[0]}: choose a "
@@ -108,6 +120,13 @@ def _of_version(store: Store, infos: Mapping[str, ObjectInfo], version: int | No
     if start >= 0:
         keys += [key for key in infos if key.startswith(f"{LOG}_sidecars/")]
     return keys, wanted
+
+
+def _is_there(store: Store, key: str) -> bool:
+    try:
+        return bool(store.stat(key))
+    except NotFound:
+        return False
 
 
 def _copy(store: Store, keys: list[str], folder: Path) -> None:
@@ -132,9 +151,13 @@ def _refuse_what_is_not_understood(url: str, table: Any) -> None:
     unknown = sorted(set(protocol.reader_features or ()) - _UNDERSTOOD)
     if unknown or protocol.min_reader_version > 3:
         what = ", ".join(unknown) or f"reader version {protocol.min_reader_version}"
-        raise UnsupportedTable(
-            f"{url} is a Delta table that asks of its readers what Tidemill does not know ({what}): drop the feature, {_REWRITE}"
-        )
+        raise _unknown(url, what)
+
+
+def _unknown(url: str, what: str) -> UnsupportedTable:
+    return UnsupportedTable(
+        f"{url} is a Delta table that asks of its readers what is not known here ({what}): drop the feature, {_REWRITE}"
+    )
 
 
 def _files(url: str, table: Any, deleted: Mapping[str, Any]) -> Iterator[LiveFile]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 HINT: Final = "metadata/version-hint.text"
 _FIELD_ID: Final = b"PARQUET:field_id"
+_SAME: Final = {"s3a": "s3", "s3n": "s3", "abfs": "az", "abfss": "az", "wasb": "az", "wasbs": "az"}
+"""Schemes by which others call a store."""
 _REWRITE: Final = (
     "rewrite the table (in Spark: CALL system.rewrite_data_files), or write its rows to another table or folder"
 )
@@ -208,10 +210,11 @@ def _names(url: str, table: StaticTable, schema: Schema) -> Callable[[pa.Schema]
 # ---- where things lie --------------------------------------------------------------------------------------------------
 def _place(url: str) -> str:
     """A location as it can be compared: schemes of one store are one, and a local path is the real one."""
-    scheme, rest = re.fullmatch(r"(?:([a-z0-9]+):)?(.*)", url.rstrip("/"), re.DOTALL).groups()  # type: ignore[union-attr]
+    scheme, rest = re.fullmatch(r"(?:([a-z0-9]+):/*)?(.*)", url.rstrip("/"), re.DOTALL).groups()  # type: ignore[union-attr]
     if scheme in (None, "file"):
         return os.path.realpath(f"/{rest.lstrip('/')}")
-    return f"{'s3' if scheme in ('s3a', 's3n') else scheme}:{rest}"
+    rest = re.sub(r"^([^@/]+)@[^/]+", r"\1", rest)  # Hadoop's container@account.dfs.core.windows.net
+    return f"{_SAME.get(scheme, scheme)}:{rest}"
 
 
 def _key(url: str, root: str, location: str) -> str:

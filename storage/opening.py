@@ -55,6 +55,11 @@ class Opener:
             try:
                 return self._store.read(info.key, if_match=info.etag, start=start, length=length)
             except (PreconditionFailed, NotFound, StoreNotFound) as error:
+                if self._table is not None:
+                    raise DatasetChanged(
+                        f"{self._store.url}/{info.key}, a file of {self._table.ref.told}, went while it was being read, as by a "
+                        "vacuum or an expiry. Nothing was registered; let them keep files for as long as runs take, run again."
+                    ) from error
                 raise DatasetChanged(
                     f"{self._store.url}/{info.key} changed while the dataset was being read. Nothing was registered; run "
                     "again when its writer has finished, and let writers add files instead of replacing them."

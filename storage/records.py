@@ -1,9 +1,9 @@
 """What records of a registry have in common, and what one says of a dataset, and of where first weights come from."""
 
 from datetime import datetime
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Record(BaseModel):
@@ -36,6 +36,12 @@ class ChosenRows(Record):
     """How many of them the values of their folders did not rule out."""
     of_rows: int
     """How many rows these had."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if len({part is None for part in (self.last, self.time_column, self.since, self.until)}) > 1:
+            raise ValueError("last, time_column, since and until stand together")
+        return self
 
 
 class TableRef(Record):

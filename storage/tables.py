@@ -69,13 +69,18 @@ class Table:
         names = {name: own for name, own in self.names(file.schema).items() if name not in live.values}
         values = dict[str, Any]()
         fields: list[pa.Field[Any]] = []
+        widened = set[str]()
         for column in self.schema:
             if column.name in names:
-                fields.append(file.schema.field(names[column.name]).with_name(column.name).remove_metadata())
+                own = file.schema.field(names[column.name]).with_name(column.name).remove_metadata()
+                if _is_widened(own.type, column.type):
+                    own = own.with_type(column.type)
+                    widened.add(column.name)
+                fields.append(own)
             else:  # a column that was added after the file was written is null in it
                 values[column.name] = live.values.get(column.name, pa.scalar(None, column.type))
                 fields.append(pa.field(column.name, values[column.name].type, metadata=MARK))
-        schema, found = pa.schema(fields), list[TableGroup]()
+        schema, found, wide = pa.schema(fields), list[TableGroup](), frozenset(widened)
         for group in groups:
             kept = None
             if live.kept is not None:
@@ -86,8 +91,20 @@ class Table:
                 if not rows.any():
                     continue
             count = group.num_rows if kept is None else int(rows.sum())
-            found.append(TableGroup(group, schema, names, values, count, kept))
+            found.append(TableGroup(group, schema, names, wide, values, count, kept))
         return found
+
+
+def _is_widened(own: Any, kind: Any) -> bool:
+    """Whether a table has changed the type of a column since a file was written, by the rules of Delta Lake and Iceberg: what the
+    file holds is a value of the new type, whatever the row groups are that a run begins with."""
+    types = pa.types
+    if types.is_integer(own):
+        wider = types.is_integer(kind) and kind.bit_width > own.bit_width
+        return wider or types.is_decimal(kind) or (kind == pa.float64() and own.bit_width <= 32)
+    if types.is_decimal(own) and types.is_decimal(kind):
+        return own != kind and kind.scale >= own.scale and kind.precision - kind.scale >= own.precision - own.scale
+    return (own, kind) == (pa.float32(), pa.float64()) or (types.is_date(own) and types.is_timestamp(kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +116,8 @@ class TableGroup:
     """Of its file, by the names of the table."""
     names: Mapping[str, str]
     """Of a column in the table -> in the file."""
+    widened: frozenset[str]
+    """Columns that had a narrower type when the file was written."""
     values: Values
     """Of columns that are the same in all rows."""
     num_rows: int
@@ -127,6 +146,9 @@ class TableGroup:
             read.column(self.names[name]) if name in self.names else several(self.values[name], read.num_rows)
             for name in columns
         ]
+        for at, name in enumerate(columns):
+            if name in self.widened:
+                arrays[at] = arrays[at].cast(self.schema.field(name).type)
         table = pa.Table.from_arrays(arrays, names=list(columns))
         if self.kept is None:
             return table
@@ -135,6 +157,7 @@ class TableGroup:
     def bounds(self, file: ParquetFile, column: str) -> Bounds:
         """What is known of the values of a column by the log and the footer of its file, which is open."""
         if column in self.names:
-            return self.group.bounds(file, self.names[column])
+            known = self.group.bounds(file, self.names[column])
+            return known if column not in self.widened else Bounds(nulls=known.nulls, values=known.values)
         missing = not self.values[column].is_valid
         return Bounds(nulls=missing, values=not missing)

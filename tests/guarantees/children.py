@@ -24,11 +24,12 @@ from typing import Any, Protocol, TypeVar
 from unittest.mock import patch
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from tests.data import EveryNinth, parquet
-from tests.storage.faults import Call, Dated, act_once, hooked, together
+from tests.storage.faults import Call, Dated, FaultStore, act_once, hooked, together
 from tests.storage.segmented import InRows
 from tidemill.flows.display import Lines, Shown
 from tidemill.progress import Activity, listening
@@ -267,6 +268,53 @@ def train(
     """A batch run from start to registration."""
     steps = batch.BatchSteps.of(lambda step: lambda *args: call(lambda: step(*args)))
     batch.train_by(steps, dataset, registry, "model", spec, settings, stores)
+
+
+def delta_options(url: str) -> dict[str, str] | None:
+    """What deltalake and polars take to reach a table; the rest comes from the variables that AWS's clients read too."""
+    return {"AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL_S3"], "AWS_ALLOW_HTTP": "true"} if "s3:" in url else None
+
+
+class DeltaWriter:
+    """A hook: at each third call for a registry somebody writes to the Delta table that its run is trained on.
+
+    One after the other: rows are appended, changed and deleted, files are rewritten, and those are removed that neither version
+    `pinned` nor the one that was the newest at the start needs.
+    """
+
+    def __init__(self, url: str, registry: str, pinned: int) -> None:
+        from deltalake import DeltaTable, write_deltalake
+
+        def opened() -> DeltaTable:
+            return DeltaTable(url, storage_options=options)
+
+        options, kept = delta_options(url), [pinned]
+        kept.append(opened().version())
+        new = pq.read_table(pa.BufferReader(table(20, 99)))
+        self._acts: list[Callable[[], object]] = [
+            lambda: write_deltalake(url, new, mode="append", storage_options=options),
+            lambda: opened().update({"y": "-y"}, predicate="a > 0"),
+            lambda: opened().delete("b > 0.5"),
+            lambda: opened().optimize.compact(),
+            lambda: opened().vacuum(0, dry_run=False, enforce_retention_duration=False, keep_versions=kept),
+        ]
+        self._registry, self._calls, self._lock = open_store(registry).url, 0, threading.Lock()
+
+    def __call__(self, call: Call) -> None:
+        if (call.url, call.phase) == (self._registry, "before"):
+            with self._lock:
+                turn, rest = divmod(self._calls, 3)
+                self._calls += 1
+                if not rest:
+                    self._acts[turn % len(self._acts)]()
+
+
+def train_while_written(
+    stores: Stores, dataset: str, registry: str, spec: Spec, settings: BatchSettings, pinned: int
+) -> None:
+    """A batch run on a Delta table that somebody writes to."""
+    writer = DeltaWriter(dataset, registry, pinned)
+    train(lambda url: FaultStore(stores(url), writer), dataset, registry, spec, settings)
 
 
 def train_by_recipe(stores: Stores, dataset: str, registry: str, spec: Spec) -> None:

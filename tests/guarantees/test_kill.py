@@ -11,10 +11,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
+import polars
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable, write_deltalake
 
 from tests.conftest import AZURE, BUCKET, CLOUDS, GCS, MINIO_LIKE
 from tests.data import parquet
@@ -37,6 +39,7 @@ from tests.guarantees.children import (
     compare_specs,
     copy,
     dated_drain,
+    delta_options,
     drain,
     drain_in_segments,
     drain_pairs,
@@ -48,10 +51,12 @@ from tests.guarantees.children import (
     table,
     train,
     train_by_recipe,
+    train_while_written,
     waiting,
     watched_drain,
 )
 from tidemill.storage.aliases import all_aliases, promote
+from tidemill.storage.dataset import snapshot
 from tidemill.storage.log import VersionLog
 from tidemill.storage.refs import Segment
 from tidemill.storage.urls import open_store
@@ -352,6 +357,50 @@ def test_batch_run(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
         return moments
 
     sweep(run_and_check)
+
+
+def test_batch_run_on_a_table_that_is_written(sweep: Sweep, make_url: MakeUrl, tmp_path: Path) -> None:
+    """Meanwhile somebody appends, updates, deletes, optimizes, and vacuums what the pinned version does not need."""
+    whole = make_url("table")
+    for data in DATASET.values():
+        write_deltalake(
+            whole, pq.read_table(pa.BufferReader(data)), mode="append", storage_options=delta_options(whole)
+        )
+    DeltaTable(whole, storage_options=delta_options(whole)).delete("a > 1")
+    pinned = DeltaTable(whole, storage_options=delta_options(whole)).version()
+    held = polars.read_delta(whole, version=pinned, storage_options=delta_options(whole)).to_dicts()
+    start_server()
+    in_child(train, whole, make_url("whole"), SPEC, BATCH, kill=None, tmp_path=tmp_path)
+    reference = bits(VersionLog(open_store(make_url("whole")), "model"))
+
+    def rows_of(url: str) -> list[str]:
+        found = snapshot(url, version=pinned)
+        return sorted(repr(row) for group in found.row_groups for row in group.read(list(held[0])).to_pylist())
+
+    def run_and_check(kill: Kill | None, name: str) -> list[str] | None:
+        url, registry = make_url(f"{name}/table"), make_url(f"{name}/registry")
+        copy(whole, url)
+        arguments = (url, registry, SPEC, BATCH, pinned)
+        moments = in_child(train_while_written, *arguments, kill=kill, tmp_path=tmp_path)
+        if kill is not None:
+            in_child(train_while_written, *arguments, kill=None, tmp_path=tmp_path)
+        log = VersionLog(open_store(registry), "model")
+        audit(log, [])
+        ref = log.head().manifest.dataset
+        assert ref is not None
+        assert ref.table is not None
+        assert DeltaTable(url, storage_options=delta_options(url)).version() > pinned + 3
+        assert rows_of(url) == sorted(map(repr, held)), "what the version holds is what it held"
+        if ref.table.version == pinned:
+            assert (bits(log), ref.rows) == (reference, len(held))
+        else:  # it was killed before it had begun, and took a newer one
+            assert kill is not None
+            named = BATCH.model_copy(update={"table_version": ref.table.version})
+            in_child(train, url, make_url(f"{name}/again"), SPEC, named, kill=None, tmp_path=tmp_path)
+            assert bits(log) == bits(VersionLog(open_store(make_url(f"{name}/again")), "model"))
+        return moments
+
+    sweep(run_and_check, times=0.5)
 
 
 @pytest.mark.parametrize("backend", ["local"], indirect=True)

@@ -9,12 +9,15 @@ import struct
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyroaring import BitMap
@@ -23,7 +26,7 @@ from tests.storage.faults import Call, FaultStore, hooked
 from tidemill.storage.choice import Choice
 from tidemill.storage.dataset import Snapshot, peek, pinned, snapshot
 from tidemill.storage.errors import DatasetChanged, DatasetError, Unavailable, UnsupportedTable
-from tidemill.storage.store import Store
+from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 
 Rows = list[dict[str, Any]]
@@ -157,6 +160,141 @@ def test_rows_of_a_column_that_was_added_later_are_null(path: Path) -> None:
     assert [row["id"] for row in rows(snapshot(str(path), choice=Choice("NOT extra = 'a'")))] == [4]
 
 
+def test_values_of_a_column_that_was_widened_are_of_its_new_type(path: Path) -> None:
+    """What Spark does for ALTER COLUMN ... TYPE: the schema changes, and the files stay. No other reader here knows it."""
+    day = datetime.date(2024, 1, 5)
+    old = {
+        "id": pa.array([1], pa.int8()),
+        "f": pa.array([0.1], pa.float32()),
+        "k": pa.array([3], pa.int32()),
+        "day": [day],
+    }
+    write_deltalake(path, pa.table({**old, "d": pa.array([Decimal("1.5")], pa.decimal128(5, 1))}))
+    wider = {"id": "long", "f": "double", "k": "double", "day": "timestamp_ntz", "d": "decimal(10,3)"}
+
+    def act(action: dict[str, Any]) -> None:
+        if "metaData" in action:
+            schema = json.loads(action["metaData"]["schemaString"])
+            for column in schema["fields"]:
+                column["type"] = wider[column["name"]]
+            action["metaData"]["schemaString"] = json.dumps(schema)
+        if "protocol" in action:
+            features = ["typeWidening", "timestampNtz"]
+            action["protocol"] = {
+                "minReaderVersion": 3,
+                "minWriterVersion": 7,
+                "readerFeatures": features,
+                "writerFeatures": features,
+            }
+
+    edited(path, act)
+    found = snapshot(str(path))
+    assert [str(kind) for kind in found.schema.types] == [
+        "int64",
+        "double",
+        "double",
+        "timestamp[us]",
+        "decimal128(10, 3)",
+    ]
+    [row] = rows(found)
+    assert row == {
+        "id": 1,
+        "f": 0.10000000149011612,
+        "k": 3.0,
+        "day": datetime.datetime(2024, 1, 5),
+        "d": Decimal("1.500"),
+    }
+    chosen = "k = 3 AND day = TIMESTAMP '2024-01-05 00:00:00' AND d = 1.5 AND f <> 0.1"
+    assert snapshot(str(path), choice=Choice(chosen)).ref.rows == 1
+
+
+# ---- checkpoints of the log ---------------------------------------------------------------------------------------------
+def checkpointed(path: Path) -> tuple[Path, pa.Table]:
+    """A table of six commits, with the checkpoint of the last one, which is taken away and given back."""
+    for number in range(6):
+        write_deltalake(path, table(30 * number), mode="append")
+    DeltaTable(path).delete("id % 7 = 0")
+    DeltaTable(path).create_checkpoint()
+    log = path / "_delta_log"
+    [file] = log.glob("*.checkpoint.parquet")
+    actions = pq.read_table(file)
+    file.unlink()
+    (log / "_last_checkpoint").unlink()
+    return log / file.name.partition(".")[0], actions
+
+
+def parts(place: Path, actions: pa.Table, of: int, *numbers: int) -> None:
+    for number in numbers:
+        part = actions.take([row for row in range(len(actions)) if row % of == number - 1])
+        pq.write_table(part, f"{place}.checkpoint.{number:010d}.{of:010d}.parquet")
+
+
+def test_a_checkpoint_in_parts_is_read_if_all_are_there(path: Path) -> None:
+    place, actions = checkpointed(path)
+    whole = expected(path)
+    parts(place, actions, 3, 1, 2)
+    parts(place, actions, 2, 1)
+    assert rows(snapshot(str(path))) == whole, "three parts of two checkpoints are none: the commits tell"
+    parts(place, actions, 3, 3)
+    for commit in range(6):
+        (place.parent / f"{commit:020d}.json").unlink()
+    assert rows(snapshot(str(path))) == whole
+
+
+@pytest.mark.parametrize("ending", ["json", "parquet"])
+def test_a_checkpoint_of_the_second_kind_is_read_with_its_sidecars(path: Path, ending: str) -> None:
+    place, actions = checkpointed(path)
+    whole, log = expected(path), place.parent
+    feature = ["v2Checkpoint"]
+    protocol = {"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": feature, "writerFeatures": feature}
+    added = actions.filter(pc.is_valid(actions.column("add"))).select(["add"])
+    sidecars = []
+    (log / "_sidecars").mkdir()
+    for number, part in enumerate((added.slice(0, 3), added.slice(3))):
+        name = f"{uuid.uuid4()}.parquet"
+        pq.write_table(part, log / "_sidecars" / name)
+        size = (log / "_sidecars" / name).stat().st_size
+        sidecars.append({"path": name, "sizeInBytes": size, "modificationTime": number})
+    first = [json.loads(line) for line in (log / f"{0:020d}.json").read_text().splitlines()]
+    metadata = next(action["metaData"] for action in first if "metaData" in action)
+    lines = [{"checkpointMetadata": {"version": 6}}, {"protocol": protocol}, {"metaData": metadata}]
+    lines += [{"sidecar": sidecar} for sidecar in sidecars]
+    name = f"{place}.checkpoint.{uuid.uuid4()}.{ending}"
+    if ending == "json":
+        Path(name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        metadata["configuration"] = pa.scalar([], pa.map_(pa.string(), pa.string())).as_py()
+        metadata["format"]["options"] = []
+        kinds = {field.name: field.type for field in actions.schema}
+        numbers = pa.struct([("version", pa.int64())])
+        file = pa.struct([("path", pa.string()), ("sizeInBytes", pa.int64()), ("modificationTime", pa.int64())])
+        types = {
+            "checkpointMetadata": numbers,
+            "protocol": kinds["protocol"],
+            "metaData": kinds["metaData"],
+            "sidecar": file,
+        }
+        pq.write_table(
+            pa.table({n: pa.array([line.get(n) for line in lines], kind) for n, kind in types.items()}), name
+        )
+    for commit in range(7):
+        (log / f"{commit:020d}.json").unlink()
+    assert rows(snapshot(str(path))) == whole
+
+
+def test_a_commit_that_a_listing_has_missed_is_asked_for(path: Path) -> None:
+    """A listing of a folder that is written may have a commit, and not the one before it."""
+    for number in range(3):
+        write_deltalake(path, table(30 * number), mode="append")
+
+    class Partial(FaultStore):
+        def list(self, *arguments: Any, **options: Any) -> Iterator[ObjectInfo]:
+            return (info for info in super().list(*arguments, **options) if not info.key.endswith("1.json"))
+
+    found = snapshot(str(path), lambda url: Partial(open_store(url), lambda _: None))
+    assert rows(found) == expected(path)
+
+
 # ---- deleted rows ----------------------------------------------------------------------------------------------------------
 Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
 
@@ -276,6 +414,25 @@ def test_column_mapping_is_refused_with_the_remedy(path: Path) -> None:
         snapshot(str(path))
 
 
+@pytest.mark.parametrize("version", [3, 4])
+def test_what_is_not_known_of_readers_is_refused_with_the_remedy(path: Path, version: int) -> None:
+    write_deltalake(path, table(0, 3))
+
+    def act(action: dict[str, Any]) -> None:
+        if "protocol" in action:
+            feature = ["somethingNew"]
+            action["protocol"] = {
+                "minReaderVersion": version,
+                "minWriterVersion": 7,
+                "readerFeatures": feature,
+                "writerFeatures": feature,
+            }
+
+    edited(path, act)
+    with pytest.raises(DatasetError, match=r"Delta table.*(somethingNew.*drop the feature|Reader features)"):
+        snapshot(str(path))
+
+
 def test_a_file_outside_of_the_table_is_refused(path: Path) -> None:
     write_deltalake(path, table(0, 3))
 
@@ -349,7 +506,9 @@ def test_a_file_that_is_replaced_or_vacuumed_after_the_snapshot_is_noticed(path:
     found = snapshot(str(path))
     DeltaTable(path).delete("id < 6")
     DeltaTable(path).vacuum(0, dry_run=False, enforce_retention_duration=False)
-    with pytest.raises(DatasetChanged):
+    with pytest.raises(
+        DatasetChanged, match=r"a file of version 0 of the Delta table, went .* as by a vacuum.*run again"
+    ):
         rows(found)
 
 
