@@ -400,7 +400,7 @@ def test_batch_run_on_a_table_that_is_written(sweep: Sweep, make_url: MakeUrl, t
             assert bits(log) == bits(VersionLog(open_store(make_url(f"{name}/again")), "model"))
         return moments
 
-    sweep(run_and_check, times=0.5)
+    sweep(run_and_check, times=0.4)
 
 
 @pytest.mark.parametrize("backend", ["local"], indirect=True)
