@@ -44,7 +44,7 @@ WHOLE: Final = 2**20
 """Bytes of a blob up to which its pieces are joined before they are written: one call of a store, as of any small object."""
 SUFFIXES: Final = ("safetensors", "state.safetensors")
 """How the keys of weights and state end."""
-UNKNOWN: Final["tuple[Touched, Touched]"] = ({}, {})
+UNKNOWN: Final["Sequence[Touched]"] = ({}, {})
 """Nothing is known of which rows have changed."""
 
 
@@ -65,7 +65,7 @@ class WritingChain(Chain):
         number: int,
         pieces: Sequence[Sequence[Buffer]],
         parent: Blobs | None = None,
-        touched: "tuple[Touched, Touched]" = UNKNOWN,
+        touched: "Sequence[Touched]" = UNKNOWN,
     ) -> list[FileRef]:
         """Store weights and state for version `number`, which does not exist yet; see `write_blob`.
 

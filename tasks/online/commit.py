@@ -39,7 +39,8 @@ def commit(work: Work, selection: Selection, champion: Champion, places: Places,
     cumulative.add(work.consumed)
     compared = list(recent)[-settings.gate.recent_shards :]
     gate, holdout = _decide(work, compared, champion, settings)
-    refs = log.write_learner(number, learner.pieces(), parent.blobs)
+    touched = [{name: rows.numpy() for name, rows in part.items()} for part in learner.touched()]
+    refs = log.write_learner(number, learner.pieces(), parent.blobs, touched)
     entry = Entry(
         kind="online",
         spec=parent.spec,
@@ -63,9 +64,11 @@ def commit(work: Work, selection: Selection, champion: Champion, places: Places,
         code=code_revision(),
         environment=environment_of(learner.spec),
     )
+    version = log.commit(head.version, entry)
+    learner.committed()
     return replace(
         head,
-        version=log.commit(head.version, entry),
+        version=version,
         owed=owed,
         disposed_at=head.disposed_at if head.owed else time.monotonic(),
         recent=recent,

@@ -104,7 +104,9 @@ def read_learner(log: VersionLog, version: Version, device: str) -> Learner:
         UnknownVersion, CorruptObject, TrainingError: see `load_learner`.
     """
     try:
-        return load_learner(log, version, device)
+        learner = load_learner(log, version, device)
+        learner.committed()
+        return learner
     except UnknownVersion as error:
         if log.head().number == version.number:
             raise

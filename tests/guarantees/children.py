@@ -30,7 +30,7 @@ import torch
 
 from tests.data import EveryNinth, parquet
 from tests.storage.faults import Call, Dated, FaultStore, act_once, hooked, together
-from tests.storage.segmented import InRows
+from tests.storage.segmented import InSegments
 from tidemill.flows.display import Lines, Shown
 from tidemill.progress import Activity, listening
 from tidemill.storage import retention
@@ -94,12 +94,13 @@ ROWS = Spec.model_validate(
     SPEC.model_dump()
     | {
         "features": ["a", "b", {"name": "c", "kind": "category", "buckets": 512}],
-        "optimizer": {"name": "sgd"},
+        "optimizer": {"name": "sparse_adam"},
+        "clip_norm": None,
         "ema_decay": None,
-        "model": {"factory": "mlp", "arguments": {"hidden": [8], "embedding": 16}},
+        "model": {"factory": "mlp", "arguments": {"hidden": [8], "embedding": 16, "sparse": True}},
     }
 )
-"""A table of which a shard changes a few rows: the optimizer leaves the others alone."""
+"""A table of which a shard changes a few rows: the optimizer leaves the others alone, and the learner notes which."""
 CLASSES = Spec.model_validate(
     SPEC.model_dump()
     | {
@@ -357,11 +358,11 @@ def collect_garbage(stores: Stores, registry: str, keep: int) -> None:
 
 
 class InSegmentsPlaces(Places):
-    """Files of any size are stored in segments, and of tables the rows that have changed."""
+    """Files of any size are stored in segments, and of tables the rows that the learner has changed."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.log = InRows(self.log.store, self.log.model)
+        self.log = InSegments(self.log.store, self.log.model)
 
 
 def drain_in_segments(stores: Stores, inbox: str, registry: str, settings: OnlineSettings) -> None:

@@ -254,7 +254,10 @@ def test_online_run_whose_versions_name_blobs_of_older_ones(sweep: Sweep, make_u
         own = f"model/blobs/{head.number:08d}-"
         assert any(not key.startswith(own) for key in blobs.weights.object_keys), "nothing was named again"
         if kill is None:
-            assert any(each.changed for each in blobs.weights.units if isinstance(each, Segment)), "no rows were stored"
+            tables = [
+                each.name for ref in blobs.refs for each in ref.units if isinstance(each, Segment) and each.changed
+            ]
+            assert len(tables) == 3, "the rows of a table and of its two moments"
         reference.append(bits(log))
         assert reference[-1] == reference[0]
         return moments
