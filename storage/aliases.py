@@ -14,6 +14,7 @@ from tidemill.storage.errors import (
     UnknownVersion,
 )
 from tidemill.storage.log import VersionLog
+from tidemill.storage.parallel import concurrently
 from tidemill.storage.store import ObjectInfo
 
 
@@ -102,13 +103,16 @@ def promote(log: VersionLog, alias: str, version: Version, only_from: Alias | No
     """
     if not NAME.fullmatch(alias) or alias == "head" or alias.isdecimal():
         raise UnknownAlias(f"{alias!r} cannot be an alias: use a word such as 'champion' (not 'head', not a number).")
-    for blob in version.manifest.blobs.learner_keys:
+
+    def is_there(blob: str) -> None:
         try:
             log.store.stat(blob)
         except NotFound:
             raise UnknownVersion(
                 f"{log.url}: the blobs of version {version.number} were removed by retention; it cannot be served."
             ) from None
+
+    concurrently(is_there, version.manifest.blobs.learner_keys, log.store.concurrency)
     key = _key(log, alias)
     while True:
         try:
