@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from tidemill.storage.comparing import Comparison, of_value
+from tidemill.storage.comparing import comparison, of_value
 from tidemill.storage.conditions import And, BadCondition, Bounds, Compare, Condition, Known, columns, given, truths
 from tidemill.storage.errors import DatasetError, StorageError
 from tidemill.storage.groups import Group, chosen
@@ -223,7 +223,7 @@ def by_bounds(condition: Condition, schema: pa.Schema, bounds: Callable[[str], B
     """
     kinds = {name: _kind(schema, name) for name in columns(condition)}
     ends = {name: bounds(name) for name in kinds}
-    found = truths(condition, lambda leaf: Comparison(leaf, kinds[leaf.column]).within(ends[leaf.column]))
+    found = truths(condition, lambda leaf: comparison(leaf, kinds[leaf.column]).within(ends[leaf.column]))
     if found == {True}:
         return Known(True)
     return condition if True in found else Known(False)

@@ -7,6 +7,9 @@ number is given as the nearest float of its type: a column of float32 that holds
 
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
+import bisect
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from tidemill.storage.conditions import (
     BadCondition,
     Bounds,
     Compare,
+    In,
     Instant,
     IsNull,
     Key,
@@ -57,7 +61,8 @@ class Comparison:
         self._floats = pa.types.is_floating(kind)
         self._test: _Test | None = None
         if not isinstance(leaf, IsNull):
-            self._test = _like(leaf, kind) if isinstance(leaf, Like) else _compare(leaf, kind)
+            made: Any = {Like: _like, In: _in, Compare: _compare}[type(leaf)]
+            self._test = made(leaf, kind)
 
     def of_rows(self, column: Column) -> Column:
         """bool [N]: the truth of it for each row; null where it is neither.
@@ -95,6 +100,30 @@ class _Test:
     within: Callable[[Key, Key], Truths]
     nan: Truths = frozenset()
     """Of a value that is not a number."""
+    equal: _Equal | None = None
+    """Of `=` with one value of the column's type, or with a value that it cannot hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Equal:
+    """What equals a value."""
+
+    key: Key
+    scalar: pa.Scalar[Any] | None
+    """None: nothing does."""
+    prepared: Callable[[Column], Column] | None = None
+    """Makes of a column one of the type of `scalar`."""
+
+
+def comparison(leaf: Leaf, kind: Any) -> Comparison:
+    """`Comparison`, made once for the row groups of a dataset. Raises as it does."""
+    return _made(leaf, isinstance(leaf, Compare) and isinstance(leaf.value, bool), kind)
+
+
+@functools.lru_cache(256)
+def _made(leaf: Leaf, boolean: bool, kind: Any) -> Comparison:
+    """`boolean` tells TRUE from 1, which are equal."""
+    return Comparison(leaf, kind)
 
 
 def of_value(leaf: Leaf, value: pa.Scalar[Any]) -> Truth:
@@ -105,7 +134,7 @@ def of_value(leaf: Leaf, value: pa.Scalar[Any]) -> Truth:
     """
     several: Any = pa.repeat  # its stubs know each type by name
     one = several(value, 1)
-    truth: Truth = Comparison(leaf, value.type).of_rows(_chunked(one))[0].as_py()
+    truth: Truth = comparison(leaf, value.type).of_rows(_chunked(one))[0].as_py()
     return truth
 
 
@@ -136,6 +165,33 @@ def _compare(leaf: Compare, kind: Any) -> _Test:
     if types.is_floating(kind):
         return _of_floats(leaf.operator, value, kind)
     return _in_units(leaf.operator, value * 10 ** (kind.scale if types.is_decimal(kind) else 0), kind)
+
+
+def _in(leaf: In, kind: Any) -> _Test:
+    """All values at once: lists of thousands of them are asked of each row."""
+    tests = [_compare(Compare(leaf.column, "=", value), kind) for value in leaf.values]
+    known = [test.equal for test in tests if test.equal is not None]
+    if len(known) < len(tests):  # text beside times, or a column of nulls
+        return _Test(lambda column: functools.reduce(pc.or_kleene, (t.rows(column) for t in tests)), lambda *_: EITHER)
+    held = {one.key: one for one in known if one.scalar is not None}
+    if not held:
+        return _constant(False)
+    keys, first = sorted(held), next(iter(held.values()))
+    scalars = [one.scalar for one in held.values()]
+    if 0.0 in held and pa.types.is_floating(kind):
+        scalars += [pa.scalar(zero, kind) for zero in (0.0, -0.0)]  # equal, and not the same to `is_in`
+    values = pa.array(scalars)
+
+    def rows(column: Column) -> Any:
+        found = pc.is_in(column if first.prepared is None else first.prepared(column), value_set=values)
+        return pc.if_else(pc.is_valid(column), found, pa.scalar(None, pa.bool_()))
+
+    def within(low: Key, high: Key) -> Truths:
+        place = bisect.bisect_left(keys, low)
+        some = place < len(keys) and keys[place] <= high
+        return frozenset((some,)) if low == high or not some else EITHER
+
+    return _Test(rows, within, frozenset((False,)))
 
 
 def _like(leaf: Like, kind: Any) -> _Test:
@@ -174,7 +230,7 @@ def _of_floats(operator: Operator, value: Fraction, kind: Any) -> _Test:
     with np.errstate(over="ignore"):
         nearest = wide if kind == pa.float64() else float(kind.to_pandas_dtype()(wide))
     test = _plain(operator, nearest, kind)
-    return _Test(test.rows, test.within, frozenset((operator == "<>",)))
+    return dataclasses.replace(test, nan=frozenset((operator == "<>",)))
 
 
 def _in_units(
@@ -233,7 +289,10 @@ def _plain(
             return found if operator == "=" else frozenset(not truth for truth in found)
         return frozenset((compare(low, key), compare(high, key)))  # monotonic: the ends tell of all between
 
-    return _Test(lambda column: compared(column if prepared is None else prepared(column), other), within)
+    def rows(column: Column) -> Any:
+        return compared(column if prepared is None else prepared(column), other)
+
+    return _Test(rows, within, equal=_Equal(key, other, prepared) if operator == "=" else None)
 
 
 def _constant(truth: bool) -> _Test:
@@ -243,7 +302,7 @@ def _constant(truth: bool) -> _Test:
     def rows(column: Column) -> Any:
         return pc.if_else(pc.is_valid(column), found, pa.scalar(None, pa.bool_()))
 
-    return _Test(rows, lambda low, high: frozenset((truth,)))
+    return _Test(rows, lambda low, high: frozenset((truth,)), equal=None if truth else _Equal(None, None))
 
 
 # ---- columns as they can be compared ------------------------------------------------------------------------------------

@@ -68,6 +68,14 @@ class Like:
     pattern: str
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class In:
+    """`column IN (values)`: equal to itself alone, for to compare thousands of values takes long."""
+
+    column: str
+    values: tuple[Value, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class IsNull:
     """`column IS NULL`"""
@@ -75,7 +83,7 @@ class IsNull:
     column: str
 
 
-Leaf: TypeAlias = Compare | Like | IsNull
+Leaf: TypeAlias = Compare | Like | In | IsNull
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tidemill.storage.comparing import Comparison
+from tidemill.storage.comparing import comparison
 from tidemill.storage.conditions import And, Condition, Known, Not, Or, columns
 
 
@@ -86,4 +86,4 @@ def _truth(condition: Condition, table: pa.Table) -> Any:
             raise AssertionError("what is known has no part in what is asked of rows")
         case _:
             column = table.column(condition.column)
-            return Comparison(condition, column.type).of_rows(column)
+            return comparison(condition, column.type).of_rows(column)

@@ -22,6 +22,7 @@ from tidemill.storage.conditions import (
     BadCondition,
     Compare,
     Condition,
+    In,
     Instant,
     IsNull,
     Like,
@@ -167,7 +168,7 @@ def _leaf(node: Any) -> Condition:
     if isinstance(node, exp.In):
         name, values = _parts(node, "this", "expressions").values()
         if values:
-            return Or(tuple(Compare(_column(name), "=", _value(value)) for value in values))
+            return In(_column(name), tuple(_value(value) for value in values))
     if type(node) is exp.Like:
         name, pattern = _parts(node, "this", "expression").values()
         if isinstance(text := _value(pattern), str):

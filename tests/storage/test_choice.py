@@ -139,6 +139,45 @@ def test_the_rows_are_those_of_duckdb(world: tuple[str, pa.Table], where: str) -
     assert sum(group.num_rows for group in found.row_groups) == len(expected)
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        "i IN (2, 1.5, 99999999999999999999, -3)",
+        "i NOT IN (1.5, 99999999999999999999)",
+        "f IN (0, 0.1)",
+        "f IN (-0.0)",
+        "d NOT IN (-1.1, 0.001)",
+        "b IN (TRUE, FALSE)",
+        "s IN ('ü', '', 'zz')",
+        "day IN (DATE '2024-01-05', '2024-01-06')",
+        "ts NOT IN ('2024-01-05 12:00:00.000005')",
+        "folder IN (0, 2)",
+        "i IN (1) OR NOT b AND s NOT IN ('a')",
+    ],
+)
+def test_lists_of_values_choose_the_rows_of_duckdb(world: tuple[str, pa.Table], where: str) -> None:
+    url, table = world
+    with duckdb.connect() as db:
+        db.register("t", table)
+        expected = [row for (row,) in db.execute(f"SELECT row FROM t WHERE {where} ORDER BY row").fetchall()]
+    assert sorted(read(taken(url, where), "row")) == expected
+
+
+def test_text_is_in_a_list_of_times_and_a_column_of_nulls_in_none(memory: MemoryStore) -> None:
+    memory.write("a.parquet", parquet(pa.table({"day": ["2024-01-01", "2024-01-02", None], "x": pa.nulls(3)})))
+    assert read(taken(memory.url, "day IN (DATE '2024-01-02', '2024-01-01')"), "day") == ["2024-01-01", "2024-01-02"]
+    with pytest.raises(DatasetError, match="none of 3 rows in 1 files is chosen"):
+        taken(memory.url, "x IN (1) OR x NOT IN (2)")
+
+
+def test_true_is_no_number_whatever_was_asked_before(memory: MemoryStore) -> None:
+    memory.write("a.parquet", parquet(pa.table({"i": [0, 1], "b": [False, True]})))
+    assert read(taken(memory.url, "i = 1"), "i") == [1]
+    for where in ("i = TRUE", "b = 1", "i IN (TRUE)", "b IN (1)"):
+        with pytest.raises(DatasetError, match="compare it with"):
+            taken(memory.url, where)
+
+
 # ---- what DuckDB has another rule for -----------------------------------------------------------------------------------
 def test_what_is_no_number_is_unlike_every_number(memory: MemoryStore) -> None:
     memory.write("a.parquet", parquet(pa.table({"x": [1.0, float("nan"), None, 3.0]})))
