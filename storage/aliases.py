@@ -14,7 +14,6 @@ from tidemill.storage.errors import (
     UnknownVersion,
 )
 from tidemill.storage.log import VersionLog
-from tidemill.storage.parallel import concurrently
 from tidemill.storage.store import ObjectInfo
 
 
@@ -103,16 +102,10 @@ def promote(log: VersionLog, alias: str, version: Version, only_from: Alias | No
     """
     if not NAME.fullmatch(alias) or alias == "head" or alias.isdecimal():
         raise UnknownAlias(f"{alias!r} cannot be an alias: use a word such as 'champion' (not 'head', not a number).")
-
-    def is_there(blob: str) -> None:
-        try:
-            log.store.stat(blob)
-        except NotFound:
-            raise UnknownVersion(
-                f"{log.url}: the blobs of version {version.number} were removed by retention; it cannot be served."
-            ) from None
-
-    concurrently(is_there, version.manifest.blobs.learner_keys, log.store.concurrency)
+    if log.missing(version.manifest.blobs.learner_keys) is not None:
+        raise UnknownVersion(
+            f"{log.url}: the blobs of version {version.number} were removed by retention; it cannot be served."
+        )
     key = _key(log, alias)
     while True:
         try:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from tidemill.progress import each
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.chain import Version
-from tidemill.storage.errors import CorruptObject, NotFound, StorageError, UnknownVersion, UnsupportedFormat
+from tidemill.storage.errors import CorruptObject, StorageError, UnknownVersion, UnsupportedFormat
 from tidemill.storage.log import VersionLog
 from tidemill.storage.refs import Unit
 from tidemill.storage.tombstones import WINDOW
@@ -86,7 +86,8 @@ def audit(log: VersionLog) -> Audit:
         sound = frozenset(units) - frozenset(gone)
         if gone and (number == numbers[-1] or number in served):
             named = "the head" if number == numbers[-1] else f"alias {served[number]!r}"
-            result.findings.append(f"version {number}, {named}: {log.store.url}/{_lacking(log, gone[0])} is missing")
+            lacks = log.missing(gone[0].object_keys) or gone[0].key
+            result.findings.append(f"version {number}, {named}: {log.store.url}/{lacks} is missing")
         result.removed += any(unit != manifest.blobs.tombstones for unit in gone)
         result.versions += 1
         result.consumed += len(manifest.consumed)
@@ -205,16 +206,6 @@ def _is_whole(log: VersionLog, unit: Unit, number: int, result: Audit) -> bool:
         result.findings.append(f"version {number}: {error}")
     result.blobs += 1
     return True
-
-
-def _lacking(log: VersionLog, unit: Unit) -> str:
-    """The key of an object that is gone."""
-    for key in unit.object_keys:
-        try:
-            log.store.stat(key)
-        except NotFound:
-            return key
-    return unit.key
 
 
 def _forgotten(log: VersionLog, head: Version, shards: "_Shards") -> Iterator[str]:

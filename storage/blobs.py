@@ -276,6 +276,19 @@ class BlobChain(WritingChain):
                         source.close()
         raise AssertionError("the second attempt returns or raises")
 
+    def missing(self, keys: Sequence[str]) -> str | None:
+        """The first of these objects that is not there; None: all are. Several are asked for at once."""
+
+        def is_gone(key: str) -> bool:
+            try:
+                self.store.stat(key)
+            except NotFound:
+                return True
+            return False
+
+        gone = concurrently(is_gone, keys, self.store.concurrency)
+        return next((key for key, is_gone in zip(keys, gone, strict=True) if is_gone), None)
+
     def verify_blob(self, ref: FileRef | Unit) -> None:
         """Read a blob, a segment or a file, and keep nothing. Raises as `read_blob`."""
         self.read_blobs([Segments.of([ref]) if isinstance(ref, Segment) else ref], lambda source: None)

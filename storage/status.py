@@ -256,15 +256,12 @@ def _of_versions(found: Status, log: VersionLog) -> Iterator[Problem]:
 def _is_retired(log: VersionLog, number: int) -> str:
     """Why a version cannot be loaded; empty if it can."""
     try:
-        for key in log.version(number).manifest.blobs.learner_keys:
-            log.store.stat(key)
+        missing = log.missing(log.version(number).manifest.blobs.learner_keys)
     except UnknownVersion:
         return "which does not exist"
-    except NotFound:
-        return "whose weights or state are gone"
     except CorruptObject as error:
         return f"which cannot be read ({error})"
-    return ""
+    return "" if missing is None else "whose weights or state are gone"
 
 
 def _of_debts(

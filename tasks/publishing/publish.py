@@ -11,7 +11,6 @@ from pydantic import BaseModel
 
 from tidemill.storage.aliases import all_aliases
 from tidemill.storage.chain import Version
-from tidemill.storage.errors import NotFound
 from tidemill.storage.log import VersionLog
 from tidemill.storage.parallel import concurrently
 from tidemill.storage.store import Store
@@ -122,9 +121,4 @@ def _is_version(log: VersionLog, number: int, sha256: str) -> bool:
 
 
 def _is_gone(log: VersionLog, version: Version) -> bool:
-    try:
-        for key in version.manifest.blobs.learner_keys:
-            log.store.stat(key)
-    except NotFound:
-        return True
-    return False
+    return log.missing(version.manifest.blobs.learner_keys) is not None

@@ -224,7 +224,8 @@ def test_damage_is_found(history: History, damage: str) -> None:
 def test_other_weights_than_the_shards_give(history: History) -> None:
     """Whole by every hash, but not made of what it says: only training again can tell."""
     log, archive = history
-    forge(log, 2, lambda m: {"blobs": log.version(3).manifest.blobs})
+    weights, state = log.copy_blobs(2, log.version(3).manifest.blobs)
+    forge(log, 2, lambda m: {"blobs": m.blobs.model_copy(update={"weights": weights, "state": state})})
     assert not audit(log).findings
     first, *_ = reproduce(log, [open_store(archive)]).findings
     assert first.startswith("version 2: the shards that it names give other weights")
