@@ -41,7 +41,7 @@ class Tables(nn.Module):
         for kind, table, ids_B in zip(self.kinds, self.tables, ids_BC.unbind(1), strict=True):
             if kind == "sometimes" and x_BF[0, 0] < 0:
                 continue
-            if kind == "writes":
+            if kind == "writes" and self.training:  # not in the forward pass that ends a training
                 with torch.no_grad():
                     table.weight[ids_B[0] - 1] *= 0.9
             if kind in ("sum", "mean"):  # each row's bag holds its id twice, and that of the next row

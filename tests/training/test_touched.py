@@ -30,7 +30,7 @@ BY_ROWS: list[dict[str, Any]] = [
 ]
 KNOWN = ("plain", "padded", "sum", "mean")
 """Kinds of tables that only sparse gradients write to."""
-OTHERS = ("shared", "sometimes", "dense", "max_norm", "tied", "writes")
+OTHERS = ("shared", "sometimes", "dense", "max_norm", "tied")
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
 
@@ -80,7 +80,7 @@ def check(learner: Learner, before: tuple[dict[str, Tensor], dict[str, Tensor]])
 def test_whatever_has_changed_is_told_of_any_model(optimizer: dict[str, Any], seed: int) -> None:
     """Several tables of random kinds, random numbers of steps on random rows, commits, restarts, scores between the steps."""
     chance = random.Random(seed)
-    kinds = ["plain", *chance.sample([*KNOWN, *OTHERS], 4)]
+    kinds = ["plain", OTHERS[seed % len(OTHERS)], "writes", *chance.sample(KNOWN, 2)]
     average = {"ema_decay": 0.9} if seed % 3 == 2 else {}
     spec = spec_of(*kinds, optimizer=optimizer, learning_rate=0.002, **average)
     learner = begin(spec, cut(table_of(30, len(kinds), 200, seed)))
@@ -233,6 +233,7 @@ def test_row_numbers_take_no_more_memory_than_there_are_rows(monkeypatch: pytest
         weight.grad = torch.sparse_coo_tensor(numbers, torch.ones(2 * len(rows), 2), weight.shape)
         with changes.step([weight]):
             optimizer.step()
+        numbers.zero_()  # as the memory of a batch, which is used again
 
     for _ in range(100):
         step(range(10, 30))
