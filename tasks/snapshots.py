@@ -3,7 +3,8 @@
 A window, such as the last 90 days, is pinned to two instants when a run begins; of a table of Delta Lake or Iceberg, so is the
 newest version. What was asked for (`90d` of a column) is the identity of the run; what it came to is kept beside its checkpoints:
 
-    runs/<key of what was asked>/window.json    {"until", "table_version", "again", "run": key of the run, "files": fingerprint}
+    runs/<key of what was asked>/window.json    {"until", "table_version", "table_metadata", "again", "run": key of the run,
+                                                 "files": fingerprint}
 
 A run that was killed goes on with its own. Once it is done, the same command looks again: chosen rows in other files are another
 run. Where they lie in the same files as before, nothing is trained, unless `again` is set.
@@ -18,6 +19,7 @@ import pyarrow as pa
 from tidemill.storage.choice import Choice, Window
 from tidemill.storage.dataset import Snapshot, snapshot
 from tidemill.storage.errors import CorruptObject, DatasetError, NotFound, PreconditionFailed, StoreNotFound
+from tidemill.storage.lakehouse import metadata_of
 from tidemill.storage.log import VersionLog
 from tidemill.storage.manifest import checked, verified
 from tidemill.storage.overlap import check_holdout, keep_batch_apart
@@ -87,13 +89,16 @@ def run_snapshot(
         StorageError: see `tidemill.storage.dataset.snapshot`.
     """
 
-    def take(until: datetime, version: int | None) -> Snapshot:
-        return take_snapshot(dataset, settings.holdout_dataset, stores, choice_of(settings, until), version)
+    def take(until: datetime, version: int | None, metadata: str | None = None) -> Snapshot:
+        place = dataset
+        if isinstance(dataset, str) and metadata is not None and metadata_of(dataset) is None:
+            place = f"{stores(dataset).url}/{metadata}"  # what the folder's own hint named then
+        return take_snapshot(place, settings.holdout_dataset, stores, choice_of(settings, until), version)
 
     def of_before(pinned: _Pinned) -> Snapshot | None:
         """The rows of the run that was begun before, if its files are what they were."""
         try:
-            found = take(pinned.until, pinned.table_version)
+            found = take(pinned.until, pinned.table_version, pinned.table_metadata)
         except DatasetError:  # what is wrong with the dataset now, the new snapshot says
             return None
         return found if run_key(found, spec, settings, code) == pinned.run else None
@@ -119,8 +124,15 @@ def run_snapshot(
         if pinned is not None and same and (found := of_before(pinned)) is not None:
             return found
         table, run = taken.ref.table, run_key(taken, spec, settings, code)
-        version = None if table is None else table.version
-        if kept.write(_Pinned(until=until, table_version=version, again=settings.again, run=run, files=taken.standing)):
+        pinned = _Pinned(
+            until=until,
+            table_version=None if table is None else table.version,
+            table_metadata=None if table is None else table.metadata,
+            again=settings.again,
+            run=run,
+            files=taken.standing,
+        )
+        if kept.write(pinned):
             return taken
 
 
@@ -157,6 +169,8 @@ class _Pinned(Record):
     """Its end: when the run began."""
     table_version: int | None = None
     """Of a table of Delta Lake or Iceberg."""
+    table_metadata: str | None = None
+    """Of Iceberg: as `TableRef.metadata`, for they say what the columns are called."""
     again: bool
     """Whether it was begun by `again`."""
     run: str

@@ -12,6 +12,7 @@ import pytest
 import torch
 from deltalake import DeltaTable, write_deltalake
 from pydantic import ValidationError
+from pyiceberg.catalog.sql import SqlCatalog
 
 from tests.data import SPEC, parquet, put, rows
 from tests.storage.faults import Call, FaultStore, hooked
@@ -347,6 +348,36 @@ def test_a_version_that_is_named_is_trained_on_and_again_by_the_same_key(table: 
     assert dataset_of(log, log.head(), [], open_store).ref == log.head().manifest.dataset
     info = batch.train(str(table), memory_url("other"), "model", SPEC, named)
     assert info.chosen[0] == "version 0 of the Delta table"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # pyiceberg's own, and of its database
+def test_a_killed_run_goes_on_with_the_columns_of_an_iceberg_table_as_they_were_called(
+    tmp_path: Path, memory_url: MakeUrl
+) -> None:
+    with contextlib.closing(
+        SqlCatalog("c", uri=f"sqlite:///{tmp_path}/c.db", warehouse=f"file://{tmp_path}/warehouse")
+    ) as catalog:
+        catalog.create_namespace("n")
+        days = pa.concat_tables([timed(0), timed(1)])
+        table = catalog.create_table("n.t", days.schema)
+        folder = Path(table.location().removeprefix("file://"))
+
+        def hint() -> None:
+            (folder / "metadata/version-hint.text").write_text(Path(table.metadata_location).name)
+
+        table.append(days)
+        hint()
+        reference = World(str(folder), memory_url("reference")).train(START, ALL)
+        world = World(str(folder), memory_url("registry"))
+        world.train(START, ALL, epochs=1)
+        with table.update_schema() as update:
+            update.rename_column("a", "alpha")
+        hint()
+        log = world.train(START, ALL)
+    assert of(log) == of(reference)
+    assert log.head().number == 0
+    assert log.head().manifest.blobs.weights.sha256 == reference.head().manifest.blobs.weights.sha256
 
 
 def test_an_unfinished_run_whose_files_were_vacuumed_begins_anew(table: Path, memory_url: MakeUrl) -> None:
