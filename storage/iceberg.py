@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import re
+import struct
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from fractions import Fraction
@@ -169,7 +170,10 @@ def _bounds(schema: Schema, arrow: pa.Schema, file: DataFile) -> dict[str, Bound
         kind = field.field_type
         if low is None or high is None or not isinstance(kind, PrimitiveType):
             continue
-        ends = [_in_units(from_bytes(kind, end), arrow.field(field.name).type) for end in (low, high)]
+        try:
+            ends = [_in_units(from_bytes(kind, end), arrow.field(field.name).type) for end in (low, high)]
+        except (struct.error, ValueError):  # bytes of the type that the column had when the file was written
+            continue
         if None not in ends:
             found[field.name] = Bounds(ends[0], ends[1], nulls=nulls != 0)
     return found

@@ -52,7 +52,7 @@ def _process(command: Sequence[str], log: Path, port: int, **environment: str) -
         return False
 
     try:
-        wait_until(listens, seconds=60, what=f"start of a server, see {log}")
+        wait_until(listens, seconds=180, what=f"start of a server, see {log}")
         yield
     finally:
         process.kill()

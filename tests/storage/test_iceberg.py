@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyiceberg.catalog import Catalog
 from pyiceberg.catalog.sql import SqlCatalog
+from pyiceberg.manifest import DataFile
 from pyiceberg.partitioning import PartitionField, PartitionSpec
 from pyiceberg.schema import Schema
 from pyiceberg.table import Table
@@ -29,6 +30,7 @@ from pyiceberg.types import (
     LongType,
     NestedField,
     StringType,
+    TimestampType,
     TimestamptzType,
 )
 
@@ -36,9 +38,10 @@ from tests.conftest import BUCKET
 from tests.s3_server import REGION, S3
 from tests.storage.faults import FaultStore
 from tidemill.storage.choice import Choice
+from tidemill.storage.conditions import Bounds
 from tidemill.storage.dataset import Snapshot, peek, pinned, snapshot
 from tidemill.storage.errors import DatasetError, UnsupportedTable
-from tidemill.storage.iceberg import _place
+from tidemill.storage.iceberg import _bounds, _place
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 
@@ -223,6 +226,15 @@ def test_a_table_on_s3_is_read_there(s3_server: S3, tmp_path: Path) -> None:
     catalog.close()
 
 
+def test_bounds_that_are_of_another_type_tell_nothing() -> None:
+    schema = Schema(
+        NestedField(1, "at", TimestampType()), NestedField(2, "s", StringType()), NestedField(3, "id", LongType())
+    )
+    ends = {1: (19_000).to_bytes(4, "little"), 2: b"\xff", 3: (7).to_bytes(4, "little")}
+    file = DataFile.from_args(lower_bounds=ends, upper_bounds=ends, null_value_counts={3: 0})
+    assert _bounds(schema, schema.as_arrow(), file) == {"id": Bounds(7, 7, nulls=False)}
+
+
 def test_places_are_the_same_whatever_the_scheme_is_called() -> None:
     at_azure = "abfss://container@account.dfs.core.windows.net/lake/t/"
     assert _place(at_azure) == _place("az://container/lake/t")
@@ -285,7 +297,7 @@ def test_another_process_pins_the_same_snapshot(catalog: Catalog) -> None:
 
 # ---- what is refused -----------------------------------------------------------------------------------------------------------
 def test_delete_files_are_refused_with_the_remedy(catalog: Catalog, tmp_path: Path) -> None:
-    from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
+    from pyiceberg.manifest import DataFileContent, FileFormat
 
     table = made(catalog)
     table.append(rows_of(0))
