@@ -26,7 +26,7 @@ R = TypeVar("R")
 _TIMEOUT: Final = (5.0, 30.0)
 """Seconds for connecting, and for which a connection may be silent."""
 _ONCE: Final[dict[str, Any]] = {"retry": None, "timeout": _TIMEOUT}
-"""Of each request: GCSStore retries; layers would multiply."""
+"""Of each request but a part of an upload: GCSStore retries; layers would multiply."""
 _TYPE: Final = "application/octet-stream"
 _FIELDS: Final = "items(name,size,generation,timeCreated),nextPageToken"
 _NEVER: Final = 1
