@@ -26,7 +26,7 @@ from tidemill.tasks.training.spec import Spec
 
 WIDTHS: Final = (64, 1024, 2560)
 """Of two hidden layers."""
-ROWS: Final = 4_000_000
+ROWS: Final = 8_000_000
 
 
 class Stopped(BaseException):
