@@ -125,7 +125,7 @@ class Learner:
     counters: Counters = field(default_factory=Counters)
     resting: tuple[nn.Module, ...] = ()
     """Parts of the model that its factory left in evaluation mode, as a frozen backbone: they stay so while it is trained."""
-    _committed: Mark | None = None
+    _committed: Mark | None = field(default=None, init=False, repr=False)
     """When `committed` was called; None: never."""
 
     @classmethod
