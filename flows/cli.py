@@ -14,7 +14,7 @@ from typing import Final
 
 from cyclopts import App, Parameter
 
-from tidemill.flows import launch, terminal
+from tidemill.flows import launch, terminal, torchrun
 from tidemill.flows.usage import called
 
 app = App(
@@ -80,8 +80,6 @@ def main(tokens: Iterable[str] | None = None) -> None:
         with terminal.attached(arguments[0] if arguments else "", launch.explained):
             called(app, arguments)
     except SystemExit as end:
-        from tidemill.flows import torchrun
-
         code = torchrun.left_for_launcher(end.code if isinstance(end.code, int) else 0)
         launch.part(code)
         raise SystemExit(code) from None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO, Final, NoReturn
 
+from tidemill.flows import torchrun
 from tidemill.flows.display import StderrHandler, shown
 from tidemill.progress import IN_RESULT
 
@@ -132,6 +133,11 @@ def _for_terminal(record: logging.LogRecord) -> bool:
 def _stopped(by: KeyboardInterrupt, kept: str) -> NoReturn:
     """End a command that a signal ended; `kept` says what is not lost, and how to go on."""
     number, name = (signal.SIGTERM, "SIGTERM") if isinstance(by, Terminated) else (signal.SIGINT, "Ctrl-C")
+    if torchrun.starts_again():
+        fail(
+            "tidemill: this rank ends, as another one has died: all are started again, and go on from what is stored",
+            128 + number,
+        )
     fail(f"tidemill: stopped by {name}; {kept}", 128 + number)
 
 

@@ -35,12 +35,16 @@ def entered(ranks: int, backend: launched.Backend) -> launched.Place | None:
     """The place of this process among those that a launcher has started; None: none has.
 
     Raises:
-        RanksRefused: it has started another number of them than `--ranks` says, or in a way in which they cannot work; or
-            `--ranks` is to start them, which only torchrun can.
+        RanksRefused: it has started another number of them than `--ranks` says, or in a way in which they cannot work; or they
+            could not, were `--ranks` to start them.
     """
+    if ranks > 1 and backend == "horovod":
+        raise RanksRefused(
+            "--ranks starts torchrun: with --backend horovod let horovodrun start this command, without it"
+        )
     place = launched.enter(backend)
-    if place is None and ranks > 1 and backend == "horovod":
-        raise RanksRefused("--ranks starts torchrun: with --backend horovod let horovodrun start this command")
+    if place is None and ranks > 1:
+        launched.timeout_seconds()  # else each of them would fail of it, again and again
     if place is not None and ranks not in (1, place.size):
         raise RanksRefused(
             f"--ranks is {ranks}, and the launcher has started {place.size} processes: leave --ranks out"
@@ -74,6 +78,7 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
             if asked:
                 _kill(process.pid)
             else:
+                was_asked(result).touch()
                 process.send_signal(signal.SIGTERM)
             asked = True
 
@@ -118,13 +123,27 @@ def _kill(launcher: int) -> None:
                 os.kill(process, signal.SIGKILL)
 
 
+def starts_again() -> bool:
+    """Whether a signal that ends this process is torchrun's, which ends all ranks when one has died: nobody has asked `run`,
+    which has started them, to stop."""
+    file = os.environ.get(RESULT)
+    return file is not None and launched.place() is not None and not was_asked(Path(file)).exists()
+
+
+def was_asked(result: Path) -> Path:
+    """The file beside that of the exit code that is there once somebody has asked the command to stop."""
+    return result.with_name("asked-to-stop")
+
+
 def left_for_launcher(code: int) -> int:
     """The exit code with which a process ends whose command ends with this one.
 
     A leader that `run` has started leaves the code to it, and ends without one: torchrun takes any for a death, and would start
-    the command again, which would fail again.
+    the command again, which would fail again. A leader that is ended to be started again leaves none.
     """
     if (file := os.environ.get(RESULT)) is None or (place := launched.place()) is None or not place.leads:
+        return code
+    if code in (128 + signal.SIGTERM, 128 + signal.SIGINT) and starts_again():
         return code
     Path(file).write_text(str(code))
     return 0

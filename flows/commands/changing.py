@@ -3,10 +3,9 @@
 from typing import Annotated
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
 from tidemill.flows import views
-from tidemill.flows.commands.shared import Alias, AsJson, Name, Registry, Which, opened, tell
+from tidemill.flows.commands.shared import AT_LEAST_ONE, Alias, AsJson, Name, Registry, Which, opened, tell
 from tidemill.flows.usage import UsageError
 
 
@@ -104,7 +103,7 @@ def gc(
     /,
     *,
     keep: Annotated[
-        int, Parameter(validator=Number(gte=1), help="How many of the newest versions keep their weights and state.")
+        int, AT_LEAST_ONE, Parameter(help="How many of the newest versions keep their weights and state.")
     ] = 20,
     as_json: AsJson = False,
 ) -> None:

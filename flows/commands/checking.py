@@ -3,10 +3,9 @@
 from typing import Annotated
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
 from tidemill.flows import views
-from tidemill.flows.commands.shared import AsJson, tell
+from tidemill.flows.commands.shared import AT_LEAST_ONE, AsJson, tell
 
 
 def check(
@@ -15,7 +14,8 @@ def check(
     *,
     rounds: Annotated[
         int,
-        Parameter(validator=Number(gte=1), help="How often each race is run: more find what goes wrong more seldom."),
+        AT_LEAST_ONE,
+        Parameter(help="How often each race is run: more find what goes wrong more seldom."),
     ] = 100,
     as_json: AsJson = False,
 ) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
 from tidemill.flows import launch, torchrun, usage, views
 from tidemill.flows.commands.shared import (
+    AT_LEAST_ONE,
     AsJson,
     Dataset,
     Inbox,
@@ -35,8 +35,8 @@ ByPrefect = Annotated[
 ]
 Ranks = Annotated[
     int,
+    AT_LEAST_ONE,
     Parameter(
-        validator=Number(gte=1),
         help="Train by this many processes of this machine, each of which computes its share of every batch; torchrun starts "
         "them. Where torchrun has started this command itself, there are as many as it says (docs/scale.md).",
     ),
@@ -120,8 +120,8 @@ def follow(
     pairs: PairsFile = None,
     learners: Annotated[
         int,
+        AT_LEAST_ONE,
         Parameter(
-            validator=Number(gte=1),
             help="With --pairs: the most models of which learner and champion stay in memory. Others are read again.",
         ),
     ] = LEARNERS,

@@ -1,10 +1,12 @@
 """What commands share: their arguments, the log that they read, and how they print."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
-from cyclopts import Parameter
+from cyclopts import Parameter, Token
+from cyclopts.validators import Number
 from pydantic import BaseModel
 
 from tidemill.flows import terminal, views
@@ -14,6 +16,18 @@ if TYPE_CHECKING:
     from tidemill.storage.log import VersionLog
     from tidemill.tasks.tenants.pairs import Pair
 
+
+def _whole(hint: object, tokens: Sequence[Token]) -> int:
+    """cyclopts would round 2.5 to 2."""
+    (token,) = tokens
+    try:
+        return int(token.value)
+    except ValueError:
+        raise ValueError(f"{token.value!r} is no whole number") from None
+
+
+AT_LEAST_ONE: Final = Parameter(converter=_whole, validator=Number(gte=1))
+"""Of a whole number."""
 AsJson = Annotated[bool, Parameter("--json", negative="", help="Print one JSON document instead of text.")]
 Registry = Annotated[str, Parameter(help="URL below which models live.")]
 Dataset = Annotated[str, Parameter(help="URL of a folder of Parquet files, or of a single one.")]

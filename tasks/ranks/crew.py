@@ -17,7 +17,7 @@ from tidemill.tasks.ranks.alike import digest, together
 from tidemill.tasks.ranks.ending import end_here
 from tidemill.tasks.ranks.group import Group
 from tidemill.tasks.ranks.joining import joined
-from tidemill.tasks.ranks.messages import Order, gathered, receive
+from tidemill.tasks.ranks.messages import Order, farewell, gathered, receive
 from tidemill.tasks.ranks.passes import AlikeKeeper, awaited, read_or_end
 from tidemill.tasks.ranks.rows import Rows
 from tidemill.tasks.training.groups import TableGroup
@@ -46,6 +46,7 @@ def follow_orders(crew: "Crew") -> None:
     """The same for a group that is there already."""
     while (order := receive(crew.group)).name != "stop":
         crew.obey(order)
+    farewell(crew.group)
 
 
 class Crew:

@@ -23,6 +23,8 @@ TIMEOUT: Final = "TIDEMILL_RANK_TIMEOUT_SECONDS"
 """The variable that says how long a rank waits for another one."""
 TIMEOUT_SECONDS: Final = 60.0
 """A rank that has not answered for so long has gone."""
+_LEAST_SECONDS: Final = 1.0
+"""In less time ranks that are well would not answer each other."""
 SHARED_STORE: Final = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 """The variable of torch's launcher that must be 1, or ranks that are started again never find each other."""
 _VARIABLES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -58,14 +60,20 @@ def enter(backend: Backend = "torch") -> Place | None:
     """Be the rank that the launcher's variables say, and end when the launcher does. None: no launcher started several.
 
     Raises:
-        RanksRefused: another launcher than the backend's did; or torch's would let ranks that are started again wait for each
-            other in vain.
+        RanksRefused: another launcher than the backend's did; torch's would let ranks that are started again wait for each
+            other in vain; or what a launcher says makes no sense.
     """
     found = _said(os.environ, backend)
+    if backend == "horovod" and any(name not in os.environ for name in _VARIABLES[backend]):
+        raise RanksRefused(
+            "backend horovod: horovodrun has not started this process: let it do so (`horovodrun -np 2 python -m tidemill ...`), "
+            "or leave --backend out"
+        )
     if found is None:
         if backend == "torch" and _said(os.environ, "horovod") is not None:
             raise RanksRefused("horovodrun has started this process: give --backend horovod, or let torchrun start it")
         return None
+    timeout_seconds()
     _refuse_shared_store(os.environ)
     os.environ[ENTERED] = backend
     end_with_parent()
@@ -76,7 +84,13 @@ def _said(variables: Mapping[str, str], backend: Backend) -> Place | None:
     names = _VARIABLES[backend]
     if any(name not in variables for name in names):
         return None
-    found = Place(int(variables[names[0]]), int(variables[names[1]]), backend)
+    try:
+        found = Place(int(variables[names[0]]), int(variables[names[1]]), backend)
+    except ValueError:
+        found = Place(0, 0, backend)
+    if not 0 <= found.rank < found.size:
+        said = " and ".join(f"{name} is {variables[name]!r}" for name in names[:2])
+        raise RanksRefused(f"{said}, which no launcher says: unset {names[0]}, or let a launcher start this command")
     return found if found.size > 1 else None
 
 
@@ -103,8 +117,8 @@ def timeout_seconds() -> float:
         seconds = float(given or TIMEOUT_SECONDS)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise RanksRefused(f"{TIMEOUT} is {given!r}: give a number of seconds above 0")
+    if not _LEAST_SECONDS <= seconds < float("inf"):
+        raise RanksRefused(f"{TIMEOUT} is {given!r}: give a number of seconds, 1 or more")
     return seconds
 
 

@@ -20,7 +20,7 @@ from tidemill.tasks.ranks.ending import end_here
 from tidemill.tasks.ranks.group import ALONE, Group
 from tidemill.tasks.ranks.horovod import HorovodGroup
 from tidemill.tasks.ranks.joining import joined
-from tidemill.tasks.ranks.messages import gathered, send
+from tidemill.tasks.ranks.messages import farewell, gathered, send
 from tidemill.tasks.training import loop
 from tidemill.tasks.training.environment import environment
 from tidemill.tasks.training.errors import SpecError
@@ -168,6 +168,7 @@ class Leader:
         with self._lock:
             if not self._broken:
                 send(self.group, "stop", {})
+                farewell(self.group)
         self._pinging.join()
 
 

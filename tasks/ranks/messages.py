@@ -55,6 +55,12 @@ def receive(group: Group) -> Order:
     return Order(told["order"], told["about"], parts)
 
 
+def farewell(group: Group) -> None:
+    """After the last order, on all ranks: none ends well unless all have heard it, since what is sent to one that has just died
+    may seem sent."""
+    group.sum_(torch.zeros(1))
+
+
 def _pieces(body: bytearray) -> Iterator[torch.Tensor]:
     """uint8 tensors that are the bytes themselves."""
     whole = torch.frombuffer(body, dtype=torch.uint8)

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store  # torch.distributed h
 from torch.distributed import ProcessGroup, ReduceOp
 from torch.distributed.rendezvous import rendezvous
 
+from tidemill.tasks.errors import RanksRefused
 from tidemill.tasks.ranks.ending import ending_if_another_has_gone
 from tidemill.tasks.ranks.launched import Place
 
@@ -58,7 +59,11 @@ class TorchGroup:
 
 def connected(place: Place, timeout_seconds: float) -> TorchGroup:
     """The group of all ranks that the launcher has started; of those of torch's default group where that is there already, as
-    Ray Train makes it."""
+    Ray Train makes it.
+
+    Raises:
+        RanksRefused: the launcher has named no port at which ranks could meet.
+    """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return TorchGroup(_store(place), place, timeout_seconds)
@@ -67,7 +72,11 @@ def connected(place: Place, timeout_seconds: float) -> TorchGroup:
 def _store(place: Place) -> Store:
     if distributed.is_initialized():
         return PrefixStore("tidemill", distributed.distributed_c10d._get_default_store())
-    with ending_if_another_has_gone("the leader's store cannot be reached"):
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not port.isdecimal():
+        raise RanksRefused(f"MASTER_PORT is {port!r}: give the number of a port of {address}, the host of rank 0")
+    what = f"{address}:{port} (MASTER_ADDR, MASTER_PORT), where ranks meet, cannot be {'used' if place.leads else 'reached'}"
+    with ending_if_another_has_gone(what):
         store: Store
         store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=JOIN_SECONDS)))
     return store

@@ -40,7 +40,8 @@ def parts_of(spec: Spec, group: Group) -> int:
     if spec.parts is None:
         return group.size
     if spec.parts % group.size:
-        fitting = ", ".join(str(2**i) for i in range(spec.parts.bit_length()))
+        *fewer, most = (str(2**i) for i in range(spec.parts.bit_length()))
+        fitting = f"{', '.join(fewer)} or {most}" if fewer else most
         raise SpecError(
             f"parts: {spec.parts} parts of a batch cannot be shared out among {group.size} ranks: start {fitting} of them"
         )

@@ -684,6 +684,11 @@ FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
         (("status", "r", "--inbox", "i"), "--inbox needs the name of a model"),
         (("log", "r", "m", "-n", "x"), 'Invalid value for -n: unable to convert "x" into int'),
         (("gc", "r", "m", "--keep", "0"), 'Invalid value "0" for --keep. Must be >= 1'),
+        (("gc", "r", "m", "--keep", "2.5"), "Invalid value for --keep: '2.5' is no whole number"),
+        (
+            ("train", "d", "r", "m", "--target", "y", "--ranks", "2.5"),
+            "Invalid value for --ranks: '2.5' is no whole number",
+        ),
         (("train", "d", "r", "m"), "--target is missing: give it as a flag, or in the file that --spec names"),
         ((*FLAGS, "--epochs", "0"), "--epochs: input should be greater than or equal to 1, not '0'"),
         ((*FLAGS, "--task", "x"), "--task: input should be 'regression', 'binary' or 'multiclass', not 'x'"),

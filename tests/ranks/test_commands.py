@@ -3,12 +3,13 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import psutil
 import pytest
@@ -17,11 +18,12 @@ from tests.guarantees.audit import audit
 from tests.guarantees.children import bits, fill, waiting
 from tests.ranks.crews import INBOX, begin, registered
 from tests.s3_server import wait_until
+from tidemill.flows import torchrun as torchrun_command
 from tidemill.storage.log import VersionLog
 from tidemill.storage.urls import open_store
 from tidemill.tasks.errors import RanksRefused
 from tidemill.tasks.online import doors
-from tidemill.tasks.ranks import launched
+from tidemill.tasks.ranks import launched, transport
 from tidemill.tasks.ranks.launched import Place
 from tidemill.tasks.settings import OnlineSettings
 
@@ -244,7 +246,7 @@ TORCH: Final = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MAS
 def test_a_process_is_a_rank_only_if_it_was_entered_as_one() -> None:
     assert launched.place(TORCH) is None
     assert launched.place(TORCH | {launched.ENTERED: "torch"}) == Place(1, 2)
-    assert launched.place(TORCH | {launched.ENTERED: "torch", "WORLD_SIZE": "1"}) is None
+    assert launched.place(TORCH | {launched.ENTERED: "torch", "RANK": "0", "WORLD_SIZE": "1"}) is None
 
 
 @pytest.mark.parametrize(
@@ -280,8 +282,70 @@ def test_ranks_of_horovod_are_told_from_those_of_torch(monkeypatch: pytest.Monke
         launched.enter()
 
 
-@pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", "1e-9"])
 def test_a_time_that_is_none_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(launched.TIMEOUT, given)
     with pytest.raises(RanksRefused, match=f"{launched.TIMEOUT} is '{given}'"):
         launched.timeout_seconds()
+
+
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("0", "0"), ("first", "2"), ("0", "")])
+def test_what_no_launcher_says_is_refused(rank: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that is none would wait for the others for ten minutes."""
+    for name, value in (TORCH | {"RANK": rank, "WORLD_SIZE": size}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RanksRefused, match=f"RANK is '{rank}' and WORLD_SIZE is '{size}'"):
+        launched.enter()
+
+
+def test_what_keeps_ranks_from_starting_is_told_before_any_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*TORCH, "HOROVOD_RANK", "HOROVOD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RanksRefused, match="horovodrun has not started this process"):
+        torchrun_command.entered(1, "horovod")
+    with pytest.raises(RanksRefused, match="--ranks starts torchrun"):
+        torchrun_command.entered(2, "horovod")
+    assert torchrun_command.entered(2, "torch") is None
+    monkeypatch.setenv(launched.TIMEOUT, "soon")
+    with pytest.raises(RanksRefused, match=launched.TIMEOUT):
+        torchrun_command.entered(2, "torch")
+    assert torchrun_command.entered(1, "torch") is None, "one process waits for nobody"
+
+
+def test_a_port_that_is_none_and_one_that_is_taken_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "first")
+    with pytest.raises(RanksRefused, match="MASTER_PORT is 'first'"):
+        transport.connected(Place(0, 2), 1.0)
+    with socket.socket() as taken, pytest.MonkeyPatch.context() as patch:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        patch.setattr(os, "_exit", exit_instead)
+        with pytest.raises(SystemExit, match=str(os.EX_TEMPFAIL)):
+            transport.connected(Place(0, 2), 1.0)
+    assert f"127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT), where ranks meet, cannot be used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "left"), [(143, False, False), (143, True, True), (1, False, True), (0, False, True)]
+)
+def test_a_signal_that_nobody_has_sent_to_the_command_is_torchruns_and_leaves_no_exit_code(
+    code: int, asked: bool, left: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends the leader so too when another rank has died: else a training would end there, in place of going on."""
+    for name, value in (TORCH | {"RANK": "0", launched.ENTERED: "torch"}).items():
+        monkeypatch.setenv(name, value)
+    result = tmp_path / "exit-code"
+    monkeypatch.setenv(torchrun_command.RESULT, str(result))
+    if asked:
+        torchrun_command.was_asked(result).touch()
+    assert torchrun_command.left_for_launcher(code) == (0 if left else code)
+    assert result.exists() is left
+
+
+def exit_instead(code: int) -> NoReturn:
+    raise SystemExit(code)

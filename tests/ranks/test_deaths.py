@@ -130,17 +130,22 @@ def test_a_rank_is_killed_and_fewer_or_more_go_on_with_the_same_bits(runs: Runs)
 @pytest.mark.timeout(14_400)
 @pytest.mark.parametrize("make_url", ["local", "s3"], indirect=True)
 def test_any_rank_is_killed_at_any_moment(
-    runs: Runs, full: bool, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+    runs: Runs, full: bool, piece: slice, record_property: Callable[[str, object], None]
 ) -> None:
     """By (rank, moment): a sample of twenty, or each of them; afterwards as many ranks as before, or fewer, or more."""
-    draw, count = random.Random(3), 0
-    for size in (2, 4):
-        for rank, ended in enumerate(moments(runs, size)):
-            for moment in sample(list(ended.moments), None if full else max(1, 10 // size), seed=rank):
-                killed_and_again(runs, size, (rank, Kill(moment)), draw.choice([1, 2, 4]))
-                count += 1
-    record_property("killed at", f"{count} moments")
-    print(f"killed at {count} moments")
+    of_all = [
+        (size, rank, moment)
+        for size in (2, 4)
+        for rank, ended in enumerate(moments(runs, size))
+        for moment in ended.moments
+    ]
+    chosen = sample(of_all, None if full else 20)[piece]
+    for size, rank, moment in chosen:
+        then = random.Random(f"{size} {rank} {moment}").choice([1, 2, 4])
+        killed_and_again(runs, size, (rank, Kill(moment)), then)
+    figures = f"{len(chosen)} of {len(of_all)} moments"
+    record_property("killed at", figures)
+    print(f"killed at {figures}")
 
 
 @pytest.mark.ranks
