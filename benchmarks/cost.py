@@ -7,8 +7,8 @@
 `measure` takes one part after the other in this process: opening, reading a learner, commits of different sizes, looks. Requests
 are counted where they are sent. `check` fits the seconds of the parts to the turns of a small run, lets the product's own rota
 (`tidemill/tasks/tenants/rota.py`) take the turns of the large one on a clock that jumps, and then runs it: processes of their
-own, from their start to their end, by the clock and by the CPU, which counts on a busy machine. What the first of each part takes
-longer than the others is done once in a process, and counts as its start. Prices are the list prices of S3 and EC2 in us-east-1:
+own, from their start to their end, by the clock and by the CPU, which counts on a busy machine. What the first turn takes longer
+than the others is done once in a process, and counts as its start. Prices are the list prices of S3 and EC2 in us-east-1:
 see `PRICES`.
 """
 
@@ -239,6 +239,7 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
     By the clock, lookouts look and prepare while others have their turns. By the CPU, what they take is taken at once, and nobody
     waits.
     """
+    from tidemill.storage.tombstones import due
     from tidemill.tasks.online.step import Outcome
     from tidemill.tasks.stopping import Stop
     from tidemill.tasks.tenants.doors import LOOKOUTS
@@ -251,6 +252,9 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
 
         def __init__(self, name: str, left: int) -> None:
             self.name, self.left, self.opened, self.took = name, left, False, 0.0
+            self.since = (
+                0  # versions whose shards are in no blob of tombstones: their manifests are read with the learner
+            )
 
         def look(self) -> bool:
             self.took = costs["look"] if self.opened else costs["open"]
@@ -258,7 +262,7 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
             return self.left > 0
 
         def prepare(self) -> None:
-            self.took = costs["prepare"]
+            self.took = costs["prepare"] + costs["manifest"] * self.since + costs["listed"] * self.left
 
         def turn(self) -> Outcome:
             now[0] += costs["turn"]
@@ -267,6 +271,7 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
                 return Outcome.IDLE
             now[0] += costs["commit"] + taken * costs["shard"]
             self.left -= taken
+            self.since = 0 if due(self.since + 1, 0) else self.since + 1
             return Outcome.COMMITTED
 
         def nothing_new(self) -> None: ...
@@ -323,15 +328,22 @@ def timed_turn(one):
     shards = one.report.shards
     at, went = time.perf_counter(), last[2]
     outcome = turn(one)
-    cpu = time.process_time() - last[1] - sum(spent for _, spent, _ in looks[went:])  # all but that of lookouts
+    cpu = time.process_time() - last[1] - sum(look[1] for look in looks[went:])  # all but that of lookouts
     turns.append((time.perf_counter() - at, cpu, outcome.value, one.report.shards - shards, dropped[0]))
     last[1:], dropped[0] = [time.process_time(), len(looks)], 0
     return outcome
 def timed(what, do, one):
     at, cpu = time.perf_counter(), time.thread_time()
     found = do(one)
-    looks.append((time.perf_counter() - at, time.thread_time() - cpu, what))
+    seconds, spent = time.perf_counter() - at, time.thread_time() - cpu
+    since = left = 0
+    if what == "prepare":
+        since, left = since_tombstones(one._run._head.version), one.report.waiting
+    looks.append((seconds, spent, what, since, left))
     return found
+def since_tombstones(version):
+    ref = version.manifest.blobs.tombstones
+    return version.number if ref is None else version.number - (ref.version or version.number)
 def timed_look(one):
     return timed("open" if one._run is None else "look", look, one)
 def timed_prepare(one):
@@ -372,21 +384,39 @@ def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[Both, d
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     told = json.loads(done.stdout)
-    assert (told["shards"], told["failing"]) == (sum(shards), {})
+    assert (told["shards"], told["failing"]) == (sum(shards), {}), told["failing"]
     return (seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime), told
 
 
 def fitted(told: dict[str, Any], seconds: Both, which: int) -> dict[str, float]:
-    """Seconds of the parts, by least squares over the turns of a run: a turn, a commit, a shard, one dropped.
+    """Seconds of the parts, by least squares over the turns of a run: a turn, a commit, a shard, one dropped. And over its
+    preparations: one, a manifest since the last tombstones, a shard that is listed.
 
-    `which` is 0 by the clock, 1 of the CPU. The start has what the first turn, and the first of each look, took longer than the
-    others: imports, connections, the first calls of torch.
+    `which` is 0 by the clock, 1 of the CPU. A look takes the median of its kind. The start has what the first turn took longer
+    than the others, and the longest of each look longer than the median: imports, connections, the first calls of torch.
     """
     turns = told["turns"]
-    all_known = np.array([[1.0, what == "committed", shards, dropped] for _, _, what, shards, dropped in turns])
-    all_spent = np.array([turn[which] for turn in turns])
-    known, spent = all_known[1:], all_spent[1:]
-    # No part takes less than nothing: those that would are left out, and the others fitted again
+    known = np.array([[1.0, what == "committed", shards, dropped] for _, _, what, shards, dropped in turns])
+    spent = np.array([turn[which] for turn in turns])
+    parts = least_squares(known[1:], spent[1:])
+    start = told["start"][which]
+    end = max(0.0, seconds[which] - start - told["drained"][which])
+    start += max(0.0, float(spent[0] - known[0] @ parts))
+    looks = {what: [look[which] for look in told["looks"] if look[2] == what] or [0.0] for what in LOOKS}
+    medians = {what: statistics.median(took) for what, took in looks.items()}
+    start += sum(max(took) - medians[what] for what, took in looks.items())
+    prepared = sorted((look for look in told["looks"] if look[2] == "prepare"), key=lambda look: look[which])[:-1]
+    before = np.array([[1.0, since, left] for *_, since, left in prepared])
+    learner = least_squares(before, np.array([look[which] for look in prepared]))
+    return (
+        {"start": start, "end": end, "open": medians["open"], "look": medians["look"]}
+        | dict(zip(("prepare", "manifest", "listed"), map(float, learner), strict=True))
+        | dict(zip(("turn", "commit", "shard", "dropped"), map(float, parts), strict=True))
+    )
+
+
+def least_squares(known: Any, spent: Any) -> Any:
+    """Seconds of each part. None takes less than nothing: those that would are left out, and the others fitted again."""
     left, parts = [*range(known.shape[1])], np.zeros(known.shape[1])
     while left:
         solved = np.linalg.lstsq(known[:, left], spent, rcond=None)[0]
@@ -394,16 +424,7 @@ def fitted(told: dict[str, Any], seconds: Both, which: int) -> dict[str, float]:
             parts[left] = solved
             break
         left.remove(left[int(solved.argmin())])
-    start = told["start"][which]
-    end = max(0.0, seconds[which] - start - told["drained"][which])
-    start += max(0.0, float(all_spent[0] - all_known[0] @ parts))
-    means = dict.fromkeys(LOOKS, 0.0)
-    for what in LOOKS:
-        first, *others = [look[which] for look in told["looks"] if look[2] == what] or [0.0]
-        means[what] = statistics.mean(others or [first])
-        start += max(0.0, first - means[what])
-    outside = {"start": start, "end": end, **means}
-    return outside | dict(zip(("turn", "commit", "shard", "dropped"), map(float, parts), strict=True))
+    return parts
 
 
 def check(where: str, models: int, times: int) -> None:
