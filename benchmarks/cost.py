@@ -7,8 +7,8 @@
 `measure` takes one part after the other in this process: opening, reading a learner, commits of different sizes, looks. Requests
 are counted where they are sent. `check` fits the seconds of the parts to the turns of a small run, lets the product's own rota
 (`tidemill/tasks/tenants/rota.py`) take the turns of the large one on a clock that jumps, and then runs it: processes of their
-own, from their start to their end, by the clock and by the CPU, which counts on a busy machine. What the first turn takes longer
-than the others is done once in a process, and counts as its start. Prices are the list prices of S3 and EC2 in us-east-1:
+own, from their start to their end, by the clock and by the CPU, which counts on a busy machine. What is done once in a process
+counts as its start: the small run drains another model before. Prices are the list prices of S3 and EC2 in us-east-1:
 see `PRICES`.
 """
 
@@ -229,6 +229,8 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 CLOCKS = ("clock", "cpu")
 READ_AHEAD = {"s3": 16, "local": 8}
 """Shards that a run reads ahead, and drops if its learner is dropped."""
+CALLS = {"s3": 8, "local": 4}
+"""Requests that are under way at once."""
 LOOKS = ("open", "look", "prepare")
 """What lookouts do."""
 
@@ -262,7 +264,7 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
             return self.left > 0
 
         def prepare(self) -> None:
-            self.took = costs["prepare"] + costs["manifest"] * self.since + costs["listed"] * self.left
+            self.took = costs["prepare"] + costs["manifest"] * self.since
 
         def turn(self) -> Outcome:
             now[0] += costs["turn"]
@@ -316,11 +318,16 @@ def simulated(costs: dict[str, float], shards: list[int], settings: dict[str, in
 RUN = """
 import json, os, sys, time
 began = float(os.environ["BEGAN"])
+from tidemill.storage.log import VersionLog
 from tidemill.tasks.settings import Limits, OnlineSettings
 from tidemill.tasks.tenants import doors, tenant
 from tidemill.tasks.tenants.pairs import Pair
-pairs, settings, learners = json.loads(sys.stdin.read())
-turns, looks, dropped = [], [], [0]
+pairs, warm_up, settings, learners = json.loads(sys.stdin.read())
+settings = OnlineSettings(limits=Limits(**settings))
+if warm_up:
+    doors.drain([Pair(**pair) for pair in warm_up], settings)
+turns, looks, manifests, dropped = [], [], [], [0]
+older = VersionLog.older
 turn, look, prepare, let_go = tenant.Tenant.turn, tenant.Tenant.look, tenant.Tenant.prepare, tenant.Tenant.let_go
 ready, last = time.time(), [time.perf_counter(), time.process_time(), 0]
 start_cpu = time.process_time()
@@ -335,15 +342,13 @@ def timed_turn(one):
 def timed(what, do, one):
     at, cpu = time.perf_counter(), time.thread_time()
     found = do(one)
-    seconds, spent = time.perf_counter() - at, time.thread_time() - cpu
-    since = left = 0
-    if what == "prepare":
-        since, left = since_tombstones(one._run._head.version), one.report.waiting
-    looks.append((seconds, spent, what, since, left))
+    looks.append((time.perf_counter() - at, time.thread_time() - cpu, what))
     return found
-def since_tombstones(version):
-    ref = version.manifest.blobs.tombstones
-    return version.number if ref is None else version.number - (ref.version or version.number)
+def timed_older(log, number):
+    at, cpu = time.perf_counter(), time.thread_time()
+    found = older(log, number)
+    manifests.append((time.perf_counter() - at, time.thread_time() - cpu))
+    return found
 def timed_look(one):
     return timed("open" if one._run is None else "look", look, one)
 def timed_prepare(one):
@@ -353,24 +358,26 @@ def counted_let_go(one):
     dropped[0] += 0 if selection is None else len(selection.reader._coming)
     let_go(one)
 tenant.Tenant.turn, tenant.Tenant.let_go = timed_turn, counted_let_go
-tenant.Tenant.look, tenant.Tenant.prepare = timed_look, timed_prepare
-report = doors.drain([Pair(**pair) for pair in pairs], OnlineSettings(limits=Limits(**settings)), learners=learners)
+tenant.Tenant.look, tenant.Tenant.prepare, VersionLog.older = timed_look, timed_prepare, timed_older
+report = doors.drain([Pair(**pair) for pair in pairs], settings, learners=learners)
 print(json.dumps({"start": (ready - began, start_cpu), "drained": (time.time() - ready, time.process_time() - start_cpu),
-                  "turns": turns, "looks": looks, "shards": report.shards, "failing": report.failing}))
+                  "turns": turns, "looks": looks, "manifests": manifests, "shards": report.shards, "failing": report.failing}))
 """
 Both = tuple[float, float]
 """Seconds by the clock, and of the CPU."""
 
 
-def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[Both, dict[str, Any]]:
-    """(seconds from the start of a process to its end, what it told) of a real drain."""
-    names = [f"m{number:04}" for number in range(len(shards))]
-    begin(f"{base}/registry", names)
-    contents = [shard(ROWS, seed) for seed in range(8)]
-    pairs = pairs_of(base, names)
-    for pair, count in zip(pairs, shards, strict=True):
-        fill(pair["inbox"], contents, count)
-    given = json.dumps([pairs, {"max_shards": settings["max_shards"]}, settings["learners"]])
+def run(
+    base: str, shards: list[int], settings: dict[str, int], *, calibrates: bool = False
+) -> tuple[Both, dict[str, Any]]:
+    """(seconds from the start of a process to its end, what it told) of a real drain.
+
+    One that calibrates drains a model of two shards before: what is done once in a process (imports, connections, the first calls
+    of torch) then counts as its start.
+    """
+    pairs = filled(base, shards)
+    warm_up = filled(f"{base}-warm-up", [2]) if calibrates else []
+    given = json.dumps([pairs, warm_up, {"max_shards": settings["max_shards"]}, settings["learners"]])
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     done = subprocess.run(
         [sys.executable, "-c", RUN],
@@ -388,31 +395,34 @@ def run(base: str, shards: list[int], settings: dict[str, int]) -> tuple[Both, d
     return (seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime), told
 
 
-def fitted(told: dict[str, Any], seconds: Both, which: int) -> dict[str, float]:
-    """Seconds of the parts, by least squares over the turns of a run: a turn, a commit, a shard, one dropped. And over its
-    preparations: one, a manifest since the last tombstones, a shard that is listed.
+def filled(base: str, shards: list[int]) -> list[dict[str, str]]:
+    """Pairs of models with so many shards each."""
+    names = [f"m{number:04}" for number in range(len(shards))]
+    begin(f"{base}/registry", names)
+    contents = [shard(ROWS, seed) for seed in range(8)]
+    pairs = pairs_of(base, names)
+    for pair, count in zip(pairs, shards, strict=True):
+        fill(pair["inbox"], contents, count)
+    return pairs
 
-    `which` is 0 by the clock, 1 of the CPU. A look takes the median of its kind. The start has what the first turn took longer
-    than the others, and the longest of each look longer than the median: imports, connections, the first calls of torch.
+
+def fitted(told: dict[str, Any], seconds: Both, which: int, calls: int) -> dict[str, float]:
+    """Seconds of the parts, by least squares over the turns of a run: a turn, a commit, a shard, one dropped.
+
+    `which` is 0 by the clock, 1 of the CPU. A look or a preparation takes the mean of its kind. So does each manifest that is
+    read with a learner; `calls` of them are read at once.
     """
     turns = told["turns"]
     known = np.array([[1.0, what == "committed", shards, dropped] for _, _, what, shards, dropped in turns])
     spent = np.array([turn[which] for turn in turns])
-    parts = least_squares(known[1:], spent[1:])
+    parts = least_squares(known, spent)
     start = told["start"][which]
     end = max(0.0, seconds[which] - start - told["drained"][which])
-    start += max(0.0, float(spent[0] - known[0] @ parts))
     looks = {what: [look[which] for look in told["looks"] if look[2] == what] or [0.0] for what in LOOKS}
-    medians = {what: statistics.median(took) for what, took in looks.items()}
-    start += sum(max(took) - medians[what] for what, took in looks.items())
-    prepared = sorted((look for look in told["looks"] if look[2] == "prepare"), key=lambda look: look[which])[:-1]
-    before = np.array([[1.0, since, left] for *_, since, left in prepared])
-    learner = least_squares(before, np.array([look[which] for look in prepared]))
-    return (
-        {"start": start, "end": end, "open": medians["open"], "look": medians["look"]}
-        | dict(zip(("prepare", "manifest", "listed"), map(float, learner), strict=True))
-        | dict(zip(("turn", "commit", "shard", "dropped"), map(float, parts), strict=True))
-    )
+    means = {what: statistics.mean(took) for what, took in looks.items()}
+    manifest = statistics.mean(read[which] for read in told["manifests"]) / (1 if which else calls)
+    outside = {"start": start, "end": end, "manifest": manifest, **means}
+    return outside | dict(zip(("turn", "commit", "shard", "dropped"), map(float, parts), strict=True))
 
 
 def least_squares(known: Any, spent: Any) -> Any:
@@ -428,19 +438,30 @@ def least_squares(known: Any, spent: Any) -> Any:
 
 
 def check(where: str, models: int, times: int) -> None:
-    """Calibrate on `models`, simulate and run `times` as many; and the same models with `times` as many shards."""
+    """Calibrate on `models`, simulate and run `times` as many; and the same models with `times` as many shards.
+
+    Each run has a calibration before and after it, of which the mean counts: the load of the machine may change.
+    """
     settings = {"max_shards": 8, "learners": 4, "read_ahead": READ_AHEAD[where]}
     small = [10 + 4 * number for number in range(models)]
     with tempfile.TemporaryDirectory() as folder, places(where, Path(folder)) as base:
-        seconds, told = run(f"{base}/small", small, settings)
-        costs = {clock: fitted(told, seconds, which) for which, clock in enumerate(CLOCKS)}
-        say(where, "calibration", seconds, parts=costs)
+
+        def calibrated(name: str) -> dict[str, dict[str, float]]:
+            seconds, told = run(f"{base}/{name}", small, settings, calibrates=True)
+            costs = {clock: fitted(told, seconds, which, CALLS[where]) for which, clock in enumerate(CLOCKS)}
+            say(where, "calibration", seconds, parts=costs)
+            return costs
+
         sizes = {"models": small * times, "shards": [count * times for count in small]}
+        before = calibrated("small")
         for more, shards in sizes.items():
-            wanted = [simulated(costs[clock], shards, settings, clock) for clock in CLOCKS]
             seconds, _ = run(f"{base}/{more}", shards, settings)
+            after = calibrated(f"small-{more}")
+            costs = {c: {part: (cost + after[c][part]) / 2 for part, cost in before[c].items()} for c in CLOCKS}
+            wanted = [simulated(costs[clock], shards, settings, clock) for clock in CLOCKS]
             ratios = {clock: round(wanted[i] / seconds[i], 3) for i, clock in enumerate(CLOCKS)}
             say(where, f"{times} times the {more}", seconds, simulated=[round(one, 2) for one in wanted], ratios=ratios)
+            before = after
 
 
 def say(where: str, case: str, seconds: Both, **more: Any) -> None:
