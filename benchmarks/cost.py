@@ -69,9 +69,9 @@ class Counted:
         asked = S3Store._asked
 
         def counting(store: S3Store, method: str, params: dict[str, Any]) -> dict[str, Any]:
-            answer = asked(store, method, params)
-            self.requests[KINDS.get(method, "read")] += 1
+            self.requests[KINDS.get(method, "read")] += 1  # refusals have their price too
             self.written += len(params.get("Body", b""))
+            answer = asked(store, method, params)
             body = answer.get("Body", b"")
             self.read += len(body) if isinstance(body, bytes) else 0
             return answer

@@ -2,6 +2,7 @@
 
     .venv/bin/python -m benchmarks.tenants                                  # 100 models x 20 shards of 1,000 rows, local and S3
     .venv/bin/python -m benchmarks.tenants --tenants 10 --where local --repeat 1
+    .venv/bin/python -m benchmarks.tenants --tenants 10 --repeat 7 --inside  # in this process, without its start
 
 One of the many is poisoned: its head is not what was committed. Its shards stay where they are, and do not count. Both run as
 a user runs them, `tidemill follow --mode drain`, by turns, each in a process of its own. The S3 server is started here
@@ -108,6 +109,28 @@ def one(base: str, shards: int) -> dict[str, Any]:
     return measured
 
 
+def inside(base: str, tenants: int, shards: int) -> dict[str, float]:
+    """What was measured of a drain in this process. None is poisoned."""
+    from tidemill.tasks import online
+    from tidemill.tasks.tenants import doors
+    from tidemill.tasks.tenants.pairs import Pair
+
+    names = [f"m{number:04}" for number in range(tenants)]
+    begin(f"{base}/registry", names)
+    pairs = pairs_of(base, names)
+    for pair in pairs:
+        fill(pair["inbox"], [shard(ROWS, seed) for seed in range(8)], shards)
+    began, cpu = time.perf_counter(), time.process_time()
+    report = doors.drain([Pair(**pair) for pair in pairs]) if tenants > 1 else online.drain(*pairs[0].values())
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    assert report.shards == tenants * shards
+    rows = report.shards * ROWS
+    return {
+        **{"seconds": round(seconds, 2), "rows_a_second": round(rows / seconds)},
+        **{"cpu_seconds": round(cpu, 2), "rows_a_cpu_second": round(rows / cpu)},
+    }
+
+
 @contextmanager
 def places(where: str, folder: Path) -> Iterator[str]:
     """The URL below which everything lies."""
@@ -130,20 +153,26 @@ def main() -> None:
     parser.add_argument("--learners", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--where", choices=["local", "s3"], nargs="+", default=["local", "s3"])
+    parser.add_argument("--inside", action="store_true", help="in this process, without its start")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     for where in options.where:
         ratios: dict[str, list[float]] = {"rows_a_second": [], "rows_a_cpu_second": []}
         with tempfile.TemporaryDirectory() as name, places(where, Path(name)) as base:
+            if options.inside:
+                inside(f"{base}/warm-up/many", 2, 2)
+                inside(f"{base}/warm-up/one", 1, 2)
             for number in range(options.repeat):
                 rates = {}
                 for case in ("many", "one")[:: 1 if number % 2 == 0 else -1]:
                     below = f"{base}/{number}/{case}"
-                    found = (
-                        many(below, Path(name), options.tenants, options.shards, options.learners)
-                        if case == "many"
-                        else one(below, options.tenants * options.shards)
-                    )
+                    tenants, shards = options.tenants, options.shards
+                    if options.inside:
+                        found = inside(below, *((tenants, shards) if case == "many" else (1, tenants * shards)))
+                    elif case == "many":
+                        found = many(below, Path(name), tenants, shards, options.learners)
+                    else:
+                        found = one(below, tenants * shards)
                     rates[case] = found
                     print(json.dumps({"suite": "tenants", "where": where, "case": case, **found}), flush=True)
                 for rate, found in ratios.items():
