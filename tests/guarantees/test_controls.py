@@ -185,7 +185,7 @@ def altered(protocol: Protocol, stride: int) -> Iterator[World]:
 
 def gone_back(protocol: Protocol, stride: int) -> Iterator[World]:
     """Garbage collection before any call of a rollback to a version that is not in retention."""
-    for at in count(1):
+    for at in count(1, min(stride, 3)):  # between the look at the version and the commit there are more
         world = world_of(protocol)
         go_on(world, FIRST)
         world.rollback(1, Plan(None, (Meanwhile(at, "collect", (1,)),)))

@@ -172,6 +172,7 @@ def test_what_a_version_has_not_changed_is_not_stored_again() -> None:
         assert read(new_log(log.store), second) == learner.files
 
 
+@pytest.mark.slow
 def test_of_a_table_only_changed_rows_are_stored_and_the_whole_one_now_and_then() -> None:
     log = new_log()
     _, head, files = grown(log, MOST_CHANGES + 3)
@@ -472,12 +473,14 @@ def fill(tensors: dict[str, Tensor], file: bytes) -> None:
         tensors[name].copy_(tensor)
 
 
+@pytest.mark.slow
 def test_a_commit_that_names_its_parents_blobs_is_whole_whenever_a_collection_comes() -> None:
     log = new_log()
     grown(log, 4)
     at_each_call(log.store, lambda log: another(log, 7), lambda log: collect_garbage(log, keep=1), is_sound)
 
 
+@pytest.mark.slow
 def test_a_collection_that_is_slow_takes_nothing_that_later_versions_name() -> None:
     """While it stands before any of its calls, three more versions come: whole tables, rows, a rollback."""
 
@@ -492,6 +495,7 @@ def test_a_collection_that_is_slow_takes_nothing_that_later_versions_name() -> N
     at_each_call(log.store, lambda log: collect_garbage(log, keep=1), meanwhile, is_sound)
 
 
+@pytest.mark.slow
 def test_a_rollback_is_whole_whenever_a_collection_comes() -> None:
     log = new_log()
     grown(log, 5)
@@ -517,6 +521,7 @@ def test_a_rollback_stores_what_the_head_does_not_name() -> None:
     assert commit(log, back, learner).number == back.number + 1
 
 
+@pytest.mark.slow
 def test_a_follower_that_slept_names_nothing_that_is_gone() -> None:
     """It has the blocks of a version in memory that others have left behind: its commit is refused."""
     log = new_log()

@@ -9,27 +9,18 @@ import json
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from tests.data import put, rows
-from tidemill.storage.aliases import promote
 from tidemill.storage.audit import audit
 from tidemill.storage.disposal import quarantined
-from tidemill.storage.errors import CorruptObject
 from tidemill.storage.log import VersionLog, open_log
 from tidemill.storage.manifest import FORMAT, Compared, decode, sha256
-from tidemill.storage.memory import MemoryStore
 from tidemill.storage.refs import Segments
 from tidemill.tasks.online.step import OnlineRun, Outcome, step
 from tidemill.tasks.online.used import decoded
-from tidemill.tasks.publishing.folder import write_folder
-from tidemill.tasks.publishing.pyfunc import WEIGHTS, _load_pyfunc
-from tidemill.tasks.serving.loading import load
 from tidemill.tasks.settings import OnlineSettings
-from tidemill.tasks.sources import find
 from tidemill.tasks.versions import load_learner
-from tidemill.tasks.warm_start import read
 
 FORMATS = Path(__file__).parents[1] / "storage/formats"
 
@@ -115,37 +106,6 @@ def test_what_format_2_4_has_more_is_there(tmp_path: Path) -> None:
     weights = [sha256(log.read_blob(file)) for file in files]
     before = open_log(str(shutil.copytree(FORMATS / "2.3", tmp_path / "before")), "model")
     assert weights == [before.version(number).manifest.blobs.weights.sha256 for number in range(6)]
-
-
-def test_files_in_segments_are_put_to_use_as_others_are(tmp_path: Path) -> None:
-    """Loaded, published, begun with, named by an alias, copied to a history of its own: the same history in either format."""
-    table = pa.table({"a": [0.5, 1.0, 2.0], "b": [1.0, -1.0, 0.0]})
-    found = []
-    for number in ("2.3", "2.4"):
-        log = open_log(str(shutil.copytree(FORMATS / number, tmp_path / number)), "model")
-        version = log.version(3)
-        promote(log, "three", version)
-        predicted = load(log.store.url, "model", "three").predict(table).to_pylist()
-        folder = tmp_path / f"folder {number}"
-        folder.mkdir()
-        write_folder(folder, log, version, "r" * 32, "m-1")
-        published = _load_pyfunc(str(folder / "data")).predict(table.to_pandas())
-        (folder / "data" / WEIGHTS).write_bytes(bytes(200))
-        with pytest.raises(CorruptObject, match="publish the version again"):
-            _load_pyfunc(str(folder / "data"))
-        source = read(find(f"{log.store.url}/model@three"))
-        copy = VersionLog(MemoryStore(f"copy of {tmp_path} {number}"), "model")
-        weights, _ = copy.copy_blobs(0, version.manifest.blobs, log)
-        assert all(key.startswith("model/blobs/00000000-") for key in weights.object_keys)
-        found.append(
-            (
-                predicted,
-                published["prediction"].tolist(),
-                {name: tensor.tolist() for name, tensor in source.weights.items()},
-                copy.read_blob(weights),
-            )
-        )
-    assert found[0] == found[1]
 
 
 def test_a_history_of_any_format_is_gone_on_from(log: VersionLog, tmp_path: Path) -> None:

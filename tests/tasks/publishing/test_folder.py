@@ -1,23 +1,32 @@
 """What MLflow keeps of a version: loaded by its flavor, it predicts what `tidemill predict` does. That needs no server."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import yaml
 
 from tests.data import put
 from tests.tasks.exporting.zoo import spec, table, trained
+from tidemill.storage.aliases import promote
 from tidemill.storage.chain import Version
 from tidemill.storage.errors import CorruptObject
 from tidemill.storage.log import VersionLog, open_log
+from tidemill.storage.memory import MemoryStore
 from tidemill.tasks import online
 from tidemill.tasks.publishing.folder import write_folder
 from tidemill.tasks.publishing.pyfunc import STATE, WEIGHTS, _load_pyfunc
+from tidemill.tasks.serving.loading import load
 from tidemill.tasks.serving.predictor import predictor_of
 from tidemill.tasks.settings import OnlineSettings
+from tidemill.tasks.sources import find
+from tidemill.tasks.warm_start import read
+
+FORMATS = Path(__file__).parents[2] / "storage/formats"
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +101,35 @@ def test_weights_that_were_changed_are_not_loaded(folder: Path, tmp_path: Path) 
     (tmp_path / WEIGHTS).write_bytes(weights)
     with pytest.raises(CorruptObject, match="is not what was committed"):
         _load_pyfunc(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_files_in_segments_are_put_to_use_as_others_are(tmp_path: Path) -> None:
+    """Loaded, published, begun with, named by an alias, copied to a history of its own: the same history in either format."""
+    table = pa.table({"a": [0.5, 1.0, 2.0], "b": [1.0, -1.0, 0.0]})
+    found = []
+    for number in ("2.3", "2.4"):
+        log = open_log(str(shutil.copytree(FORMATS / number, tmp_path / number)), "model")
+        version = log.version(3)
+        promote(log, "three", version)
+        predicted = load(log.store.url, "model", "three").predict(table).to_pylist()
+        folder = tmp_path / f"folder {number}"
+        folder.mkdir()
+        write_folder(folder, log, version, "r" * 32, "m-1")
+        published = _load_pyfunc(str(folder / "data")).predict(table.to_pandas())
+        (folder / "data" / WEIGHTS).write_bytes(bytes(200))
+        with pytest.raises(CorruptObject, match="publish the version again"):
+            _load_pyfunc(str(folder / "data"))
+        source = read(find(f"{log.store.url}/model@three"))
+        copy = VersionLog(MemoryStore(f"copy of {tmp_path} {number}"), "model")
+        weights, _ = copy.copy_blobs(0, version.manifest.blobs, log)
+        assert all(key.startswith("model/blobs/00000000-") for key in weights.object_keys)
+        found.append(
+            (
+                predicted,
+                published["prediction"].tolist(),
+                {name: tensor.tolist() for name, tensor in source.weights.items()},
+                copy.read_blob(weights),
+            )
+        )
+    assert found[0] == found[1]
