@@ -536,9 +536,10 @@ def test_weights_and_state_are_never_unpickled(memory_run: OnlineRun, sentinel: 
     assert len(payloads) == 3
     for data in payloads:
         for name in ("weights", "state"):
-            ref = log.write_blob(head.number + 1, "safetensors", data)
-            blobs: Blobs = head.manifest.blobs.model_copy(update={name: ref})
-            version = log.commit(log.head(), Entry(kind="batch", spec=head.manifest.spec, blobs=blobs))
+            number = log.head().number + 1
+            refs = dict(zip(("weights", "state"), log.copy_blobs(number, head.manifest.blobs), strict=True))
+            refs[name] = log.write_blob(number, "safetensors", data)
+            version = log.commit(log.head(), Entry(kind="batch", spec=head.manifest.spec, blobs=Blobs(**refs)))
             with pytest.raises(StateMismatch):
                 load_learner(log, version)
         assert not sentinel.exists()
