@@ -99,12 +99,12 @@ class WritingChain(Chain):
         ]
 
     def _write_segments(self, number: int, jobs: Sequence["_Job"]) -> list[Segment]:
-        """Several at once: of large ones, each of which may be stored in parts at once, two."""
+        """Several at once; one after the other those that the store may send in parts."""
         made: list[Segment | None] = [None] * len(jobs)
-        sizes = [len(job.cut.pieces) for job in jobs]
+        sizes, limit = [len(job.cut.pieces) for job in jobs], self.store.one_call_below
         for calls, chosen in (
-            (self.store.concurrency, [at for at, size in enumerate(sizes) if size <= STREAMED_ABOVE]),
-            (min(2, self.store.concurrency), [at for at, size in enumerate(sizes) if size > STREAMED_ABOVE]),
+            (self.store.concurrency, [at for at, size in enumerate(sizes) if size <= limit]),
+            (1, [at for at, size in enumerate(sizes) if size > limit]),
         ):
             done = concurrently(lambda at: self._write_segment(number, jobs[at]), chosen, calls)
             for at, segment in zip(chosen, done, strict=True):

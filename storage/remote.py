@@ -128,6 +128,10 @@ class RemoteStore(Store):
     part_bytes: int
     """Bytes of a part. A larger object that is written in pieces goes up in parts, each of them tried again by itself."""
 
+    @property
+    def one_call_below(self) -> int:
+        return self.part_bytes
+
     concurrency = 8
     readers = 3
 

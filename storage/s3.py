@@ -118,6 +118,10 @@ class S3Store(_Requests, Store):
         """The bucket at the server that these variables name."""
         return "s3", self._bucket, self._aws_variables
 
+    @property
+    def one_call_below(self) -> int:
+        return self.in_parts_above
+
     def list(
         self, prefix: str = "", *, after: str = "", passed_over: PassedOver | None = None, inside: bool = False
     ) -> Iterator[ObjectInfo]:

@@ -88,6 +88,12 @@ class Store(ABC):
         backend says otherwise, each place for itself."""
         return self.url
 
+    @property
+    def one_call_below(self) -> int:
+        """Bytes up to which `write_pieces` makes one request, so that `concurrency` such calls may be under way at once. A larger
+        object may go up in parts, several at once, and has the store for itself."""
+        return 64 * 2**20
+
     concurrency: int = 1
     """How many calls are worth having under way at once. 1: a call returns sooner than another thread could take it over."""
 

@@ -81,6 +81,10 @@ class FaultStore(Store):
         return self._store.keeper
 
     @property
+    def one_call_below(self) -> int:
+        return self._store.one_call_below
+
+    @property
     def promises(self) -> Promises:  # type: ignore[override]  # the wrapped store acts on them
         return self._store.promises
 

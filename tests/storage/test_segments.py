@@ -26,7 +26,8 @@ from tidemill.storage.pieces import BLOCK, Buffers
 from tidemill.storage.refs import FileRef, Segment, Segments
 from tidemill.storage.retention import collect_garbage
 from tidemill.storage.segments import CHANGED_SHARE, LEAST, MOST_CHANGES, MOST_SEGMENTS, cut, is_of
-from tidemill.storage.store import Store
+from tidemill.storage.store import ObjectInfo, Store
+from tidemill.storage.urls import open_store
 from tidemill.tasks.training.tensors import buffers_of
 
 ROWS, WIDTH = 4096, 16  # rows of 64 bytes
@@ -360,6 +361,49 @@ def test_segments_are_read_at_once_and_no_more_than_the_store_can_do_with() -> N
 
     assert read(new_log(FaultStore(log.store, hook, concurrency=3)), head) == learner.files
     assert most <= 3
+
+
+class InParts(MemoryStore):
+    """Notes how many objects are written at once, small ones and those that it would send in parts."""
+
+    concurrency = 3
+    one_call_below = LARGE // 4
+
+    def __init__(self) -> None:
+        super().__init__(uuid.uuid4().hex)
+        self.under_way, self.most = 0, {"small": 0, "large": 0}
+        self._changed = threading.Condition()
+
+    def write(self, key: str, data: bytes, *, mode: int | None = None) -> ObjectInfo:
+        kind, enough, seconds = ("small", 3, 10) if len(data) <= self.one_call_below else ("large", 2, 0.1)
+        with self._changed:
+            self.under_way += 1
+            self.most[kind] = max(self.most[kind], self.under_way)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.most[kind] >= enough, seconds)  # for others, if any come
+        try:
+            return super().write(key, data)
+        finally:
+            with self._changed:
+                self.under_way -= 1
+
+
+def test_a_segment_that_the_store_sends_in_parts_is_sent_alone() -> None:
+    store = InParts()
+    small = {f"small{n}": torch.full((LARGE // 32,), float(n)) for n in range(3)}
+    large = {f"large{n}": torch.full((LARGE // 8,), float(n)) for n in range(3)}
+    weights, state = buffers_of({**small, **large}), buffers_of({})
+    log = new_log(store)
+    log.segmented_above, log.least_segment = 1000, LARGE // 8
+    ref, _ = log.write_learner(0, (weights, state))
+    assert log.read_blob(ref) == b"".join(weights)
+    assert store.most == {"small": 3, "large": 1}
+
+
+@pytest.mark.parametrize(("url", "size"), [("s3://bucket", 64), ("gs://bucket", 32), ("az://container", 8)])
+def test_a_store_says_what_it_sends_by_one_call(url: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "account")
+    assert open_store(url).one_call_below == size * 2**20
 
 
 # ---- who keeps what is named ---------------------------------------------------------------------------------------------
