@@ -114,7 +114,7 @@ def _static(store: Store, key: str) -> StaticTable:
     data = store.read(key)
     text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
     metadata = TableMetadataUtil.parse_raw(text)
-    if _place(metadata.location) != _place(store.url):
+    if _place(metadata.location) != _place(store.url) or _other_account(metadata.location, _in_account(store.url)):
         raise UnsupportedTable(
             f"{store.url} is an Iceberg table whose metadata say that it lies at {metadata.location}: name it there. (The paths "
             "in it are absolute: a copy refers to the files of the original.)"
@@ -221,10 +221,26 @@ def _place(url: str) -> str:
     return f"{_SAME.get(scheme, scheme)}:{rest}"
 
 
+def _other_account(one: str, other: str) -> bool:
+    """Whether both locations name accounts of Azure, which `_place` leaves out, and not the same one."""
+    accounts = [re.match(r"(?:abfs|wasb)s?:/*[^@/]+@([^./]+)", url) for url in (one, other)]
+    return len({found[1] for found in accounts if found}) == 2
+
+
+def _in_account(url: str) -> str:
+    """The location of a store, in Azure with the account, which is that of the environment, if it tells the name."""
+    if not url.startswith("az://"):
+        return url
+    from tidemill.storage.azure_account import account_name  # needs the client, which a store in Azure has
+
+    container, slash, prefix = url.removeprefix("az://").partition("/")
+    return f"abfss://{container}@{name}{slash}{prefix}" if (name := account_name()) else url
+
+
 def _key(url: str, root: str, location: str) -> str:
     """Below the folder of the table."""
     place, within = _place(location), f"{_place(root)}/"
-    if not place.startswith(within):
+    if not place.startswith(within) or _other_account(location, root):
         raise UnsupportedTable(f"{url} is an Iceberg table with files outside of its folder ({location}): {_REWRITE}")
     return place.removeprefix(within)
 

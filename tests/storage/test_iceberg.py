@@ -41,7 +41,8 @@ from tidemill.storage.choice import Choice
 from tidemill.storage.conditions import Bounds
 from tidemill.storage.dataset import Snapshot, peek, pinned, snapshot
 from tidemill.storage.errors import DatasetError, UnsupportedTable
-from tidemill.storage.iceberg import _bounds, _place
+from tidemill.storage.iceberg import _bounds, _key, _place, _static
+from tidemill.storage.memory import MemoryStore
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 
@@ -241,6 +242,28 @@ def test_places_are_the_same_whatever_the_scheme_is_called() -> None:
     assert _place("s3a://bucket/t") == _place("s3://bucket/t")
     assert _place("file:/a/t") == _place("file:///a/t") == _place("/a/t")
     assert _place("s3://bucket/a@b/t") != _place("s3://bucket/b/t")
+
+
+def test_a_container_of_another_account_is_another_place() -> None:
+    root, file = "abfss://lake@ours.dfs.core.windows.net/t", "data/a.parquet"
+    for same in (root, "az://lake/t", "wasbs://lake@ours.blob.core.windows.net/t"):
+        assert _key("az://lake/t", root, f"{same}/{file}") == _key("az://lake/t", same, f"{root}/{file}") == file
+    with pytest.raises(UnsupportedTable, match="files outside of its folder"):
+        _key("az://lake/t", root, f"abfss://lake@theirs.dfs.core.windows.net/t/{file}")
+
+
+def test_a_copy_in_another_account_is_not_read_as_the_table(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
+    location = "abfss://lake@ours.dfs.core.windows.net/t"
+    metadata = made(catalog).metadata.model_copy(update={"location": location})
+    store = MemoryStore(uuid.uuid4().hex)
+    store.write("metadata/v1.metadata.json", metadata.model_dump_json().encode())
+    store.url = "az://lake/t"
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "ours")
+    assert _static(store, "metadata/v1.metadata.json").metadata.location == location
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "theirs")
+    with pytest.raises(UnsupportedTable, match="metadata say that it lies at abfss://lake@ours"):
+        _static(store, "metadata/v1.metadata.json")
 
 
 def test_a_condition_opens_the_files_that_the_metadata_do_not_rule_out(catalog: Catalog) -> None:
