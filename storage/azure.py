@@ -3,7 +3,7 @@
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from datetime import UTC
 from typing import Any, Final
 
@@ -39,6 +39,11 @@ class AzureStore(RemoteStore):
     def __init__(self, container: str, prefix: str = "") -> None:
         super().__init__(f"az://{container}", prefix)
         self._container, self._account = container, account()
+
+    @property
+    def keeper(self) -> Hashable:
+        """The container in the account that the environment names."""
+        return "az", self._container, self._account
 
     def stat(self, key: str) -> ObjectInfo:
         return _info(key, self._call("stat", key, lambda: self._blob(key).get_blob_properties()))

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from datetime import UTC
 from functools import lru_cache
 from typing import Any, Final, TypeVar
@@ -50,6 +50,11 @@ class GCSStore(RemoteStore):
     def __init__(self, bucket: str, prefix: str = "") -> None:
         super().__init__(f"gs://{bucket}", prefix)
         self._bucket, self._variables = bucket, _variables()
+
+    @property
+    def keeper(self) -> Hashable:
+        """The bucket at the server that these variables name."""
+        return "gs", self._bucket, self._variables
 
     def stat(self, key: str) -> ObjectInfo:
         blob = self._blob(key)

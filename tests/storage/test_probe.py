@@ -181,6 +181,26 @@ def test_two_places_of_a_bucket_or_a_disk_have_one_keeper(make_url: Callable[[st
     assert open_store("s3://another-bucket/one").keeper != one.keeper
 
 
+@pytest.mark.parametrize(
+    ("scheme", "variable", "one", "other"),
+    [
+        ("gs", "STORAGE_EMULATOR_HOST", "http://127.0.0.1:1", "http://127.0.0.1:2"),
+        ("az", "AZURE_STORAGE_ACCOUNT", "ours", "theirs"),
+    ],
+)
+def test_all_places_of_a_bucket_of_google_or_azure_have_one_keeper(
+    scheme: str, variable: str, one: str, other: str, monkeypatch: pytest.MonkeyPatch
+):
+    for name in [name for name in os.environ if name.startswith(("AZURE_", "GOOGLE_", "STORAGE_", "CLOUDSDK_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, one)
+    keeper = open_store(f"{scheme}://bucket/one").keeper
+    assert open_store(f"{scheme}://bucket/other/place").keeper == keeper
+    assert open_store(f"{scheme}://another-bucket/one").keeper != keeper
+    monkeypatch.setenv(variable, other)
+    assert open_store(f"{scheme}://bucket/one").keeper != keeper
+
+
 def test_a_lost_answer_is_no_refusal(name: str):
     """The first create is applied twice, as a retry would: it meets its own object."""
     store = MemoryStore(name)
