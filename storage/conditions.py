@@ -70,7 +70,7 @@ class Like:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class In:
-    """`column IN (values)`: equal to itself alone, for to compare thousands of values takes long."""
+    """`column IN (values)`. Two of them are never equal: comparing thousands of values would take long."""
 
     column: str
     values: tuple[Value, ...]

@@ -57,8 +57,9 @@ class Opener:
             except (PreconditionFailed, NotFound, StoreNotFound) as error:
                 if self._table is not None:
                     raise DatasetChanged(
-                        f"{self._store.url}/{info.key}, a file of {self._table.ref.told}, went while it was being read, as by a "
-                        "vacuum or an expiry. Nothing was registered; let them keep files for as long as runs take, run again."
+                        f"{self._store.url}/{info.key}, a file of {self._table.ref.told}, went or was replaced while it was "
+                        "being read, as by a vacuum or an expiry. Nothing was registered; let them keep files for as long as "
+                        "runs take, run again."
                     ) from error
                 raise DatasetChanged(
                     f"{self._store.url}/{info.key} changed while the dataset was being read. Nothing was registered; run "
