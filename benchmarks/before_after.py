@@ -77,7 +77,8 @@ def checkout(commit: str) -> Iterator[Path]:
 
 def script(place: Path, *arguments: str, scratch: Path) -> str:
     """What the script of the rows prints for a checkout. Its errors go to our standard error."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TIDEMILL_", "PREFECT_"))}
+    ours = ("TIDEMILL_", "PREFECT_", "PYTHONDONTWRITEBYTECODE")  # with the last, each process compiles all modules anew
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {
         "PYTHONPATH": str(place),
         "TIDEMILL_FACTORIES": "examples.net",

@@ -135,7 +135,7 @@ def _stopped(by: KeyboardInterrupt, kept: str) -> NoReturn:
     number, name = (signal.SIGTERM, "SIGTERM") if isinstance(by, Terminated) else (signal.SIGINT, "Ctrl-C")
     if torchrun.starts_again():
         fail(
-            "tidemill: this rank ends, as another one has died: all are started again, and go on from what is stored",
+            "tidemill: this rank ends, as where another one has died: then all are started again and go on from what is stored",
             128 + number,
         )
     fail(f"tidemill: stopped by {name}; {kept}", 128 + number)

@@ -71,7 +71,7 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
             env=_environment() | {RESULT: str(result)},
             start_new_session=True,  # Ctrl-C is for this process alone, which passes it on
         )
-        asked = False
+        asked = 0  # the signal that has asked the command to stop
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             nonlocal asked
@@ -80,7 +80,7 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
             else:
                 was_asked(result).touch()
                 process.send_signal(signal.SIGTERM)
-            asked = True
+            asked = number
 
         before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -88,7 +88,9 @@ def run(ranks: int, arguments: Sequence[str]) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return int(result.read_text()) if result.exists() else code or 1
+        if result.exists():
+            return int(result.read_text())
+        return 128 + asked if asked else code or 1
 
 
 def _awaited(process: "Popen[bytes]", result: Path) -> int:

@@ -21,7 +21,6 @@ from tidemill.storage.segments import (
     LEAST,
     Cut,
     KnownBlocks,
-    blocks_of,
     blocks_with,
     can_change,
     cut,
@@ -121,19 +120,19 @@ class WritingChain(Chain):
                     return before
             elif not len(rows):
                 return before
-            elif can_change(before, cut.row_bytes, len(rows)):
-                return self._write_rows(number, job, before, rows)
+            elif known is not None and can_change(before, cut.row_bytes, len(rows)):
+                return self._write_rows(number, job, before, rows, known)
         key = self._key(number, f"{job.suffix}.segment")
         blocks = self._write_hashed(key, cut.pieces, number, BlockHash).blocks
         self._known.put(digest := joint(blocks), blocks)
         return Segment(name=cut.name, key=key, bytes=len(cut.pieces), sha256=digest)
 
-    def _write_rows(self, number: int, job: "_Job", before: Segment, rows: "Rows") -> Segment:
-        """The segment before with these rows over it. Costs what they do, where its blocks are known."""
+    def _write_rows(self, number: int, job: "_Job", before: Segment, rows: "Rows", known: bytes) -> Segment:
+        """The segment before, whose blocks are known, with these rows over it. Costs what they do."""
         from tidemill.storage.rows import changed_rows, touched_blocks  # and numpy, which nobody else here needs
 
-        (buffer,), size, known = job.cut.buffers, job.cut.row_bytes, self._known.get(before.sha256)
-        blocks = blocks_of(job.cut) if known is None else blocks_with(buffer, known, touched_blocks(size, rows))
+        (buffer,), size = job.cut.buffers, job.cut.row_bytes
+        blocks = blocks_with(buffer, known, touched_blocks(size, rows))
         digest = joint(blocks)
         if digest == before.sha256:
             return before

@@ -149,8 +149,8 @@ class VersionLog(BlobChain):
     def _check_blobs(self, parent: Version | None, blobs: Blobs, number: int) -> None:
         """Raises ValueError: a version would need blobs that a collection may be removing.
 
-        A collection keeps all that the head needs which it has found, and touches no number above that head. So what is kept for
-        a version is kept for its children, however long ago the collection or the writer began; of other versions it is not.
+        A collection lists the blobs, then reads the head. It deletes no blob that the head names, and none with a higher number.
+        So no blob that a child of the head names is deleted, however long ago the collection or the writer began.
         """
         own = f"{self.model}/blobs/{number:08d}-"
         kept = frozenset[str]() if parent is None else parent.manifest.blobs.object_keys

@@ -131,6 +131,8 @@ class Hashed(Pieces, Generic[H]):
                     before.result()
                 before = pool.submit(taken.update, piece)
                 yield piece
+            if before is not None:
+                before.result()
         self.hash = taken
 
 
