@@ -30,6 +30,22 @@ def test_no_byte_is_lost_and_no_piece_is_long(sizes: tuple[int, ...]) -> None:
     assert pieces.crc32() == zlib.crc32(DATA)
 
 
+class Unable(BlockHash):
+    """Memory runs out at the last piece."""
+
+    taken = 0
+
+    def update(self, data: memoryview) -> None:
+        self.taken += len(data)
+        if self.taken == len(DATA):
+            raise MemoryError
+
+
+def test_a_hash_that_fails_at_the_last_piece_is_no_hash() -> None:
+    with pytest.raises(MemoryError):
+        list(Hashed(buffers(), Unable))
+
+
 @pytest.mark.parametrize("size", [1_000_000, PIECE, PIECE + 1, len(DATA), 2 * len(DATA)])
 def test_parts_have_the_size_that_was_asked_for(size: int) -> None:
     parts = list(in_parts(buffers(5, PIECE, 1), size))

@@ -131,6 +131,17 @@ def grown(log: VersionLog, versions: int) -> tuple[Learner, Version, list[tuple[
     return learner, head, files
 
 
+def test_a_process_that_has_not_read_the_version_before_stores_the_whole_table() -> None:
+    """It does not know what the rows would lie over: with one row forgotten, nobody could read it."""
+    log = new_log()
+    learner, head, _ = grown(log, 2)
+    learner.step(5, 6)
+    learner.touched = {5}
+    version = commit(new_log(log.store), head, learner)
+    assert segment(version, "table").changed is None
+    assert read(new_log(log.store), version) == learner.files
+
+
 # ---- what is stored ------------------------------------------------------------------------------------------------------
 def test_a_small_file_is_one_blob_and_a_large_one_is_in_segments() -> None:
     log, pieces = new_log(kind=VersionLog), Learner().pieces()
