@@ -27,7 +27,7 @@ from tidemill.tasks.training.errors import TrainingError, described
 from tidemill.tasks.training.groups import RowGroup
 from tidemill.tasks.training.learner import Learner, Network
 from tidemill.tasks.training.loop import Score, score
-from tidemill.tasks.versions import load_frozen
+from tidemill.tasks.versions import load_frozen, spec_of
 
 logger = logging.getLogger("tidemill.gate")
 
@@ -37,6 +37,10 @@ UNDECIDED: Final = 1000
 """Give up the search for the version that served after this many versions without a decision of the gate."""
 AS_BAD_AS_CAN_BE: Final = sys.float_info.max
 """Stands for a score of the learner that is not finite: JSON has no infinity."""
+
+
+class OwnCode(Exception):
+    """The champion's spec names code of the user's own, which may not run where it was to be loaded."""
 
 
 class Champion:
@@ -57,15 +61,18 @@ class Champion:
         self._version = lru_cache(maxsize=64)(log.version)
         """Manifests never change; bisections for neighbouring moments ask for the same ones."""
 
-    def refresh(self, head: Version, learner: Learner) -> None:
+    def refresh(self, head: Version, learner: Learner, *, own_code: bool = True) -> None:
         """Finish what the head decided, if its run was killed before; then find out who the champion is.
 
         A champion that cannot be loaded is warned of, and nothing is compared.
+
+        Raises:
+            OwnCode: the champion is to be loaded, and is of the user's own code, which `own_code` forbids. A later call loads it.
         """
         if self.settings.champion == "ignore":
             return
         self._promote(head)
-        self._find(head, learner)
+        self._find(head, learner, own_code)
         if self.alias is None:
             logger.warning("%s has no alias %r: nothing to compare with", self.log.url, self.settings.alias)
         elif self.settings.champion == "move" and self.settings.holdout_dataset is not None:
@@ -81,19 +88,22 @@ class Champion:
         self._network = self._number = self._holdout = self._holdout_score = self._served = None
         self._version.cache_clear()
 
-    def _find(self, head: Version, learner: Learner) -> None:
+    def _find(self, head: Version, learner: Learner, own_code: bool = True) -> None:
         self.alias = find_alias(self.log, self.settings.alias)
         if self.alias is None or self.alias.version == self._number:
             return
-        self._number, self._network, self._holdout_score = self.alias.version, None, None
+        self._number = self._network = self._holdout_score = None
         try:
             if self.alias.version == head.number:
                 self._network = learner.network()
             else:
                 champion = self.log.version(self.alias.version)
+                if not own_code and spec_of(self.log, champion).import_paths:
+                    raise OwnCode
                 self._network = load_frozen(self.log, champion, self._device)
         except (UnknownVersion, CorruptObject, TrainingError) as error:
             logger.warning("champion, version %d, cannot be compared with: %s", self.alias.version, error)
+        self._number = self.alias.version
 
     def _last_decision(self, head: Version) -> tuple[int, Gate] | None:
         """On the way to the head, refusals that were rolled back included."""

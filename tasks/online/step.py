@@ -23,7 +23,7 @@ from tidemill.storage.urls import open_store
 from tidemill.tasks.batch import VersionInfo
 from tidemill.tasks.errors import GateClosed
 from tidemill.tasks.online.commit import commit
-from tidemill.tasks.online.gate import Champion
+from tidemill.tasks.online.gate import Champion, OwnCode
 from tidemill.tasks.online.places import Places
 from tidemill.tasks.online.report import OnlineReport
 from tidemill.tasks.online.selection import Selection, select
@@ -114,7 +114,8 @@ class OnlineRun:
         self.report.head, self.report.owed = head.version.number, len(head.owed)
         return head
 
-    def _read_head(self, version: Version) -> Head:
+    def _read_head(self, version: Version, own_code: bool = True) -> Head:
+        """Raises OwnCode as `Champion.refresh`."""
         log, settings = self.places.log, self.settings
         manifest, learner = version.manifest, read_learner(log, version, settings.device)
         try:
@@ -131,7 +132,7 @@ class OnlineRun:
         tombstones.respell(self.places.spelled)
         log.make_durable(version)  # before its debts are paid
         owed = self.places.dispose(manifest.owed)
-        self.champion.refresh(version, learner)
+        self.champion.refresh(version, learner, own_code=own_code)
         recent, gate = _recent(log, version, settings)
         return Head(
             version,
@@ -284,8 +285,9 @@ def open_run(
 def prepare(run: OnlineRun) -> None:
     """Read the head, list the inbox, and begin to read what waits: the next step goes on from there. Raises as `step`.
 
-    In any thread, if nothing else is done with this run meanwhile. A model of the user's own code is left to the step: that code
-    may change what belongs to the whole process, and runs where steps are taken.
+    As when a step reads the head, its debts are paid, the alias moves if it says so, and what was sent again is removed.
+    In any thread, if nothing else is done with this run meanwhile. Where the head or the champion is of the user's own code,
+    reading them is left to the step: that code may change what belongs to the whole process, and runs where steps are taken.
     """
     places = run.places
     try:
@@ -294,7 +296,11 @@ def prepare(run: OnlineRun) -> None:
             if spec_of(places.log, version).import_paths:
                 places.remember(version)
                 return
-            run._head = run._read_head(version)
+            try:
+                run._head = run._read_head(version, own_code=False)
+            except OwnCode:
+                places.remember(version)
+                return
         if not run.settings.train_when.by_score:  # which computes: to be done where steps are taken
             run._look(run.head(), set()).reader.begin()
     except BaseException as error:

@@ -1,5 +1,5 @@
-"""What needs no learner is done ahead, in threads: places are opened, inboxes looked into. No turn waits for a store that is away
-at these moments."""
+"""What need not be done in a turn is done ahead, in threads: places are opened, inboxes looked into, learners and shards read. No
+turn waits for a store that is away at these moments."""
 
 import contextlib
 import queue
@@ -19,8 +19,9 @@ _SLICE_SECONDS: Final = 0.1
 class Lookouts(Generic[T]):
     """A few threads that look, each at one place at a time, in the order in which they were sent.
 
-    They are daemons: one that waits for a store that is away must not hold up the end of the process. Nothing that they do
-    needs to be ended in order.
+    They are daemons: one that waits for a store that is away must not hold up the end of the process. Whatever they do may be
+    cut off anywhere, as by a kill, and nothing is lost. One that may be inside of torch is waited for a while by who sent it: the
+    interpreter may crash if it ends around that.
     """
 
     def __init__(self, count: int) -> None:

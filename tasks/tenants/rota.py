@@ -27,7 +27,9 @@ FAILED_MOST_SECONDS: Final = 600.0
 AHEAD: Final = 3
 """So many whose turns come next prepare for them while others have theirs, as far as the bound of learners leaves room."""
 ENDS_SECONDS: Final = 5.0
-"""How long the end waits for those who prepare."""
+"""How long the end waits for those who prepare. Who takes longer, mostly because a store is slow or away, is left behind and ends
+with the process, wherever it is then. Nothing is lost, as by a kill; if it was inside of torch, the exit may be a crash. What it
+fails of is not told."""
 
 
 class Member(Protocol):
@@ -44,7 +46,10 @@ class Member(Protocol):
         """Whether a turn may find something to do. Called in another thread, never during a turn of the same member."""
 
     def prepare(self) -> None:
-        """Take the memory that a turn needs, so that the turn finds it. Called in another thread, as `look`, before a turn."""
+        """Take the memory that a turn needs, so that the turn finds it; it may write, as the turn may.
+
+        Called in another thread, as `look`, before a turn. With an error the turn would have failed too.
+        """
 
     def turn(self) -> Outcome:
         """Take one step. With an error nothing of it counts."""
@@ -171,12 +176,14 @@ class Rota:
         self._wait_for_who_prepares()
 
     def _wait_for_who_prepares(self) -> None:
-        """A thread that ends with its process must not be inside of torch. One that waits for a store is left behind."""
+        """As long as `ENDS_SECONDS`: the interpreter may crash if it ends while a thread is inside of torch."""
         ends = Stop(ENDS_SECONDS)
         while not ends and any(place.away and place.member.name in self._learners.coming for place in self._ready):
             self._looks.wait(ENDS_SECONDS, ends)
-            for place, _ in self._looks.back():
+            for place, found in self._looks.back():
                 place.away = False
+                if isinstance(found, Exception):
+                    self._failed(place, found, ends=True)
 
     # ---- looks -------------------------------------------------------------------------------------------------------
     def _look(self, place: _Place) -> None:
@@ -273,7 +280,7 @@ class Rota:
         self._again(place, pause)
 
     # ---- failures ----------------------------------------------------------------------------------------------------
-    def _failed(self, place: _Place, error: Exception) -> None:
+    def _failed(self, place: _Place, error: Exception, *, ends: bool = False) -> None:
         member = place.member
         self._leave_queue(place)
         self._learners.give_up(member)
@@ -283,13 +290,14 @@ class Rota:
         place.failures += 1
         again = not self._drains or (isinstance(error, Unavailable) and place.failures <= RETRIES)
         pause = min(BACKOFF_SECONDS * 2.0 ** min(place.failures - 1, 10), FAILED_MOST_SECONDS)
+        then = f"it is tried again in {pause:.0f} s" if again else "it is given up in this run"
         first, self.failing[member.name] = self.failing.get(member.name) != reason, reason
         logger.log(
             logging.ERROR if first else logging.DEBUG,
-            "%s failed: %s. The others go on; %s",
+            "%s failed: %s. %s",
             member.name,
             reason,
-            f"it is tried again in {pause:.0f} s" if again else "it is given up in this run",
+            "The run ends" if ends else f"The others go on; {then}",
             exc_info=error if first and not _is_ours(error) else None,
         )
         if again:

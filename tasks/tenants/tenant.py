@@ -81,7 +81,8 @@ class Tenant:
 
     # ---- in the thread of a lookout ----------------------------------------------------------------------------------
     def prepare(self) -> None:
-        """Read the learner, and begin to read what waits, ahead of the turn that needs them.
+        """Read the learner, and begin to read what waits, ahead of the turn that needs them; it pays debts and moves the alias as
+        reading the head in the turn would.
 
         Raises:
             Exception: what `turn` raises. The turn would have.

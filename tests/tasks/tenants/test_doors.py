@@ -23,7 +23,7 @@ from tidemill.storage.errors import PermissionDenied, Unavailable
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks import batch, online
-from tidemill.tasks.settings import Archive, GateSettings, Limits, OnlineSettings, Retrain
+from tidemill.tasks.settings import Archive, BatchSettings, GateSettings, Limits, OnlineSettings, Retrain
 from tidemill.tasks.tenants import doors, rota, tenant
 from tidemill.tasks.tenants.pairs import Pair
 from tidemill.tasks.training.imports import ALLOWED_MODULES
@@ -146,8 +146,9 @@ def own_net(inputs: Inputs) -> nn.Module:
     return nn.Linear(inputs.numbers, 1)
 
 
+@pytest.mark.parametrize("whose", ["learner", "champion"])
 def test_the_users_own_code_runs_in_the_thread_that_trains_and_in_no_other(
-    memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch
+    memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch, whose: str
 ) -> None:
     """It may change what belongs to the whole process, such as torch's default type, while another model is trained."""
     monkeypatch.setenv(ALLOWED_MODULES, __name__)
@@ -155,6 +156,10 @@ def test_the_users_own_code_runs_in_the_thread_that_trains_and_in_no_other(
     town = Town(memory_url, "ab", own)
     for name in "ab":
         town.fill(name, 3)
+        if whose == "champion":  # and the head is of a batch training by another spec
+            other = BatchSettings(alias="candidate")
+            batch.train(memory_url(f"dataset/{name}"), town.registry, name, SPEC, other)
+            assert (town.head(name), all_aliases(open_log(town.registry, name))["champion"]) == (1, 0)
     built_in.clear()
     report = doors.drain(town.pairs, ONE_A_COMMIT, learners=2)
     assert (report.failing, report.shards) == ({}, 6)
@@ -282,8 +287,8 @@ def test_a_registry_that_is_removed_while_others_have_their_turns_ends_nobody_el
     assert len(keys(other.inbox("z"))) == 12 - commits.count("z")
 
 
-def test_two_processes_with_the_same_pairs_train_each_shard_once(small: Town) -> None:
-    """Each with threads of its own, at the same time."""
+def test_two_runs_at_the_same_time_with_the_same_pairs_train_each_shard_once(small: Town) -> None:
+    """Two of one process, each with lookouts of its own."""
     for name in "ab":
         small.fill(name, 6)
     reports: list[doors.TenantsReport] = []

@@ -117,6 +117,28 @@ def test_the_end_waits_for_who_prepares_so_that_no_thread_ends_inside_of_torch()
     assert (clock.now, looks.back()) == (2.0, [])
 
 
+def test_what_went_wrong_with_who_prepares_at_the_end_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    clock, stop = Clock(), Stop()
+
+    class Signalled(One):
+        def turn(self) -> Outcome:
+            stop._ask(15, None)
+            return super().turn()
+
+    class Slow(One):
+        def prepare(self) -> None:
+            slow.append(self.name)
+            super().prepare()
+
+    slow: list[str] = []
+    looks = Looks(clock, seconds=lambda place: 2.0 if slow and slow.pop() else 0.0)
+    rotten = Slow("s", 3, [], [CorruptObject("rotten")], at="prepare")
+    rota = Rota([Signalled("a", 3, []), rotten], looks, drains=True, learners=2, now=clock)
+    rota.go(stop)
+    assert (rota.failing, rotten.told) == ({"s": "rotten"}, ["rotten"])
+    assert "s failed: rotten. The run ends" in caplog.text
+
+
 def test_who_has_nothing_to_do_is_looked_at_after_pauses_that_double_up_to_a_bound() -> None:
     clock, seen = Clock(), list[float]()
 
