@@ -14,11 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
-from tidemill.tasks.errors import RanksRefused
-from tidemill.tasks.ranks import launched
-
 if TYPE_CHECKING:
     from subprocess import Popen
+
+    from tidemill.tasks.ranks.launched import Backend, Place
 
 MAX_RESTARTS: Final = 10
 """How often the ranks are started again after one has died."""
@@ -31,13 +30,16 @@ RESULT: Final = "TIDEMILL_RANK_RESULT"
 """The variable that names the file in which the leader leaves the exit code of the command."""
 
 
-def entered(ranks: int, backend: launched.Backend) -> launched.Place | None:
+def entered(ranks: int, backend: "Backend") -> "Place | None":
     """The place of this process among those that a launcher has started; None: none has.
 
     Raises:
         RanksRefused: it has started another number of them than `--ranks` says, or in a way in which they cannot work; or they
             could not, were `--ranks` to start them.
     """
+    from tidemill.tasks.errors import RanksRefused
+    from tidemill.tasks.ranks import launched
+
     if ranks > 1 and backend == "horovod":
         raise RanksRefused(
             "--ranks starts torchrun: with --backend horovod let horovodrun start this command, without it"
@@ -108,6 +110,8 @@ def _awaited(process: "Popen[bytes]", result: Path) -> int:
 
 
 def _environment() -> dict[str, str]:
+    from tidemill.tasks.ranks import launched
+
     found = dict(os.environ)
     found[launched.SHARED_STORE] = "1"
     # As torchrun does by itself, with a warning. Bits depend on it: with `parts` they are those of one process with one thread
@@ -128,8 +132,11 @@ def _kill(launcher: int) -> None:
 def starts_again() -> bool:
     """Whether a signal that ends this process is torchrun's, which ends all ranks when one has died: nobody has asked `run`,
     which has started them, to stop."""
-    file = os.environ.get(RESULT)
-    return file is not None and launched.place() is not None and not was_asked(Path(file)).exists()
+    if (file := os.environ.get(RESULT)) is None:
+        return False
+    from tidemill.tasks.ranks import launched
+
+    return launched.place() is not None and not was_asked(Path(file)).exists()
 
 
 def was_asked(result: Path) -> Path:
@@ -143,7 +150,11 @@ def left_for_launcher(code: int) -> int:
     A leader that `run` has started leaves the code to it, and ends without one: torchrun takes any for a death, and would start
     the command again, which would fail again. A leader that is ended to be started again leaves none.
     """
-    if (file := os.environ.get(RESULT)) is None or (place := launched.place()) is None or not place.leads:
+    if (file := os.environ.get(RESULT)) is None:
+        return code
+    from tidemill.tasks.ranks import launched
+
+    if (place := launched.place()) is None or not place.leads:
         return code
     if code in (128 + signal.SIGTERM, 128 + signal.SIGINT) and starts_again():
         return code
@@ -153,6 +164,8 @@ def left_for_launcher(code: int) -> int:
 
 def main() -> None:
     """Be torchrun."""
+    from tidemill.tasks.ranks import launched
+
     launched.end_with_parent()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
