@@ -1,6 +1,7 @@
 """Every setting that has a say in a gradient step, trained on shards by the ranks of a group: what the tests compare."""
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -92,16 +93,24 @@ def train(
     first: int = 0,
     last: int | None = None,
     stored: Mapping[str, Trained] | None = None,
+    backend: str = "aot_eager",
 ) -> dict[str, Trained]:
-    """Train on the shards from the first to before the last one, in each of the settings, on from what is stored."""
+    """Train on the shards from the first to before the last one, in each of the settings, on from what is stored; `backend` is
+    torch.compile's."""
     found = {}
     for name in names:
         spec = spec_of(name, parts)
         learner = Learner.load(spec, *stored[name][:2]) if stored is not None else begin(spec, shards())
-        steps = Steps(learner, group=group, backend="aot_eager")
+        steps = Steps(learner, group=group, backend=backend)
         losses = [train_shard(steps, [shard], passes=2).loss for shard in shards()[first:last]]
         found[name] = Trained(*learner.dump(), losses)
     return found
+
+
+def train_by_inductor(group: Group, cache: str) -> dict[str, Trained]:
+    """The same with steps that torch's own compiler makes, from nothing on each rank."""
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{cache}-{group.rank}", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return train(group, ["compiled"], 4, backend="inductor")
 
 
 def largest(learner: Learner) -> float:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +167,37 @@ def test_a_follower_goes_on_after_each_of_its_ranks_was_killed_and_stops_when_it
         code, _, err = ended(process, tmp_path)
     assert code == 0, err
     assert "Traceback" not in err
+    check(place, expected)
+
+
+KILLED_SECONDS: Final = 30.0
+"""After which torchrun kills a rank that does not end by SIGTERM, once another one has ended."""
+WAITED_SECONDS: Final = 6.0
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("rank", [0, 1], ids=["leader", "crew"])
+def test_a_rank_that_is_frozen_is_killed_in_the_time_that_is_promised_and_all_go_on(
+    rank: int, place: tuple[str, str], expected: tuple[str, str], tmp_path: Path
+) -> None:
+    inbox, _ = place
+    late = sorted(INBOX)[2:]
+    for key in late:
+        open_store(inbox).delete(key)
+    arguments = command("follow", *place, "model", "--ranks", "2", "--poll-seconds", "0.2", *FLAGS)
+    with started(arguments, tmp_path, TIDEMILL_RANK_TIMEOUT_SECONDS=str(WAITED_SECONDS)) as process:
+        wait_until(lambda: not waiting(inbox), seconds=SECONDS, what="a version")
+        frozen = ranks_of(process)[rank]
+        frozen.suspend()
+        since = time.monotonic()
+        fill(inbox, {key: INBOX[key] for key in late})
+        wait_until(lambda: not frozen.is_running(), seconds=SECONDS, what="its end")
+        assert time.monotonic() - since < WAITED_SECONDS + KILLED_SECONDS + 15, "15 seconds for a busy machine"
+        wait_until(lambda: not waiting(inbox), seconds=SECONDS, what="the last version")
+        process.send_signal(signal.SIGTERM)
+        code, _, err = ended(process, tmp_path)
+    assert code == 0, err
     check(place, expected)
 
 

@@ -60,6 +60,19 @@ def test_compiled_parts_have_the_same_bits_on_any_number_of_ranks() -> None:
 
 
 @pytest.mark.ranks
+def test_parts_that_inductor_compiles_have_the_same_bits_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """Machine code, made on each rank for the size of the part that it sees first: they differ, and the code must not."""
+    found = [agreeing(ranks(size, matrix.train_by_inductor, str(tmp_path / str(size)))) for size in (1, 2)]
+    assert found[0] == found[1]
+    (eager,) = ranks(1, matrix.train, ["plain"], 4)
+    compiled, plain = (
+        Learner.load(spec_of(name, 4), *of[name][:2]) for name, of in (("compiled", found[0]), ("plain", eager))
+    )
+    assert compiled.counters.compiled_steps > plain.counters.compiled_steps == 0
+    assert furthest(compiled, plain) < 1e-6 * largest(plain)
+
+
+@pytest.mark.ranks
 def test_the_number_of_ranks_may_change_from_shard_to_shard() -> None:
     (alone,) = ranks(1, matrix.train, NAMES, 4)
     found: dict[str, Trained] | None = None
