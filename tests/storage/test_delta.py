@@ -29,6 +29,8 @@ from tidemill.storage.errors import DatasetChanged, DatasetError, Unavailable, U
 from tidemill.storage.store import ObjectInfo, Store
 from tidemill.storage.urls import open_store
 
+pytestmark = pytest.mark.slow
+
 Rows = list[dict[str, Any]]
 
 

@@ -46,7 +46,7 @@ from tidemill.storage.memory import MemoryStore
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # pyiceberg's own, and of its database
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # pyiceberg's own, and of its database
 Rows = list[dict[str, Any]]
 START = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
 

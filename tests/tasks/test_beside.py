@@ -23,6 +23,8 @@ from tidemill.tasks.training.groups import RowGroup, Split
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.versions import load_learner
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 
 

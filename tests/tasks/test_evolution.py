@@ -18,6 +18,8 @@ from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.spec import Spec
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 
 

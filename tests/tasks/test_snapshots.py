@@ -32,6 +32,8 @@ from tidemill.tasks.predict import predict
 from tidemill.tasks.settings import BatchSettings, RowSettings
 from tidemill.tasks.snapshots import run_snapshot
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 START = datetime(2024, 5, 1, tzinfo=UTC)
 LAST = BatchSettings(last="2d", time_column="t")

@@ -17,6 +17,8 @@ from tidemill.tasks.settings import Archive, GateSettings, Limits, OnlineSetting
 from tidemill.tasks.training.loop import score
 from tidemill.tasks.versions import load_learner
 
+pytestmark = pytest.mark.slow
+
 
 class Place:
     """A model that was trained in batch, and on four shards since, which are archived."""
