@@ -24,6 +24,8 @@ from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.versions import load_learner, spec_of
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 SPEC = Spec(target="y", learning_rate=0.05, batch_size=16, epochs=3, seed=7)
 """Nothing but the target and how to train: features, task and labels are left open."""
@@ -112,7 +114,6 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["text", "1 to 4", "numbers"])
 def test_killed_at_any_write_it_ends_with_the_same_bits(kind: str, memory_url: MakeUrl) -> None:
     put(memory_url("dataset"), {f"part-{i}.parquet": table(60, i, kind) for i in range(2)})

@@ -24,6 +24,8 @@ from tidemill.tasks.training.midway import Midway
 from tidemill.tasks.training.order import Place
 from tidemill.tasks.training.spec import Spec
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 EVERY = 64
 """Rows between two checkpoints."""
@@ -98,7 +100,6 @@ def bits(log: VersionLog) -> tuple[str, str, object]:
     return manifest.blobs.weights.sha256, manifest.blobs.state.sha256, manifest.metrics
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "settings"),
     [pytest.param(*SPECS[name], marks=MARKS.get(name, ()), id=name) for name in SPECS],

@@ -29,6 +29,8 @@ from tidemill.tasks.training.errors import StateMismatch
 from tidemill.tasks.training.spec import Column, Spec
 from tidemill.tasks.versions import load_learner
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 
 
@@ -203,7 +205,6 @@ def test_a_run_with_nothing_stored_yet_begins_where_the_alias_is_now(place: Plac
     assert stored.version == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kill_after", [1, 2])
 def test_a_search_begins_each_of_its_learners_there(place: Place, kill_after: int) -> None:
     spec = changed(features=["c", "a", "b"], epochs="auto")
@@ -297,7 +298,6 @@ def waves(count: int, seed: int) -> pa.Table:
     return pa.table({"a": a.tolist(), "b": b.tolist(), "c": c.tolist(), "y": (2 * (2 * a).sin() + a * b + c).tolist()})
 
 
-@pytest.mark.slow
 def test_a_stream_with_a_new_column_goes_on_without_losing_what_was_learned(memory_url: MakeUrl) -> None:
     """c comes with the seventh shard. The model that is begun for it, on the only two shards that have it, knows what was learned
     of a and b: at once it is better than before, and better than one that begins with nothing."""

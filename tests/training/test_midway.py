@@ -16,6 +16,8 @@ from tidemill.tasks.training.midway import Midway
 from tidemill.tasks.training.spec import Spec
 from tidemill.tasks.training.steps import Steps
 
+pytestmark = pytest.mark.slow
+
 TABLE = numbers_table(230)
 GROUPS = cut(TABLE, 60, 60, 40)
 KEY = ("epoch", 0)
@@ -98,7 +100,6 @@ def goes_on_everywhere(
         assert resumed.dump() == learner.dump()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_from_any_block_on_the_bits_are_the_same(settings: dict[str, Any]) -> None:
     spec = wide(**settings)
@@ -117,7 +118,6 @@ def test_rows_that_are_kept_in_memory_are_gone_on_with() -> None:
     goes_on_everywhere(spec, Kept(GROUPS, features, 2**20, None))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("memory", [False, True])
 def test_blocks_of_several_steps_are_the_same_from_there_on(memory: bool) -> None:
     spec = wide(compile="on", batch_size=8, **({"replay": {"rows": 40}} if memory else {}))

@@ -37,6 +37,8 @@ from tidemill.tasks.reproduce import reproduce
 from tidemill.tasks.serving import metrics as serving
 from tidemill.tasks.settings import Archive, Limits, OnlineSettings
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 T = TypeVar("T")
 ROOT: Final = Path(__file__).parents[3]
@@ -313,7 +315,6 @@ def test_a_taken_port_costs_a_line(registry: str, memory_url: MakeUrl, caplog: p
     assert re.search(rf"no page at port {port}: .*in use. The run goes on", caplog.text)
 
 
-@pytest.mark.slow
 def test_a_thousand_looks_make_the_report_a_few_times(
     registry: str, memory_url: MakeUrl, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

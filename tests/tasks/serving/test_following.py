@@ -21,6 +21,8 @@ from tidemill.tasks.serving.following import Following
 from tidemill.tasks.settings import BatchSettings
 from tidemill.tasks.training.spec import Spec
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 EVERY = 0.002
 ASKED: list[dict[str, Any]] = rows(5, 3).select(["a", "b"]).to_pylist()

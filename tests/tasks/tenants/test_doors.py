@@ -30,6 +30,8 @@ from tidemill.tasks.training.imports import ALLOWED_MODULES
 from tidemill.tasks.training.models import Inputs
 from tidemill.tasks.training.spec import Spec
 
+pytestmark = pytest.mark.slow
+
 MakeUrl = Callable[[str], str]
 ONE_A_COMMIT = OnlineSettings(limits=Limits(max_shards=1), grace_seconds=0, poll_seconds=0.01)
 
