@@ -98,10 +98,13 @@ def train_many(pairs: "Sequence[Pair]", settings: "OnlineSettings", learners: in
 
 
 # ---- before either --------------------------------------------------------------------------------------------------
-def before_training(dataset: str, registry: str, model: str, spec: "Spec", settings: "BatchSettings") -> None:
+def before_training(
+    dataset: str, registry: str, model: str, spec: "Spec", settings: "BatchSettings", ranks: int = 1
+) -> None:
     """Look at all places of a batch training, and at the columns: a few requests, where a flow takes seconds to start.
 
     Raises:
+        SpecError: `ranks` processes cannot share out the parts of a batch.
         StorageError: a place is not there, may not be used, or lies in another.
         ColumnError: a column is missing or cannot be used.
         FactoryError: the spec names what is not there.
@@ -112,6 +115,7 @@ def before_training(dataset: str, registry: str, model: str, spec: "Spec", setti
     from tidemill.tasks.checking import check_training
     from tidemill.tasks.sources import look_for_source
 
+    check_ranks(ranks, spec.parts)
     find_own_modules()
     with suppress(Unavailable):  # the run tries again
         found, holdout = datasets_exist(dataset, settings.holdout_dataset)
@@ -124,10 +128,11 @@ def before_training(dataset: str, registry: str, model: str, spec: "Spec", setti
         )
 
 
-def before_following(inbox: str, registry: str, model: str, settings: "OnlineSettings") -> None:
+def before_following(inbox: str, registry: str, model: str, settings: "OnlineSettings", ranks: int = 1) -> None:
     """Look at all places of an online training.
 
     Raises:
+        SpecError: `ranks` processes cannot share out the parts of a batch.
         StorageError: a place is not there, may not be used, or lies in another; there is no such model.
     """
     from tidemill.storage.errors import Unavailable
@@ -149,7 +154,15 @@ def before_following(inbox: str, registry: str, model: str, settings: "OnlineSet
         datasets_exist(settings.gate.holdout_dataset, settings.gate.retrain_on)
         log = open_log(registry, model)
         keep_apart(log, [url for url in inboxes if url is not None], settings)
-        log.head()
+        check_ranks(ranks, log.head().manifest.spec.get("parts"))
+
+
+def check_ranks(ranks: int, parts: int | None) -> None:
+    """Raises SpecError: this number of ranks cannot share out the parts of a batch."""
+    if ranks > 1 and parts is not None:
+        from tidemill.tasks.training.spec import check_shares
+
+        check_shares(parts, ranks)
 
 
 def must_exist(*urls: str | None) -> list[str | None]:

@@ -104,7 +104,7 @@ def train(
         _serve(place)
         return
     asked = spec.spec(from_file=file is not None)
-    launch.before_training(dataset, registry, model, asked, settings)
+    launch.before_training(dataset, registry, model, asked, settings, ranks)
     _run_by_ranks(ranks, place)
     launch.find_own_modules()
     by_prefect = launch.by_prefect(prefect)
@@ -160,7 +160,7 @@ def follow(
         return
     if inbox is None or registry is None or model is None:
         raise usage.UsageError("follow needs INBOX, REGISTRY and MODEL, or --pairs FILE")
-    launch.before_following(inbox, registry, model, given)
+    launch.before_following(inbox, registry, model, given, ranks)
     _run_by_ranks(ranks, place)
     launch.find_own_modules()
     by_prefect = launch.by_prefect(prefect)

@@ -22,7 +22,7 @@ from tidemill.tasks.training.groups import stable_seed
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.losses import LossFunction, is_column
 from tidemill.tasks.training.optimizers import backward
-from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.spec import Spec, check_shares
 
 TOLD: Final = 1000
 """Bytes of an error that the other ranks are told."""
@@ -39,12 +39,7 @@ def parts_of(spec: Spec, group: Group) -> int:
     """
     if spec.parts is None:
         return group.size
-    if spec.parts % group.size:
-        *fewer, most = (str(2**i) for i in range(spec.parts.bit_length()))
-        fitting = f"{', '.join(fewer)} or {most}" if fewer else most
-        raise SpecError(
-            f"parts: {spec.parts} parts of a batch cannot be shared out among {group.size} ranks: start {fitting} of them"
-        )
+    check_shares(spec.parts, group.size)
     return spec.parts
 
 

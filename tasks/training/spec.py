@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from tidemill.tasks.training.errors import SpecError
+
 Task = Literal["regression", "binary", "multiclass"]
 Loss = Literal["mse", "l1", "huber", "bce", "cross_entropy"]
 ScheduleName = Literal[
@@ -397,6 +399,16 @@ class Spec(_Settings):
         """Everything of the user's own code that the spec names."""
         named = (self.model.factory, self.loss or "", *self.metrics)
         return tuple(name for name in named if is_import_path(name))
+
+
+def check_shares(parts: int, ranks: int) -> None:
+    """Raises SpecError: ranks cannot have equal shares of the parts of a batch."""
+    if parts % ranks:
+        *fewer, most = (str(2**i) for i in range(parts.bit_length()))
+        fitting = f"{', '.join(fewer)} or {most}" if fewer else most
+        raise SpecError(
+            f"parts: {parts} parts of a batch cannot be shared out among {ranks} ranks: start {fitting} of them"
+        )
 
 
 def _is_set(spec: Spec, name: str) -> bool:

@@ -232,12 +232,30 @@ def test_the_second_signal_kills_ranks_that_do_not_end(place: tuple[str, str], t
 
 @pytest.mark.ranks
 def test_an_error_of_the_leader_ends_the_command_once_and_in_one_line(place: tuple[str, str], tmp_path: Path) -> None:
-    """3 ranks cannot share 4 parts: no restart would mend that."""
-    with started(command("follow", *place, "model", "--ranks", "3", "--mode", "drain", *FLAGS), tmp_path) as process:
+    """A layer that looks at a whole batch has no part of one: no restart would mend that."""
+    (tmp_path / "norms.py").write_text("from torch import nn\n\ndef net(inputs, outputs): return nn.BatchNorm1d(1)\n")
+    asked = ["--features", "x", "--target", "y", "--model.factory", "norms:net", "--parts", "2", "--ranks", "2"]
+    with started(command("train", str(tmp_path / "dataset"), place[1], "model", *asked), tmp_path) as process:
         code, out, err = ended(process, tmp_path)
     assert (code, out) == (1, "")
-    assert err.count("parts: 4 parts of a batch cannot be shared out among 3 ranks") == 1
+    assert err.count("nn.GroupNorm") == 1
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("what", ["train", "follow"])
+def test_ranks_that_cannot_share_the_parts_are_refused_before_any_starts(
+    what: str, place: tuple[str, str], tmp_path: Path
+) -> None:
+    """The version that an online run goes on from has 4 parts."""
+    asked = (
+        [str(tmp_path / "dataset"), place[1], "other", "--features", "x", "--target", "y", "--parts", "4"]
+        if what == "train"
+        else [*place, "model"]
+    )
+    with started(command(what, *asked, "--ranks", "3"), tmp_path) as process:
+        code, out, err = ended(process, tmp_path)
+    assert (code, out) == (1, "")
+    assert err == ("tidemill: parts: 4 parts of a batch cannot be shared out among 3 ranks: start 1, 2 or 4 of them\n")
 
 
 def test_what_is_wrong_with_a_place_is_told_before_ranks_start(tmp_path: Path) -> None:
