@@ -79,7 +79,7 @@ class _Items(nn.Embedding):
         # Without the padding: less work, and no [B, L, E] in memory.
         item_BL = ids_BL != 0
         count_B = item_BL.sum(1)
-        ids_I = ids_BL[item_BL]
+        ids_I = ids_BL.masked_select(item_BL)  # sooner than by an index
         return functional.embedding_bag(
             ids_I, self.weight, count_B.cumsum(0) - count_B, mode=self.mode, sparse=self.sparse
         )

@@ -406,6 +406,11 @@ def vectors(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[float]]:
     return st.lists(values, min_size=2, max_size=2)
 
 
+def whole(moments: st.SearchStrategy[dt.datetime]) -> st.SearchStrategy[str]:
+    """Times as text, without fractions of a second."""
+    return moments.map(lambda moment: moment.replace(microsecond=0).isoformat())
+
+
 ISO: Final = MOMENTS.map(dt.datetime.isoformat)
 ZONED_ISO: Final = st.datetimes(dt.datetime(1800, 1, 1), dt.datetime(2200, 1, 1), timezones=st.just(dt.UTC)).map(
     dt.datetime.isoformat
@@ -428,6 +433,7 @@ PLAIN_FORMS: Final[dict[str, tuple[Any, str, st.SearchStrategy[Any]]]] = {
     **{f"text for {unit}": (pa.timestamp(unit), "number", ISO) for unit, _ in UNITS},
     **{f"text with a zone for {unit}": (pa.timestamp(unit), "number", ZONED_ISO) for unit, _ in UNITS},
     "text for days": (pa.date32(), "number", st.dates(dt.date(1800, 1, 1), dt.date(2200, 1, 1)).map(dt.date.isoformat)),
+    **{f"whole seconds for {unit}": (pa.timestamp(unit), "number", whole(MOMENTS)) for unit, _ in UNITS},
     "datetimes for ns": (pa.timestamp("ns"), "number", MOMENTS),
     "numbers for a vector of float32": (pa.list_(pa.float32(), 2), "number", vectors(FLOATS32 | ints(24))),
     "numbers for a vector of float64": (pa.list_(pa.float64(), 2), "number", vectors(FLOATS | ints(64))),
@@ -442,6 +448,8 @@ OTHER_FORMS: Final[dict[str, tuple[Any, str, st.SearchStrategy[Any]]]] = {
     "text with nanoseconds": (pa.timestamp("ns"), "number", texts_of(MOMENTS, 3)),
     "text with picoseconds": (pa.timestamp("us"), "number", texts_of(MOMENTS, 6)),
     "text of all years": (pa.timestamp("ms"), "number", st.datetimes().map(dt.datetime.isoformat)),
+    "whole seconds of all years": (pa.timestamp("us"), "number", whole(st.datetimes())),
+    "days of weeks": (pa.timestamp("us"), "number", st.sampled_from(["2026-W48-6T12:30:15", "2026-11-28T12:30:15"])),
     "text with and without a zone": (pa.timestamp("us"), "number", ISO | ZONED_ISO),
     "times of several kinds": (pa.timestamp("us"), "number", MOMENTS | ISO | st.dates()),
     "times of day": (pa.time64("us"), "number", TIMES | TIMES.map(dt.time.isoformat) | st.floats(0, 86_400)),
