@@ -148,7 +148,7 @@ def _uploads(data: bytes) -> dict[str, Any]:
     """`Uploads`, `IsTruncated` and the two markers of what follows, of a page of unfinished uploads."""
     root = _root(data, "ListMultipartUploadsResult", "a listing")
     about = _texts(root)
-    decoded = unquote_plus if about.get("EncodingType") == "url" else str
+    decoded = _decoded if about.get("EncodingType") == "url" else str
     namespace = root.tag[: root.tag.rfind("}") + 1]
     try:
         uploads = [_upload(_texts(element), decoded) for element in root.findall(f"{namespace}Upload")]
@@ -172,12 +172,10 @@ def _upload(texts: dict[str, str], decoded: Callable[[str], str]) -> dict[str, A
 def _page(data: bytes) -> dict[str, Any]:
     """`Contents`, `IsTruncated` and `NextContinuationToken` of a page of a listing."""
     root = _root(data, "ListBucketResult", "a listing")
-    namespace = root.tag[: root.tag.rfind("}") + 1]
-    contents, about = f"{namespace}Contents", _texts(root)
-    decoded = unquote_plus if about.get("EncodingType") == "url" else str
-    entry = _entry_of(namespace, decoded)
+    namespace, about = root.tag[: root.tag.rfind("}") + 1], _texts(root)
+    entry = _entry_of(namespace, _decoded if about.get("EncodingType") == "url" else str)
     try:
-        entries = [entry({child.tag: child.text or "" for child in element}) for element in root.findall(contents)]
+        entries = [entry(element) for element in root.findall(f"{namespace}Contents")]
         page: dict[str, Any] = {"Contents": entries, "IsTruncated": about["IsTruncated"] == "true"}
         if page["IsTruncated"]:
             page["NextContinuationToken"] = about["NextContinuationToken"]
@@ -186,19 +184,24 @@ def _page(data: bytes) -> dict[str, Any]:
     return page
 
 
-def _entry_of(namespace: str, decoded: Callable[[str], str]) -> Callable[[dict[str, str]], dict[str, Any]]:
-    """Makes an entry of a page of its texts by their tags, as they are: a listing has many, and cutting a tag takes time."""
-    key, size, etag, modified = (f"{namespace}{name}" for name in ("Key", "Size", "ETag", "LastModified"))
+def _entry_of(namespace: str, decoded: Callable[[str], str]) -> Callable[[ElementTree.Element], dict[str, Any]]:
+    """Makes an entry of a page of its element: a listing has many, and each step of this takes time."""
+    names = "Key", "Size", "ETag", "LastModified"
+    tags = [f"{namespace}{name}" for name in names]
 
-    def entry(texts: dict[str, str]) -> dict[str, Any]:
-        return {
-            "Key": decoded(texts[key]),
-            "Size": int(texts[size]),
-            "ETag": texts[etag],
-            "LastModified": _moment(texts[modified]),
-        }
+    def entry(element: ElementTree.Element) -> dict[str, Any]:
+        key, size, etag, modified = map(element.findtext, tags)
+        if key is None or size is None or etag is None or modified is None:
+            raise KeyError(" or ".join(names))
+        return {"Key": decoded(key), "Size": int(size), "ETag": etag, "LastModified": _moment(modified)}
 
     return entry
+
+
+def _decoded(text: str) -> str:
+    """`text` without its URL encoding, of which most keys have the slashes alone."""
+    plain = text.replace("%2F", "/")
+    return unquote_plus(text) if "%" in plain or "+" in plain else plain
 
 
 def _moment(text: str) -> datetime:
