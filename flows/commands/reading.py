@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from gc import freeze
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -71,6 +72,8 @@ def status(
         for name in names:
             try:
                 log = opened(registry, name)
+                if not watch:  # else Python searches what was imported, again and again, while it reads long listings
+                    freeze()
                 found.append(look(log, looked_into, behind_seconds=behind_seconds, ask_store=True))
             except (CorruptObject, UnsupportedFormat) as error:
                 if model is not None:
