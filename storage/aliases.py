@@ -90,6 +90,12 @@ def aliased(log: VersionLog, name: str) -> Version:
         ) from None
 
 
+def check_name(alias: str) -> None:
+    """Raises UnknownAlias: this cannot be an alias's name."""
+    if not NAME.fullmatch(alias) or alias == "head" or alias.isdecimal():
+        raise UnknownAlias(f"{alias!r} cannot be an alias: use a word such as 'champion' (not 'head', not a number).")
+
+
 def promote(log: VersionLog, alias: str, version: Version, only_from: Alias | None = None) -> Alias | None:
     """Let `alias` name `version`, whose blobs must still be there. Compare-and-swap: of two at once, the last one holds.
 
@@ -100,8 +106,7 @@ def promote(log: VersionLog, alias: str, version: Version, only_from: Alias | No
         UnknownVersion: retention has removed the version's blobs.
         UnknownAlias: this cannot be an alias's name.
     """
-    if not NAME.fullmatch(alias) or alias == "head" or alias.isdecimal():
-        raise UnknownAlias(f"{alias!r} cannot be an alias: use a word such as 'champion' (not 'head', not a number).")
+    check_name(alias)
     if log.missing(version.manifest.blobs.learner_keys) is not None:
         raise UnknownVersion(
             f"{log.url}: the blobs of version {version.number} were removed by retention; it cannot be served."

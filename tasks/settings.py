@@ -6,7 +6,17 @@ Of packages only pydantic is imported here. The command line makes its flags fro
 
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from tidemill.tasks.defaults import BEHIND_SECONDS
 
@@ -17,6 +27,20 @@ class _Settings(BaseModel):
 
 LEARNERS: Final = 16
 """The most learners that a run of many models keeps in memory, by default."""
+
+
+def _alias(given: str) -> str:
+    from tidemill.storage import aliases, errors  # here, because it is seldom given
+
+    try:
+        aliases.check_name(given)
+    except errors.UnknownAlias as error:
+        raise ValueError(str(error)) from error
+    return given
+
+
+_Alias = Annotated[str, AfterValidator(_alias)]
+"""The name of an alias that a run moves: a wrong one is told before anything is trained."""
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 _DEVICE = "Where tensors are computed; auto takes an accelerator if there is one. Bits differ between devices."
@@ -79,7 +103,7 @@ class BatchSettings(RowSettings):
     holdout_dataset: str | None = Field(
         default=None, description="URL of a dataset to score instead of held-out rows; all rows are then trained on."
     )
-    alias: str = Field(default="champion", description="The alias that moves to the new version.")
+    alias: _Alias = Field(default="champion", description="The alias that moves to the new version.")
     patience: int | None = Field(
         default=None,
         ge=1,
@@ -216,7 +240,7 @@ class GateSettings(_Settings):
         description="ignore: nothing is compared. score: the version that the alias names scores each shard too. move: and the "
         "alias moves to each new version that is not worse.",
     )
-    alias: str = Field(default="champion", description="The alias of the champion.")
+    alias: _Alias = Field(default="champion", description="The alias of the champion.")
     tolerance: float = Field(
         default=0.05, ge=0, description="Share by which a new version may score worse than the champion."
     )

@@ -40,6 +40,7 @@ def rollback(
     """
     from tidemill.storage import aliases
 
+    aliases.check_name(alias)
     log = opened(registry, model, writable=True)
     target = aliases.resolve(log, version)
     head = log.rollback(target)
