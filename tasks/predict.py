@@ -85,7 +85,8 @@ def predict(
         UnknownAlias, UnknownVersion, UnknownModel: there is no such version.
         PlacesOverlap: the predictions would be written into a dataset, an inbox or the registry of the model. Nothing was
             written.
-        DatasetError: the dataset cannot be read, lacks a column to copy, or a copied column has the name of one that is written.
+        DatasetError: the dataset cannot be read, or lacks a column to copy, or has several of its name; or a column to copy is
+            named twice, or as one that is written.
         ColumnError: the dataset lacks a column that the model needs, or has one that it cannot use.
     """
     log, target = VersionLog(stores(registry), model), stores(output)
@@ -95,6 +96,10 @@ def predict(
     frozen = load_frozen(log, chosen)
     if twice := [name for name in columns if name in PREDICTED]:
         raise DatasetError(f"{twice[0]!r} is the name of a column of predictions: it cannot be copied beside them.")
+    if len(set(columns)) < len(columns):
+        raise DatasetError(
+            f"columns to copy are {', '.join(map(repr, columns))}: name each once, or nobody can tell them apart."
+        )
     taken = snapshot(
         dataset, stores, frozen.features.types, choice=choice_of(rows, datetime.now(UTC)), version=rows.table_version
     )
@@ -102,6 +107,8 @@ def predict(
         frozen.features.check(schema, name, labelled=False)
         if missing := [c for c in columns if c not in schema.names]:
             raise DatasetError(f"{name} has no column {missing[0]!r} to copy; it has {schema.names}.")
+        if several := [c for c in columns if len(schema.get_all_field_indices(c)) > 1]:
+            raise DatasetError(f"{name} has several columns {several[0]!r}: which one to copy cannot be told.")
     files: dict[str, list[_Copied]] = {}
     for one in taken.row_groups:
         files.setdefault(one.file, []).append(_Copied(one, columns))

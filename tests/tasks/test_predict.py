@@ -57,6 +57,18 @@ def test_a_copied_column_may_not_have_the_name_of_a_prediction(memory_url: MakeU
     assert keys(memory_url("out")) == []
 
 
+def test_a_copied_column_is_one_column(memory_url: MakeUrl) -> None:
+    table = rows(50, 0)
+    put(memory_url("dataset"), {"a.parquet": table})
+    train(memory_url("registry"), memory_url("dataset"))
+    put(memory_url("twice"), {"a.parquet": pa.table([*table.columns, table["y"]], [*table.column_names, "y"])})
+    with pytest.raises(DatasetError, match="columns to copy are 'y', 'y': name each once"):
+        predict(memory_url("registry"), "model", memory_url("dataset"), memory_url("out"), columns=["y", "y"])
+    with pytest.raises(DatasetError, match="has several columns 'y': which one to copy cannot be told"):
+        predict(memory_url("registry"), "model", memory_url("twice"), memory_url("out"), columns=["y"])
+    assert keys(memory_url("out")) == []
+
+
 def test_features_and_copied_columns_are_read_once(memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = {f"{i}.parquet": rows(100, i) for i in range(3)}
     put(memory_url("dataset"), tables)
