@@ -238,7 +238,7 @@ class Features:
         new = (field for field in schema if field.name not in known and not is_reserved(field.name))
         return {field.name: type_name(field.type) for field in new}
 
-    def check(self, schema: pa.Schema, where: str, *, labelled: bool = True) -> None:
+    def check(self, schema: pa.Schema, where: str, *, labelled: bool = True, begun: bool = True) -> None:
         """Raises ColumnError if a column is missing from `schema`, or means something else than at the start.
 
         `family_of` has the rule of types that may take each other's place. A column without a type (`is_untyped`) has no value
@@ -246,9 +246,10 @@ class Features:
         """
         if (sound := self._sound.get(labelled)) is not None and sound.equals(schema):
             return
-        check_families([(column.name, column.family, column.width) for column in self.columns], schema, where)
+        inputs = [(column.name, column.family, column.width) for column in self.columns]
+        check_families(inputs, schema, where, begun=begun)
         if labelled:
-            self.check_targets(schema, where)
+            self.check_targets(schema, where, begun=begun)
             if self.sample_weight is not None:
                 check_weight(self.sample_weight, schema, where)
         self._sound[labelled] = schema
@@ -258,10 +259,10 @@ class Features:
         """The last schema that `check` found nothing wrong with, with (True) and without the targets: shards are alike."""
         return {}
 
-    def check_targets(self, schema: pa.Schema, where: str) -> None:
+    def check_targets(self, schema: pa.Schema, where: str, *, begun: bool = True) -> None:
         """The same of the targets alone."""
         targets = [(name, family, None) for name, family in zip(self.targets, self.target_families, strict=True)]
-        check_families(targets, schema, where)
+        check_families(targets, schema, where, begun=begun)
 
     def tables(self, groups: Iterable[RowGroup], *, labelled: bool = True) -> Generator[pa.Table]:
         """The columns to read (`names`) of each group, in order, read ahead (`read_ahead`: to be closed).

@@ -7,6 +7,7 @@ import pyarrow as pa
 import torch
 
 from tidemill.tasks.training.classes import MOST, Values
+from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.features import Counted, Features, learning
 from tidemill.tasks.training.groups import RowGroup, Split
 from tidemill.tasks.training.patterns import choose
@@ -41,7 +42,7 @@ def fit(
     open_target = len(asked.targets) == 1 and asked.stated_task != "regression"
     features = Features.resolve(before.spec, schema, () if open_target else None)
     for name, found in schemas:
-        features.check(found, name)
+        features.check(found, name, begun=False)
     survey = Survey(
         asked.targets[0] if open_target else None,
         sorted(choose(asked, schema, files).by_pattern),
@@ -53,6 +54,11 @@ def fit(
         counted.rows, counted.labelled, survey.values if open_target else None, _useless(survey, features, counted)
     )
     resolved = resolve(asked, schema, learned, files)
+    if resolved.spec.task == "regression" and survey.values.several and not counted.targets[0].m2_K.any():
+        raise ColumnError(
+            f"target {asked.targets[0]!r} of the dataset has values that differ by less than float32, as which they are read, "
+            "can hold: subtract a constant from them, or write them in a larger unit"
+        )
     final = Features.resolve(resolved.spec, schema, resolved.labels)
     places = {column.name: i for i, column in enumerate(features.columns)}
     counted = counted.of([places[column.name] for column in final.columns])

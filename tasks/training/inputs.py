@@ -30,16 +30,21 @@ class Input:
         return 0 if self.buckets else self.width or 1
 
 
-def check_families(expected: Iterable[tuple[str, Family, int | None]], schema: pa.Schema, where: str) -> None:
-    """Raises ColumnError if a column, as (name, family, width), is missing, or means something else."""
+def check_families(
+    expected: Iterable[tuple[str, Family, int | None]], schema: pa.Schema, where: str, *, begun: bool = True
+) -> None:
+    """Raises ColumnError if a column, as (name, family, width), is missing, or means something else.
+
+    `begun` says that a model has what is expected; else it is other files of a dataset.
+    """
     for name, family, width in expected:
         found = field_of(schema, name, where).type
         if not is_untyped(found) and family_of(found) != (family, width):
             vector = "" if width is None else f" vector of {width}"
-            raise ColumnError(
-                f"column {name!r} of {where} has type {told(found)}, but the model was begun with a {family}{vector}: "
-                f"write the old type, or begin a new model"
-            )
+            other = f"the model was begun with a {family}{vector}: write the old type, or begin a new model"
+            if not begun:
+                other = f"another file of the dataset has a {family}{vector}: write one type in all files"
+            raise ColumnError(f"column {name!r} of {where} has type {told(found)}, but {other}")
 
 
 def field_of(schema: pa.Schema, name: str, where: str) -> pa.Field[Any]:

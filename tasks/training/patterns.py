@@ -71,6 +71,8 @@ def choose(spec: Spec, schema: pa.Schema, files: Sequence[pa.Schema] = ()) -> Ch
             chosen[name] = entry.model_copy(update={"name": name})
     if not chosen:
         why = "; ".join(f"{name!r}: {reason}" for name, reason in list(unused.items())[:NAMED])
+        if not set(schema.names) - apart:
+            raise ColumnError("the dataset has no column beside the target: nothing can be learned from")
         raise ColumnError(f"no column of the dataset is left for features{f' ({why})' if why else ''}: name some")
     return Chosen(tuple(chosen.values()), frozenset(by_pattern), unused)
 

@@ -29,6 +29,7 @@ LEAST_NUMBERED: Final = 50
 
 ONE_PER_ROW: Final = "another value in each row, as an id or free text has"
 CONSTANT: Final = "the same in all rows"
+TOO_CLOSE: Final = "the same in all rows as float32, as which numbers are read"
 NULL: Final = "null in all rows"
 
 
@@ -67,7 +68,7 @@ class Survey:
             if nulls[name] == rows:
                 found[name] = NULL
             elif not nulls[name] and constant.get(name, seen is not None and seen.constant):
-                found[name] = CONSTANT
+                found[name] = TOO_CLOSE if seen is not None and seen.several else CONSTANT
             elif seen is not None and seen.one_per_row:
                 found[name] = ONE_PER_ROW
         return found
@@ -131,6 +132,11 @@ class _Distinct:
     @property
     def constant(self) -> bool:
         return self._rows > 0 and not self._several
+
+    @property
+    def several(self) -> bool:
+        """Whether whole numbers, or text, of more than one value are known."""
+        return self._several
 
     @property
     def one_per_row(self) -> bool:

@@ -95,7 +95,7 @@ def test_columns_that_are_not_used_may_come_and_go(memory_url: MakeUrl) -> None:
     [
         (
             pa.array(["x"] * 60),
-            r"column 'b' of .*/b\.parquet row group 0 has type text, but the model was begun with a number",
+            r"column 'b' of .*/b\.parquet row group 0 has type text, but another file of the dataset has a number",
         ),
         (
             None,

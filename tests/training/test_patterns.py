@@ -113,6 +113,11 @@ def test_what_matches_nothing_is_an_error(features: Any, message: str) -> None:
         names(features)
 
 
+def test_a_dataset_of_nothing_but_the_target_is_told_so() -> None:
+    with pytest.raises(ColumnError, match="the dataset has no column beside the target"):
+        names(schema=pa.schema([("y", pa.float64())]))
+
+
 def test_a_pattern_takes_what_every_file_has_and_means_alike() -> None:
     files = [
         pa.schema([("a", pa.int64()), ("b", pa.int64()), ("c", pa.null()), ("d", pa.string()), ("y", pa.int64())]),

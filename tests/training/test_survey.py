@@ -1,5 +1,6 @@
 """Columns that a pattern has chosen and that tell nothing are left out, in the one pass over the dataset."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from tidemill.tasks.training.fitting import fit
 from tidemill.tasks.training.groups import Split
 from tidemill.tasks.training.resolving import Resolved
 from tidemill.tasks.training.spec import Spec
-from tidemill.tasks.training.survey import CONSTANT, NULL, ONE_PER_ROW
+from tidemill.tasks.training.survey import CONSTANT, NULL, ONE_PER_ROW, TOO_CLOSE
 
 ROWS = 120
 FLOATS = torch.linspace(0, 1, ROWS).tolist()
@@ -35,6 +36,7 @@ def fitted(column: Any, features: Any = "*", split: Split | None = None) -> tupl
         (pa.array(["one"] * ROWS), CONSTANT),
         (pa.array(["one"] * ROWS).dictionary_encode(), CONSTANT),
         (pa.array([[1.0, 2.0]] * ROWS, pa.list_(pa.float32(), 2)), CONSTANT),
+        (pa.array([2**62 + i for i in range(ROWS)]), TOO_CLOSE),
         (pa.nulls(ROWS, pa.float64()), NULL),
         (pa.nulls(ROWS, pa.string()), NULL),
         (pa.array(range(ROWS)), ONE_PER_ROW),
@@ -90,6 +92,17 @@ def test_no_column_left_is_an_error_that_says_why() -> None:
     assert str(error.value).startswith("no column of the dataset is left for features (")
     assert f"'x' is {ONE_PER_ROW}" in str(error.value)
     assert f"'c' is {CONSTANT}" in str(error.value)
+
+
+@pytest.mark.parametrize(("target", "refused"), [([2**62 + i for i in range(ROWS)], True), ([2**62] * ROWS, False)])
+def test_a_target_whose_differences_are_lost_is_refused(target: list[int], refused: bool) -> None:
+    table = pa.table({"x": FLOATS, "y": target})
+    with (
+        pytest.raises(ColumnError, match="'y' of the dataset has values that differ by less than float32")
+        if refused
+        else nullcontext()
+    ):
+        fit(Spec(target="y"), [("part", table.schema)], table.schema, cut(table, 50))
 
 
 def test_it_is_one_pass_over_the_row_groups() -> None:
