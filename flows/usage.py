@@ -82,7 +82,12 @@ def explain(app: App, error: CycloptsError) -> str:
     chain = list(error.command_chain or ())
     program = " ".join(["tidemill", *chain])
     if isinstance(error.__cause__, ValidationError):
-        problems = [_problem(details) for details in error.__cause__.errors()]
+        found = error.__cause__.errors()
+        # A list whose parts are wrong is then said to be too short as well
+        parts = {details["loc"][:at] for details in found for at in range(1, len(details["loc"]))}
+        problems = [
+            _problem(details) for details in found if details["type"] != "too_short" or details["loc"] not in parts
+        ]
     elif isinstance(error, MissingArgumentError) and error.argument is not None:
         problems = [_missing(error.argument.name)]
     elif isinstance(error, UnknownOptionError) and error.token.source not in ("", "cli"):

@@ -328,7 +328,10 @@ def _late(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _measured(metrics: Mapping[str, Any]) -> str:
     """The numbers that tell how good a version is, and on what they were measured."""
     if "holdout" not in metrics:
-        return _numbers(metrics) + (" on its shards, each before it was trained on" if metrics else "")
+        numbers = _numbers(metrics)  # none where all of them were rejected
+        if not metrics:
+            return numbers
+        return "none of its shards" if numbers == "-" else f"{numbers} on its shards, each before it was trained on"
     rows = metrics.get("holdout_rows", 0)  # made by batch training
     return f"{_numbers(metrics['holdout'])} on {count(rows, 'held-out row')}" if rows else "no rows were held out"
 

@@ -10,7 +10,17 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from tidemill.flows import launch, terminal, views
-from tidemill.flows.commands.shared import AsJson, Name, PairsFile, Registry, Which, opened, read_pairs, tell
+from tidemill.flows.commands.shared import (
+    AT_LEAST_ONE,
+    AsJson,
+    Name,
+    PairsFile,
+    Registry,
+    Which,
+    opened,
+    read_pairs,
+    tell,
+)
 from tidemill.flows.usage import UsageError
 from tidemill.tasks.defaults import BEHIND_SECONDS
 
@@ -135,7 +145,7 @@ def history(
     /,
     *,
     last: Annotated[
-        int, Parameter(["--last", "-n"], validator=Number(gte=1), help="How many versions, from the newest back.")
+        int, AT_LEAST_ONE, Parameter(["--last", "-n"], help="How many versions, from the newest back.")
     ] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -179,7 +189,7 @@ def report(
     ] = False,
     archive: Annotated[list[str] | None, Parameter(help="URLs where consumed shards were archived, or kept.")] = None,
     last: Annotated[
-        int, Parameter(["--last", "-n"], validator=Number(gte=1), help="How many versions, from the newest back.")
+        int, AT_LEAST_ONE, Parameter(["--last", "-n"], help="How many versions, from the newest back.")
     ] = 1000,
     as_json: AsJson = False,
 ) -> None:
@@ -201,6 +211,7 @@ def report(
     if frozen != bool(archive):
         raise UsageError("--frozen needs --archive URL, and --archive is for --frozen: give both or neither")
     writing.check_place(output)
+    launch.must_exist(*archive or ())
     log = opened(registry, model)
     found, scored = HistoryReader(log, last).read(), NOT_SCORED
     if archive:
@@ -240,6 +251,7 @@ def audit(
 
     if reproduce != bool(archive):
         raise UsageError("--reproduce needs --archive URL, and --archive is for --reproduce: give both or neither")
+    launch.must_exist(*archive or ())
     log = opened(registry, model)
     found, again = run(log), None
     if archive:

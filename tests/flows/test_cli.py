@@ -228,6 +228,16 @@ def test_status_of_a_model(tidemill: Run, model: Place) -> None:
 
 
 @memory
+def test_the_score_of_a_version_that_only_rejected_shards(tidemill: Run, place: Place) -> None:
+    train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
+    place.drop("a.parquet")
+    drain(open_store, place.inbox, place.registry, OnlineSettings(grace_seconds=0))
+    open_store(place.inbox).write("c.parquet", NOT_PARQUET)
+    drain(open_store, place.inbox, place.registry, OnlineSettings(grace_seconds=0))
+    assert "  score        none of its shards\n" in tidemill("status", place.registry, "model").out
+
+
+@memory
 def test_status_is_well_if_nothing_is_wrong(tidemill: Run, place: Place) -> None:
     train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
     result = tidemill("status", place.registry, "model", "--inbox", place.inbox)
@@ -395,6 +405,11 @@ def test_to_reproduce_needs_an_archive(tidemill: Run, model: Place) -> None:
     for flags in (["--reproduce"], ["--archive", model.archive]):
         result = tidemill("audit", model.registry, "model", *flags)
         assert (result.code, result.err.splitlines()[-1][:37]) == (2, "tidemill: --reproduce needs --archive")
+    result = tidemill("audit", model.registry, "model", "--reproduce", "--archive", "/no/such/folder")
+    assert (result.code, result.err) == (
+        1,
+        "tidemill: file:///no/such/folder: there is no such folder. Check the URL\n",
+    )
 
 
 # ---- changing --------------------------------------------------------------------------------------------------------
@@ -415,6 +430,8 @@ def test_rollback(tidemill: Run, model: Place) -> None:
     log = open_log(model.registry, "model")
     assert log.head().manifest.blobs.weights.sha256 == log.version(1).manifest.blobs.weights.sha256
     assert "version 1 " in tidemill("log", model.registry, "model", "-n", "1").out
+    refused = tidemill("rollback", model.registry, "model", "1", "--alias", "head")
+    assert (refused.code, log.head().number) == (1, 4)  # nothing has been done by halves
 
 
 @memory
@@ -682,7 +699,10 @@ FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
         (("train", "a.parquet", "b.parquet", *FLAGS[2:]), "tidemill train: m is more than it takes. (A shell"),
         (("status", "r", "m", "--jsno"), "tidemill status: Unknown option: --jsno. Did you mean --json?"),
         (("status", "r", "--inbox", "i"), "--inbox needs the name of a model"),
-        (("log", "r", "m", "-n", "x"), 'Invalid value for -n: unable to convert "x" into int'),
+        (("log", "r", "m", "-n", "x"), "Invalid value for -n: 'x' is no whole number"),
+        (("report", "r", "m", "f", "-n", "2.5"), "Invalid value for -n: '2.5' is no whole number"),
+        ((*FLAGS, "--alias", "head"), "--alias: 'head' cannot be an alias"),
+        (("follow", "i", "r", "m", "--gate.alias", ""), "--gate.alias: '' cannot be an alias"),
         (("gc", "r", "m", "--keep", "0"), 'Invalid value "0" for --keep. Must be >= 1'),
         (("gc", "r", "m", "--keep", "2.5"), "Invalid value for --keep: '2.5' is no whole number"),
         (
@@ -731,6 +751,11 @@ def test_wrong_usage(tidemill: Run, arguments: tuple[str, ...], message: str) ->
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("tidemill")
     assert message in result.err
+
+
+def test_a_list_with_a_wrong_part_is_not_called_too_short_as_well(tidemill: Run) -> None:
+    complaint, *_ = tidemill("train", "d", "r", "m", "--target", "").err.split("\nUsage: ")
+    assert complaint == "tidemill train: --target.0: string should have at least 1 character, not ''"
 
 
 def test_wrong_usage_shows_the_right_one(tidemill: Run) -> None:
