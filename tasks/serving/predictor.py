@@ -20,7 +20,7 @@ from tidemill.tasks.serving.rows import Row, RowEncoder
 from tidemill.tasks.training.classes import PREDICTED, Label, predicted_columns
 from tidemill.tasks.training.learner import Network
 from tidemill.tasks.training.loop import predicted
-from tidemill.tasks.training.spec import Spec
+from tidemill.tasks.training.spec import BUILT_IN_MODELS, Spec
 from tidemill.tasks.versions import load_frozen
 
 MODELS: Final = 4
@@ -35,6 +35,7 @@ class _Ready:
     def __init__(self, version: Version, network: Network) -> None:
         self.network = network
         self.network.served.eval()
+        self.is_built_in = network.spec.model.factory in BUILT_IN_MODELS
         self.encoder = RowEncoder(self.network.features, version.manifest.columns)
 
 
@@ -109,9 +110,15 @@ class Predictor:
         labels, probabilities = (array.to_pylist() for _, array in predicted_columns(outputs, self.labels))
         return [dict(zip(PREDICTED, values, strict=True)) for values in zip(labels, probabilities, strict=True)]
 
-    @torch.inference_mode()  # nobody trains this network, and each operation takes less time
     def outputs(self, rows: pa.Table | Sequence[Row]) -> Tensor:
         """Values or probabilities for one or more rows, as `predict` takes them: float32 [N] or [N, O]. Raises the same."""
+        if not self._ready.is_built_in:  # the user's may ask for gradients, or keep tensors for whoever takes `network`
+            return self._outputs(rows)
+        with torch.inference_mode():  # each operation takes less time
+            outputs = self._outputs(rows)
+        return outputs.clone()  # one that may be changed, and be a part of what is trained
+
+    def _outputs(self, rows: pa.Table | Sequence[Row]) -> Tensor:
         if isinstance(rows, pa.Table):
             return self._of_table(rows)
         return predicted(self.network, self._ready.encoder.encode(rows))

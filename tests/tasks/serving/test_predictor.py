@@ -10,10 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import tidemill
 from tests.data import SPEC, put, rows
 from tests.storage.faults import Call, Counting, act_once, hooked
+from tests.tasks import own_models
 from tidemill.storage.aliases import promote
 from tidemill.storage.errors import CorruptObject, UnknownAlias, UnknownModel, UnknownVersion
 from tidemill.storage.log import open_log
@@ -177,6 +179,27 @@ def test_what_is_no_table_and_no_rows_is_refused(memory_url: MakeUrl) -> None:
         predictor.predict(pa.table({"a": [1.0]}))
     with pytest.raises(ColumnError, match="column 'b' of the table has type text"):
         predictor.predict(pa.table({"a": [1.0], "b": ["x"]}))
+
+
+def test_a_model_of_ones_own_may_ask_for_gradients(memory_url: MakeUrl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEMILL_FACTORIES", own_models.__name__)
+    put(memory_url("dataset"), {"a.parquet": rows(60, 0)})
+    spec = Spec.model_validate(SPEC.model_dump() | {"model": {"factory": "tests.tasks.own_models:Slope"}})
+    batch.train(memory_url("dataset"), memory_url("registry"), "model", spec, BatchSettings(holdout=0))
+    predict(memory_url("registry"), "model", memory_url("dataset"), memory_url("out"))
+    written = pq.read_table(io.BytesIO(open_store(memory_url("out")).read("a.parquet")))
+    predictor = tidemill.load(memory_url("registry"), "model")
+    assert predictor.predict(rows(60, 0)).equals(written)
+    x = torch.ones(3, 2, requires_grad=True)
+    predictor.network.served(x).sum().backward()  # with what it kept of the predictions
+
+
+def test_outputs_may_be_changed_and_trained_with(memory_url: MakeUrl) -> None:
+    train(memory_url)
+    outputs = tidemill.load(memory_url("registry"), "model").outputs(rows(5, 1))
+    before = outputs.clone()
+    assert torch.equal(outputs.add_(1.0), before + 1.0)
+    assert (torch.ones(5, requires_grad=True) * outputs).sum().requires_grad
 
 
 @pytest.mark.slow
