@@ -92,7 +92,7 @@ class AnswerLog:
         while batch := self._next():
             rows = sum(answered.rows for answered in batch)
             try:
-                stored = sum(self._stored(table) for table in self._tables(batch))
+                stored = sum(self._stored(*file) for file in self._files(batch))
             except _GivenUp:
                 return
             with self._changed:
@@ -123,38 +123,28 @@ class AnswerLog:
                 rows += batch[-1].rows
             return batch
 
-    def _tables(self, batch: Sequence[Answered]) -> Iterator[pa.Table]:
-        """As few tables as their schemas allow."""
-        groups: dict[object, list[Answered]] = {}
-        for answered in batch:
-            groups.setdefault((answered.predictor, answered.table is None), []).append(answered)
-        alike: dict[str, list[pa.Table]] = {}
-        for group in groups.values():
-            for table in self._made(group):
-                alike.setdefault(str(table.schema), []).append(table)
-        for tables in alike.values():
-            yield pa.concat_tables(tables)
+    def _files(self, batch: Sequence[Answered], *, alone: bool = False) -> list[tuple[int, bytes]]:
+        """(rows, Parquet) of as few shards as the schemas allow. An answer that cannot be written is left out, no other one.
 
-    def _made(self, group: Sequence[Answered]) -> Iterator[pa.Table]:
-        """The table of a group; where one answer cannot be made one, the others are."""
+        `alone`: each answer has the types that it has by itself; several may not fit into those of all.
+        """
         try:
-            yield table_of_answers(group)
+            return [(table.num_rows, _parquet(table)) for table in _tables(batch, alone=alone)]
         except Exception as error:  # noqa: BLE001  # of whatever class: a request is not there to be logged
-            if len(group) > 1:
-                for answered in group:
-                    yield from self._made([answered])
-            else:
+            if len(batch) == 1:
                 logger.warning("an answer cannot be logged, and is left out: %r", error)
+                return []
+        whole = [answered for answered in batch if self._files([answered])]
+        if not alone:
+            return self._files(whole, alone=True)
+        return [file for answered in whole for file in self._files([answered])]
 
-    def _stored(self, table: pa.Table) -> int:
-        """Store a table as one shard, however often it takes. How many rows.
+    def _stored(self, rows: int, data: bytes) -> int:
+        """Store one shard, however often it takes. How many rows.
 
         Raises:
             _GivenUp: the log was closed, and its time is up.
         """
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        data = sink.getvalue().to_pybytes()
         key = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{self._name}-{self._number:08d}.parquet"
         self._number += 1
         while True:
@@ -174,7 +164,7 @@ class AnswerLog:
             if self._away:
                 self._away = False
                 logger.warning("answers are logged to %s again", self._store.url)
-            return table.num_rows
+            return rows
 
     def _drop(self, rows: int) -> None:
         """Count rows that no shard will hold. Called with the lock."""
@@ -187,3 +177,24 @@ class AnswerLog:
 
 class _GivenUp(Exception):
     """The log is closed, and its time is up."""
+
+
+def _tables(batch: Sequence[Answered], *, alone: bool) -> Iterator[pa.Table]:
+    """As few tables as their schemas allow."""
+    groups: dict[object, list[Answered]] = {}
+    for number, answered in enumerate(batch):
+        kind = number if alone else None if answered.table is None else str(answered.table.schema)
+        groups.setdefault((answered.predictor, answered.table is None, kind), []).append(answered)
+    alike: dict[str, list[pa.Table]] = {}
+    for group in groups.values():
+        table = table_of_answers(group)
+        alike.setdefault(str(table.schema), []).append(table)
+    for tables in alike.values():
+        yield pa.concat_tables(tables)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data

@@ -3,9 +3,10 @@
 from __future__ import annotations  # pa.Array[Any] takes its type parameter in the stubs only
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import orjson
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from tidemill.tasks.serving.values import BELOW_MICROSECONDS, EPOCH, EPOCH_UTC, StoredType
 from tidemill.tasks.training.classes import predicted_columns
 from tidemill.tasks.training.columns import one_array
 from tidemill.tasks.training.families import family_of, is_untyped, type_of
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _OVERHEAD: Final = 2048
 """Bytes that an answer takes in memory beside the rows of its request and its outputs."""
+_MICROSECOND: Final = dt.timedelta(microseconds=1)
+_NANOSECONDS: Final = {"ns": 1, "us": 1000, "ms": 10**6, "s": 10**9}
 _NUMBERS: Final = {
     str(kind): kind
     for kind in (
@@ -72,6 +76,8 @@ def table_of_answers(answers: Sequence[Answered]) -> pa.Table:
         table = table_of_rows(rows, features.columns, predictor.version.manifest.columns)
     else:
         table = pa.concat_tables([answered.table for answered in answers if answered.table is not None])
+        for i, column in enumerate(table.columns):
+            table = table.set_column(i, table.field(i).name, _without_null_entries(column))
     ids = [f"{answered.request}/{row}" for answered in answers for row in range(answered.rows)]
     times = [round(answered.at * 1e6) for answered in answers for _ in range(answered.rows)]
     version = predictor.version.number
@@ -82,12 +88,21 @@ def table_of_answers(answers: Sequence[Answered]) -> pa.Table:
     return table
 
 
+def _without_null_entries(column: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
+    """The same values; Parquet takes no dictionary that has null among its entries."""
+    kind: Any = column.type
+    if not pa.types.is_dictionary(kind):
+        return column
+    chunks = cast("list[pa.DictionaryArray[Any, Any]]", column.chunks)
+    return column.cast(kind.value_type) if any(chunk.dictionary.null_count for chunk in chunks) else column
+
+
 def fault_of(table: pa.Table, columns: Sequence[Input]) -> tuple[int | None, str | None]:
-    """(row, column) that is at fault in a table that was refused: a column that is missing or of another family, or the first row
-    with NaN or infinity; None for what cannot be said.
+    """(row, column) that is at fault in a table that was refused: a column that is missing, twice there, or of another family, or
+    the first row with NaN or infinity; None for what cannot be said.
     """
     for column in columns:
-        if column.name not in table.column_names:
+        if table.column_names.count(column.name) != 1:
             return None, column.name
         kind = table.schema.field(column.name).type
         if not is_untyped(kind) and family_of(kind) != (column.family, column.width):
@@ -119,9 +134,9 @@ def table_of_rows(rows: Sequence[dict[str, Any]], columns: Sequence[Input], type
 
 def _array(values: list[Any], column: Input, name: str) -> pa.Array[Any]:
     if column.family == "time":
-        return pa.array([_time(value) for value in values], pa.timestamp("us", "UTC"))
+        return _ticks(list(map(_time, values)), StoredType(name).unit, lambda unit: pa.timestamp(unit, "UTC"))
     if column.family == "duration":
-        return pa.array([_duration(value) for value in values], pa.duration("us"))
+        return _ticks(list(map(_duration, values)), StoredType(name).unit, pa.duration)
     if column.family != "number":
         return pa.array(values, type_of(column.family, None))
     if column.width is not None:
@@ -130,7 +145,10 @@ def _array(values: list[Any], column: Input, name: str) -> pa.Array[Any]:
         return pa.FixedSizeListArray.from_arrays(
             _numbers(numbers, item), column.width, mask=pa.array([value is None for value in values])
         )
-    return _numbers(values, _NUMBERS.get(name, pa.int64() if column.buckets else pa.float64()))
+    array = _numbers(values, _NUMBERS.get(name, pa.int64() if column.buckets else pa.float64()))
+    if column.buckets and pa.types.is_floating(array.type) and any(map(_is_rounded, values)):
+        raise ValueError(f"column {column.name!r} has fractions beside integers that a float rounds")
+    return array
 
 
 def _numbers(values: list[Any], kind: pa.DataType) -> pa.Array[Any]:
@@ -138,12 +156,18 @@ def _numbers(values: list[Any], kind: pa.DataType) -> pa.Array[Any]:
     if kind == pa.bool_() and all(value in (None, 0, 1) for value in values):
         return pa.array([None if value is None else bool(value) for value in values], kind)
     values = [int(value) if isinstance(value, bool) else value for value in values]
+    if pa.types.is_integer(kind) and any(isinstance(value, float) and not value.is_integer() for value in values):
+        kind = pa.float64()  # Arrow would cut fractions off
     try:
         return pa.array(values, kind)
-    except pa.ArrowException:
+    except (pa.ArrowException, OverflowError):
         if all(value is None or isinstance(value, int) for value in values):
             return pa.array(values, pa.int64() if min(filter(None, values), default=0) < 0 else pa.uint64())
         return pa.array([None if value is None else float(value) for value in values], pa.float64())
+
+
+def _is_rounded(value: Any) -> bool:
+    return type(value) is int and abs(value) > 2**53
 
 
 def _flat(value: Any, width: int) -> list[Any]:
@@ -156,17 +180,29 @@ def _flat(value: Any, width: int) -> list[Any]:
     return [number for item in value for number in _flat(item, inner)]
 
 
-def _time(value: Any) -> dt.datetime | None:
+def _ticks(nanos: list[int | None], unit: str, kind: Callable[[Any], pa.DataType]) -> pa.Array[Any]:
+    """In microseconds, or in nanoseconds if the dataset has them; what is too far out for these, in coarser units."""
+    for of, size in list(_NANOSECONDS.items())[unit != "ns" :]:
+        with suppress(OverflowError, pa.ArrowException):
+            return pa.array([None if value is None else (value + size // 2) // size for value in nanos], kind(of))
+    raise ValueError("a time is beyond 64 bits of seconds")
+
+
+def _time(value: Any) -> int | None:
+    """Nanoseconds since 1970."""
     if value is None:
         return None
     time = dt.datetime.fromisoformat(value)
-    return time.astimezone(dt.UTC) if time.tzinfo else time.replace(tzinfo=dt.UTC)
+    below = BELOW_MICROSECONDS.search(value)
+    nanos = 0 if below is None else int(below[1][:3].ljust(3, "0"))
+    return (time - (EPOCH_UTC if time.tzinfo else EPOCH)) // _MICROSECOND * 1000 + nanos
 
 
-def _duration(value: Any) -> dt.timedelta | None:
+def _duration(value: Any) -> int | None:
+    """Nanoseconds."""
     if value is None:
         return None
     if isinstance(value, str):
         time = dt.time.fromisoformat(value)
-        return dt.timedelta(0, time.second, time.microsecond, 0, time.minute, time.hour)
-    return dt.timedelta(seconds=value)
+        return dt.timedelta(0, time.second, time.microsecond, 0, time.minute, time.hour) // _MICROSECOND * 1000
+    return round(value * 1e9) if isinstance(value, float) else value * 10**9

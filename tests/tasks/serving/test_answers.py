@@ -23,8 +23,9 @@ from tidemill.tasks.serving.answers import AnswerLog
 from tidemill.tasks.serving.loading import load
 from tidemill.tasks.serving.metrics import Numbers
 from tidemill.tasks.serving.predictor import Predictor
-from tidemill.tasks.serving.tables import Answered
+from tidemill.tasks.serving.tables import Answered, table_of_rows
 from tidemill.tasks.settings import BatchSettings, ServeSettings
+from tidemill.tasks.training.inputs import Input
 from tidemill.tasks.training.request_log import PREDICTION, PROBABILITIES, REQUEST, TIME, TYPES, VERSION
 from tidemill.tasks.training.spec import Spec
 
@@ -269,3 +270,73 @@ def test_an_answer_that_makes_no_table_is_left_out_alone_and_counted(
     assert logged(memory_url("inbox")).column(REQUEST).to_pylist() == ["r0/0", "r1/0", "r2/0"]
     assert 'tidemill_served_log_dropped_rows_total{model="model"} 1.0' in numbers.shown("")[0].decode()
     assert any("cannot be logged" in message for message in caplog.messages)
+
+
+def of_table(predictor: Predictor, name: str, table: pa.Table) -> Answered:
+    return Answered(predictor, name, time.time(), predictor.outputs(table), body=b"", table=table)
+
+
+def test_an_answer_that_parquet_cannot_hold_is_left_out_and_the_log_goes_on(
+    memory_url: MakeUrl, caplog: pytest.LogCaptureFixture
+) -> None:
+    day = dt.datetime(2026, 3, 1)
+    dataset = pa.table({"at": pa.array([day, day + dt.timedelta(1)], pa.timestamp("s")), "y": [0.0, 1.0]})
+    put(memory_url("dataset"), {"part.parquet": pa.concat_tables([dataset] * 10)})
+    batch.train(memory_url("dataset"), memory_url("registry"), "model", Spec(target="y"), BatchSettings(holdout=0))
+    predictor = load(memory_url("registry"), "model")
+    log = AnswerLog(open_store(memory_url("inbox")), 2, 60, Numbers("model"))
+    far = pa.table({"at": pa.array([2**62], pa.timestamp("s"))})  # Parquet has no seconds
+    for name, table in (("far", far), ("near", dataset.slice(0, 1)), ("later", dataset)):
+        log.add(of_table(predictor, name, table.select(["at"])))
+    log.close(10)
+    assert logged(memory_url("inbox")).column(REQUEST).to_pylist() == ["near/0", "later/0", "later/1"]
+    assert any("cannot be logged" in message for message in caplog.messages)
+
+
+def test_a_dictionary_with_null_among_its_entries_is_logged(memory_url: MakeUrl) -> None:
+    dataset = pa.table({"city": ["a", "b"] * 10, "y": [0.0, 1.0] * 10})
+    put(memory_url("dataset"), {"part.parquet": dataset})
+    batch.train(memory_url("dataset"), memory_url("registry"), "model", Spec(target="y"), BatchSettings(holdout=0))
+    log = AnswerLog(open_store(memory_url("inbox")), 1000, 60, Numbers("model"))
+    cities = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.int8()), pa.array(["a", None]))
+    log.add(of_table(load(memory_url("registry"), "model"), "r", pa.table({"city": cities})))
+    log.close(10)
+    assert logged(memory_url("inbox")).column("city").to_pylist() == ["a", None, None]
+
+
+def test_large_ids_are_not_rounded_by_fractions_that_others_ask_for(memory_url: MakeUrl) -> None:
+    ids = pa.table({"id": pa.array([2**60 + 1, 5] * 10), "y": [0.0, 1.0] * 10})
+    put(memory_url("dataset"), {"part.parquet": ids})
+    spec = Spec.model_validate({"target": "y", "features": [{"name": "id", "kind": "category", "buckets": 16}]})
+    batch.train(memory_url("dataset"), memory_url("registry"), "model", spec, BatchSettings(holdout=0))
+    predictor = load(memory_url("registry"), "model")
+    log = AnswerLog(open_store(memory_url("inbox")), 1000, 60, Numbers("model"))
+    for asked in (2**60 + 1, 3.5, 7):
+        body = b'{"id": %s}' % str(asked).encode()
+        log.add(Answered(predictor, f"{asked}", time.time(), predictor.outputs([{"id": asked}]), body=body))
+    log.close(10)
+    found = [table.column("id").to_pylist() for table in shards(memory_url("inbox"))]
+    assert found == [[2**60 + 1, 7], [3.5]]
+
+
+def test_nanoseconds_that_are_asked_for_are_logged_where_the_dataset_has_them() -> None:
+    columns = [Input("at", "time"), Input("took", "duration")]
+    asked = [{"at": "1970-01-01T00:00:01.000000123Z", "took": 1e-7}, {"at": None, "took": None}]
+    types = {"at": "timestamp[ns]", "took": "duration[ns]"}
+    table = table_of_rows(asked, columns, types)
+    assert [column.cast(pa.int64()).to_pylist() for column in table.columns] == [[1_000_000_123, None], [100, None]]
+    far = [{"at": "0001-01-01T00:00:00+14:00", "took": 1e14}]  # beyond what nanoseconds, and Python, can hold
+    assert [str(kind) for kind in table_of_rows(far, columns, types).schema.types] == [
+        "timestamp[us, tz=UTC]",
+        "duration[ms]",
+    ]
+
+
+def test_a_fraction_that_is_asked_for_in_a_column_of_integers_is_logged_as_it_is() -> None:
+    columns = [Input("age", "number"), Input("pair", "number", width=2)]
+    asked = [{"age": 3.75, "pair": [1, -0.5]}, {"age": 2, "pair": None}, {"age": None, "pair": [4.0, None]}]
+    types = {"age": "int8", "pair": "fixed_size_list<item: int64>[2]"}
+    assert table_of_rows(asked, columns, types).to_pylist() == asked
+    assert table_of_rows([{"age": -1}], columns[:1], {"age": "uint8"}).to_pylist() == [{"age": -1}]
+    whole = table_of_rows([{"age": 3.0, "pair": [1, 2.0]}], columns, types)
+    assert [str(kind) for kind in whole.schema.types] == ["int8", "fixed_size_list<item: int64>[2]"]
