@@ -1,6 +1,7 @@
 """Bodies of requests: from bytes that anybody may have sent to rows."""
 
 import struct
+from collections import Counter
 from typing import Any, Final
 
 import orjson
@@ -62,7 +63,7 @@ def _arrow(body: bytes, columns: list[str], most: int) -> pa.Table:
         if _is_compressed(bytes(message.metadata)):
             raise Refused(400, "the Arrow stream is compressed, so that its size cannot be known: send it as it is")
     reader = pa.ipc.open_stream(source)
-    wanted = [name for name in columns if name in reader.schema.names]
+    wanted = _wanted(columns, reader.schema)
     batches, rows = list[pa.RecordBatch](), 0
     for batch in reader:
         rows += batch.num_rows
@@ -82,8 +83,17 @@ def _parquet(body: bytes, columns: list[str], most: int) -> pa.Table:
 
     file = ParquetFile("the body", len(body), fetch, DatasetError)
     _check_count(sum(file.group_rows), most)
-    wanted = [name for name in columns if name in file.schema.names]
+    wanted = _wanted(columns, file.schema)
     return pa.concat_tables([file.read(index, wanted) for index in range(len(file.group_rows))])
+
+
+def _wanted(columns: list[str], schema: pa.Schema) -> list[str]:
+    """Those that the schema has, once each."""
+    counts = Counter(schema.names)
+    for name in columns:
+        if counts[name] > 1:
+            raise Refused(422, f"column {name!r} occurs {counts[name]} times: send each name once", column=name)
+    return [name for name in columns if counts[name]]
 
 
 def _check_count(rows: int, most: int) -> None:

@@ -9,6 +9,7 @@ Shape legend: K numbers of one column.
 import datetime as dt
 import math
 import re
+import reprlib
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from functools import partial
@@ -28,6 +29,8 @@ LONGEST: Final = 256
 _INT64: Final = 2**63
 _EXACT_IN_FLOAT32: Final = frozenset(("bool", "int8", "uint8", "int16", "uint16", "halffloat", "float"))
 """`columns.EXACT_IN_FLOAT32` by the names that a manifest has for them."""
+_NO_NUMBERS: Final = frozenset("mMc")
+"""Kinds of numpy's types that Python reads as numbers of any unit, or of which it drops a part: times, and complex numbers."""
 _FLOATS: Final = {"halffloat": pa.float16(), "float": pa.float32()}
 PLAIN: Final = frozenset((float, int, bool))
 INTEGERS: Final = frozenset((int, type(None)))
@@ -146,7 +149,7 @@ def _flat(items: Sequence[Any], shape: Sequence[int]) -> Sequence[Any]:
 def _items(value: Any) -> Sequence[Any]:
     if isinstance(value, list | tuple):
         return value
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind not in _NO_NUMBERS:
         items: list[Any] = value.tolist()
         return items
     raise _other(value, "a list")
@@ -159,7 +162,7 @@ def _as_float(value: Any) -> float:
     """
     if type(value) in PLAIN:
         return float(value)
-    if isinstance(value, np.number | np.bool_):
+    if isinstance(value, np.number | np.bool_) and value.dtype.kind not in _NO_NUMBERS:
         return float(value)
     if isinstance(value, Decimal):
         found: float = pa.scalar(value).cast(pa.float64()).as_py()
@@ -210,6 +213,8 @@ def _length(value: Any, unit: str) -> float:
         return _of_ticks(of_day, unit, "")
     if isinstance(value, dt.timedelta):
         return _of_ticks(value, unit, "")
+    if isinstance(value, np.timedelta64):
+        raise _other(value, "a timedelta, or seconds")
     return _as_float(value)
 
 
@@ -313,13 +318,13 @@ def _text(value: Any) -> bytes:
 
 
 def _integer(value: Any) -> bytes:
-    if type(value) is int or isinstance(value, np.integer):
+    if type(value) is int or (isinstance(value, np.integer) and value.dtype.kind not in _NO_NUMBERS):
         return canonical(int(value), None)
     raise _other(value, "an integer")
 
 
 def _number(value: Any, kind: Any) -> bytes:
-    if isinstance(value, np.generic):
+    if isinstance(value, np.generic) and value.dtype.kind not in _NO_NUMBERS:
         value = value.item()
     if not isinstance(value, int | float | Decimal):
         raise _other(value, "a number")
@@ -337,5 +342,8 @@ def held(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # of lists inside each other
+        text = reprlib.repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

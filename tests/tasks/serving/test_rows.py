@@ -331,6 +331,10 @@ def test_a_length_of_time_is_seconds_where_it_is_a_number(kind: Any, forms: list
     dataset = with_target({"a": pa.array([forms[0]], kind)})
     _, encoder = encoders(dataset, {"a": "number"}, standardize_features=False)
     assert encoder.encode([{"a": form} for form in forms]).x_NF.flatten().tolist() == [1.5] * len(forms)
+    with pytest.raises(
+        RowError, match="but the model takes a timedelta, or seconds"
+    ):  # numpy's have a unit of their own
+        encoder.encode([{"a": np.timedelta64(1500, "ns")}])
 
 
 def test_whole_numbers_as_categories_never_pass_through_a_float() -> None:
@@ -518,11 +522,14 @@ WRONG: Final = [
     ("age", 1e39, "is NaN, infinity or beyond float32"),
     ("age", 10**400, "too large"),
     ("age", Decimal("NaN"), "column 'age'"),
+    ("age", np.timedelta64(1500, "ns"), "but the model takes a number"),
+    ("age", np.complex128(1 + 2j), "but the model takes a number"),
     ("price", math.inf, "is NaN, infinity or beyond float32"),
     ("price", "free", "holds 'free' (str), but the model takes a number"),
     ("city", 7, "holds 7 (int), but the model takes text"),
     ("city", "\ud800", "surrogates not allowed"),
     ("hour", "7", "holds '7' (str), but the model takes a number"),
+    ("hour", np.datetime64("2026-01-01", "ns"), "but the model takes a number"),
     ("hour", math.nan, "nan is not a category"),
     ("hour", 2.0**53 + 2, "is not a category"),
     ("at", 1_700_000_000, "holds 1700000000 (int), but the model takes a time"),
@@ -530,12 +537,14 @@ WRONG: Final = [
     ("embedding", [1, 2, 3], "holds a list of 3, but the model takes 4 numbers"),
     ("embedding", 1.0, "holds 1.0 (float), but the model takes a list"),
     ("embedding", [1, 2, 3, "4"], "holds '4' (str), but the model takes a number"),
+    ("embedding", np.array([1, 2, 3, 4], "m8[ns]"), "but the model takes a list"),
     ("embedding", [1, 2, 3, math.inf], "is NaN, infinity or beyond float32"),
     ("tags", "a", "holds 'a' (str), but the model takes a list"),
     ("tags", [1], "holds 1 (int), but the model takes text"),
     ("tags", [["a"]], "holds [['a']] (list), which no list of text is"),
     ("city", {}, "holds {} (dict), which no text is"),
     ("clicks", [1.0], "holds 1.0 (float), but the model takes an integer"),
+    ("clicks", [np.timedelta64(1, "ns")], "but the model takes an integer"),
     ("clicks", [True], "holds True (bool), but the model takes an integer"),
 ]
 

@@ -109,6 +109,9 @@ def test_what_a_row_cannot_hold_is_refused_with_its_row_and_column(client: Clien
     assert refused({"a": 1e300, "b": 1}) == (422, 0, "a")
     assert refused([]) == (422, None, None)
     assert refused("rows") == (422, None, None)
+    deep = b'{"a": 1, "b": ' + b"[" * 1020 + b"]" * 1020 + b"}"  # deeper than Python shows
+    answer = client("POST", "/predict", deep, content_type=JSON)
+    assert (answer.status, answer.json["column"]) == (422, "b")
 
 
 def test_tables_are_refused_with_the_column_and_the_row_at_fault(client: Client) -> None:
@@ -121,6 +124,10 @@ def test_tables_are_refused_with_the_column_and_the_row_at_fault(client: Client)
     assert infinite.status == 422
     assert (infinite.json["row"], infinite.json["column"]) == (2, "b")
     assert client.predict_arrow(table.slice(0, 0)).status == 422
+    twice = table.append_column("b", table.column("a"))
+    for answer in (client.predict_arrow(twice), client.predict_parquet(twice)):
+        assert (answer.status, answer.json["column"]) == (422, "b")
+        assert "occurs 2 times" in answer.json["detail"]
 
 
 def test_each_limit_has_its_answer(registry: str) -> None:
