@@ -40,7 +40,18 @@ def train(
     Raises:
         StorageError: the dataset or the registry cannot be used; the classes below it say why.
         TrainingError: the spec does not fit the dataset, the model cannot be built, or training diverged.
+        TypeError: an argument is no such thing, such as a frame of pandas.
     """
+    if not isinstance(dataset, str):
+        import pyarrow as pa  # here, because who gives a table has it
+
+        if not isinstance(dataset, pa.Table):
+            raise TypeError(
+                f"dataset is a URL, as text, or a pyarrow.Table, not {type(dataset).__name__}: of a path give str(path); a "
+                "frame of pandas becomes a table by pyarrow.Table.from_pandas, one of polars by its to_arrow()"
+            )
+    _must_be(Spec, spec=spec)
+    _must_be(BatchSettings, settings=settings)
     by_prefect = isinstance(dataset, str) and server.is_set_up()
     return launch.train(dataset, registry, model, spec, settings, by_prefect=by_prefect)
 
@@ -64,6 +75,7 @@ def drain(inbox: str, registry: str, model: str, settings: OnlineSettings = Onli
         TrainingError: the model cannot be built, or fails on whatever it is trained on.
         GateClosed: too many versions in a row were refused, and the settings say that a person must decide.
     """
+    _must_be(OnlineSettings, settings=settings)
     given = settings.model_copy(update={"mode": "drain"})
     return launch.train_online(inbox, registry, model, given, by_prefect=server.is_set_up())
 
@@ -71,5 +83,16 @@ def drain(inbox: str, registry: str, model: str, settings: OnlineSettings = Onli
 @in_notebook()
 def follow(inbox: str, registry: str, model: str, settings: OnlineSettings = OnlineSettings()) -> "OnlineReport":
     """As `drain`, but go on looking into the inbox every `poll_seconds`, until a signal or `stop_after_seconds` ends it."""
+    _must_be(OnlineSettings, settings=settings)
     given = settings.model_copy(update={"mode": "follow"})
     return launch.train_online(inbox, registry, model, given, by_prefect=server.is_set_up())
+
+
+def _must_be(kind: type, **named: object) -> None:
+    """Raises TypeError: what is given by this name is of another kind."""
+    for name, given in named.items():
+        if not isinstance(given, kind):
+            raise TypeError(
+                f"{name} is a tidemill.{kind.__name__}, not {type(given).__name__}: of a dict make one by "
+                f"tidemill.{kind.__name__}(**{name})"
+            )

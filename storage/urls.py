@@ -40,9 +40,14 @@ def open_store(url: str) -> Store:
     `memory://name/prefix` lives in this process. Nothing is percent-decoded.
 
     Raises:
+        TypeError: it is no text.
         InvalidURL: the scheme is unknown, the URL carries credentials or options, or a relative path has nothing to start from.
         MissingExtra: the packages of `tidemill[gcs]` or `tidemill[azure]` are not installed.
     """
+    if not isinstance(url, str):
+        raise TypeError(
+            f"a place is named by a URL, as text such as './data', not by {type(url).__name__}: of a path give str(path)"
+        )
     scheme, separator, rest = url.partition("://")
     scheme = scheme.lower() if separator else scheme
     if not url.strip() or "\0" in url:

@@ -27,9 +27,12 @@ def history(registry: str, model: str, last: int = LAST) -> ShownHistory:
         last: How many of the newest versions to read.
 
     Raises:
+        ValueError: `last` is less than 1.
         UnknownModel: the registry holds no such model.
         CorruptObject: a manifest was altered, or is missing.
     """
+    if last < 1:
+        raise ValueError(f"last is {last}: ask for one version or more")
     found = HistoryReader(open_log(registry, model, writable=False), last).read()
     return ShownHistory(**{field.name: getattr(found, field.name) for field in fields(found)})
 

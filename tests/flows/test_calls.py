@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -159,3 +160,28 @@ def test_a_table_in_memory_is_no_parameter_of_a_flow_run(place: Place, prefect_a
     assert tidemill.train(table, place.registry, "model", place.spec).trained
     assert open_log(place.registry, "model").head().number == 0
     assert len(runs("train-model")) == before
+
+
+def test_what_is_no_argument_is_told_by_its_name(place: Place) -> None:
+    spec = tidemill.Spec(target="y")
+    for wrong, told in (
+        (lambda: tidemill.train(Path(place.dataset), place.registry, "m", spec), "not PosixPath: of a path give str"),
+        (
+            lambda: tidemill.train([1], place.registry, "m", spec),
+            "dataset is a URL, as text, or a pyarrow.Table, not list",
+        ),
+        (lambda: tidemill.train(place.dataset, Path("r"), "m", spec), "a place is named by a URL, as text such as"),
+        (
+            lambda: tidemill.train(place.dataset, place.registry, "m", {"target": "y"}),
+            "spec is a tidemill.Spec, not dict",
+        ),
+        (
+            lambda: tidemill.drain(place.inbox, place.registry, "m", {}),
+            "settings is a tidemill.OnlineSettings, not dict",
+        ),
+        (lambda: tidemill.follow(place.inbox, place.registry, "m", None), "OnlineSettings, not NoneType"),
+    ):
+        with pytest.raises(TypeError, match=re.escape(told)):
+            wrong()
+    with pytest.raises(ValueError, match="last is 0: ask for one version or more"):
+        tidemill.history(place.registry, "m", 0)
