@@ -3,6 +3,7 @@
 Reads the log and an inbox; nothing here can touch a commit. What each problem means, and what to do: `docs/operations.md`.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -201,7 +202,7 @@ def _of_waiting(found: Status, log: VersionLog, behind: timedelta) -> Iterator[P
     """Shards that wait for too long, and objects that nobody will take."""
     if found.oldest_waiting is not None and found.looked - found.oldest_waiting > behind:
         shards = f"{_count(found.waiting or 0, 'shard')} waiting, the oldest for {_time(found.looked - found.oldest_waiting)}"
-        begin = f"tidemill follow {found.inbox} {log.store.url} {log.model}"
+        begin = shlex.join(["tidemill", "follow", str(found.inbox), log.store.url, log.model])
         if (since := found.looked - found.created) > behind:
             what = f"{shards}, and no version was committed for {_time(since)}"
             remedy = f"see whether a run is alive and what it logs; `{begin}` begins one"
@@ -218,12 +219,14 @@ def _of_waiting(found: Status, log: VersionLog, behind: timedelta) -> Iterator[P
         what = (
             f"{_count(len(found.passed_over), 'object')} in {found.inbox} that can be no shard, such as {key} ({why})"
         )
-        yield Problem(name="passed_over", what=what, remedy="remove or rename it; nothing takes it out of the inbox")
+        them = "it" if len(found.passed_over) == 1 else "them"
+        remedy = f"remove or rename {them}; nothing takes {them} out of the inbox"
+        yield Problem(name="passed_over", what=what, remedy=remedy)
 
 
 def _of_versions(found: Status, log: VersionLog) -> Iterator[Problem]:
     """Versions that were refused, rejected shards, are lost, or have an alias and no weights."""
-    place = f"{log.store.url} {log.model}"
+    place = shlex.join([log.store.url, log.model])
     if found.rejected_lately:
         what = f"{_count(found.rejected_lately, 'shard')} rejected within a day"
         if found.rejected:

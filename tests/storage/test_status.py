@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +123,15 @@ def test_shards_that_wait_for_too_long(log: VersionLog, inbox: Inbox) -> None:
     assert re.search("1 shard waiting, the oldest for 60 minutes, and no version was committed for 0 ", problem.what)
     assert f"tidemill follow {inbox.url} {log.store.url} taxi" in problem.remedy
     assert look(log, old, behind_seconds=86_400).problems == []
+
+
+def test_a_remedy_can_be_pasted_whatever_folders_are_called(tmp_path: Path) -> None:
+    log = VersionLog(open_store(f"{tmp_path}/my registry"), "taxi")
+    grow(log, 1)
+    quarantine(log, 0, 0, "0.parquet: no column y")
+    remedy = only(look(log, behind_seconds=900)).remedy
+    command = shlex.split(re.findall("`(.*)`", remedy)[0])
+    assert command == ["tidemill", "requeue", log.store.url, "taxi", "--all", "--inbox", "INBOX"]
 
 
 def test_rejected_shards_are_counted_and_the_newest_named(log: VersionLog) -> None:
