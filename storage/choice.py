@@ -183,9 +183,10 @@ class Picks:
         """
         groups = all_chosen(self._open, self._error)
         if not groups:
+            unread = of.files - self.files
+            ruled_out = f" (the folders of {unread:,} other files rule them out)" if unread else ""
             raise DatasetError(
-                f"{of.url}: none of {self.rows:,} rows in {self.files:,} files is chosen by {self._choice} (the folders of "
-                f"{of.files - self.files:,} other files rule them out)."
+                f"{of.url}: none of {self.rows:,} rows in {self.files:,} files is chosen by {self._choice}{ruled_out}."
             )
         names = {group.file for group in groups}
         # On files without chosen rows nothing depends that is trained; on the folders of all files, the types of their columns.

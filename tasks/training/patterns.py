@@ -72,7 +72,8 @@ def choose(spec: Spec, schema: pa.Schema, files: Sequence[pa.Schema] = ()) -> Ch
     if not chosen:
         why = "; ".join(f"{name!r}: {reason}" for name, reason in list(unused.items())[:NAMED])
         if not set(schema.names) - apart:
-            raise ColumnError("the dataset has no column beside the target: nothing can be learned from")
+            beside = "the target" if spec.sample_weight is None else "the target and the sample weight"
+            raise ColumnError(f"the dataset has no column beside {beside}: nothing can be learned from")
         raise ColumnError(f"no column of the dataset is left for features{f' ({why})' if why else ''}: name some")
     return Chosen(tuple(chosen.values()), frozenset(by_pattern), unused)
 
@@ -109,6 +110,8 @@ def _must_match(entry: str, pattern: str, schema: pa.Schema) -> list[str]:
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
     """A hint for a name that is none of `names`."""
+    if not names:
+        return "it has no column"
     near = difflib.get_close_matches(name, names, n=1) or [n for n in names if n.casefold() == name.casefold()]
     if near:
         return f"did you mean {near[0]!r}?"

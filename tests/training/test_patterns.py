@@ -116,6 +116,8 @@ def test_what_matches_nothing_is_an_error(features: Any, message: str) -> None:
 def test_a_dataset_of_nothing_but_the_target_is_told_so() -> None:
     with pytest.raises(ColumnError, match="the dataset has no column beside the target"):
         names(schema=pa.schema([("y", pa.float64())]))
+    with pytest.raises(ColumnError, match="no column beside the target and the sample weight"):
+        names(schema=pa.schema([("y", pa.float64()), ("w", pa.float64())]), sample_weight="w")
 
 
 def test_a_pattern_takes_what_every_file_has_and_means_alike() -> None:
