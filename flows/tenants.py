@@ -18,9 +18,10 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.deployments import run_deployment
 
+from tidemill.storage.parallel import concurrently
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.tenants.entries import anything_in
-from tidemill.tasks.tenants.pairs import Pair, check
+from tidemill.tasks.tenants.pairs import Pair, PairsError, check
 
 logger = logging.getLogger("tidemill.tenants")
 
@@ -35,6 +36,8 @@ _NOT_OVER: Final = [
 ]
 _PAGE: Final = 200
 """How many runs Prefect tells of at once."""
+_LOOKS: Final = 8
+"""How many inboxes are looked into at once: one whose store is away takes as long as its requests are repeated."""
 
 
 class NotStarted(Exception):
@@ -59,17 +62,24 @@ def fan_out(
         The names of those for which a run was started.
 
     Raises:
-        PairsError, PlacesOverlap: two pairs may not stand beside each other. Nothing was started.
+        PairsError, PlacesOverlap: two pairs may not stand beside each other, or each run would write over the metrics file of
+            the others. Nothing was started.
         NotStarted: the inbox of some could not be looked into, or no run be made. The others were started.
     """
     own = check(pairs, settings)
+    if settings.metrics_file is not None and len(pairs) > 1:
+        raise PairsError(
+            f"metrics_file {settings.metrics_file}: each of these runs would write its own numbers over those of the others: leave "
+            "it out; `tidemill status --pairs` tells how all of them stand"
+        )
     busy, started, failed = _busy(deployment), list[str](), dict[str, str]()
-    for pair in pairs:
+    idle = [pair for pair in pairs if pair.called not in busy]
+    for pair, found in zip(idle, concurrently(_looked, idle, _LOOKS), strict=True):
         name = pair.called
-        if name in busy:
-            continue
         try:
-            if anything_in(pair.inbox):
+            if isinstance(found, Exception):
+                raise found
+            if found:
                 _start(deployment, pair, own[name])
                 started.append(name)
         except Exception as error:  # of whatever class: the others shall be started
@@ -82,6 +92,14 @@ def fan_out(
         some = "; ".join(f"{name}: {reason}" for name, reason in list(failed.items())[:5])
         raise NotStarted(f"{len(failed)} of {len(pairs)} models could not be looked after: {some}")
     return started
+
+
+def _looked(pair: Pair) -> bool | Exception:
+    """Whether anything waits; or why that cannot be told, which must not keep the others from their runs."""
+    try:
+        return anything_in(pair.inbox)
+    except Exception as error:  # of whatever class
+        return error
 
 
 def _busy(deployment: str) -> set[str]:

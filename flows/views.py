@@ -118,19 +118,20 @@ def _some(named: Iterable[str]) -> str:
 
 
 # ---- the registry ----------------------------------------------------------------------------------------------------
-def models(found: "Sequence[Status]", damaged: Mapping[str, str] = {}) -> View:
-    """All models of a registry, and what is wrong with each; `damaged`: why no more can be said of a model."""
+def models(found: "Sequence[Status]", others: Mapping[str, str] = {}, *, state: str = "damaged") -> View:
+    """All models of a registry, or of pairs, and what is wrong with each; `others`: why no more can be said of a model, whose
+    state has this name."""
     facts: dict[str, Any] = {"models": [status.model_dump(mode="json") for status in found]}
-    if damaged:
-        facts["damaged"] = dict(damaged)
+    if others:
+        facts[state] = dict(others)
     rows = [
         (each.model, str(each.head), each.kind, _when(each.created), _aliases(each.aliases) or "-", _state(each))
         for each in found
     ]
-    rows += [(name, "?", "?", "?", "?", "damaged") for name in damaged]
+    rows += [(name, "?", "?", "?", "?", state) for name in others]
     table = _table(("MODEL", "HEAD", "KIND", "CREATED (UTC)", "ALIASES", "STATE"), rows) if rows else "no models"
     problems = [f"{each.model}: {problem}" for each in found for problem in each.problems]
-    problems += [f"{name}: {reason}" for name, reason in damaged.items()]
+    problems += [f"{name}: {reason}" for name, reason in others.items()]
     return facts, "\n".join([table, *problems])
 
 

@@ -65,7 +65,7 @@ def check_inbox(store: Store) -> None:
 
     Nothing is created in an inbox to ask what its bucket, or its disk, has shown at another place before: at the registry, or
     at the inbox of another model. A consumer need not be allowed to write there, and the disk may be full: then each delete
-    compares for itself.
+    compares for itself. An inbox that is not there is no fault of this function's, and nothing is said of it.
 
     Raises:
         UnsupportedStore: as `check_preconditions`.
@@ -78,7 +78,7 @@ def check_inbox(store: Store) -> None:
                 check_preconditions(store)
         except (PermissionDenied, StoreFull):
             _unasked.add(store.url)
-        if store.url in _unasked:
+        if store.url in _unasked or store.url not in _found:  # nothing may be created; or there is no such place
             store.promises = Promises()
             return
     place = urlsplit(store.url)[:2]

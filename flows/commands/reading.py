@@ -116,9 +116,9 @@ def _of_pairs(pairs: "Sequence[Pair]", behind_seconds: float, as_json: bool) -> 
 
     looked = dict(zip((pair.called for pair in pairs), concurrently(one, pairs, _PAIRS_AT_ONCE), strict=True))
     found = [each for each in looked.values() if isinstance(each, Status)]
-    damaged = {name: each for name, each in looked.items() if isinstance(each, str)}
-    tell(views.models(found, damaged), as_json)
-    return bool(damaged) or any(each.problems for each in found)
+    unknown = {name: each for name, each in looked.items() if isinstance(each, str)}
+    tell(views.models(found, unknown, state="unknown"), as_json)
+    return bool(unknown) or any(each.problems for each in found)
 
 
 def _again_and_again(once: Callable[[], bool], wrong: bool) -> bool:

@@ -30,7 +30,7 @@ def named_in_logs() -> Iterator[None]:
     def named(*arguments: Any, **more: Any) -> logging.LogRecord:
         record = before(*arguments, **more)
         if (name := _speaking_of.get()) and record.name.partition(".")[0] == "tidemill":
-            record.msg = f"{name}: {record.msg}"  # a name has no % (`Pair.name`)
+            record.msg = f"{name}: {record.msg}"  # a name has no % (`Pair`)
         return record
 
     logging.setLogRecordFactory(named)

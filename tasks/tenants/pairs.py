@@ -1,5 +1,6 @@
 """Who there is: pairs of an inbox and a model, as a file says them, and what may not be between two of them."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
@@ -8,12 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from tidemill.storage.chain import NAME
 from tidemill.storage.crowding import crowded
-from tidemill.storage.errors import PlacesOverlap
+from tidemill.storage.errors import InvalidURL, PlacesOverlap
 from tidemill.storage.urls import open_store
 from tidemill.tasks.settings import OnlineSettings
 
 OF_ALL: Final = ("mode", "stop_after_seconds", "metrics_file", "port")
 """Settings of the process, which no pair can have for itself."""
+PAGES: Final = ("health", "metrics")
+"""What `/NAME` of a run's port answers for the whole run."""
+_PYTHON: Final = re.compile(r" or instance of \w+")
+"""What pydantic says of mappings, and who writes a file cannot do."""
 
 
 class Pair(BaseModel):
@@ -25,7 +30,7 @@ class Pair(BaseModel):
     """URL where producers drop Parquet shards."""
     registry: str
     """URL below which the model lives."""
-    model: str
+    model: str = Field(pattern=f"^{NAME.pattern}$")
     """Its name there. It must exist."""
     name: str = Field(default="", pattern=f"^({NAME.pattern})?$")
     """What it is called in log lines, metrics and reports, where two have models of one name; by default as its model."""
@@ -65,7 +70,7 @@ def pairs_of(given: object, where: str) -> tuple[Pair, ...]:
     """The pairs that a file holds: a list of mappings with the fields of `Pair`. `where` names the file in messages.
 
     Raises:
-        PairsError: it is none, or two pairs may not stand beside each other.
+        PairsError: it is none, or two pairs have one name.
     """
     if not isinstance(given, list) or not given:
         raise PairsError(f"{where} must hold one list of pairs, each with inbox, registry and model")
@@ -74,41 +79,62 @@ def pairs_of(given: object, where: str) -> tuple[Pair, ...]:
     except ValidationError as error:
         first = error.errors()[0]
         at = "".join(f", {part}" for part in first["loc"][1:])
-        message = first["msg"].removeprefix("Value error, ").splitlines()[0]
+        message = _PYTHON.sub("", first["msg"].removeprefix("Value error, ").splitlines()[0])
         raise PairsError(f"{where}, pair {int(first['loc'][0]) + 1}{at}: {message}") from error
+    try:
+        _check_names(pairs)
+    except PairsError as error:
+        raise PairsError(f"{where}: {error}") from error
     return pairs
+
+
+def _check_names(pairs: Sequence[Pair]) -> None:
+    """Raises PairsError: two are called the same."""
+    names = set[str]()
+    for pair in pairs:
+        if pair.called in names:
+            raise PairsError(f"two pairs are called {pair.called!r}: give one of them another name (the field `name`)")
+        names.add(pair.called)
 
 
 def check(pairs: Sequence[Pair], settings: OnlineSettings) -> dict[str, OnlineSettings]:
     """Make sure that no pair can do harm to another; nothing is read but folders. Returns the settings of each, by its name.
 
     Raises:
-        PairsError: two have one name, or are the same model; or settings do not go together.
+        PairsError: two have one name, or are the same model; or settings do not go together, or a name with the port.
         PlacesOverlap: what arrives for one would be taken for another's: an inbox is, holds or lies in a place of another.
         InvalidURL: a URL names no store.
     """
+    _check_names(pairs)
     own: dict[str, OnlineSettings] = {}
     inboxes: dict[str, list[tuple[str, str]]] = defaultdict(list)
     places: dict[str, list[tuple[str, str]]] = {}
     models: dict[tuple[str, str], str] = {}
     for pair in pairs:
         name = pair.called
-        if name in own:
-            raise PairsError(f"two pairs are called {name!r}: give one of them another name (the field `name`)")
+        if settings.port is not None and name in PAGES:
+            raise PairsError(
+                f"a pair is called {name!r}, and /{name} of the port is of all pairs: give it another name (the field `name`)"
+            )
         try:
             own[name] = pair.among(settings)
         except ValidationError as error:
             raise PairsError(f"pair {name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
-        registry = open_store(pair.registry).url
+        registry = _url(name, "the registry", pair.registry)
         if (twin := models.setdefault((registry, pair.model), name)) != name:
             raise PairsError(
                 f"{twin} and {name} are one model, {registry}/{pair.model}: they would only race each other"
             )
-        inbox = open_store(pair.inbox).url
+        inbox = _url(name, "the inbox", pair.inbox)
         inboxes[inbox].append((name, "the inbox"))
-        places[name] = [("the registry", registry), *_others(own[name])]
+        places[name] = [("the registry", registry), *_others(name, own[name])]
         if (labels := own[name].labels) is not None:
-            inboxes[open_store(labels.inbox).url].append((name, "the labels inbox"))
+            url = _url(name, "the labels inbox", labels.inbox)
+            if url == inbox:
+                raise PlacesOverlap(
+                    f"the labels inbox of {name} is its inbox, {inbox}: choose places that lie beside each other."
+                )
+            inboxes[url].append((name, "the labels inbox"))
     for url, readers in inboxes.items():
         if len(readers) > 1 and any(own[name].after_commit != "keep" for name, _ in readers):
             raise PlacesOverlap(
@@ -135,14 +161,22 @@ def _keep_apart(
         )
 
 
-def _others(settings: OnlineSettings) -> list[tuple[str, str]]:
-    """(what it is, URL) of the places that settings name beside the inboxes."""
+def _url(name: str, what: str, given: str) -> str:
+    """The URL of the store of a place of the pair of this name. Raises InvalidURL: it names none."""
+    try:
+        return open_store(given).url
+    except InvalidURL as error:
+        raise InvalidURL(f"{what} of {name}: {error}") from error
+
+
+def _others(name: str, settings: OnlineSettings) -> list[tuple[str, str]]:
+    """(what it is, URL) of the places that the settings of a pair name beside the inboxes."""
     named = {
         "the archive": settings.archive_to,
         "the holdout": settings.gate.holdout_dataset,
         "the dataset": settings.gate.retrain_on,
     }
-    return [(what, open_store(url).url) for what, url in named.items() if url is not None]
+    return [(what, _url(name, what, url)) for what, url in named.items() if url is not None]
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

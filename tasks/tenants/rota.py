@@ -296,7 +296,7 @@ class Rota:
             logging.ERROR if first else logging.DEBUG,
             "%s failed: %s. %s",
             member.name,
-            reason,
+            reason.rstrip("."),
             "The run ends" if ends else f"The others go on; {then}",
             exc_info=error if first and not _is_ours(error) else None,
         )

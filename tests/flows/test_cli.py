@@ -666,7 +666,7 @@ def test_follow_and_status_of_many(tidemill: Run, model: Place, tmp_path: Path) 
     looked = tidemill("status", "--pairs", str(file), "--json")
     assert looked.code == 3
     assert [(each["model"], each["waiting"]) for each in looked.json["models"]] == [("mine", 0)]
-    assert set(looked.json["damaged"]) == {"no-model"}
+    assert set(looked.json["unknown"]) == {"no-model"}
 
     file.write_text(yaml.safe_dump(pairs[:1]))
     done = tidemill("follow", "--pairs", str(file), "--mode", "drain", "--json")

@@ -42,7 +42,7 @@ from tidemill.storage.aliases import all_aliases
 from tidemill.storage.log import open_log
 from tidemill.storage.urls import open_store
 from tidemill.tasks.settings import OnlineSettings
-from tidemill.tasks.tenants.pairs import Pair
+from tidemill.tasks.tenants.pairs import Pair, PairsError
 
 pytestmark = pytest.mark.xdist_group("flows")  # one worker, one server
 
@@ -144,6 +144,8 @@ def test_of_many_models_each_that_has_something_to_do_gets_a_run_of_its_own_and_
     pairs.append(pairs[2].model_copy(update={"inbox": make_url("inbox/e"), "model": "e"}))
     for name in "ace":
         put(make_url(f"inbox/{name}"), {"1.parquet": b"a shard"})
+    with pytest.raises(PairsError, match=r"^metrics_file all\.prom: each of these runs would write its own"):
+        fan_out(pairs, settings=OnlineSettings(metrics_file="all.prom"))
     own = {"limits": {"max_shards": 3}}
     pairs[0] = pairs[0].model_copy(update={"settings": own})
 

@@ -95,6 +95,20 @@ def test_a_store_that_deletes_anyway_is_remembered_with_one_warning_for_its_inbo
     assert f"memory://{name}" in warning.getMessage()
 
 
+def test_nothing_is_said_of_the_deletes_of_an_inbox_that_is_not_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    inbox = tmp_path / "inbox"
+    for _ in range(2):
+        check_inbox(open_store(str(inbox)))
+    assert not caplog.records
+    inbox.mkdir()
+    store = open_store(str(inbox))
+    check_inbox(store)
+    assert store.promises.compares_on_delete
+    assert not caplog.records
+
+
 def test_a_store_may_forbid_deletes(name: str):
     store = NeverDeletes(name)
     check_preconditions(store)

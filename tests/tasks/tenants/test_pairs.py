@@ -38,7 +38,11 @@ def test_a_pair_is_called_as_its_model_and_has_the_settings_of_all_but_for_its_o
         (None, "pairs.yaml must hold one list of pairs"),
         ([], "pairs.yaml must hold one list of pairs"),
         ({"pairs": [pair("x")]}, "pairs.yaml must hold one list of pairs"),
-        (["x"], "pairs.yaml, pair 1: Input should be"),
+        (["x"], "pairs.yaml, pair 1: Input should be a valid dictionary"),
+        ([pair("x", settings={"gate": 3})], "pairs.yaml, pair 1, gate: Input should be a valid dictionary"),
+        ([pair("")], "pairs.yaml, pair 1, model: String should match"),
+        ([pair("50%s")], "pairs.yaml, pair 1, model: String should match"),
+        ([pair("x"), pair("y", name="x")], "pairs.yaml: two pairs are called 'x': give one of them another name"),
         ([pair("x"), {"inbox": "i", "model": "m"}], "pairs.yaml, pair 2, registry: Field required"),
         ([pair("x", learner=3)], "pairs.yaml, pair 1, learner: Extra inputs are not permitted"),
         ([pair("x", name="a/b")], "pairs.yaml, pair 1, name: String should match"),
@@ -51,12 +55,12 @@ def test_what_is_no_list_of_pairs_is_refused_with_its_place(given: object, messa
         pairs_of(given, "pairs.yaml")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "instance of" not in str(caught.value)  # who writes a file knows of none
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([pair("x"), pair("y", name="x")], "two pairs are called 'x'"),
         ([pair("x"), pair("y", model="x", name="y")], "x and y are one model, s3://b/registry/x"),
         (
             [pair("x", settings={"gate": {"after_refusals": "stop"}})],
@@ -107,8 +111,34 @@ def test_one_folder_by_two_names_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_url_that_names_no_store_is_refused() -> None:
-    with pytest.raises(InvalidURL):
-        check(pairs_of([pair("x", inbox="ftp://b/x")], "pairs.yaml"), ALL)
+    """With whose it is, of a thousand."""
+    for other, message in (
+        ({"inbox": "ftp://b/x"}, "the inbox of x: ftp:// is not known"),
+        ({"registry": ""}, "the registry of x: '' names no store"),
+        ({"settings": {"after_commit": {"archive_to": "s3:/b"}}}, "the archive of x: "),
+        ({"settings": {"labels": {"inbox": "", "key": "id"}}}, "the labels inbox of x: "),
+    ):
+        with pytest.raises(InvalidURL, match=f"^{message}"):
+            check(pairs_of([pair("x", **other)], "pairs.yaml"), ALL)
+
+
+def test_two_pairs_of_one_name_are_refused_from_python_too() -> None:
+    given = [Pair.model_validate(pair("x")), Pair.model_validate(pair("y", name="x"))]
+    with pytest.raises(PairsError, match="two pairs are called 'x'"):
+        check(given, ALL)
+
+
+def test_labels_that_arrive_in_the_inbox_of_their_features_are_no_matter_of_two() -> None:
+    own = {"after_commit": "keep", "labels": {"inbox": "s3://b/inbox/x", "key": "id"}}
+    with pytest.raises(PlacesOverlap, match="^the labels inbox of x is its inbox, s3://b/inbox/x: "):
+        check(pairs_of([pair("x", settings=own)], "pairs.yaml"), ALL)
+
+
+def test_a_name_that_is_a_page_of_all_goes_with_no_port() -> None:
+    pairs = pairs_of([pair("x"), pair("metrics")], "pairs.yaml")
+    check(pairs, ALL)
+    with pytest.raises(PairsError, match="a pair is called 'metrics', and /metrics of the port is of all pairs"):
+        check(pairs, ALL.model_copy(update={"port": 0}))
 
 
 def test_a_thousand_pairs_are_checked_in_a_moment() -> None:

@@ -132,10 +132,10 @@ def test_what_went_wrong_with_who_prepares_at_the_end_is_told(caplog: pytest.Log
 
     slow: list[str] = []
     looks = Looks(clock, seconds=lambda place: 2.0 if slow and slow.pop() else 0.0)
-    rotten = Slow("s", 3, [], [CorruptObject("rotten")], at="prepare")
+    rotten = Slow("s", 3, [], [CorruptObject("rotten.")], at="prepare")
     rota = Rota([Signalled("a", 3, []), rotten], looks, drains=True, learners=2, now=clock)
     rota.go(stop)
-    assert (rota.failing, rotten.told) == ({"s": "rotten"}, ["rotten"])
+    assert (rota.failing, rotten.told) == ({"s": "rotten."}, ["rotten."])
     assert "s failed: rotten. The run ends" in caplog.text
 
 
@@ -184,7 +184,7 @@ def test_a_failure_stops_nobody_else_and_is_tried_again_after_pauses_that_double
     assert poisoned.left == 0
     assert rota.failing == {}
     assert poisoned.told[-1] is None
-    assert caplog.text.count("bad failed: rotten") == 1  # said once
+    assert caplog.text.count("bad failed: rotten. The others go on") == 1  # said once
     assert "good" not in caplog.text.replace("others go on", "")
 
 
