@@ -1,13 +1,16 @@
-"""Training on a GPU: the same bits after a kill, and rows a second beside loops by hand. Under 8 minutes; prints JSON lines.
+"""Training on a GPU: the same bits after a kill, and rows a second beside loops by hand. Under 8 minutes; prints JSON lines,
+each as soon as it is known.
 
     .venv/bin/python benchmarks/gpu.py --out gpu.jsonl
     .venv/bin/python benchmarks/gpu.py --device cpu --seconds 0.5        # that the script runs, where there is no GPU
 
 It makes its own data: Parquet of 20 float32 columns. First a training is killed after two of four epochs and started again; its
 weights and state must be those of one that nobody killed, with deterministic algorithms. Where there are several GPUs, two
-ranks (NCCL) with `parts` must have the bits of one process. Then rates, of one case after the other in each round: `ours` reads
-Parquet, shuffles, trains in float32, `ours bfloat16` by autocast; `bare` is a loop by hand that copies batches from tensors in
-pinned memory; `resident` the same over tensors on the GPU. Exit code 1: bits differ.
+ranks (NCCL) with `parts` must have the bits of one process; where there is one, what ranks do by NCCL is done by a group of one.
+Then rates, of one case after the other in each round: `ours` reads Parquet, shuffles, trains in float32, `ours bfloat16` by
+autocast; `bare` is a loop by hand that picks batches out of tensors in memory, and copies them by way of pinned memory;
+`resident` the same over tensors on the GPU. Rounds that would begin after `LAST_SECONDS` are left out. Exit code 1: bits differ,
+or a training has failed.
 """
 
 import argparse
@@ -30,6 +33,10 @@ COLUMNS: Final = [f"x{i}" for i in range(20)]
 ROUNDS: Final = 3
 CASES: Final = ((256, 2048), (1024, 8192))
 """(units of each of two hidden layers, rows of a batch)"""
+LAST_SECONDS: Final = 400.0
+"""After so long no round begins, so that all is told within 8 minutes."""
+TRAINING_SECONDS: Final = 150.0
+"""A training of the small data that takes longer has failed."""
 KILL_AFTER: Final = 2
 EPOCHS: Final = 4
 DETERMINISTIC: Final = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -86,18 +93,22 @@ def killed_and_not(data: str, folder: str, device: str) -> dict[str, Any]:
     """Whether a training that was killed and started again has the bits of one that was not."""
     from tidemill.storage.log import open_log
 
-    found = {}
+    about, found = {"case": "killed and started again"}, {}
     for name, kills in (("straight", (False,)), ("killed", (True, False))):
         for killed in kills:
             command = [sys.executable, __file__, "--device", device, "--train", data, f"{folder}/{name}"]
-            code = subprocess.run(
-                [*command, *(["--killed"] if killed else [])], check=False, env=os.environ | DETERMINISTIC
-            ).returncode
-            if code != (-signal.SIGKILL if killed else 0):
-                sys.exit(f"the training ended with {code}")
+            arguments = [*command, *(["--killed"] if killed else [])]
+            try:
+                ended = subprocess.run(
+                    arguments, check=False, env=os.environ | DETERMINISTIC, timeout=TRAINING_SECONDS
+                ).returncode
+            except subprocess.TimeoutExpired:
+                return about | {"same_bits": False, "why": f"a training took longer than {TRAINING_SECONDS:.0f} s"}
+            if ended != (-signal.SIGKILL if killed else 0):
+                return about | {"same_bits": False, "why": f"a training ended with {ended}"}
         blobs = open_log(f"{folder}/{name}", "gpu").head().manifest.blobs
         found[name] = (blobs.weights.sha256, blobs.state.sha256)
-    return {"case": "killed and started again", "same_bits": found["straight"] == found["killed"]}
+    return about | {"same_bits": found["straight"] == found["killed"]}
 
 
 def rank(number: int, size: int, folder: str, data: str, result: Any) -> None:
@@ -127,6 +138,37 @@ def rank(number: int, size: int, folder: str, data: str, result: Any) -> None:
     result.send([hashlib.sha256(part).hexdigest() for part in learner.dump()])
 
 
+def alone_by_nccl(folder: str, device: str) -> dict[str, Any]:
+    """Whether a group of one rank can be made, and NCCL carries its tensors: its sums, and what is sent."""
+    about = {"case": "a group of one rank by NCCL"}
+    if device != "cuda":
+        return about | {"skipped": "it needs a GPU"}
+    result = multiprocessing.get_context("spawn").Process(target=carry, args=(f"{folder}/alone",))
+    result.start()
+    result.join(TRAINING_SECONDS)
+    if result.exitcode is None:
+        result.kill()
+    return about | {"same_bits": result.exitcode == 0}
+
+
+def carry(store: str) -> None:
+    """Fails unless a group of one leaves tensors on the GPU as they are."""
+    import torch
+    from torch.distributed import FileStore
+
+    from tidemill.tasks.ranks.launched import Place
+    from tidemill.tasks.ranks.transport import TorchGroup
+
+    group = TorchGroup(FileStore(store, 1), Place(0, 1), 60)
+    for dtype in (torch.float32, torch.float64, torch.int32):
+        flat = torch.arange(1000, device="cuda").to(dtype)
+        expected = flat.clone()
+        group.sum_(flat)
+        group.broadcast_(flat)
+        if not torch.equal(flat, expected):
+            raise SystemExit(f"NCCL has changed a tensor of {dtype}")
+
+
 def two_ranks(data: str, folder: str, device: str) -> dict[str, Any]:
     """Whether two ranks on two GPUs have the bits of one process."""
     import torch
@@ -144,9 +186,11 @@ def two_ranks(data: str, folder: str, device: str) -> dict[str, Any]:
         ]
         for process in processes:
             process.start()
-        found += [receiving.recv() for receiving, _ in pipes if receiving.poll(120)]
+        found += [receiving.recv() for receiving, _ in pipes if receiving.poll(60)]
         for process in processes:
             process.join(30)
+            if process.exitcode is None:
+                process.kill()
     return about | {"same_bits": len(found) == 3 and all(digests == found[0] for digests in found)}
 
 
@@ -201,8 +245,8 @@ def bare(data: str, device: str, units: int, batch: int, *, resident: bool) -> C
     return epoch
 
 
-def rates(data: str, device: str, units: int, batch: int, seconds: float) -> list[dict[str, Any]]:
-    """Rows a second of each case: the median of rounds of about so many seconds."""
+def rates(data: str, device: str, units: int, batch: int, seconds: float, last: float) -> list[dict[str, Any]]:
+    """Rows a second of each case: the median of rounds of about so many seconds, none of which begins after a moment."""
     passes = {
         "ours": ours(data, device, units, batch, "float32"),
         "ours bfloat16": ours(data, device, units, batch, "bfloat16"),
@@ -213,6 +257,8 @@ def rates(data: str, device: str, units: int, batch: int, seconds: float) -> lis
     for one in passes.values():
         one(-1)  # warms up
     for turn in range(ROUNDS):
+        if turn and time.monotonic() > last:
+            break
         for name, one in passes.items():
             rows, began = 0, time.perf_counter()
             while time.perf_counter() - began < seconds:
@@ -222,6 +268,7 @@ def rates(data: str, device: str, units: int, batch: int, seconds: float) -> lis
     return [
         {
             **{"case": name, "units": units, "batch": batch, "rows_s": round(statistics.median(of_case))},
+            "rounds": len(of_case),
             "of_bare": round(statistics.median(shares[name]), 3),
         }
         for name, of_case in found.items()
@@ -231,7 +278,7 @@ def rates(data: str, device: str, units: int, batch: int, seconds: float) -> lis
 # ---- all of it -------------------------------------------------------------------------------------------------------
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--seconds", type=float, default=8.0, help="of each case in a round")
     parser.add_argument("--rows", type=int, default=2**21)
     parser.add_argument("--out", help="a file for the lines, beside stdout")
@@ -243,26 +290,34 @@ def main() -> None:
         return
     import torch
 
-    lines: list[dict[str, Any]] = [
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} finds no CUDA device here")
+    last, lines = time.monotonic() + LAST_SECONDS, list[dict[str, Any]]()
+
+    def tell(line: dict[str, Any]) -> None:
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+        if given.out:
+            Path(given.out).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    tell(
         {
             **{"torch": torch.__version__, "threads": torch.get_num_threads()},
             "device": torch.cuda.get_device_name() if given.device == "cuda" else given.device,
         }
-    ]
+    )
     with tempfile.TemporaryDirectory() as folder:
         data, small = f"{folder}/data", f"{folder}/small"
         write_data(data, given.rows)
         write_data(small, min(given.rows, 2**17))
-        lines.append(killed_and_not(small, folder, given.device))
-        lines.append(two_ranks(small, folder, given.device))
+        tell(killed_and_not(small, folder, given.device))
+        tell(alone_by_nccl(folder, given.device))
+        tell(two_ranks(small, folder, given.device))
         for units, batch in CASES:
-            lines += rates(data, given.device, units, batch, given.seconds)
-    text = "".join(f"{json.dumps(line)}\n" for line in lines)
-    print(text, end="", flush=True)
-    if given.out:
-        Path(given.out).write_text(text)
+            for line in rates(data, given.device, units, batch, given.seconds, last):
+                tell(line)
     if not all(line.get("same_bits", True) for line in lines):
-        sys.exit("bits differ")
+        sys.exit("bits differ, or a training has failed")
 
 
 if __name__ == "__main__":

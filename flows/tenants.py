@@ -69,8 +69,8 @@ def fan_out(
     own = check(pairs, settings)
     if settings.metrics_file is not None and len(pairs) > 1:
         raise PairsError(
-            f"metrics_file {settings.metrics_file}: each of these runs would write its own numbers over those of the others: leave "
-            "it out; `tidemill status --pairs` tells how all of them stand"
+            f"metrics_file {settings.metrics_file}: each of these runs would write its own numbers over those of the others: "
+            "leave it out; `tidemill status --pairs` tells how all of them stand"
         )
     busy, started, failed = _busy(deployment), list[str](), dict[str, str]()
     idle = [pair for pair in pairs if pair.called not in busy]
@@ -98,7 +98,7 @@ def _looked(pair: Pair) -> bool | Exception:
     """Whether anything waits; or why that cannot be told, which must not keep the others from their runs."""
     try:
         return anything_in(pair.inbox)
-    except Exception as error:  # of whatever class
+    except Exception as error:  # noqa: BLE001  # of whatever class: it is told
         return error
 
 

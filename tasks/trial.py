@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from tidemill.tasks.training.calling import random_numbers_kept
+from tidemill.tasks.training.calling import numbered, random_numbers_kept
 from tidemill.tasks.training.errors import (
     ColumnError,
     FactoryError,
@@ -183,8 +183,7 @@ def try_step(steps: Steps) -> None:
         train_shard(steps, rows, passes=1)
         return
     old = next(memory.draws(min(memory.rows, learner.spec.batch_size), generator(learner.spec.seed, "trial")))
-    devices = [learner.device.index or 0] if learner.device.type == "cuda" else []
-    with random_numbers_kept(devices):  # a caller's random numbers are left alone
+    with random_numbers_kept(numbered(learner.device)):  # a caller's random numbers are left alone
         steps.loss_after(old)
         with steps.training():
             before = steps.take(old)

@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from torch import Tensor
 
 from tidemill.tasks.errors import RanksRefused
@@ -28,6 +29,8 @@ class HorovodGroup:
                 "torchrun start the ranks"
             ) from error
         horovod.init()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(horovod.local_rank() % torch.cuda.device_count())
         self._horovod = horovod
         self.rank: int = horovod.rank()
         self.size: int = horovod.size()

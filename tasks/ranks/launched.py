@@ -122,6 +122,25 @@ def timeout_seconds() -> float:
     return seconds
 
 
+def check_devices(device: str, found: int, variables: Mapping[str, str] = os.environ) -> None:
+    """Make sure that each rank of this host has a CUDA device of its own, if they compute on such: NCCL takes no two on one.
+
+    Args:
+        device: The kind that they compute on.
+        found: How many CUDA devices there are.
+        variables: `LOCAL_WORLD_SIZE` is how many ranks of this host the launcher has started.
+
+    Raises:
+        RanksRefused: there are too few.
+    """
+    here = variables.get("LOCAL_WORLD_SIZE", "")
+    if device == "cuda" and here.isdecimal() and int(here) > found:
+        raise RanksRefused(
+            f"{here} ranks of this host are to compute on CUDA devices, of which it has {found}, and NCCL wants one for each: "
+            f"start {found} here, or give --device cpu"
+        )
+
+
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
     """Have the kernel send this process a signal when the one that started it ends, however that ends. On Linux only."""
     if sys.platform == "linux":

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
+import torch
 
 from tidemill.tasks.errors import RanksDiffer, RanksRefused
 from tidemill.tasks.ranks import launched
@@ -226,6 +227,7 @@ def steps_of(learner: Learner, expected: int = 0) -> Steps:
 
     Raises:
         SpecError: Horovod is to add up parts.
+        RanksRefused: this host has fewer GPUs than ranks that compute on one.
         TrainingError: what `Steps` raises.
     """
     group = ALONE if _leader is None else _leader.group
@@ -233,6 +235,8 @@ def steps_of(learner: Learner, expected: int = 0) -> Steps:
         raise SpecError(
             "parts: Horovod adds up in an order of its own: leave parts out, or let torchrun start the ranks"
         )
+    if group.size > 1:
+        launched.check_devices(learner.device.type, torch.cuda.device_count())
     return Steps(learner, expected, group=group)
 
 

@@ -37,6 +37,14 @@ def random_numbers_kept(devices: Sequence[int] = ()) -> Iterator[None]:
         yield
 
 
+def numbered(device: torch.device) -> list[int]:
+    """The number of a CUDA device, as `random_numbers_kept` takes it: of one without, the current one's, which is that of this
+    rank. Empty for other kinds."""
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.current_device() if device.index is None else device.index]
+
+
 def seed_random_numbers(device: torch.device, seed: int) -> None:
     """Seed torch's global random numbers on the CPU and on this device."""
     torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace each time: 0.2 ms

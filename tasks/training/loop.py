@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tidemill.progress import NOBODY, Activity
 from tidemill.tasks.training.batches import Stream
-from tidemill.tasks.training.calling import random_numbers_kept, seed_random_numbers, told, usual_types
+from tidemill.tasks.training.calling import numbered, random_numbers_kept, seed_random_numbers, told, usual_types
 from tidemill.tasks.training.cutting import Batch, Blocks, joined
 from tidemill.tasks.training.errors import ColumnError, NonFiniteLoss
 from tidemill.tasks.training.features import Encoded
@@ -374,7 +374,7 @@ def _in_target_units(learner: Learner | Network, output: Tensor) -> Tensor:
 @contextmanager
 def _seeded(device: torch.device, *key: str | int) -> Iterator[None]:
     """Seeds torch's global generators (dropout uses them) for a while, and puts them back as they were."""
-    with random_numbers_kept([device.index or 0] if device.type == "cuda" else []):
+    with random_numbers_kept(numbered(device)):
         seed_random_numbers(device, stable_seed(*key))
         yield
 

@@ -362,6 +362,15 @@ def test_what_keeps_ranks_from_starting_is_told_before_any_starts(monkeypatch: p
     assert torchrun_command.entered(1, "torch") is None, "one process waits for nobody"
 
 
+def test_ranks_that_would_share_a_gpu_are_refused() -> None:
+    with pytest.raises(
+        RanksRefused, match=r"^2 ranks of this host are to compute on CUDA devices, of which it has 1, "
+    ):
+        launched.check_devices("cuda", 1, {"LOCAL_WORLD_SIZE": "2"})
+    for device, here in (("cpu", {"LOCAL_WORLD_SIZE": "2"}), ("cuda", {"LOCAL_WORLD_SIZE": "1"}), ("cuda", {})):
+        launched.check_devices(device, 1, here)
+
+
 def test_a_port_that_is_none_and_one_that_is_taken_are_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -95,9 +95,7 @@ def test_a_store_that_deletes_anyway_is_remembered_with_one_warning_for_its_inbo
     assert f"memory://{name}" in warning.getMessage()
 
 
-def test_nothing_is_said_of_the_deletes_of_an_inbox_that_is_not_there(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_nothing_is_said_of_the_deletes_of_an_inbox_that_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     inbox = tmp_path / "inbox"
     for _ in range(2):
         check_inbox(open_store(str(inbox)))

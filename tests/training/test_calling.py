@@ -6,13 +6,18 @@ from collections.abc import Callable
 import torch
 
 from tests.training.rows import DropoutNet, begin, cut, numbers_table, plain_spec
-from tidemill.tasks.training.calling import usual_types
+from tidemill.tasks.training.calling import numbered, usual_types
 from tidemill.tasks.training.loop import train_pass
 from tidemill.tasks.training.models import build
 from tidemill.tasks.training.steps import Steps
 
 GROUPS = cut(numbers_table(200))
 SPEC = plain_spec(model={"factory": f"{DropoutNet.__module__}:DropoutNet"}, batch_size=8)
+
+
+def test_a_cuda_device_has_its_number_and_others_have_none() -> None:
+    """A rank that kept the random numbers of device 0 would take memory there."""
+    assert [numbered(torch.device(name)) for name in ("cpu", "mps", "cuda:0", "cuda:1")] == [[], [], [0], [1]]
 
 
 def trained() -> bytes:

@@ -130,7 +130,7 @@ def test_two_pairs_of_one_name_are_refused_from_python_too() -> None:
 
 def test_labels_that_arrive_in_the_inbox_of_their_features_are_no_matter_of_two() -> None:
     own = {"after_commit": "keep", "labels": {"inbox": "s3://b/inbox/x", "key": "id"}}
-    with pytest.raises(PlacesOverlap, match="^the labels inbox of x is its inbox, s3://b/inbox/x: "):
+    with pytest.raises(PlacesOverlap, match=r"^the labels inbox of x is its inbox, s3://b/inbox/x: "):
         check(pairs_of([pair("x", settings=own)], "pairs.yaml"), ALL)
 
 
