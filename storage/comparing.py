@@ -42,6 +42,8 @@ from tidemill.storage.sql import instant_of
 NANOSECONDS: Final = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 DAY: Final = 86_400 * 10**9
 """In nanoseconds."""
+_DECIMAL_BITS: Final = 128
+"""Of the smallest decimals of which Arrow has all comparisons."""
 _TEXT_UNIT: Final = "us"
 """Of times that are written as text."""
 
@@ -58,6 +60,7 @@ class Comparison:
             BadCondition: such a column is not compared with such a value.
         """
         self.leaf = leaf
+        kind = _held(kind)
         self._floats = pa.types.is_floating(kind)
         self._test: _Test | None = None
         if not isinstance(leaf, IsNull):
@@ -70,13 +73,14 @@ class Comparison:
         Raises:
             BadCondition: text is no time.
         """
-        if self._test is None:
-            return _chunked(pc.is_null(column))
-        test = self._test.rows
+        test = pc.is_null if self._test is None else self._test.rows
+        if isinstance(column.type, pa.BaseExtensionType):
+            column = pa.chunked_array([chunk.storage for chunk in _chunks(column)], column.type.storage_type)
         if pa.types.is_dictionary(column.type):
             # Each distinct value once. A row without a value has no index, and comes out null.
             parts = [pc.take(_chunked(test(_chunked(c.dictionary))), c.indices) for c in _chunks(column)]
-            return pa.chunked_array([chunk for part in parts for chunk in _chunked(part).chunks], pa.bool_())
+            found = pa.chunked_array([chunk for part in parts for chunk in _chunked(part).chunks], pa.bool_())
+            return _chunked(pc.fill_null(found, True)) if self._test is None else found
         return _chunked(test(column))
 
     def within(self, bounds: Bounds) -> Truths:
@@ -141,10 +145,6 @@ def of_value(leaf: Leaf, value: pa.Scalar[Any]) -> Truth:
 # ---- what kinds of columns are compared with ----------------------------------------------------------------------------
 def _compare(leaf: Compare, kind: Any) -> _Test:
     types, value = pa.types, leaf.value
-    if isinstance(kind, pa.BaseExtensionType):
-        return _compare(leaf, kind.storage_type)
-    if types.is_dictionary(kind):
-        return _compare(leaf, kind.value_type)
     if types.is_null(kind):
         return _Test(lambda column: pa.nulls(len(column), pa.bool_()), lambda low, high: EITHER)
     if types.is_boolean(kind):
@@ -179,7 +179,9 @@ def _in(leaf: In, kind: Any) -> _Test:
     keys, first = sorted(held), next(iter(held.values()))
     scalars = [one.scalar for one in held.values()]
     if 0.0 in held and pa.types.is_floating(kind):
-        scalars += [pa.scalar(zero, kind) for zero in (0.0, -0.0)]  # equal, and not the same to `is_in`
+        scalars += [
+            pa.scalar(zero, _comparable_type(kind)) for zero in (0.0, -0.0)
+        ]  # equal, and not the same to `is_in`
     values = pa.array(scalars)
 
     def rows(column: Column) -> Any:
@@ -195,10 +197,6 @@ def _in(leaf: In, kind: Any) -> _Test:
 
 
 def _like(leaf: Like, kind: Any) -> _Test:
-    if isinstance(kind, pa.BaseExtensionType):
-        return _like(leaf, kind.storage_type)
-    if pa.types.is_dictionary(kind):
-        return _like(leaf, kind.value_type)
     if pa.types.is_null(kind):
         return _Test(lambda column: pa.nulls(len(column), pa.bool_()), lambda low, high: EITHER)
     if not _is_text(kind):
@@ -226,10 +224,11 @@ def _of_text(leaf: Compare, kind: Any) -> _Test:
 
 
 def _of_floats(operator: Operator, value: Fraction, kind: Any) -> _Test:
-    wide = float(value) if abs(value) < Fraction(2) ** 1024 - Fraction(2) ** 970 else math.copysign(math.inf, value)
+    largest = Fraction(2) ** 1024 - Fraction(2) ** 970
+    wide = float(value) if abs(value) < largest else math.inf if value > 0 else -math.inf
     with np.errstate(over="ignore"):
         nearest = wide if kind == pa.float64() else float(kind.to_pandas_dtype()(wide))
-    test = _plain(operator, nearest, kind)
+    test = _plain(operator, nearest, _comparable_type(kind), _comparable)
     return dataclasses.replace(test, nan=frozenset((operator == "<>",)))
 
 
@@ -247,8 +246,9 @@ def _in_units(
         above = units > highest
         return _constant(operator == "<>" or operator in (("<", "<=") if above else (">", ">=")))
     if pa.types.is_decimal(kind):
-        scalar = pa.scalar(Decimal(units).scaleb(-kind.scale, Context(prec=kind.precision + 1)), kind)
-        return _plain(operator, units, kind, prepared, scalar)
+        wide = _comparable_type(kind)
+        scalar = pa.scalar(Decimal(units).scaleb(-kind.scale, Context(prec=kind.precision + 1)), wide)
+        return _plain(operator, units, wide, _comparable, scalar)
     return _plain(operator, units, kind, prepared)
 
 
@@ -306,17 +306,27 @@ def _constant(truth: bool) -> _Test:
 
 
 # ---- columns as they can be compared ------------------------------------------------------------------------------------
+def _held(kind: Any) -> Any:
+    """The type of the values that a column of an extension, or of a dictionary, holds."""
+    while isinstance(kind, pa.BaseExtensionType) or pa.types.is_dictionary(kind):
+        kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind.value_type
+    return kind
+
+
 def _is_text(kind: Any) -> bool:
     types = pa.types
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _comparable_type(kind: Any) -> Any:
-    return pa.large_string() if pa.types.is_string_view(kind) else kind
+    """One that holds the same values. Arrow compares neither views nor floats of 16 bits, and finds no small decimal in a list."""
+    types = pa.types
+    if types.is_decimal(kind) and kind.bit_width < _DECIMAL_BITS:
+        return pa.decimal128(kind.precision, kind.scale)
+    return pa.large_string() if types.is_string_view(kind) else pa.float32() if types.is_float16(kind) else kind
 
 
 def _comparable(column: Column) -> Column:
-    """Arrow compares no views."""
     kind = _comparable_type(column.type)
     return column if kind == column.type else column.cast(kind)
 
@@ -348,7 +358,13 @@ def _as_times(leaf: Leaf, column: Column) -> Column:
 
 def _unlike(leaf: Compare, what: str, wanted: str) -> BadCondition:
     value = leaf.value
-    told = value.text if isinstance(value, Instant) else float(value) if isinstance(value, Fraction) else repr(value)
+    told = (
+        value.text
+        if isinstance(value, Instant)
+        else f"{Decimal(value.numerator) / value.denominator:g}"
+        if isinstance(value, Fraction)
+        else repr(value)
+    )
     return BadCondition(f"column {leaf.column!r} holds {what}: compare it with {wanted}, not with {told}")
 
 

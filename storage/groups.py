@@ -57,7 +57,7 @@ class ChosenGroup:
         """Exactly these columns of the chosen rows, in the order of the file."""
         asked = columns(self.condition)
         table = self.group.read(list(dict.fromkeys([*names, *asked])))
-        rows = _truth(self.condition, table.select(asked))
+        rows = truth(self.condition, table.select(asked))
         return table.select(list(names)).filter(rows)
 
 
@@ -69,19 +69,19 @@ def chosen(group: Group, condition: Condition) -> Group | None:
     """
     if isinstance(condition, Known):
         return group if condition.truth else None
-    count = pc.sum(_truth(condition, group.read(columns(condition)))).as_py() or 0
+    count = pc.sum(truth(condition, group.read(columns(condition)))).as_py() or 0
     return None if not count else group if count == group.num_rows else ChosenGroup(group, condition, count)
 
 
-def _truth(condition: Condition, table: pa.Table) -> Any:
+def truth(condition: Condition, table: pa.Table) -> Any:
     """bool [N]: whether a condition is true for each row; null where it is neither true nor false."""
     match condition:
         case Not(part):
-            return pc.invert(_truth(part, table))
+            return pc.invert(truth(part, table))
         case And(parts):
-            return functools.reduce(pc.and_kleene, (_truth(part, table) for part in parts))
+            return functools.reduce(pc.and_kleene, (truth(part, table) for part in parts))
         case Or(parts):
-            return functools.reduce(pc.or_kleene, (_truth(part, table) for part in parts))
+            return functools.reduce(pc.or_kleene, (truth(part, table) for part in parts))
         case Known():
             raise AssertionError("what is known has no part in what is asked of rows")
         case _:

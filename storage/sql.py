@@ -59,13 +59,16 @@ def parse(text: str) -> Condition:
 
     try:
         found = cast("exp.Expression", sqlglot.parse_one(text, dialect=_DIALECT, into=exp.Condition))
+        _refuse_slips(text, found)
         return _condition(found)
     except SqlglotError as error:
         told = getattr(error, "errors", None)
         what = told[0].get("description", "") if told else str(error)
+        what = "something is missing" if what.startswith("Required keyword") else " ".join(what.split()).rstrip(".")
         at = f" at {told[0]['highlight']!r}" if told and told[0].get("highlight") else ""
         raise BadCondition(
-            f"{text!r} cannot be read as SQL{at}: {' '.join(what.split()).rstrip('.')}; {_SUPPORTED}"
+            f"{text!r} cannot be read as SQL{at}: {what}; {_SUPPORTED}. A column with a name that is a word of SQL stands in "
+            "double quotes"
         ) from error
     except RecursionError as error:
         raise BadCondition(f"the condition is nested too deeply: {_SUPPORTED}") from error
@@ -113,6 +116,33 @@ def instant_of(text: str) -> Instant:
             f"{text!r} is no time: write '2024-05-31' or '2024-05-31 12:30:00', with a zone as +02:00 or without one for UTC"
         ) from error
     return Instant(base.nanoseconds + int(fraction.ljust(9, "0")), text)
+
+
+# ---- what sqlglot passes over -------------------------------------------------------------------------------------------
+def _refuse_slips(text: str, found: exp.Expression) -> None:
+    """What no SQL has and sqlglot reads all the same, as where a variable of a shell was empty: `a IN (, 'x')`, `a BETWEEN 1 2`.
+
+    Raises:
+        BadCondition: there is such a slip.
+    """
+    import sqlglot
+    from sqlglot import exp
+    from sqlglot.tokens import TokenType as T
+
+    tokens = sqlglot.tokenize(text, dialect=_DIALECT)
+    kinds = [token.token_type for token in tokens]
+    pairs = set(zip(kinds, kinds[1:], strict=False))
+    joined = sum(1 for _ in found.find_all(exp.And, exp.Between))
+    slips = (
+        (pairs & {(T.L_PAREN, T.COMMA), (T.COMMA, T.COMMA), (T.COMMA, T.R_PAREN)}, "a value is missing beside a comma"),
+        (kinds.count(T.L_PAREN) != kinds.count(T.R_PAREN), "a parenthesis is missing"),
+        (kinds.count(T.AND) < joined, "BETWEEN low AND high lacks its AND"),
+        ((T.NOT, T.IS) in pairs, "IS stands before NOT"),
+        (any(token.token_type is T.NOT and token.text == "!" for token in tokens), "write NOT in place of !"),
+    )
+    for slip, told in slips:
+        if slip:
+            raise BadCondition(f"{text!r} cannot be read as SQL: {told}; {_SUPPORTED}")
 
 
 # ---- from sqlglot's tree to ours --------------------------------------------------------------------------------------
@@ -206,6 +236,10 @@ def _value(node: Any) -> Value:
         types = exp.DataType.Type
         times = (types.DATE, types.TIMESTAMP, types.TIMESTAMPNTZ, types.TIMESTAMPTZ)
         if isinstance(literal, exp.Literal) and literal.is_string and kind.this in times:
+            if kind.this == types.DATE and len(str(literal.this).strip()) > len("2024-05-31"):
+                raise BadCondition(
+                    f"{literal.this!r} is no day: write DATE '2024-05-31', or TIMESTAMP for a time of it"
+                )
             return instant_of(str(literal.this))
     elif isinstance(node, exp.Null):
         raise BadCondition("nothing equals NULL: ask column IS NULL, or IS NOT NULL")

@@ -10,6 +10,7 @@ from typing import Any
 
 import duckdb
 import hypothesis.strategies as st
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +21,9 @@ from tests.storage.faults import Call, FaultStore
 from tidemill.storage.choice import Choice, Window
 from tidemill.storage.dataset import Snapshot, pinned, snapshot
 from tidemill.storage.errors import DatasetError, Unavailable
+from tidemill.storage.groups import truth
 from tidemill.storage.memory import MemoryStore
+from tidemill.storage.sql import parse
 from tidemill.storage.store import Store
 from tidemill.storage.urls import open_store
 
@@ -191,6 +194,46 @@ def test_what_is_no_number_is_unlike_every_number(memory: MemoryStore) -> None:
     assert rows("x <> 5") == "[1.0, nan, 3.0, nan]"
 
 
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ("f < 1e309", [0, 1, 2, 4]),
+        ("f IN (-1e309, 0.0)", [1, 2]),
+        ("h <= 0.1", [0, 1, 2]),
+        ("h IN (0)", [1, 2]),
+        ("h <> 0.1", [1, 2, 4, 5]),
+        ("d >= 1.5", [1]),
+        ("d NOT IN (1.5, 0.001)", [0, 2]),
+        ("e = 1", [1, 3]),
+    ],
+)
+@pytest.mark.parametrize("statistics", [True, False])
+def test_numbers_beyond_all_floats_and_numbers_that_arrow_does_not_compare(
+    memory: MemoryStore, where: str, rows: list[int], statistics: bool
+) -> None:
+    table = pa.table(
+        {
+            "row": range(6),
+            "f": pa.array([1.5, 0.0, -0.0, None, -1e308, float("inf")]),
+            "h": pa.array([np.float16(x) for x in (0.1, 0.0, -0.0)] + [None, np.float16(65504), np.float16("nan")]),
+            "d": pa.array([Decimal("-1.25"), Decimal("1.50"), Decimal("0"), None, None, None], pa.decimal32(5, 2)),
+            "e": pa.ExtensionArray.from_storage(pa.bool8(), pa.array([0, 1, None, 1, 0, 5], pa.int8())),
+        }
+    )
+    memory.write("a.parquet", parquet(table, row_group_size=3, write_statistics=statistics))
+    assert read(taken(memory.url, where), "row") == rows
+
+
+def test_dictionaries_hold_nulls_and_numbers() -> None:
+    """As tables in memory may."""
+    floats = pa.array([0.0, -0.0, float("nan"), None]).dictionary_encode()
+    nulls = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 1], pa.int8()), pa.array([None, "a"]))
+    table = pa.table({"x": floats, "s": nulls})
+    assert truth(parse("x IN (0)"), table).to_pylist() == [True, True, False, None]
+    assert truth(parse("s IS NULL"), table).to_pylist() == [True, False, True, False]
+    assert truth(parse("s = 'a'"), table).to_pylist() == [None, True, None, True]
+
+
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
 def test_times_with_a_zone_are_compared_as_instants(memory: MemoryStore, unit: str) -> None:
     hours = [datetime.datetime(2024, 1, 1, hour, tzinfo=UTC) for hour in range(4)]
@@ -231,6 +274,10 @@ def test_a_window_begins_with_its_first_instant_and_ends_before_its_last(memory:
         ("i = 'x'", "column 'i' holds numbers: compare it with a number, not with 'x'"),
         ("i", "column 'i' holds numbers: compare it with a number, not with True"),
         ("s = 1", "column 's' holds text: compare it with text in single quotes, or with a time, not with 1"),
+        (
+            "s = -1e399",
+            "column 's' holds text: compare it with text in single quotes, or with a time, not with -1.0*e.399",
+        ),
         ("b = 1", "column 'b' holds booleans: compare it with TRUE or FALSE, by = or <>, not with 1"),
         ("v = 1", r"column 'v' is of type fixed_size_list.*, which no condition compares"),
         ("i LIKE 'x'", "column 'i' is of type int64: LIKE is for text"),

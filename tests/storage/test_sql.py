@@ -38,7 +38,8 @@ B = Compare("b", "=", True)
         ("date >= date '1970-01-02'", Compare("date", ">=", Instant(86_400 * 10**9, "1970-01-02"))),
         ("t < timestamp '1970-01-01 00:00:01.000000001'", Compare("t", "<", Instant(10**9 + 1, "1970-01-01 00:00:01.000000001"))),
         ("t < timestamp '1970-01-01 01:00+01'", Compare("t", "<", Instant(0, "1970-01-01 01:00+01"))),
-        ("a = 1 -- or not", A),
+        ("a = 1 -- or not (", A),
+        ("a not in (',', '(')", Not(In("a", (",", "(")))),
     ],
 )  # fmt: skip
 def test_what_a_condition_means(text: str, means: Condition) -> None:
@@ -76,7 +77,17 @@ def test_what_a_condition_means(text: str, means: Condition) -> None:
         ("a = 1e999999999", "beyond what any column holds"),
         ("a = timestamp '2024-13-01'", "is no time: write"),
         ("a = timestamp '2024-01-01 10:00 CEST'", "is no time: write"),
-        ("a = date '2024-01-01+02'", "is no time: write"),
+        ("a = date '2024-01-01+02'", "is no day: write"),
+        ("a = date '2024-01-01 10:00'", "is no day: write"),
+        ("a in (, 'x')", "a value is missing beside a comma"),
+        ("a in ('x', )", "a value is missing beside a comma"),
+        ("a in (1,, 2)", "a value is missing beside a comma"),
+        ("a between 1 2", "BETWEEN low AND high lacks its AND"),
+        ("a = cast('2024-01-01' as date or b", "a parenthesis is missing"),
+        ("a not is null", "IS stands before NOT"),
+        ("a ! null", "write NOT in place of !"),
+        ("! b", "write NOT in place of !"),
+        ("case = 1", "a word of SQL stands in double quotes"),
         ("(" * 3000 + "a = 1" + ")" * 3000, "nested too deeply"),
     ],
 )
