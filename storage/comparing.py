@@ -319,7 +319,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _comparable_type(kind: Any) -> Any:
-    """One that holds the same values. Arrow compares neither views nor floats of 16 bits, and finds no small decimal in a list."""
+    """One that holds the same values. Arrow compares neither views nor floats of 16 bits, nor lists of small decimals."""
     types = pa.types
     if types.is_decimal(kind) and kind.bit_width < _DECIMAL_BITS:
         return pa.decimal128(kind.precision, kind.scale)

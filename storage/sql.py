@@ -10,6 +10,7 @@ stand; one with other characters than letters, digits and _ stands in double quo
 
 from __future__ import annotations
 
+import itertools
 import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -131,7 +132,7 @@ def _refuse_slips(text: str, found: exp.Expression) -> None:
 
     tokens = sqlglot.tokenize(text, dialect=_DIALECT)
     kinds = [token.token_type for token in tokens]
-    pairs = set(zip(kinds, kinds[1:], strict=False))
+    pairs = set(itertools.pairwise(kinds))
     joined = sum(1 for _ in found.find_all(exp.And, exp.Between))
     slips = (
         (pairs & {(T.L_PAREN, T.COMMA), (T.COMMA, T.COMMA), (T.COMMA, T.R_PAREN)}, "a value is missing beside a comma"),

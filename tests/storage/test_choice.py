@@ -375,6 +375,23 @@ def test_a_folder_decides_even_where_the_file_has_such_a_column(memory: MemorySt
     assert read(found, "day") == [7], "what is trained on is the file's own, as without a condition"
 
 
+@pytest.mark.parametrize(
+    ("where", "rows"),
+    [
+        ("(p = 1 AND x > 1) OR x = 3", [2]),
+        ("NOT (p = 1 OR x = 1) OR x = 2", [1]),
+        ("NOT (p = 1 AND x = 1)", [1, 2, 9]),
+        ("p IS NULL AND x <> 2", [0, 2]),
+    ],
+)
+def test_a_folder_that_stands_for_a_null_is_neither_like_nor_unlike(
+    memory: MemoryStore, where: str, rows: list[int]
+) -> None:
+    memory.write("p=__HIVE_DEFAULT_PARTITION__/a.parquet", parquet(pa.table({"x": [1, 2, 3], "row": [0, 1, 2]})))
+    memory.write("p=2/b.parquet", parquet(pa.table({"x": [1], "row": [9]})))
+    assert sorted(read(taken(memory.url, where), "row")) == rows
+
+
 def test_files_that_folders_rule_out_may_lack_what_is_asked_for(memory: MemoryStore) -> None:
     memory.write("v=1/a.parquet", parquet(pa.table({"old": [1]})))
     memory.write("v=2/a.parquet", parquet(pa.table({"x": [1, 2]})))
