@@ -122,7 +122,8 @@ def _removed(store: Store, left: list[str]) -> Iterator[None]:
         yield
     finally:
         try:
-            remove(store)
+            with suppress(StoreNotFound):  # nothing could be written
+                remove(store)
         except StorageError as error:
             left.append(store.url)
             logger.warning("%s could not be removed, remove it: %s", store.url, error)

@@ -21,7 +21,7 @@ from tidemill.storage.certify.hands import TOGETHER, Call, hands_on
 from tidemill.storage.certify.promises import PROMISES, Promise
 from tidemill.storage.certify.run import PREFIX, Certificate, Kept, certify, tried
 from tidemill.storage.certify.trial import Effort, Trial
-from tidemill.storage.errors import AlreadyExists, InvalidURL, PermissionDenied, StoreNotFound
+from tidemill.storage.errors import AlreadyExists, InvalidURL, PermissionDenied, StorageError, StoreNotFound
 from tidemill.storage.local import LocalStore
 from tidemill.storage.urls import open_store
 
@@ -156,6 +156,13 @@ def test_a_place_where_nothing_may_be_written_is_one_error(tmp_path: Path):
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
+def test_a_file_is_no_place_and_nothing_is_said_to_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(StorageError, match="an object and a folder would need the same name"):
+        certify(str(tmp_path / "a.parquet"), LITTLE)
+    assert "could not be removed" not in caplog.text
+
+
 def test_calls_together_are_answered_in_their_order(tmp_path: Path):
     with hands_on(f"file://{tmp_path}", open_store) as hands:
         hands.together([Call("write", f"{place}", {"data": b"%d" % place}) for place in range(TOGETHER)])
