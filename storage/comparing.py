@@ -73,14 +73,16 @@ class Comparison:
         Raises:
             BadCondition: text is no time.
         """
-        test = pc.is_null if self._test is None else self._test.rows
+        test: Any = pc.is_null if self._test is None else self._test.rows
+        several: Any = pa.chunked_array  # its stubs know each type by name
         if isinstance(column.type, pa.BaseExtensionType):
-            column = pa.chunked_array([chunk.storage for chunk in _chunks(column)], column.type.storage_type)
+            column = several([chunk.storage for chunk in _chunks(column)], column.type.storage_type)
         if pa.types.is_dictionary(column.type):
             # Each distinct value once. A row without a value has no index, and comes out null.
             parts = [pc.take(_chunked(test(_chunked(c.dictionary))), c.indices) for c in _chunks(column)]
-            found = pa.chunked_array([chunk for part in parts for chunk in _chunked(part).chunks], pa.bool_())
-            return _chunked(pc.fill_null(found, True)) if self._test is None else found
+            found = several([chunk for part in parts for chunk in _chunked(part).chunks], pa.bool_())
+            whole: Column = found.fill_null(True) if self._test is None else found
+            return whole
         return _chunked(test(column))
 
     def within(self, bounds: Bounds) -> Truths:
@@ -161,7 +163,8 @@ def _compare(leaf: Compare, kind: Any) -> _Test:
     if not (types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind)):
         raise BadCondition(f"column {leaf.column!r} is of type {kind}, which no condition compares")
     if isinstance(value, bool) or not isinstance(value, Fraction):
-        raise _unlike(leaf, "numbers", "a number")
+        hint = " (--last needs a column of dates or times)" if isinstance(value, Instant) else ""
+        raise _unlike(leaf, "numbers", f"a number{hint}")
     if types.is_floating(kind):
         return _of_floats(leaf.operator, value, kind)
     return _in_units(leaf.operator, value * 10 ** (kind.scale if types.is_decimal(kind) else 0), kind)
@@ -352,7 +355,8 @@ def _as_times(leaf: Leaf, column: Column) -> Column:
         except pa.ArrowInvalid as error:
             problem = str(error)
     raise BadCondition(
-        f"column {leaf.column!r} holds text that is no time ({problem}): compare it with text in single quotes"
+        f"column {leaf.column!r} holds text that is no time ({problem}): compare it with text in single quotes, or name a "
+        "column of times"
     )
 
 

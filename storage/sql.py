@@ -127,8 +127,8 @@ def _refuse_slips(text: str, found: exp.Expression) -> None:
         BadCondition: there is such a slip.
     """
     import sqlglot
+    from sqlglot import TokenType as T
     from sqlglot import exp
-    from sqlglot.tokens import TokenType as T
 
     tokens = sqlglot.tokenize(text, dialect=_DIALECT)
     kinds = [token.token_type for token in tokens]

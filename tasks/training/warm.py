@@ -71,14 +71,13 @@ def begin(learner: Learner, source: Source) -> Taken:
     Raises:
         SpecError: none fits, or those that fit are no finite numbers.
     """
-    if learner.spec.model.factory in BUILT_IN_MODELS and source.factory == learner.spec.model.factory:
-        taken = _by_belonging(learner, source)
-    else:
-        taken = _by_name(learner, source)
+    built_in = learner.spec.model.factory in BUILT_IN_MODELS and source.factory == learner.spec.model.factory
+    taken = _by_belonging(learner, source) if built_in else _by_name(learner, source)
     if not taken.taken:
         has = ", ".join(taken.left_over[:NAMED]) or "nothing"
         raise SpecError(
-            f"init_from: no weight of {source.name} fits the model of the spec, by name and shape. It has {has}; the model has "
+            f"init_from: no weight of {source.name} fits the model of the spec, by "
+            f"{'column, layer and output' if built_in else 'name and shape'}. It has {has}; the model has "
             f"{', '.join(taken.missing[:NAMED])}. Leave init_from out, or name another"
         )
     for name, parameter in learner.model.named_parameters():

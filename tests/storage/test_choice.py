@@ -282,6 +282,7 @@ def test_a_window_begins_with_its_first_instant_and_ends_before_its_last(memory:
         ("v = 1", r"column 'v' is of type fixed_size_list.*, which no condition compares"),
         ("i LIKE 'x'", "column 'i' is of type int64: LIKE is for text"),
         ("p > 'x'", "column 'p' holds numbers"),
+        ("i > DATE '2024-01-01'", r"with a number \(--last needs a column of dates or times\), not with 2024-01-01"),
     ],
 )
 def test_a_condition_that_does_not_fit_names_the_file_and_the_column(

@@ -183,9 +183,9 @@ def test_layers_of_another_width_begin_anew():
 
 def test_nothing_that_fits_is_an_error():
     old = trained(spec_of("a", model={"factory": "mlp", "arguments": {"hidden": [8]}}))
-    with pytest.raises(SpecError, match="no weight of version 7 of r/m fits"):
+    with pytest.raises(SpecError, match="fits the model of the spec, by column, layer and output"):
         warm(old, spec_of("b", target="one", task="binary", model={"factory": "mlp", "arguments": {"hidden": [9]}}))
-    with pytest.raises(SpecError, match="no weight of version 7 of r/m fits"):
+    with pytest.raises(SpecError, match="no weight of version 7 of r/m fits the model of the spec, by name and shape"):
         warm(old, spec_of("a"))
 
 
