@@ -160,6 +160,8 @@ def follow(
         return
     if inbox is None or registry is None or model is None:
         raise usage.UsageError("follow needs INBOX, REGISTRY and MODEL, or --pairs FILE")
+    if learners != LEARNERS:
+        raise usage.UsageError("--learners is for --pairs: one model has one learner")
     launch.before_following(inbox, registry, model, given, ranks)
     _run_by_ranks(ranks, place)
     launch.find_own_modules()

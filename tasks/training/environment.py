@@ -59,11 +59,14 @@ def _cpu() -> str:
     return f"{fields['vendor_id']} family {fields.get('cpu family')} model {fields.get('model')}"
 
 
-def differences(before: dict[str, str | int], now: dict[str, str | int]) -> list[str]:
+def differences(
+    before: dict[str, str | int], now: dict[str, str | int], words: tuple[str, str] = ("was", "is now")
+) -> list[str]:
     """What differs, in words: `threads was 2, is now 1`. Empty if nothing does."""
+    first, second = words
     names = [*before, *(name for name in now if name not in before)]
     return [
-        f"{name} was {before.get(name, 'not set')}, is now {now.get(name, 'not set')}"
+        f"{name} {first} {before.get(name, 'not set')}, {second} {now.get(name, 'not set')}"
         for name in names
         if before.get(name) != now.get(name)
     ]

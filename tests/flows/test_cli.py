@@ -743,6 +743,7 @@ FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
             ("follow", "i", "r", "m", "--gate.champion", "score", "--gate.after-refusals", "stop"),
             "after_refusals needs champion='move'",
         ),
+        (("follow", "i", "r", "m", "--learners", "3"), "--learners is for --pairs"),
         (("follow", "i", "r", "m", "--gate.tolerance", "-1"), "--gate.tolerance: input should be greater than"),
     ],
 )

@@ -47,3 +47,4 @@ def test_differences_are_named():
         "threads was 2, is now 1",
         "MKL_CBWR was not set, is now AVX2",
     ]
+    assert differences({"threads": 2}, {"threads": 1}, ("is", "there it is")) == ["threads is 2, there it is 1"]
