@@ -348,12 +348,14 @@ def _as_integers(column: Column) -> Column:
 
 def _as_times(leaf: Leaf, column: Column) -> Column:
     """Text in ISO 8601 as times, with zones or without."""
-    text, problem = _comparable(column), ""
+    text, problems = _comparable(column), list[str]()
     for zone in (None, "UTC"):
         try:
             return text.cast(pa.timestamp(_TEXT_UNIT, zone))
         except pa.ArrowInvalid as error:
-            problem = str(error)
+            problems.append(str(error).partition(". If ")[0])
+    without, with_zones = problems
+    problem = with_zones if "expected no zone offset" in without else without
     raise BadCondition(
         f"column {leaf.column!r} holds text that is no time ({problem}): compare it with text in single quotes, or name a "
         "column of times"
