@@ -96,6 +96,8 @@ class Numbers:
         """Take in where the model stands before anything happens."""
         with self._lock:
             self._stands(head, None if champion is None else champion.version)
+            if head.kind == "online":  # a scheduled drain that finds nothing writes them all the same
+                self._scored(head)
 
     def failing(self, failing: bool) -> None:
         """Whether the last turn of this model, in a run of many, has failed."""
@@ -135,6 +137,9 @@ class Numbers:
         self._add("tidemill_unmatched_labels_total", sum(each.unmatched for each in manifest.done_labels or ()))
         self._add("tidemill_rejected_shards_total", len(manifest.rejected))
         self._observe_lag([(manifest.created - shard.last_modified).total_seconds() for shard in manifest.consumed])
+        self._scored(manifest)
+
+    def _scored(self, manifest: Manifest) -> None:
         own = manifest.metrics
         for who, scores in (("learner", own), ("champion", own.get("champion", {})), ("served", own.get("served", {}))):
             for metric, score in scores.items():

@@ -189,6 +189,21 @@ def test_the_metrics_of_a_drain(registry: str, memory_url: MakeUrl, tmp_path: Pa
     assert os.listdir(file.parent) == ["tidemill.prom"]
 
 
+def test_a_drain_that_finds_nothing_writes_the_scores_of_the_last_commit(
+    registry: str, memory_url: MakeUrl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tidemill.prom"
+    settings = PATIENT.model_copy(update={"metrics_file": str(file)})
+    put(memory_url("inbox"), days(1))
+    scores = []
+    for _ in range(2):
+        monkeypatch.setattr(metrics._collector, "models", {})  # as in a process of its own
+        drain(memory_url("inbox"), registry, "model", settings)
+        scores.append({name: value for name, value in values(file.read_text()).items() if "_score{" in name})
+    assert scores[0]
+    assert scores[1] == scores[0]
+
+
 def test_counters_of_scheduled_drains_go_on_where_the_last_process_ended(tmp_path: Path) -> None:
     file = tmp_path / "tidemill.prom"
     before = Numbers("model")
