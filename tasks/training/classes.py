@@ -71,7 +71,8 @@ class Values:
         seen = array.drop_null()
         trained = seen if rows_N is None else array.take(to_arrow(rows_N)).drop_null()
         distinct = pc.unique(seen)
-        self.several = self.several or len(distinct) > 1
+        first, *others = distinct.slice(0, 3).to_pylist() or [None]
+        self.several = self.several or any(value != first for value in others)  # 0 and -0 are one
         if len(distinct) > self.most:
             self._stop(f"has more than {self.most:,} distinct values")
             return

@@ -25,7 +25,10 @@ class Kept:
         stream = Stream(groups, features, batch_size=rows, window_bytes=window_bytes, split=split)
         batches = list(stream)
         if not batches:
-            raise ColumnError(f"{self.name}: no row with all targets is left on one side of a holdout")
+            raise ColumnError(
+                f"{self.name}: no row with all targets is left on one side of a holdout, by which epochs are chosen: give "
+                "more of them, or epochs"
+            )
         self.block = joined(batches)
         self.unlabelled = stream.unlabelled
 

@@ -94,8 +94,11 @@ def test_no_column_left_is_an_error_that_says_why() -> None:
     assert f"'c' is {CONSTANT}" in str(error.value)
 
 
-@pytest.mark.parametrize(("target", "refused"), [([2**62 + i for i in range(ROWS)], True), ([2**62] * ROWS, False)])
-def test_a_target_whose_differences_are_lost_is_refused(target: list[int], refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("target", "refused"),
+    [([2**62 + i for i in range(ROWS)], True), ([2**62] * ROWS, False), ([0.0, -0.0] * (ROWS // 2), False)],
+)
+def test_a_target_whose_differences_are_lost_is_refused(target: list[float], refused: bool) -> None:
     table = pa.table({"x": FLOATS, "y": target})
     with (
         pytest.raises(ColumnError, match="'y' of the dataset has values that differ by less than float32")
