@@ -94,7 +94,14 @@ def _without_null_entries(column: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
     if not pa.types.is_dictionary(kind):
         return column
     chunks = cast("list[pa.DictionaryArray[Any, Any]]", column.chunks)
-    return column.cast(kind.value_type) if any(chunk.dictionary.null_count for chunk in chunks) else column
+    if not any(chunk.dictionary.null_count for chunk in chunks):
+        return column
+    found = list[Any]()
+    for chunk in chunks:  # not decoded: of one long text in all rows, that would take more memory than there is
+        entries = chunk.dictionary.drop_null()
+        places = pc.index_in(chunk.dictionary, value_set=entries, skip_nulls=True)
+        found.append(pa.DictionaryArray.from_arrays(places.take(chunk.indices), entries))
+    return pa.chunked_array(found)
 
 
 def fault_of(table: pa.Table, columns: Sequence[Input]) -> tuple[int | None, str | None]:

@@ -298,10 +298,12 @@ def test_a_dictionary_with_null_among_its_entries_is_logged(memory_url: MakeUrl)
     put(memory_url("dataset"), {"part.parquet": dataset})
     batch.train(memory_url("dataset"), memory_url("registry"), "model", Spec(target="y"), BatchSettings(holdout=0))
     log = AnswerLog(open_store(memory_url("inbox")), 1000, 60, Numbers("model"))
-    cities = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.int8()), pa.array(["a", None]))
+    cities = pa.DictionaryArray.from_arrays(pa.array([0, 1, None, 2], pa.int8()), pa.array(["a", None, "b"]))
     log.add(of_table(load(memory_url("registry"), "model"), "r", pa.table({"city": cities})))
     log.close(10)
-    assert logged(memory_url("inbox")).column("city").to_pylist() == ["a", None, None]
+    found = logged(memory_url("inbox")).column("city")
+    assert found.to_pylist() == ["a", None, None, "b"]
+    assert pa.types.is_dictionary(found.type)
 
 
 def test_large_ids_are_not_rounded_by_fractions_that_others_ask_for(memory_url: MakeUrl) -> None:
