@@ -40,7 +40,7 @@ def _alias(given: str) -> str:
 
 
 _Alias = Annotated[str, AfterValidator(_alias)]
-"""The name of an alias that a run moves: a wrong one is told before anything is trained."""
+"""The name of an alias that a run moves, or a server follows: a wrong one is told before anything begins."""
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 _DEVICE = "Where tensors are computed; auto takes an accelerator if there is one. Bits differ between devices."
@@ -371,7 +371,7 @@ class OnlineSettings(_Settings):
 class ServeSettings(_Settings):
     """Where predictions are served, what a request may cost, and where answers are logged."""
 
-    alias: str = Field(default="champion", description="The alias whose version is served. It is followed.")
+    alias: _Alias = Field(default="champion", description="The alias whose version is served. It is followed.")
     host: str = Field(
         default="127.0.0.1", description="The address to listen on. 0.0.0.0: all of this machine; set a token then."
     )

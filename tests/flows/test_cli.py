@@ -703,6 +703,7 @@ FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
         (("report", "r", "m", "f", "-n", "2.5"), "Invalid value for -n: '2.5' is no whole number"),
         ((*FLAGS, "--alias", "head"), "--alias: 'head' cannot be an alias"),
         (("follow", "i", "r", "m", "--gate.alias", ""), "--gate.alias: '' cannot be an alias"),
+        (("serve", "r", "m", "--alias", "head"), "--alias: 'head' cannot be an alias"),
         (("gc", "r", "m", "--keep", "0"), 'Invalid value "0" for --keep. Must be >= 1'),
         (("gc", "r", "m", "--keep", "2.5"), "Invalid value for --keep: '2.5' is no whole number"),
         (
