@@ -255,7 +255,7 @@ class Rota:
     def _turn(self, place: _Place) -> None:
         member, place.looked = place.member, False
         try:
-            outcome = member.turn()
+            outcome = _turn_of(member)
         except Exception as error:  # noqa: BLE001  # of whatever class: it is that member's, and the others go on
             self._failed(place, error)
             return
@@ -318,6 +318,14 @@ class Rota:
     def _done(self, place: _Place) -> None:
         self._left -= 1
         self._learners.give_up(place.member)
+
+
+def _turn_of(member: Member) -> Outcome:
+    """Its turn. Code of its model that ends the program ends that turn alone."""
+    try:
+        return member.turn()
+    except SystemExit as error:
+        raise RuntimeError(f"its code wants to end the program, with SystemExit: {error}") from error
 
 
 def _is_ours(error: Exception) -> bool:

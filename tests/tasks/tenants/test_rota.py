@@ -217,6 +217,18 @@ def test_a_drain_does_not_try_again_what_waiting_cannot_mend() -> None:
     assert rota.failing == {"a": "rotten"}
 
 
+def test_code_of_a_model_that_would_end_the_program_ends_its_turn_alone(caplog: pytest.LogCaptureFixture) -> None:
+    class Exits(One):
+        def turn(self) -> Outcome:
+            super().turn()
+            raise SystemExit(7)
+
+    done, rota = drained(Exits("a", 5, events := list[str]()), One("b", 2, events))
+    assert turns(done) == "abbb"
+    assert rota.failing == {"a": "its code wants to end the program, with SystemExit: 7"}
+    assert "raise SystemExit(7)" in caplog.text, "where that is"
+
+
 def test_it_ends_between_two_turns() -> None:
     clock, events, stop = Clock(), list[str](), Stop()
 
