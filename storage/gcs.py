@@ -57,9 +57,12 @@ class GCSStore(RemoteStore):
         return "gs", self._bucket, self._variables
 
     def stat(self, key: str) -> ObjectInfo:
-        blob = self._blob(key)
-        self._call("stat", key, lambda: blob.reload(**_ONCE))
-        return _info(key, blob)
+        def look() -> Blob:
+            blob = self._blob(key)
+            blob.reload(**_ONCE)
+            return blob
+
+        return _info(key, self._call("stat", key, look))
 
     def write_pieces(self, key: str, data: Pieces) -> ObjectInfo:
         """A large object is there with the last request of its (resumable) upload; what is begun and not completed goes by itself

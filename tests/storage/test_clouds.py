@@ -427,3 +427,23 @@ def test_a_store_of_google_without_credentials_sends_requests_unsigned(monkeypat
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     client = gcs._client(-1, gcs._variables())
     assert type(client._credentials).__name__ == "AnonymousCredentials"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.stat("a"),
+        lambda store: store.read("a"),
+        lambda store: store.create("a", b""),
+        lambda store: store.delete("a"),
+        lambda store: [*store.list()],
+    ],
+    ids=["stat", "read", "create", "delete", "list"],
+)
+def test_credentials_for_google_that_are_named_and_not_there_are_told_by_every_call(
+    call: Callable[[Store], object], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere/credentials.json")
+    with pytest.raises(PermissionDenied, match=r"/nowhere/credentials\.json was not found.*: set GOOGLE_APPLICATION"):
+        call(open_store("gs://bucket/place"))
