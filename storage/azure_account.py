@@ -1,6 +1,7 @@
 """The account of Azure Blob Storage that the environment names, and clients of its containers."""
 
 import os
+import re
 from functools import lru_cache
 from typing import Any, Final
 
@@ -20,6 +21,8 @@ _VARIABLES: Final = {
     "connection": ("AZURE_STORAGE_CONNECTION_STRING",),
 }
 """Of each setting the variables that Azure's tools read: the command line, and fsspec."""
+
+_OF_SERVICE: Final = re.compile(r"https?://([a-z0-9]+)\.blob\.")
 
 Account = frozenset[tuple[str, str]]
 """The settings of `_VARIABLES` that are set."""
@@ -47,10 +50,14 @@ def account() -> Account:
 def account_name() -> str | None:
     """The name of the account, if the environment tells it."""
     settings = dict(account())
-    if "connection" in settings:
-        parts = dict(part.partition("=")[::2] for part in settings["connection"].split(";"))
-        return next((value for name, value in parts.items() if name.lower() == "accountname"), None)
-    return settings["name"]
+    if "connection" not in settings:
+        return settings["name"]
+    parts = {
+        name.strip().lower(): value
+        for name, _, value in (part.partition("=") for part in settings["connection"].split(";"))
+    }
+    of_service = _OF_SERVICE.match(parts.get("blobendpoint", ""))  # which alone tells it beside a SAS
+    return parts.get("accountname") or (of_service[1] if of_service else None)
 
 
 def of_container(account: Account, container: str) -> ContainerClient:

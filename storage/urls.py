@@ -105,9 +105,10 @@ def _opened(scheme: str, name: str, prefix: str, account: str) -> Store:
             from tidemill.storage.azure import AzureStore
             from tidemill.storage.azure_account import account_name
 
-        if account and account != account_name():
+        if account and account != (known := account_name()):
+            of_environment = "does not tell the name of its own" if known is None else repr(known)
             raise InvalidURL(
-                f"the URL names the account {account!r}, and the environment {account_name()!r}: all places of a run lie in one "
+                f"the URL names the account {account!r}, and the environment {of_environment}: all places of a run lie in one "
                 "account, which AZURE_STORAGE_ACCOUNT or AZURE_STORAGE_CONNECTION_STRING names"
             )
         return AzureStore(name, prefix)

@@ -187,6 +187,18 @@ def test_a_url_whose_packages_are_not_installed_names_the_extra(
             "'other', and the environment 'account'",
         ),
         (
+            "abfss://c@other.dfs.core.windows.net/x",
+            {
+                "AZURE_STORAGE_CONNECTION_STRING": "BlobEndpoint=https://account.blob.core.windows.net/;SharedAccessSignature=czNjcjN0"
+            },
+            "'other', and the environment 'account'",
+        ),
+        (
+            "abfss://c@other.dfs.core.windows.net/x",
+            {"AZURE_STORAGE_CONNECTION_STRING": "BlobEndpoint=http://127.0.0.1:1/x;SharedAccessSignature=czNjcjN0"},
+            "'other', and the environment does not tell the name of its own",
+        ),
+        (
             "abfss://c@evil.example/x",
             {"AZURE_STORAGE_ACCOUNT": "account"},
             "abfss://container@account.dfs.core.windows.net",
@@ -234,3 +246,12 @@ def test_an_object_is_a_key_of_a_store(
 def test_a_folder_or_a_bucket_is_no_object(url: str) -> None:
     with pytest.raises(InvalidURL, match="names no file: give its name too"):
         open_object(url)
+
+
+def test_an_account_is_known_by_the_endpoint_of_a_connection_with_a_signature(monkeypatch: pytest.MonkeyPatch):
+    """As the portal of Azure makes it: without the name."""
+    monkeypatch.setenv(
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "BlobEndpoint=https://account.blob.core.windows.net/;SharedAccessSignature=sv=x",
+    )
+    assert open_store("abfss://c@account.dfs.core.windows.net/x").url == "az://c/x"
