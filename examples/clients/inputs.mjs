@@ -67,9 +67,14 @@ function fillNumbers(data, at, column, value) {
 
 function fillIds(data, at, column, value) {
   if (value === null) return;
+  if (column.length !== undefined && typeof value === "string") throw new Error(`column ${column.column} needs a list, not a text`);
   const items = column.length === undefined ? [value] : value.slice(-column.length);
   items.forEach((item, i) => {
-    if (item !== null) data[at + i] = BigInt(1 + bucketOf(canonical(item, column.column), column.buckets));
+    if (item === null) return;
+    if ((typeof item === "string") !== column.family.endsWith("text")) {
+      throw new Error(`column ${column.column} holds ${item}, and takes ${column.family}`);
+    }
+    data[at + i] = BigInt(1 + bucketOf(canonical(item, column.column), column.buckets));
   });
 }
 

@@ -67,9 +67,13 @@ def _fill_numbers(places: np.ndarray, column: Layout, value: Any) -> None:
 def _fill_ids(places: np.ndarray, column: Layout, value: Any) -> None:
     if value is None:
         return
+    if "length" in column and isinstance(value, str):
+        raise ValueError(f"column {column['column']} needs a list, not a text")
     items = value[-column["length"] :] if "length" in column else [value]
     for i, item in enumerate(items):
         if item is not None:
+            if isinstance(item, str) != column["family"].endswith("text"):
+                raise ValueError(f"column {column['column']} holds {item!r}, and takes {column['family']}")
             places[i] = 1 + bucket_of(canonical(item), column["buckets"])
 
 

@@ -167,9 +167,10 @@ class BacktestRun:
         theirs = spec_of(self.log, self.log.older(number))
         wanted, given = (", ".join(map(repr, spec.targets)) for spec in (theirs, self.spec))
         if wanted != given or task not in (None, theirs.task):
+            asked = f"target {given}" if task is None else f"task {task!r} of target {given}"
             raise SpecError(
                 f"version {number} of {self.log.url} is for task {theirs.task!r} of target {wanted}, the other spec for "
-                f"{task or theirs.task!r} of {given}: their errors cannot be compared. Give a spec of the same target and task."
+                f"{asked}: their errors cannot be compared. Give a spec of the same target and task."
             )
 
     def _check_kept(self) -> None:

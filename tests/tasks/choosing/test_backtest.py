@@ -295,7 +295,7 @@ def test_classes_are_compared_by_the_loss_or_by_the_accuracy_where_the_losses_di
     assert found.total.learner is not None
     assert found.total.spec < found.total.learner
     assert "better" not in found.verdict[0]
-    with pytest.raises(SpecError, match="is for task 'binary' of target 'late', the other spec for 'regression'"):
+    with pytest.raises(SpecError, match="is for task 'binary' of target 'late', the other spec for task 'regression'"):
         place.backtest(Spec(features=["a"], target="late", task="regression"))
 
 
@@ -327,9 +327,9 @@ def test_a_shard_of_other_bytes_is_named_by_its_sha256(place: Place) -> None:
 
 
 def test_a_spec_of_another_target_or_task_is_refused(shared: Place) -> None:
-    with pytest.raises(SpecError, match="task 'regression' of target 'y', the other spec for 'regression' of 'b'"):
+    with pytest.raises(SpecError, match="task 'regression' of target 'y', the other spec for target 'b'"):
         shared.backtest(Spec(features=["a"], target="b"))
-    with pytest.raises(SpecError, match="the other spec for 'binary' of 'y'"):
+    with pytest.raises(SpecError, match="the other spec for task 'binary' of target 'y'"):
         shared.backtest(Spec(features=["a"], target="y", task="binary"))
     assert keys(shared.url(shared.to)) == []
 

@@ -217,6 +217,29 @@ def test_a_value_that_cannot_be_an_input_is_refused_with_its_column(row: dict[st
         assert re.search("column x is missing" if said == "missing" else said, javascript(tried, [layout, row]))
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"city": 7}, "column city holds 7, and takes text"),
+        ({"tags": "red"}, "column tags needs a list, not a text"),
+        ({"tags": ["red", 7]}, "column tags holds 7, and takes list of text"),
+        ({"hour": "7"}, "column hour holds '?7'?, and takes number"),
+    ],
+)
+def test_a_value_of_another_kind_is_no_category(row: dict[str, Any], said: str) -> None:
+    """Its hash would be an id like any other, where `predict` refuses it."""
+    columns = [
+        {"column": "city", "family": "text", "at": 0, "buckets": 9},
+        {"column": "hour", "family": "number", "at": 1, "buckets": 9},
+        {"column": "tags", "family": "list of text", "at": 2, "buckets": 9, "length": 3},
+    ]
+    layout, row = {"numbers": [], "ids": columns, "nulls": []}, {"city": "x", "hour": 7, "tags": None} | row
+    with pytest.raises(ValueError, match=said):
+        client.inputs_of(layout, [row])
+    tried = "try { client.inputsOf(given[0], [given[1]]); } catch (error) { return error.message; }"
+    assert re.search(said, javascript(tried, [layout, row]))
+
+
 def test_the_layout_is_read_from_the_bytes_of_the_model(tmp_path: Path) -> None:
     """As onnxruntime-web and -node do not give it."""
     import onnx
