@@ -26,12 +26,13 @@ class Alias:
     """How often it has been moved: tells an alias that never moved from one that moved away and back."""
 
 
-def resolve(log: VersionLog, name: str) -> Version:
+def resolve(log: VersionLog, name: str | int) -> Version:
     """The version that `name` means: `head`, a version's number, or an alias.
 
     Raises:
         UnknownVersion, UnknownAlias, UnknownModel.
     """
+    name = str(name)
     if name == "head":
         return log.head()
     if name.isdecimal():

@@ -16,7 +16,7 @@ from tidemill.tasks.serving.predictor import Predictor, predictor_of
 def load(
     registry: str,
     model: str,
-    alias: str = "champion",
+    alias: str | int = "champion",
     *,
     follow: None = None,
     stores: Callable[[str], Store] = open_store,
@@ -25,14 +25,19 @@ def load(
 
 @overload
 def load(
-    registry: str, model: str, alias: str = "champion", *, follow: float, stores: Callable[[str], Store] = open_store
+    registry: str,
+    model: str,
+    alias: str | int = "champion",
+    *,
+    follow: float,
+    stores: Callable[[str], Store] = open_store,
 ) -> Following: ...
 
 
 def load(
     registry: str,
     model: str,
-    alias: str = "champion",
+    alias: str | int = "champion",
     *,
     follow: float | None = None,
     stores: Callable[[str], Store] = open_store,
@@ -57,6 +62,7 @@ def load(
             fails.
         StateMismatch: the model's code no longer fits its weights.
     """
+    alias = str(alias)
     if follow is not None and (alias == "head" or alias.isdecimal()):
         raise UnknownAlias(f"{alias!r} is no alias, and cannot be followed: name one, such as 'champion'.")
     if follow is not None and not follow > 0:

@@ -36,7 +36,7 @@ def test_a_version_is_named_by_head_number_or_alias(log: VersionLog) -> None:
     head = grow(log, 3)
     promote(log, "champion", log.version(1))
     assert resolve(log, "head") == head
-    assert resolve(log, "2") == resolve(log, "00002") == head
+    assert resolve(log, "2") == resolve(log, "00002") == resolve(log, 2) == head
     assert resolve(log, "champion").number == 1
 
 

@@ -86,8 +86,10 @@ def test_a_version_is_chosen_by_alias_number_or_head(memory_url: MakeUrl) -> Non
     train(memory_url)
     train(memory_url, seed=8)
     promote(log := open_log(memory_url("registry"), "model"), "steady", log.version(0))
-    chosen = [tidemill.load(memory_url("registry"), "model", name).version.number for name in ("steady", "1", "head")]
-    assert chosen == [0, 1, 1]
+    chosen = [
+        tidemill.load(memory_url("registry"), "model", name).version.number for name in ("steady", "1", 1, "head")
+    ]
+    assert chosen == [0, 1, 1, 1]
     with pytest.raises(UnknownAlias, match="no alias 'none'"):
         tidemill.load(memory_url("registry"), "model", "none")
     with pytest.raises(UnknownModel, match="no model 'other'"):
