@@ -14,6 +14,8 @@ from tidemill.storage.manifest import decode, sha256
 from tidemill.storage.pieces import Buffers
 from tidemill.storage.segments import is_of
 from tidemill.tasks.serving.predictor import Predictor
+from tidemill.tasks.training.classes import PREDICTED
+from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.training.learner import Network
 from tidemill.tasks.versions import check_environment_allows, resolved_of
 
@@ -49,16 +51,20 @@ class Pyfunc:
     def predict(self, model_input: "pd.DataFrame", params: dict[str, Any] | None = None) -> "pd.DataFrame":
         """A frame with the columns that `tidemill predict` writes. What pandas calls missing is null.
 
-        Raises ColumnError: a column is missing, or holds what it cannot hold.
+        Raises ColumnError: a column is missing or there twice, or holds what it cannot hold.
         """
         import pandas as pd
 
         columns = self.predictor.network.features.columns
+        names = list(model_input.columns)
+        if twice := next((column.name for column in columns if names.count(column.name) > 1), None):
+            raise ColumnError(f"column {twice!r} occurs {names.count(twice)} times in the frame: give each name once")
         frame = model_input.astype(object).where(model_input.notna(), None)
         for column in columns:
             if (column.length or column.width) and column.name in frame:
                 frame[column.name] = frame[column.name].map(_items)
-        return pd.DataFrame(self.predictor.predict(frame.to_dict("records")))
+        predicted = PREDICTED[:1] if self.predictor.labels is None else PREDICTED
+        return pd.DataFrame(self.predictor.predict(frame.to_dict("records")), columns=list(predicted))
 
 
 def _items(value: Any) -> Any:

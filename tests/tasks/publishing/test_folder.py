@@ -24,6 +24,7 @@ from tidemill.tasks.serving.loading import load
 from tidemill.tasks.serving.predictor import predictor_of
 from tidemill.tasks.settings import OnlineSettings
 from tidemill.tasks.sources import find
+from tidemill.tasks.training.errors import ColumnError
 from tidemill.tasks.warm_start import read
 
 FORMATS = Path(__file__).parents[2] / "storage/formats"
@@ -49,6 +50,13 @@ def test_a_frame_of_pandas_is_predicted_as_the_table_of_the_same_rows(log: Versi
     wanted = predictor_of(log, log.head()).predict(rows).to_pylist()
     given = _load_pyfunc(str(folder / "data")).predict(rows.to_pandas())
     assert given["prediction"].tolist() == [pytest.approx(row["prediction"], abs=1e-6) for row in wanted]
+
+
+def test_a_frame_without_rows_has_the_column_and_one_with_a_name_twice_is_refused(folder: Path) -> None:
+    published, rows = _load_pyfunc(str(folder / "data")), table(2).to_pandas()
+    assert published.predict(rows.iloc[:0]).columns.tolist() == published.predict(rows).columns.tolist()
+    with pytest.raises(ColumnError, match="column 'float64' occurs 2 times in the frame"):
+        published.predict(pd.concat([rows, rows[["float64"]]], axis=1))
 
 
 def test_the_signature_is_of_types_that_frames_and_json_have(folder: Path) -> None:
