@@ -83,3 +83,5 @@ def main(tokens: Iterable[str] | None = None) -> None:
         code = torchrun.left_for_launcher(end.code if isinstance(end.code, int) else 0)
         launch.part(code)
         raise SystemExit(code) from None
+    finally:
+        atexit.register(terminal.end_quietly)  # the last that is registered runs first

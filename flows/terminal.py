@@ -120,6 +120,13 @@ def attached(command: str, translate: Callable[[Exception], str | None]) -> Iter
         logging.getLogger().removeHandler(handler)
 
 
+def end_quietly() -> None:
+    """Let a Ctrl-C that comes from now on, while the interpreter ends, end it at once: all is done and told, and a
+    KeyboardInterrupt would be a traceback out of whatever is torn down then."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _for_terminal(record: logging.LogRecord) -> bool:
     """Of Prefect's own records, only what is meant for the terminal: the others tell of states, which the UI shows, and of
     errors and of a server that has gone, which are told once, at the end. So is what the clouds' clients warn of."""

@@ -687,6 +687,20 @@ def test_follow_and_status_of_many(tidemill: Run, model: Place, tmp_path: Path) 
         assert message in wrong.err
 
 
+def test_ctrl_c_while_the_interpreter_ends_is_no_traceback() -> None:
+    program = "; ".join(
+        (
+            "import atexit, os, signal, time",
+            "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60)))",
+            "from tidemill.flows.cli import main",
+            "main(['--version'])",
+        )
+    )
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+    assert ended.stdout
+
+
 # ---- wrong usage -----------------------------------------------------------------------------------------------------
 FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
 
