@@ -41,6 +41,8 @@ _SUPPORTED: Final = (
     "a condition compares columns with values (= <> < <= > >=, [NOT] IN, BETWEEN, LIKE, IS [NOT] NULL), "
     "joined by AND, OR, NOT"
 )
+_SAID: Final = {"Required keyword": "something is missing", "Error tokenizing": "a quote or a comment is not closed"}
+"""How messages of sqlglot that tell of its own classes begin -> what they mean."""
 _LARGEST_EXPONENT: Final = 400
 """No column holds numbers beyond 10 to this power; an exact number with more digits would take memory without a bound."""
 _SECONDS: Final = {"w": 7 * 86_400, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
@@ -65,7 +67,9 @@ def parse(text: str) -> Condition:
     except SqlglotError as error:
         told = getattr(error, "errors", None)
         what = told[0].get("description", "") if told else str(error)
-        what = "something is missing" if what.startswith("Required keyword") else " ".join(what.split()).rstrip(".")
+        what = next(
+            (ours for theirs, ours in _SAID.items() if what.startswith(theirs)), " ".join(what.split()).rstrip(".")
+        )
         at = f" at {told[0]['highlight']!r}" if told and told[0].get("highlight") else ""
         raise BadCondition(
             f"{text!r} cannot be read as SQL{at}: {what}; {_SUPPORTED}. A column with a name that is a word of SQL stands in "
