@@ -116,7 +116,7 @@ class AnswerLog:
                 due = self._waiting[0][0] + self._seconds - time.monotonic()
                 if closing or due <= 0 or self._waiting_rows >= self._rows:
                     break
-                self._changed.wait(due)
+                self._changed.wait(min(due, threading.TIMEOUT_MAX))
             batch, rows = list[Answered](), 0
             while self._waiting and rows < self._rows:
                 batch.append(self._waiting.popleft()[1])

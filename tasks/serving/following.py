@@ -65,7 +65,7 @@ class Following:
 
     # ---- the thread --------------------------------------------------------------------------------------------------
     def _run(self) -> None:
-        while not self._closed.wait(self._every):
+        while not self._closed.wait(min(self._every, threading.TIMEOUT_MAX)):
             alias: ObjectInfo | None = None
             try:
                 alias = self._look()

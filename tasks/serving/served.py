@@ -59,5 +59,5 @@ class Served:
         return True
 
     def _wait(self) -> None:
-        while not self._closed.wait(self._every) and not self._try():
+        while not self._closed.wait(min(self._every, threading.TIMEOUT_MAX)) and not self._try():
             pass
