@@ -4,6 +4,7 @@ Whoever calls `tidemill.tasks` has no Prefect in any case; whoever calls or depl
 what is under way is shown below the cell.
 """
 
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from tidemill.flows import launch, server
@@ -50,6 +51,7 @@ def train(
                 f"dataset is a URL, as text, or a pyarrow.Table, not {type(dataset).__name__}: of a path give str(path); a "
                 "frame of pandas becomes a table by pyarrow.Table.from_pandas, one of polars by its to_arrow()"
             )
+    _must_be_text(registry=registry, model=model)
     _must_be(Spec, spec=spec)
     _must_be(BatchSettings, settings=settings)
     by_prefect = isinstance(dataset, str) and server.is_set_up()
@@ -75,6 +77,7 @@ def drain(inbox: str, registry: str, model: str, settings: OnlineSettings = Onli
         TrainingError: the model cannot be built, or fails on whatever it is trained on.
         GateClosed: too many versions in a row were refused, and the settings say that a person must decide.
     """
+    _must_be_text(inbox=inbox, registry=registry, model=model)
     _must_be(OnlineSettings, settings=settings)
     given = settings.model_copy(update={"mode": "drain"})
     return launch.train_online(inbox, registry, model, given, by_prefect=server.is_set_up())
@@ -83,9 +86,18 @@ def drain(inbox: str, registry: str, model: str, settings: OnlineSettings = Onli
 @in_notebook()
 def follow(inbox: str, registry: str, model: str, settings: OnlineSettings = OnlineSettings()) -> "OnlineReport":
     """As `drain`, but go on looking into the inbox every `poll_seconds`, until a signal or `stop_after_seconds` ends it."""
+    _must_be_text(inbox=inbox, registry=registry, model=model)
     _must_be(OnlineSettings, settings=settings)
     given = settings.model_copy(update={"mode": "follow"})
     return launch.train_online(inbox, registry, model, given, by_prefect=server.is_set_up())
+
+
+def _must_be_text(**named: object) -> None:
+    """Raises TypeError: what is given by this name is none."""
+    for name, given in named.items():
+        if not isinstance(given, str):
+            hint = ": of a path give str(path)" if isinstance(given, PathLike) else ""
+            raise TypeError(f"{name} is text, not {type(given).__name__}{hint}")
 
 
 def _must_be(kind: type, **named: object) -> None:

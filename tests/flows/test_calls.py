@@ -170,7 +170,12 @@ def test_what_is_no_argument_is_told_by_its_name(place: Place) -> None:
             lambda: tidemill.train([1], place.registry, "m", spec),
             "dataset is a URL, as text, or a pyarrow.Table, not list",
         ),
-        (lambda: tidemill.train(place.dataset, Path("r"), "m", spec), "a place is named by a URL, as text such as"),
+        (
+            lambda: tidemill.train(place.dataset, Path("r"), "m", spec),
+            "registry is text, not PosixPath: of a path give str(path)",
+        ),
+        (lambda: tidemill.train(place.dataset, place.registry, 5, spec), "model is text, not int"),
+        (lambda: tidemill.drain(None, place.registry, "m"), "inbox is text, not NoneType"),
         (
             lambda: tidemill.train(place.dataset, place.registry, "m", {"target": "y"}),
             "spec is a tidemill.Spec, not dict",
