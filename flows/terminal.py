@@ -108,8 +108,8 @@ def attached(command: str, translate: Callable[[Exception], str | None]) -> Iter
     except KeyboardInterrupt as signalled:
         _stopped(signalled, kept)
     except Exception as error:
-        if came:  # what a signal interrupts may end in any error
-            _stopped(came[0], kept)
+        if came or _was_terminated(error):  # what a signal interrupts may end in any error
+            _stopped(came[0] if came else Terminated(), kept)
         if (words := _message(error) or translate(error)) is None:
             raise
         fail(f"tidemill: {words}", 1)
@@ -132,9 +132,22 @@ def _for_terminal(record: logging.LogRecord) -> bool:
     errors and of a server that has gone, which are told once, at the end. So is what the clouds' clients warn of."""
     if record.name.startswith(("prefect.events", "EventsWorker", "APILogWorker", "azure.", "google.")):
         return False
-    if not record.name.startswith(("prefect.flow_runs", "prefect.task_runs")):
-        return True
-    return not getattr(record, "send_to_api", True) and not record.getMessage().startswith("Crash detected!")
+    if record.name.startswith("prefect.") and record.getMessage().startswith("Crash detected!"):
+        return False
+    return not record.name.startswith(("prefect.flow_runs", "prefect.task_runs")) or not getattr(
+        record, "send_to_api", True
+    )
+
+
+def _was_terminated(error: BaseException) -> bool:
+    """Whether an error came while Prefect, which takes SIGTERM itself during a flow run, let it end the run: where a task is only
+    about to start, Prefect fails of that."""
+    if (exceptions := sys.modules.get("prefect.exceptions")) is None:
+        return False
+    before: BaseException | None = error
+    while before is not None and not isinstance(before, exceptions.TerminationSignal):
+        before = before.__cause__ or before.__context__
+    return before is not None
 
 
 def _stopped(by: KeyboardInterrupt, kept: str) -> NoReturn:

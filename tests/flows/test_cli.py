@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from cyclopts import CycloptsError
+from prefect.exceptions import TerminationSignal
 
 from tests.flows.conftest import Place
 from tests.flows.data import NOT_PARQUET, OWN_MODEL, SPEC, SPEC_FIELDS, parquet
@@ -32,7 +33,7 @@ from tests.flows.prefect_server import prefect_environment, running_prefect_serv
 from tests.guarantees.audit import audit
 from tests.guarantees.children import drain, train
 from tests.s3_server import S3, wait_until
-from tidemill.flows import launch, specfile
+from tidemill.flows import launch, specfile, terminal
 from tidemill.flows.cli import app, main
 from tidemill.flows.commands import reading
 from tidemill.flows.usage import UsageError, spec_file
@@ -1231,6 +1232,22 @@ def test_a_prefect_server_that_goes_away(model: Place, tmp_path: Path) -> None:
 
 
 SIGNALS = [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+
+
+def test_a_sigterm_of_which_prefect_fails_is_a_stop_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail_as_prefect_does() -> None:
+        try:
+            raise TerminationSignal(signal=signal.SIGTERM)
+        except TerminationSignal:
+            logging.getLogger("prefect.task_engine").error("Crash detected! Execution was aborted.")
+            raise ValueError("Task run is not set")  # noqa: B904
+
+    with pytest.raises(SystemExit) as ended, terminal.attached("train", lambda error: None):
+        fail_as_prefect_does()
+    assert ended.value.code == 143
+    told = capsys.readouterr().err
+    assert told.splitlines()[-1].startswith("tidemill: stopped by SIGTERM; ")
+    assert "Crash detected!" not in told
 
 
 @local
