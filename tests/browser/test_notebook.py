@@ -39,8 +39,8 @@ def trained(*given, **named):
 
 launch.train = trained
 import tidemill
-tidemill.train("data", "registry", "m", None)
-tidemill.train("data", "registry", "m", None)
+tidemill.train("data", "registry", "m", tidemill.Spec(target="y"))
+tidemill.train("data", "registry", "m", tidemill.Spec(target="y"))
 """
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
