@@ -76,6 +76,8 @@ SCHEDULES: Final[dict[ScheduleName, Callable[..., lr_scheduler.LRScheduler]]] = 
     "polynomial": lr_scheduler.PolynomialLR,
 }
 
+TAKING_SPARSE: Final[tuple[OptimizerName, ...]] = ("sparse_adam", "adagrad", "sgd")
+"""torch's others raise RuntimeError for sparse gradients."""
 TABLE: Final = 2**15
 """Numbers of a matrix from which on it is worth a look whether few of its rows are in use."""
 
@@ -109,7 +111,7 @@ def goes_by_rows(settings: Optimizer) -> bool:
     """Whether the optimizer leaves all rows alone, weights and its own state, that are not in a sparse gradient."""
     if settings.name == "sgd":
         return not (settings.arguments.get("momentum") or settings.arguments.get("weight_decay"))
-    return settings.name in ("adagrad", "sparse_adam")
+    return settings.name in TAKING_SPARSE
 
 
 def make_schedule(spec: Spec, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler | None:

@@ -24,7 +24,7 @@ from tidemill.tasks.training.keras_models import KerasModule
 from tidemill.tasks.training.large import take_step
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.losses import is_column, loss_of
-from tidemill.tasks.training.optimizers import Update, backward
+from tidemill.tasks.training.optimizers import TAKING_SPARSE, Update, backward
 from tidemill.tasks.training.parts import Parts
 from tidemill.tasks.training.spec import Spec
 
@@ -230,6 +230,10 @@ class Steps:
         else:
             optimizer = learner.optimizer
             if sparse := [p for p in self._trainable if p.grad is not None and p.grad.is_sparse]:
+                if (name := learner.spec.optimizer.name) not in TAKING_SPARSE:
+                    raise ModelError(
+                        f"optimizer: {name} takes no sparse gradients: use {' or '.join(TAKING_SPARSE)}, or sparse=False"
+                    )
                 with learner.changes.step(sparse):
                     take_step(optimizer)
             else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.training.rows import begin, cut, plain_spec, same_bits
 from tests.training.test_touched import spec_of, table_of
-from tidemill.tasks.training.errors import SpecError
+from tidemill.tasks.training.errors import ModelError, SpecError
 from tidemill.tasks.training.learner import Learner
 from tidemill.tasks.training.loop import train_pass
 from tidemill.tasks.training.optimizers import OPTIMIZERS, Update
@@ -109,6 +109,19 @@ def test_what_torchs_sparse_adam_does_not_take_is_refused() -> None:
     for arguments in ({"weight_decay": 0.1}, {"amsgrad": True}):
         with pytest.raises(SpecError, match="which sparse_adam does not take: it takes"):
             begin(spec_of("plain", optimizer={"name": "sparse_adam", "arguments": arguments}), groups)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_takes_no_sparse_gradients_is_refused_and_others_are_named(name: str) -> None:
+    groups = cut(table_of(20, 1, 9, 0))
+    steps = Steps(begin(spec_of("plain", optimizer={"name": name}), groups))
+    if name in ("adagrad", "sgd", "sparse_adam"):
+        assert train_pass(steps, groups, key=("epoch", 0)).rows == 20
+        return
+    with pytest.raises(
+        ModelError, match=f"{name} takes no sparse gradients: use sparse_adam or adagrad or sgd, or sparse=F"
+    ):
+        train_pass(steps, groups, key=("epoch", 0))
 
 
 @pytest.mark.parametrize(
