@@ -26,11 +26,11 @@ test: $(VENV)/installed
 
 # What a person sees in a browser, in real Chromium (`make system` installs it): tests marked `browser`, which `test` leaves out.
 test-browser: $(VENV)/installed
-	$(BIN)/python -m pytest -m browser $(ARGS)
+	$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
 
 # examples/notebook.ipynb, executed cell by cell: tests marked `notebook`, which `test` leaves out.
 test-notebook: $(VENV)/installed
-	$(BIN)/python -m pytest -m notebook $(ARGS)
+	$(BIN)/python -m pytest -m notebook tests/browser $(ARGS)
 
 # Keras models, trained on torch and loaded by TensorFlow: tests marked `keras`, which `test` leaves out. Not in .ci/run: TensorFlow
 # takes more than a gigabyte.
