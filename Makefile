@@ -155,7 +155,7 @@ $(KERAS)/installed: pyproject.toml constraints.txt
 # prefect here too: of its range in pyproject.toml, the newest.
 .venv-newest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
 	touch $@
 
 clean:

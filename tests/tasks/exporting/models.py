@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -53,5 +55,7 @@ class Fixed(Careful):
 
 
 def scripted(inputs: Inputs) -> nn.Module:
-    module: nn.Module = torch.jit.script(nn.Sequential(nn.Linear(inputs.numbers, 1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 deprecates what users still have
+        module: nn.Module = torch.jit.script(nn.Sequential(nn.Linear(inputs.numbers, 1)))
     return module
