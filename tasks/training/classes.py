@@ -53,8 +53,6 @@ class Values:
     """All of them were booleans."""
     text: bool = False
     """They are text."""
-    several: bool = False
-    """More than one value is known."""
     most: int = MOST
     """More distinct values than these are not kept."""
     none: str | None = None
@@ -71,8 +69,6 @@ class Values:
         seen = array.drop_null()
         trained = seen if rows_N is None else array.take(to_arrow(rows_N)).drop_null()
         distinct = pc.unique(seen)
-        first, *others = distinct.slice(0, 3).to_pylist() or [None]
-        self.several = self.several or any(value != first for value in others)  # 0 and -0 are one
         if len(distinct) > self.most:
             self._stop(f"has more than {self.most:,} distinct values")
             return
@@ -85,7 +81,6 @@ class Values:
                 )
                 return
             self.counts.setdefault(label, 0)
-        self.several = self.several or len(self.counts) > 1
         if len(self.counts) > self.most:
             self._stop(f"has more than {self.most:,} distinct values")
             return

@@ -46,6 +46,7 @@ def fit(
     survey = Survey(
         asked.targets[0] if open_target else None,
         sorted(choose(asked, schema, files).by_pattern),
+        asked.targets if asked.stated_task in (None, "regression") else (),
         Values(most=max(MOST, asked.classes or 0)),
     )
     with learning(groups) as activity:
@@ -54,11 +55,8 @@ def fit(
         counted.rows, counted.labelled, survey.values if open_target else None, _useless(survey, features, counted)
     )
     resolved = resolve(asked, schema, learned, files)
-    if resolved.spec.task == "regression" and survey.values.several and not counted.targets[0].m2_K.any():
-        raise ColumnError(
-            f"target {asked.targets[0]!r} of the dataset has values that differ by less than float32, as which they are read, "
-            "can hold: subtract a constant from them, or write them in a larger unit"
-        )
+    if resolved.spec.task == "regression":
+        _check_differences(asked.targets, survey, counted)
     final = Features.resolve(resolved.spec, schema, resolved.labels)
     places = {column.name: i for i, column in enumerate(features.columns)}
     counted = counted.of([places[column.name] for column in final.columns])
@@ -68,6 +66,19 @@ def fit(
         if final.class_weighting == "balanced" or final.classes is not None:
             counted = replace(counted, class_counts=torch.tensor(counts))
     return resolved, final.with_statistics(counted)
+
+
+def _check_differences(targets: Sequence[str], survey: Survey, counted: Counted) -> None:
+    """Raises ColumnError: the values of a target differ, and are one as float32, so that any model would learn them in vain."""
+    low_T, high_T = counted.range_2T
+    one_T = (low_T.float() == high_T.float()) & torch.isfinite(low_T.float())
+    for name, is_one in zip(targets, one_T.tolist(), strict=True):
+        low, high = survey.ends.get(name, (None, None))
+        if is_one and low != high:
+            raise ColumnError(
+                f"target {name!r} of the dataset has values that differ by less than float32, as which they are trained on and "
+                "predicted, can hold: subtract a constant from them, or multiply them where they are close to 0"
+            )
 
 
 def _useless(survey: Survey, features: Features, counted: Counted) -> dict[str, str]:

@@ -6,14 +6,14 @@ from __future__ import annotations  # pa.Array[Any] takes its type parameter in 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch import Tensor
 
-from tidemill.tasks.training.classes import Values
-from tidemill.tasks.training.columns import one_array
+from tidemill.tasks.training.classes import Values, plain
+from tidemill.tasks.training.columns import TICKS_PER_SECOND, one_array, to_arrow
 from tidemill.tasks.training.families import family_of
 
 JUDGED_ROWS: Final = 100_000
@@ -29,7 +29,7 @@ LEAST_NUMBERED: Final = 50
 
 ONE_PER_ROW: Final = "another value in each row, as an id or free text has"
 CONSTANT: Final = "the same in all rows"
-TOO_CLOSE: Final = "the same in all rows as float32, as which numbers are read"
+TOO_CLOSE: Final = "the same in all rows as float64, as which numbers are read"
 NULL: Final = "null in all rows"
 
 
@@ -41,13 +41,24 @@ class Survey:
     """The target whose labels are counted; None: none are."""
     columns: Sequence[str] = ()
     """Those that a pattern has chosen."""
+    targets: Sequence[str] = ()
+    """Those whose `ends` are looked for."""
     values: Values = field(default_factory=Values)
+    ends: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """Of `targets` that are no text: the least and the greatest value of training rows, not rounded, until they differ."""
     _distinct: dict[str, _Distinct] = field(default_factory=dict)
 
     def see(self, table: pa.Table, rows_N: Tensor | None) -> None:
         """Look at the next table; of its rows, `rows_N` (int64 row numbers; None: all) are trained on."""
         if self.target is not None:
             self.values.add(one_array(table.column(self.target)), rows_N)
+        for name in self.targets:
+            low, high = self.ends.get(name, (None, None))
+            if low == high:
+                found = _ends(one_array(table.column(name)), rows_N)
+                known = [value for value in (low, *found) if value is not None]
+                if known:
+                    self.ends[name] = min(known), max(known)
         for name in self.columns:
             column = table.column(name)
             if name not in self._distinct:
@@ -68,10 +79,24 @@ class Survey:
             if nulls[name] == rows:
                 found[name] = NULL
             elif not nulls[name] and constant.get(name, seen is not None and seen.constant):
-                found[name] = TOO_CLOSE if seen is not None and seen.several else CONSTANT
+                found[name] = TOO_CLOSE if seen is not None and seen.too_close else CONSTANT
             elif seen is not None and seen.one_per_row:
                 found[name] = ONE_PER_ROW
         return found
+
+
+def _ends(array: pa.Array[Any], rows_N: Tensor | None) -> tuple[Any, Any]:
+    """The least and the greatest value of an array, or of its `rows_N`: not rounded. None of text, and where there is none."""
+    array = plain(array)
+    if pa.types.is_large_binary(array.type):
+        return None, None
+    nanoseconds = None
+    if pa.types.is_temporal(array.type):  # the files of a dataset may have several units
+        nanoseconds = 10**9 // int(TICKS_PER_SECOND[cast(Any, array.type).unit])
+        array = array.cast(pa.int32() if pa.types.is_time32(array.type) else pa.int64())
+    ends = pc.min_max(array if rows_N is None else array.take(to_arrow(rows_N)))
+    low, high = ends["min"].as_py(), ends["max"].as_py()
+    return (low, high) if nanoseconds is None or low is None else (low * nanoseconds, high * nanoseconds)
 
 
 class _Distinct:
@@ -134,9 +159,9 @@ class _Distinct:
         return self._rows > 0 and not self._several
 
     @property
-    def several(self) -> bool:
-        """Whether whole numbers, or text, of more than one value are known."""
-        return self._several
+    def too_close(self) -> bool:
+        """Whether whole numbers of more than one value are known, which are one as float64."""
+        return self._whole and self._several and float(self._lowest) == float(self._highest)
 
     @property
     def one_per_row(self) -> bool:

@@ -96,16 +96,38 @@ def test_no_column_left_is_an_error_that_says_why() -> None:
 
 @pytest.mark.parametrize(
     ("target", "refused"),
-    [([2**62 + i for i in range(ROWS)], True), ([2**62] * ROWS, False), ([0.0, -0.0] * (ROWS // 2), False)],
+    [
+        ([2**62 + i for i in range(ROWS)], True),
+        ([2**62 + max(0, i - 60) for i in range(ROWS)], True),  # none of them in the first row group
+        ([1_764_400_000_000_000 + i for i in range(ROWS)], True),  # microseconds, which float64 still tells apart
+        ([1_764_400_000 + i / 1e6 for i in range(ROWS)], True),  # the same in seconds
+        ([2**62] * ROWS, False),
+        ([0.0, -0.0] * (ROWS // 2), False),
+    ],
 )
-def test_a_target_whose_differences_are_lost_is_refused(target: list[float], refused: bool) -> None:
-    table = pa.table({"x": FLOATS, "y": target})
+@pytest.mark.parametrize("more", [{}, {"task": "regression"}, {"loss": "huber"}, {"recipe": 1}, {"target": ("x", "y")}])
+def test_a_target_whose_differences_are_lost_is_refused(
+    target: list[float], refused: bool, more: dict[str, Any]
+) -> None:
+    table = pa.table({"a": FLOATS, "x": FLOATS, "y": target})
     with (
         pytest.raises(ColumnError, match="'y' of the dataset has values that differ by less than float32")
         if refused
         else nullcontext()
     ):
-        fit(Spec(target="y"), [("part", table.schema)], table.schema, cut(table, 50))
+        fit(Spec.model_validate({"target": "y"} | more), [("part", table.schema)], table.schema, cut(table, 50))
+
+
+def test_what_only_held_out_rows_have_of_a_target_or_of_a_column_is_not_called_a_lost_difference() -> None:
+    split = Split(0.2, side="train")
+    table = pa.table({"x": [5] * ROWS, "a": FLOATS, "y": [0.5] * ROWS})
+    trained = split.rows(cut(table, ROWS)[0]).tolist()
+    other = trained.index(False)
+    wholes, halves = [5] * ROWS, [0.5] * ROWS
+    wholes[other], halves[other] = 6, 7.5
+    table = table.set_column(0, "x", pa.array(wholes)).set_column(2, "y", pa.array(halves))
+    resolved, _ = fit(Spec(features="*", target="y"), [("part", table.schema)], table.schema, cut(table, ROWS), split)
+    assert resolved.unused == {"x": CONSTANT}
 
 
 def test_it_is_one_pass_over_the_row_groups() -> None:
