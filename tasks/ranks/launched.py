@@ -125,6 +125,9 @@ def timeout_seconds() -> float:
 def check_devices(device: str, found: int, variables: Mapping[str, str] = os.environ) -> None:
     """Make sure that each rank of this host has a CUDA device of its own, if they compute on such: NCCL takes no two on one.
 
+    Where `CUDA_VISIBLE_DEVICES` shows this rank one device only, it may show each rank another one, as torchrun has it with
+    --virtual-local-rank: then it is left to NCCL, which refuses what two ranks share.
+
     Args:
         device: The kind that they compute on.
         found: How many CUDA devices there are.
@@ -134,7 +137,8 @@ def check_devices(device: str, found: int, variables: Mapping[str, str] = os.env
         RanksRefused: there are too few.
     """
     here = variables.get("LOCAL_WORLD_SIZE", "")
-    if device == "cuda" and here.isdecimal() and int(here) > found:
+    own = found == 1 and bool(variables.get("CUDA_VISIBLE_DEVICES"))
+    if device == "cuda" and not own and here.isdecimal() and int(here) > found:
         raise RanksRefused(
             f"{here} ranks of this host are to compute on CUDA devices, of which it has {found}, and NCCL wants one for each: "
             f"start {found} here, or give --device cpu"

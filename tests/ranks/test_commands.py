@@ -367,8 +367,17 @@ def test_ranks_that_would_share_a_gpu_are_refused() -> None:
         RanksRefused, match=r"^2 ranks of this host are to compute on CUDA devices, of which it has 1, "
     ):
         launched.check_devices("cuda", 1, {"LOCAL_WORLD_SIZE": "2"})
+    with pytest.raises(
+        RanksRefused, match=r"^3 ranks of this host are to compute on CUDA devices, of which it has 2, "
+    ):
+        launched.check_devices("cuda", 2, {"LOCAL_WORLD_SIZE": "3", "CUDA_VISIBLE_DEVICES": "0,1"})
     for device, here in (("cpu", {"LOCAL_WORLD_SIZE": "2"}), ("cuda", {"LOCAL_WORLD_SIZE": "1"}), ("cuda", {})):
         launched.check_devices(device, 1, here)
+
+
+def test_ranks_that_are_each_shown_a_gpu_of_their_own_are_not_refused() -> None:
+    """Each counts one, whatever the host has."""
+    launched.check_devices("cuda", 1, {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "1"})
 
 
 def test_a_port_that_is_none_and_one_that_is_taken_are_named(
