@@ -71,7 +71,8 @@ function fillIds(data, at, column, value) {
   const items = column.length === undefined ? [value] : value.slice(-column.length);
   items.forEach((item, i) => {
     if (item === null) return;
-    if ((typeof item === "string") !== column.family.endsWith("text")) {
+    const whole = typeof item === "bigint" || Number.isInteger(item);
+    if ((typeof item === "string") !== column.family.endsWith("text") || (column.family === "list of integers" && !whole)) {
       throw new Error(`column ${column.column} holds ${item}, and takes ${column.family}`);
     }
     data[at + i] = BigInt(1 + bucketOf(canonical(item, column.column), column.buckets));

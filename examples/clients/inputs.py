@@ -72,8 +72,10 @@ def _fill_ids(places: np.ndarray, column: Layout, value: Any) -> None:
     items = value[-column["length"] :] if "length" in column else [value]
     for i, item in enumerate(items):
         if item is not None:
-            if isinstance(item, str) != column["family"].endswith("text"):
-                raise ValueError(f"column {column['column']} holds {item!r}, and takes {column['family']}")
+            family = column["family"]
+            whole = isinstance(item, int | np.integer) and not isinstance(item, bool)
+            if isinstance(item, str) != family.endswith("text") or (family == "list of integers" and not whole):
+                raise ValueError(f"column {column['column']} holds {item!r}, and takes {family}")
             places[i] = 1 + bucket_of(canonical(item), column["buckets"])
 
 

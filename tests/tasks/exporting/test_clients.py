@@ -224,6 +224,9 @@ def test_a_value_that_cannot_be_an_input_is_refused_with_its_column(row: dict[st
         ({"tags": "red"}, "column tags needs a list, not a text"),
         ({"tags": ["red", 7]}, "column tags holds 7, and takes list of text"),
         ({"hour": "7"}, "column hour holds '?7'?, and takes number"),
+        ({"clicks": [7, 1.5]}, "column clicks holds 1.5, and takes list of integers"),
+        ({"clicks": [True]}, "column clicks holds [Tt]rue, and takes list of integers"),
+        ({"clicks": ["7"]}, "column clicks holds '?7'?, and takes list of integers"),
     ],
 )
 def test_a_value_of_another_kind_is_no_category(row: dict[str, Any], said: str) -> None:
@@ -232,8 +235,10 @@ def test_a_value_of_another_kind_is_no_category(row: dict[str, Any], said: str) 
         {"column": "city", "family": "text", "at": 0, "buckets": 9},
         {"column": "hour", "family": "number", "at": 1, "buckets": 9},
         {"column": "tags", "family": "list of text", "at": 2, "buckets": 9, "length": 3},
+        {"column": "clicks", "family": "list of integers", "at": 5, "buckets": 9, "length": 3},
     ]
-    layout, row = {"numbers": [], "ids": columns, "nulls": []}, {"city": "x", "hour": 7, "tags": None} | row
+    layout = {"numbers": [], "ids": columns, "nulls": []}
+    row = {"city": "x", "hour": 7, "tags": None, "clicks": [7]} | row
     with pytest.raises(ValueError, match=said):
         client.inputs_of(layout, [row])
     tried = "try { client.inputsOf(given[0], [given[1]]); } catch (error) { return error.message; }"
