@@ -84,4 +84,7 @@ def main(tokens: Iterable[str] | None = None) -> None:
         launch.part(code)
         raise SystemExit(code) from None
     finally:
-        atexit.register(terminal.end_quietly)  # the last that is registered runs first
+        if tokens is None:  # nothing comes after this but the end, which first waits for threads
+            terminal.end_quietly()
+        else:
+            atexit.register(terminal.end_quietly)  # the last that is registered runs first

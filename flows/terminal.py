@@ -123,7 +123,8 @@ def attached(command: str, translate: Callable[[Exception], str | None]) -> Iter
 def end_quietly() -> None:
     """Let a Ctrl-C that comes from now on, while the interpreter ends, end it at once: all is done and told, and a
     KeyboardInterrupt would be a traceback out of whatever is torn down then."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    here = threading.current_thread() is threading.main_thread()
+    if here and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

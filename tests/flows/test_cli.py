@@ -702,6 +702,25 @@ def test_ctrl_c_while_the_interpreter_ends_is_no_traceback() -> None:
     assert ended.stdout
 
 
+def test_ctrl_c_while_the_interpreter_waits_for_threads_is_no_traceback() -> None:
+    program = "\n".join(
+        (
+            "import os, signal, sys, threading, time",
+            "def late():",
+            "    threading.main_thread().join()  # which has ended once the interpreter waits for the others",
+            "    os.kill(os.getpid(), signal.SIGINT)",
+            "    time.sleep(60)",
+            "threading.Thread(target=late).start()",
+            "from tidemill.flows.cli import main",
+            "sys.argv[1:] = ['--version']",
+            "main()",
+        )
+    )
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+    assert ended.stdout
+
+
 # ---- wrong usage -----------------------------------------------------------------------------------------------------
 FLAGS = ("train", "d", "r", "m", "--features", "a", "--target", "y")
 
