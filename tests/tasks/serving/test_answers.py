@@ -2,6 +2,7 @@
 
 import datetime as dt
 import io
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -319,6 +320,20 @@ def test_large_ids_are_not_rounded_by_fractions_that_others_ask_for(memory_url: 
     log.close(10)
     found = [table.column("id").to_pylist() for table in shards(memory_url("inbox"))]
     assert found == [[2**60 + 1, 7], [3.5]]
+
+
+def test_a_request_with_a_large_id_beside_a_fraction_is_left_out_alone_and_counted(memory_url: MakeUrl) -> None:
+    ids = pa.table({"id": pa.array([2**60 + 1, 5] * 10), "y": [0.0, 1.0] * 10})
+    put(memory_url("dataset"), {"part.parquet": ids})
+    spec = Spec.model_validate({"target": "y", "features": [{"name": "id", "kind": "category", "buckets": 16}]})
+    batch.train(memory_url("dataset"), memory_url("registry"), "model", spec, BatchSettings(holdout=0))
+    predictor, numbers = load(memory_url("registry"), "model"), Numbers("model")
+    log = AnswerLog(open_store(memory_url("inbox")), 1000, 60, numbers)
+    for name, asked in (("both", [{"id": 2**60 + 1}, {"id": 3.5}]), ("one", [{"id": 2**60 + 1}])):
+        log.add(Answered(predictor, name, time.time(), predictor.outputs(asked), body=json.dumps(asked).encode()))
+    log.close(10)
+    assert logged(memory_url("inbox")).column(REQUEST).to_pylist() == ["one/0"]
+    assert 'tidemill_served_log_dropped_rows_total{model="model"} 2.0' in numbers.shown("")[0].decode()
 
 
 def test_nanoseconds_that_are_asked_for_are_logged_where_the_dataset_has_them() -> None:
