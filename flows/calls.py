@@ -76,6 +76,7 @@ def drain(inbox: str, registry: str, model: str, settings: OnlineSettings = Onli
         StorageError: a place cannot be used, or the history is damaged; the classes below it say why.
         TrainingError: the model cannot be built, or fails on whatever it is trained on.
         GateClosed: too many versions in a row were refused, and the settings say that a person must decide.
+        TypeError: an argument is no such thing, such as a path for a URL.
     """
     _must_be_text(inbox=inbox, registry=registry, model=model)
     _must_be(OnlineSettings, settings=settings)
