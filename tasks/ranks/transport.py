@@ -28,14 +28,20 @@ class TorchGroup:
     def __init__(self, store: Store, place: Place, timeout_seconds: float) -> None:
         """`store` is the same for all ranks. Waits until all of them are here."""
         self.rank, self.size = place.rank, place.size
-        self._store, self._timeout = store, timedelta(seconds=timeout_seconds)
+        timeout = timedelta(seconds=timeout_seconds)
         self._pairs: dict[int, ProcessGroup] = {}
-        """By the distance of the two ranks."""
+        """By the distance of the two ranks. Made here, not when first used: who is connected to a rank hears at once that it
+        has gone, and who is yet to be waits till the timeout."""
         with ending_if_another_has_gone("the others have not all started"):
             store.set(f"here/{self.rank}", "")
             store.wait([f"here/{rank}" for rank in range(self.size)], timedelta(seconds=JOIN_SECONDS))
         with ending_if_another_has_gone("no group could be made with the others"):
-            self._all = _process_group(PrefixStore("all", store), self.rank, self.size, self._timeout)
+            self._all = _process_group(PrefixStore("all", store), self.rank, self.size, timeout)
+            bits = self.size.bit_length() - 1
+            for distance in (2**bit for bit in range(bits) if self.size == 2**bits):
+                low = self.rank & ~distance
+                between = PrefixStore(f"pair/{low}/{distance}", store)
+                self._pairs[distance] = _process_group(between, int(low != self.rank), 2, timeout)
 
     def sum_(self, flat: Tensor) -> None:
         """As in `Group`."""
@@ -45,10 +51,6 @@ class TorchGroup:
     def sum_pair_(self, flat: Tensor, distance: int) -> None:
         """As in `Group`."""
         with ending_if_another_has_gone():
-            if distance not in self._pairs:
-                low = self.rank & ~distance
-                store = PrefixStore(f"pair/{low}/{distance}", self._store)
-                self._pairs[distance] = _process_group(store, int(low != self.rank), 2, self._timeout)
             self._pairs[distance].allreduce(flat, ReduceOp.SUM).wait()
 
     def broadcast_(self, tensor: Tensor) -> None:

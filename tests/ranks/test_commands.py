@@ -233,8 +233,8 @@ def test_the_second_signal_kills_ranks_that_do_not_end(place: tuple[str, str], t
 @pytest.mark.ranks
 def test_an_error_of_the_leader_ends_the_command_once_and_in_one_line(place: tuple[str, str], tmp_path: Path) -> None:
     """A layer that looks at a whole batch has no part of one: no restart would mend that."""
-    (tmp_path / "norms.py").write_text("from torch import nn\n\ndef net(inputs, outputs): return nn.BatchNorm1d(1)\n")
-    asked = ["--features", "x", "--target", "y", "--model.factory", "norms:net", "--parts", "2", "--ranks", "2"]
+    (tmp_path / "norms.py").write_text("from torch import nn\n\ndef net(inputs): return nn.BatchNorm1d(1)\n")
+    asked = ["--features", "a", "--target", "y", "--model.factory", "norms:net", "--parts", "2", "--ranks", "2"]
     with started(command("train", str(tmp_path / "dataset"), place[1], "model", *asked), tmp_path) as process:
         code, out, err = ended(process, tmp_path)
     assert (code, out) == (1, "")

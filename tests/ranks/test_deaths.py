@@ -174,6 +174,23 @@ def test_ranks_are_killed_again_and_again_while_their_number_changes(
     assert kills >= 3
 
 
+def add_up_in_pairs(store: str, rank: int) -> None:
+    """As the ranks of a step with parts; the last one dies before its first sum."""
+    group = joined(rank, 4, store, lambda _: None)
+    if rank == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for distance in (1, 2):
+        group.sum_pair_(torch.ones(1), distance)
+
+
+def test_ranks_hear_at_once_of_one_that_dies_before_its_first_sum(tmp_path: Path) -> None:
+    """No launcher ends them here, and they would wait for a living one for longer than this test waits for them."""
+    children = [start_child(add_up_in_pairs, str(tmp_path / "store"), rank) for rank in range(4)]
+    for child in children:
+        child.join(DEADLINE)
+    assert [child.exitcode for child in children] == [os.EX_TEMPFAIL] * 3 + [-signal.SIGKILL]
+
+
 # ---- frozen ----------------------------------------------------------------------------------------------------------
 FROZEN_SECONDS: Final = 10.0
 """How long the ranks of these tests wait for each other."""
