@@ -42,7 +42,7 @@ IN_SPEC: Final[Mapping[str, Mapping[str, dict[str, Any]]]] = {
     "batches": {
         "even": {"batch_size": 8},
         "uneven": {"batch_size": 7},
-        "fewer rows than parts": {"batch_size": 3, "learning_rate": 0.01},
+        "fewer rows than parts": {"batch_size": 3, "learning_rate": 0.01, "epochs": 40},
     },
     "weights": {
         "none": {},
