@@ -11,9 +11,11 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_HOME, temporary_settings
 
-from tests.flows.data import SPEC, parquet
+from tests.flows.data import NOT_PARQUET, SPEC, parquet
 from tests.flows.prefect_server import prefect_environment, running_prefect_server
+from tests.guarantees.children import drain, train
 from tidemill.storage.urls import open_store
+from tidemill.tasks.settings import BatchSettings, OnlineSettings
 from tidemill.tasks.training.spec import Spec
 
 
@@ -73,3 +75,14 @@ def place(make_url: Callable[[str], str]) -> Place:
     for i in range(2):
         open_store(made.dataset).write(f"part-{i}.parquet", parquet(200, seed=f"part-{i}"))
     return made
+
+
+@pytest.fixture
+def model(place: Place) -> Place:
+    """A place with versions 0 (batch, champion), 1 and 2 (online) of "model", and one shard in quarantine."""
+    train(open_store, place.dataset, place.registry, SPEC, BatchSettings())
+    place.drop("a.parquet", "b.parquet")
+    open_store(place.inbox).write("c.parquet", NOT_PARQUET)
+    settings = OnlineSettings(limits={"max_shards": 2}, grace_seconds=0, gate={"champion": "score"})
+    drain(open_store, place.inbox, place.registry, settings)
+    return place
