@@ -45,7 +45,7 @@ test-mlflow: $(VENV)/installed .venv-mlflow/installed
 # Ranks that are killed, frozen, cut off and started again (docs/scale.md): tests marked `ranks`, which `test` leaves out, beside
 # those that it runs. Less than 10 minutes; as root also hosts in network namespaces.
 test-ranks: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "$(LOCAL)" tests/ranks tests/flows/test_ranks.py $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup -m "$(LOCAL)" tests/ranks tests/flows/test_ranks.py $(ARGS)
 
 # Horovod carries what torch carries else: tests marked `horovod`, which `test` leaves out. Its last release is built here, for C++17.
 test-horovod: .venv-horovod/installed
