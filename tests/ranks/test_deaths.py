@@ -132,14 +132,14 @@ def test_a_rank_is_killed_and_fewer_or_more_go_on_with_the_same_bits(runs: Runs)
 def test_any_rank_is_killed_at_any_moment(
     runs: Runs, full: bool, piece: slice, record_property: Callable[[str, object], None]
 ) -> None:
-    """By (rank, moment): a sample of twenty over both stores, or each of them; then as many ranks as before, fewer, or more."""
+    """By (rank, moment): a sample of twenty, or each of them; afterwards as many ranks as before, or fewer, or more."""
     of_all = [
         (size, rank, moment)
         for size in (2, 4)
         for rank, ended in enumerate(moments(runs, size))
         for moment in ended.moments
     ]
-    chosen = sample(of_all, None if full else 10)[piece]
+    chosen = sample(of_all, None if full else 20)[piece]
     for size, rank, moment in chosen:
         then = random.Random(f"{size} {rank} {moment}").choice([1, 2, 4])
         killed_and_again(runs, size, (rank, Kill(moment)), then)
