@@ -39,8 +39,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 HEAVY = ("torch", "prefect", "pyarrow", "numpy", "pandas", "s3fs", "cyclopts", "pydantic", "torchmetrics", "scipy")
-SPEC = {"features": ["a", "b"], "target": "y", "epochs": 1}
+SPEC = {"features": ["a", "b", "c"], "target": "y", "epochs": 1}
 FIRST: dict[str, Any] = SPEC | {
+    "features": ["a", "b"],
     "epochs": 2,
     "model": {"factory": "linear"},
     "optimizer": {"name": "sgd"},
@@ -60,8 +61,9 @@ LIGHT = {
     "audit": ["-m", "tidemill", "audit", "registry", "model"],
     "rollback": ["-m", "tidemill", "rollback", "registry", "model", "0"],
 }
-TRAIN_FLAGS = ["--features", "a", "b", "--target", "y", "--epochs", "1"]
+TRAIN_FLAGS = ["--features", "a", "b", "c", "--target", "y", "--epochs", "1"]
 FOLLOW = ["-m", "tidemill", "follow", "inbox", "registry", "model", "--mode", "drain"]
+PREDICT = ["-m", "tidemill", "predict", "registry", "model", "data", "predictions"]
 
 
 class Lines:
@@ -239,7 +241,8 @@ def prepare(folder: Path, environment: dict[str, str]) -> None:
 
     for name in ("data", "inbox"):
         (folder / name).mkdir()
-    columns = {"a": [1.0, 2.0, 3.0, 4.0] * 100, "b": [1.0, 2.0, 0.0, 1.0] * 100, "y": [1.5, 2.5, 6.5, 7.5] * 100}
+    columns: dict[str, Any] = {"a": [1.0, 2.0, 3.0, 4.0] * 100, "b": [1.0, 2.0, 0.0, 1.0] * 100, "y": [1.5, 2.5, 6.5, 7.5] * 100}
+    columns["c"] = ["red", "green", "blue", "red"] * 100
     pq.write_table(pa.table(columns), folder / "data" / "rows.parquet")
     spawned([__file__, "--bare", "train"], environment, folder)
     next(folder.glob("new-*")).rename(folder / "registry")
@@ -261,6 +264,7 @@ def kinds(folder: Path, offline: dict[str, str], online: dict[str, str]) -> dict
             [*train(f"registry-{next(numbers)}", "model"), *more], e, folder
         )
         found[f"follow, {server}"] = partial(spawned, [*FOLLOW, *flags], environment, folder)
+    found["predict"] = partial(spawned, PREDICT, offline, folder)
     for server, environment in (("temporary server", offline), ("running server", online)):
         for kind in ("train", "follow"):
             found[f"{kind}, {server}, lines"] = partial(spawned, [this, "--lines", kind], environment, folder)

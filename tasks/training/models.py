@@ -15,6 +15,7 @@ batch, E size of an embedding.
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Final, Literal
 
 import torch
@@ -150,7 +151,7 @@ class _FirstLayer(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
         rows = [0, *(count + 1 for count in inputs.buckets[:-1])]
-        self.register_buffer("first_row_C", torch.tensor(rows).cumsum(0), persistent=False)
+        self.register_buffer("first_row_C", torch.tensor(list(accumulate(rows))), persistent=False)
 
     def forward(self, x_BF: Tensor, ids_BC: Tensor) -> Tensor:
         output = self.bias if self.numbers is None else self.numbers(x_BF) + self.bias

@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tidemill.tasks.training.errors import StateMismatch, TrainingError
 from tidemill.tasks.training.features import Features
@@ -63,7 +64,7 @@ class Stored:
                 )
         weights_file = TensorFile(weights, "weights")
         if spec.model.factory in BUILT_IN_MODELS:
-            with torch.device("meta"):  # before memory is taken for whatever sizes the spec asks for
+            with torch.device("meta"), _WithoutNormal():  # before memory is taken for whatever sizes the spec asks for
                 check_weights(build(spec, features), weights_file.kinds)
         return cls(spec, about, features, tensors, state_file, weights_file)
 
@@ -91,6 +92,25 @@ def parsed(spec: Spec, weights: bytes | Readable, state: bytes | Readable) -> tu
         stored = Stored.begun(spec, weights, state)
         stored.state.rest(lambda name: False)
         return stored.features, stored.weights.rest()
+
+
+class _WithoutNormal(TorchFunctionMode):
+    """Leaves tensors as they are where a layer begins with normal numbers.
+
+    On the meta device there is nothing to fill, and torch would import its compiler and SymPy for that: a second at each start.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        if func is nn.init.normal_:
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
 
 
 @contextmanager

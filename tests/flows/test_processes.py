@@ -80,11 +80,29 @@ def test_light_commands_import_nothing_heavy(model: Place, tmp_path: Path) -> No
     assert "prefect" not in imported("predict", model.registry, "model", model.dataset, model.archive, cwd=tmp_path)
 
 
-def test_training_waits_neither_for_pandas_nor_for_torchs_compiler(tmp_path: Path) -> None:
-    """Arrow imports the first for any array that is made of Python or NumPy values, torch the second for any optimizer."""
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(("mlp",), id="embeddings"),
+        pytest.param(("mlp", "--model.arguments", '{"embedding": null}'), id="one-hot"),
+        pytest.param(("linear",), id="linear"),
+    ],
+)
+def test_training_waits_neither_for_pandas_nor_for_torchs_compiler(model: tuple[str, ...], tmp_path: Path) -> None:
+    """Arrow imports the first for any array that is made of Python or NumPy values.
+
+    Torch imports the second for any optimizer, and for a layer of ids that is given no memory.
+    """
     (tmp_path / "pandas").mkdir()
     (tmp_path / "pandas" / "__init__.py").write_text('__version__ = "3.0.0"')
-    table = pa.table({"x": [i / 7 for i in range(100)], "y": [["small", "large"][i > 50] for i in range(100)]})
+    table = pa.table(
+        {
+            "x": [i / 7 for i in range(100)],
+            "colour": ["red", "green"] * 50,
+            "words": [["a", "b"], ["b"]] * 50,
+            "y": [["small", "large"][i > 50] for i in range(100)],
+        }
+    )
     pq.write_table(table, tmp_path / "rows.parquet")
     (tmp_path / "inbox").mkdir()
     pq.write_table(table, tmp_path / "inbox" / "a.parquet")
@@ -95,9 +113,10 @@ def test_training_waits_neither_for_pandas_nor_for_torchs_compiler(tmp_path: Pat
     pq.write_table(named.select(["id", "y"]), tmp_path / "labels" / "b.parquet")
     row_by_row = ("--labels.inbox", "labels", "--labels.key", "id", "--labels.wait-seconds", "3600")
     for command in (
-        ("train", "rows.parquet", "registry", "model", "--target", "y", "--epochs", "1", "--batch-size", "32"),
+        ("train", "rows.parquet", "registry", "model", "--target", "y", *("--model.factory", *model), "--epochs", "1"),
         ("follow", "inbox", "registry", "model", "--mode", "drain", "--grace-seconds", "0"),
         ("follow", "asked", "registry", "model", "--mode", "drain", *row_by_row),
+        ("predict", "registry", "model", "rows.parquet", "predictions"),
     ):
         assert not imported(*command, cwd=tmp_path) & {"pandas", "torch._dynamo"}, command
     assert not list((tmp_path / "asked").glob("*.parquet")), "trained on"
