@@ -43,7 +43,7 @@ test-mlflow: $(VENV)/installed .venv-mlflow/installed
 	$(BIN)/python -m pytest -m mlflow $(ARGS)
 
 # Ranks that are killed, frozen, cut off and started again (docs/scale.md): tests marked `ranks`, which `test` leaves out, beside
-# those that it runs. Some ten minutes; as root also hosts in network namespaces.
+# those that it runs. Some seven minutes; as root also hosts in network namespaces.
 test-ranks: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup -m "$(LOCAL)" tests/ranks tests/flows/test_ranks.py $(ARGS)
 
