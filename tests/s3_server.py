@@ -215,9 +215,12 @@ def _identity(name: str, credentials: Credentials, actions: list[str]) -> dict[s
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now, and so are the ports 10,000 above them, where SeaweedFS puts gRPC."""
+    """Ports that are free now, and so are the ports 10,000 above them, where SeaweedFS puts gRPC.
+
+    All are below 32,768, from where on Linux takes ports for outgoing connections, which might have one before its server has.
+    """
     ports: list[int] = []
-    for port in range(20_000 + os.getpid() * 7 % 10_000, 50_000):
+    for port in range(12_000 + os.getpid() * 7 % 10_000, 22_768):
         with suppress(OSError), socket.socket() as low, socket.socket() as high:
             low.bind(("127.0.0.1", port))
             high.bind(("127.0.0.1", port + 10_000))
