@@ -244,9 +244,9 @@ def prepare(folder: Path, environment: dict[str, str]) -> None:
     columns: dict[str, Any] = {
         "a": [1.0, 2.0, 3.0, 4.0] * 100,
         "b": [1.0, 2.0, 0.0, 1.0] * 100,
+        "c": ["red", "green", "blue", "red"] * 100,
         "y": [1.5, 2.5, 6.5, 7.5] * 100,
     }
-    columns["c"] = ["red", "green", "blue", "red"] * 100
     pq.write_table(pa.table(columns), folder / "data" / "rows.parquet")
     spawned([__file__, "--bare", "train"], environment, folder)
     next(folder.glob("new-*")).rename(folder / "registry")
